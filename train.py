@@ -1,0 +1,573 @@
+"""Train a Transformer on token files: `python train.py` is a whole run on a laptop, from raw text to samples.
+
+    python train.py                                            config_shakespeare.py, under 3 minutes on two CPU cores
+    python train.py config_tinystories.py --max_minutes=60     another corpus and model, same code
+    python train.py --resume=true                              go on from out/shakespeare/ckpt.pt
+    python train.py plot out/a out/b                           losses of several runs in one picture
+
+The loop is nanoGPT's idea of one: draw a batch, forward, backward, clip, step, and now and then evaluate, log and save.
+Three departures. The step is configured in tokens (`batch_tokens`); micro-batches follow from it. A run may be limited
+by the clock instead of by steps, and then the learning-rate schedule is fitted to the clock. And nothing of a run is
+lost: every random draw has its own generator, all of it is in the checkpoint, and a signal saves before it stops.
+
+Papers: Kaplan 2020 (2001.08361) for the shape of it, Chowdhery 2022 (PaLM, 2204.02311, appendix B) for the MFU.
+"""
+import contextlib
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from checkpoint import load_optimizer, load_weights, read_checkpoint, save_checkpoint, load_checkpoint  # noqa: F401
+from configurator import command_line, fail, print_config
+from model import ModelConfig, Transformer, token_losses
+from optim import AdamW, Muon, clip_grad_norm, cosine_schedule, wsd_schedule
+
+DEFAULT_CONFIG = "config_shakespeare.py"
+DEFAULT_MINUTES = 2.0                    # when neither max_steps nor max_minutes is given
+# Peak dense bfloat16 FLOP/s of the GPUs people train on, from NVIDIA's data sheets (without sparsity).
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class TrainConfig(ModelConfig):
+    """Every setting of a training run, the model's included."""
+    vocab_size: int | None = None            # rows of the embedding; none = as many as the tokenizer has
+    data_dir: str = "data/shakespeare"       # token files; a corpus that data.py knows by this name is prepared when missing
+    out_dir: str = "out/shakespeare"         # checkpoint, log and plot
+    max_steps: int | None = None             # stop after so many steps
+    max_minutes: float | None = None         # stop after so much training, evaluation and checkpoints not counted
+    batch_tokens: int = 8192                 # tokens per optimizer step
+    micro_batch_size: int | None = None      # sequences per forward pass; none = the whole step at once
+    optimizer: str = "adamw"                 # adamw | muon (muon for the hidden matrices, adamw for the rest)
+    lr: float = 1e-3                         # adamw's peak learning rate
+    muon_lr: float = 0.02                    # muon's peak learning rate
+    weight_decay: float = 0.1                # of adamw, for matrices
+    muon_weight_decay: float = 0.0           # of muon
+    beta1: float = 0.9                       # adamw's decay of the first moment
+    beta2: float = 0.95                      # adamw's decay of the second moment
+    momentum: float = 0.95                   # muon's
+    schedule: str = "cosine"                 # cosine | wsd | constant, after the warmup
+    warmup_steps: int = 50                   # learning rate rises linearly from 0 over these
+    decay_fraction: float = 0.3              # wsd: the last part of the run, in which the rate falls linearly
+    min_lr_factor: float = 0.1               # the rate ends at this share of its peak
+    grad_clip: float = 1.0                   # largest global gradient norm
+    eval_every: int = 200                    # steps between evaluations; 0 = only at the end
+    eval_steps: int = 20                     # batches of an evaluation during training
+    log_every: int = 20                      # steps between log lines
+    checkpoint_every: int | None = None      # steps between checkpoints; none = at every evaluation
+    num_samples: int = 0                     # texts that sample.py writes at the end
+    resume: bool = False                     # go on from OUT_DIR/ckpt.pt
+    seed: int = 1337                         # of weights and batches
+    device: str | None = None                # cpu, cuda, cuda:1, mps; none = the best there is
+    dtype: str | None = None                 # float32 | bfloat16 for the matrix products; none = what the device is fast at
+    compile: bool | None = None              # torch.compile; none = on CUDA only
+
+    def __post_init__(self):
+        """Check what is not the model's; ModelConfig checks the rest once the vocabulary is known."""
+        allowed = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd", "constant"), "dtype": (None, *DTYPES)}
+        for name, options in allowed.items():
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, options))}")
+        for name in ("batch_tokens", "log_every", "eval_steps", "micro_batch_size", "max_steps", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"max_minutes={self.max_minutes} must be more than 0")
+        if self.batch_tokens < self.context_length:
+            raise ValueError(f"batch_tokens={self.batch_tokens} is less than one sequence of context_length="
+                             f"{self.context_length}")
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        values = {field.name: getattr(self, field.name) for field in fields(ModelConfig)}
+        return ModelConfig(**values | {"vocab_size": vocab_size})
+
+
+# --- batches ---
+
+def get_batch(tokens, batch_size: int, context_length: int, device, generator=None):
+    """Random windows of a long sequence of ids: (inputs, targets), each (batch_size, context_length) int64 on `device`.
+
+    tokens: (n,) ids, a NumPy array or memory map. The starts are uniform over 0 … n - context_length - 1, all of which
+    leave room for the target one further on. Raises ValueError when there is none.
+    """
+    n_starts = len(tokens) - context_length
+    if n_starts < 1:
+        raise ValueError(f"{len(tokens)} tokens are too few for windows of {context_length} and the token after; "
+                         "give more data or a shorter context_length")
+    starts = torch.randint(n_starts, (batch_size, 1), generator=generator).numpy()
+    windows = torch.from_numpy(tokens[starts + np.arange(context_length + 1)].astype(np.int64))
+    if torch.device(device).type == "cuda":
+        windows = windows.pin_memory().to(device, non_blocking=True)
+    else:
+        windows = windows.to(device)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def check_vocabulary(config: TrainConfig, meta: dict, splits: dict) -> int:
+    """The vocabulary size of the run, after one look at every id. Raises ValueError when an id has no row."""
+    step = 1 << 24                                                 # a memory map read in one go would sit in memory whole
+    largest = max(int(ids[i:i + step].max()) for ids in splits.values() for i in range(0, len(ids), step))
+    vocab_size = config.vocab_size or meta.get("vocab_size") or (largest // 64 + 1) * 64
+    if largest >= vocab_size:
+        raise ValueError(f"{config.data_dir} holds id {largest}, but vocab_size is {vocab_size}; the tokens were made with "
+                         "another tokenizer: prepare them again, or leave vocab_size to the data")
+    return vocab_size
+
+
+# --- the machine ---
+
+def pick_device(wanted: str | None) -> str:
+    """`wanted`, or the best device of this machine. Raises ValueError when it is not there."""
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={wanted!r} cannot be used here ({str(error).splitlines()[0]}); try --device=cpu") from None
+    return wanted
+
+
+def matmul_flops(device: str, dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOP/s of a square matrix product, the best of a few: the yardstick for MFU where no data sheet is at hand."""
+    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size ** 3 / best
+
+
+def pick_dtype(wanted: str | None, device: str) -> str:
+    """bfloat16 where it is native (Ampere and later; CPUs with AMX or AVX512-BF16, which is measured), else float32."""
+    if wanted is not None:
+        return wanted
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device == "cpu" and matmul_flops(device, torch.bfloat16, 512) > 1.5 * matmul_flops(device, torch.float32, 512):
+        return "bfloat16"
+    return "float32"
+
+
+def peak_flops(device: str, dtype: str) -> float | None:
+    """FLOP/s that MFU is a share of: the data sheet's on a known GPU, a measured product on a CPU, None elsewhere."""
+    if device == "cpu":
+        return matmul_flops(device, DTYPES[dtype])
+    if device.startswith("cuda") and dtype == "bfloat16":
+        name = torch.cuda.get_device_name(device)
+        return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return None
+
+
+def training_flops_per_token(model: Transformer) -> float:
+    """6 N + 12 L H D T, N the parameters of matrix products (2204.02311, appendix B): forward and backward."""
+    c = model.config
+    n = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and name != "token_embeddings.weight")
+    n += c.vocab_size * c.d_model if c.tie_embeddings else 0
+    return 6 * n + 12 * c.n_layers * c.n_heads * c.head_dim * c.context_length
+
+
+# --- optimizers ---
+
+def make_optimizers(model: Transformer, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """One or two optimizers; each group keeps its peak rate as `peak_lr`, which the schedule scales.
+
+    Matrices decay, vectors (norm weights) do not: a norm pulled to zero has nothing to win. The embedding is a table
+    of vectors and is not decayed either.
+    """
+    hidden, other, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        in_block = name.startswith("layers.")
+        (vectors if parameter.dim() < 2 or name.startswith("token_embeddings") else hidden if in_block else other).append(parameter)
+    adamw_matrices = other if config.optimizer == "muon" else hidden + other
+    groups = [{"params": adamw_matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers = [AdamW([group for group in groups if group["params"]], lr=config.lr, betas=(config.beta1, config.beta2))]
+    if config.optimizer == "muon":
+        optimizers.append(Muon(hidden, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.muon_weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_factor(config: TrainConfig, step: int, total_steps: float) -> float:
+    """The learning rate at `step` (from 1) of a run of total_steps, as a share of its peak."""
+    warmup = config.warmup_steps
+    if config.schedule == "cosine":
+        return cosine_schedule(step, 1.0, config.min_lr_factor, warmup, total_steps)
+    decay = total_steps * config.decay_fraction if config.schedule == "wsd" else 0
+    end = math.inf if config.schedule == "constant" else max(total_steps - decay - warmup, 0)
+    return wsd_schedule(step, 1.0, config.min_lr_factor, warmup, end, max(decay, 1))
+
+
+# --- the run ---
+
+class Run:
+    """The state of one training run: everything a checkpoint must bring back, and the steps that change it."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.dtype, self.device)
+        self.meta = data.read_meta(config.data_dir)
+        self.splits = {split: data.open_tokens(config.data_dir, split) for split in ("train", "val")}
+        vocab_size = check_vocabulary(config, self.meta, self.splits)
+        torch.manual_seed(config.seed)
+        self.model = Transformer(config.model_config(vocab_size)).to(self.device)
+        self.optimizers = make_optimizers(self.model, config)
+        use_compile = self.device.startswith("cuda") if config.compile is None else config.compile
+        self.forward = torch.compile(self.model) if use_compile else self.model
+        self.batches = torch.Generator().manual_seed(config.seed + 1)
+        self.sequences = config.batch_tokens // config.context_length
+        self.step, self.seconds, self.best_val_loss = 0, 0.0, math.inf
+        self.tokenizer_path = Path(config.data_dir) / "tokenizer.json"
+        self.tokenizer_sha256 = self.meta.get("tokenizer_sha256")
+
+    def autocast(self):
+        if self.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.split(":")[0], DTYPES[self.dtype])
+
+    def progress(self) -> float:
+        """Share of the run that is done, by steps or by the clock, whichever is further."""
+        by_step = self.step / self.config.max_steps if self.config.max_steps else 0.0
+        by_clock = self.seconds / (60 * self.config.max_minutes) if self.config.max_minutes else 0.0
+        return max(by_step, by_clock)
+
+    def total_steps(self) -> float:
+        """Steps of the whole run: given, or foreseen from the share of time that those so far have taken."""
+        if not self.config.max_minutes:
+            return self.config.max_steps
+        return self.step / self.progress() if self.step and self.progress() else math.inf
+
+    def train_step(self):
+        """One optimizer step over `sequences` sequences; returns (loss, gradient norm, learning rate).
+
+        Micro-batches may be ragged: each loss counts by its share of the sequences, so that the sum is the mean over
+        all tokens, and not a mean of means.
+        """
+        config = self.config
+        factor = lr_factor(config, self.step + 1, self.total_steps())
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+        inputs, targets = get_batch(self.splits["train"], self.sequences, config.context_length, self.device, self.batches)
+        micro = config.micro_batch_size or self.sequences
+        loss = 0.0
+        for x, y in zip(inputs.split(micro), targets.split(micro)):
+            with self.autocast():
+                _, micro_loss = self.forward(x, y)
+            micro_loss = micro_loss * (len(x) / self.sequences)
+            micro_loss.backward()
+            loss = loss + micro_loss.detach()
+        norm = clip_grad_norm(self.model.parameters(), config.grad_clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss, norm, config.lr * factor
+
+    @torch.no_grad()
+    def estimate_loss(self) -> float:
+        """Mean loss over eval_steps batches of the validation split: the same ones every time, from their own generator."""
+        self.model.eval()
+        generator, total = torch.Generator().manual_seed(self.config.seed + 2), 0.0
+        size = self.config.micro_batch_size or self.sequences
+        for _ in range(self.config.eval_steps):
+            batch = get_batch(self.splits["val"], size, self.config.context_length, self.device, generator)
+            with self.autocast():
+                total += self.model(*batch)[1].item()
+        self.model.train()
+        return total / self.config.eval_steps
+
+    def full_loss(self) -> float:
+        """Mean loss over the whole validation split, every token predicted with at least half a context before it."""
+        self.model.eval()
+        with self.autocast():
+            losses = token_losses(self.model, self.splits["val"])
+        self.model.train()
+        return losses.double().mean().item()
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """Nats per token as bits per byte of text, which does not depend on the tokenizer; None without meta.json."""
+        if "val_bytes" not in self.meta:
+            return None
+        return loss / math.log(2) * self.meta["val_tokens"] / self.meta["val_bytes"]
+
+    def save(self, name: str = "ckpt.pt") -> None:
+        save_checkpoint(
+            self.model, self.optimizers, self.step, Path(self.config.out_dir) / name,
+            train_config=asdict(self.config), tokens=self.step * self.sequences * self.config.context_length,
+            rng={"batches": self.batches.get_state(), "torch": torch.get_rng_state()}, data_position=self.step,
+            seconds=self.seconds, best_val_loss=self.best_val_loss, tokenizer_sha256=self.tokenizer_sha256)
+
+    def restore(self) -> None:
+        """Become the run that OUT_DIR/ckpt.pt holds. Raises ValueError naming the file when it does not fit this one."""
+        path = Path(self.config.out_dir) / "ckpt.pt"
+        entries = read_checkpoint(path, map_location=self.device)
+        if entries.get("tokenizer_sha256") != self.tokenizer_sha256:
+            raise ValueError(f"{path} was trained with another tokenizer than {self.config.data_dir} was made with; "
+                             "give the data_dir it was trained on, or another out_dir")
+        load_weights(self.model, entries["model"], path)
+        peaks = [[group["peak_lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        load_optimizer(self.optimizers, entries["optimizer"], path)
+        for optimizer, rates in zip(self.optimizers, peaks):       # a rate asked for on resuming wins over the saved one
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["peak_lr"] = rate
+        self.batches.set_state(entries["rng"]["batches"].cpu())
+        torch.set_rng_state(entries["rng"]["torch"].cpu())
+        self.step, self.seconds, self.best_val_loss = entries["step"], entries["seconds"], entries["best_val_loss"]
+
+
+# --- the log ---
+
+class Log:
+    """log.jsonl: a header, then a line a logging step or evaluation, flushed line by line."""
+
+    def __init__(self, out_dir, header: dict, resume_step: int | None):
+        self.path = Path(out_dir) / "log.jsonl"
+        kept = [json.dumps(header)]
+        if resume_step is not None and self.path.exists():
+            # Lines past the checkpoint were written by steps that will be taken again.
+            lines = read_log(self.path)
+            kept = [json.dumps(line) for line in lines if line.get("step", 0) <= resume_step] or kept
+        temporary = self.path.with_name("log.jsonl.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+        self.file = open(self.path, "a", encoding="utf-8")
+
+    def write(self, **entry) -> None:
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+
+
+def read_log(path) -> list[dict]:
+    """The lines of a log.jsonl; a last line that a kill cut short is left out."""
+    entries = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+def plot(out_dirs, path) -> None:
+    """Draw training and validation loss of one or several runs, against steps and against seconds, to a PNG file."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    for number, out_dir in enumerate(out_dirs):
+        log = read_log(Path(out_dir) / "log.jsonl")
+        for key, style in (("loss", dict(alpha=0.4, linewidth=1)), ("val_loss", dict(marker="o", markersize=3))):
+            lines = [line for line in log if key in line]
+            for axis, x in zip(axes, ("step", "seconds")):
+                label = f"{Path(out_dir).name} {'train' if key == 'loss' else 'validation'}"
+                axis.plot([line[x] for line in lines], [line[key] for line in lines], color=f"C{number}", label=label, **style)
+    axes[0].set(xlabel="step", ylabel="loss, nats per token")
+    axes[1].set(xlabel="training time, seconds")
+    axes[0].legend()
+    figure.suptitle("python train.py plot " + " ".join(str(out_dir) for out_dir in out_dirs), fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# --- main ---
+
+class Stop:
+    """Turns the first Ctrl-C, SIGTERM or (Slurm's warning) SIGUSR1 into a flag; a second one acts at once."""
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+
+    def __enter__(self):
+        self.signal, self.before = None, {}
+        for name in self.NAMES:
+            with contextlib.suppress(AttributeError, ValueError):    # not on this system; not in the main thread
+                number = getattr(signal, name)
+                self.before[number] = signal.signal(number, self.catch)
+        return self
+
+    def catch(self, number, frame):
+        self.signal = number
+        for caught, handler in self.before.items():
+            signal.signal(caught, handler)
+        print(f"\n{signal.Signals(number).name}: saving after this step", flush=True)
+
+    def __exit__(self, *_):
+        if self.signal is None:
+            for caught, handler in self.before.items():
+                signal.signal(caught, handler)
+
+
+def main(config: TrainConfig) -> dict:
+    """Train as `config` says and return the final figures.
+
+    Returns step, tokens, seconds (of training), loss (the last logged), val_loss (nats per token), val_bits_per_byte
+    (None without meta.json), out_dir, and interrupted (the signal's number, or None).
+    Raises ValueError or OSError for settings, data or a checkpoint that cannot be used, FloatingPointError when the
+    loss is no longer a number.
+    """
+    if config.max_steps is None and config.max_minutes is None:
+        config.max_minutes = DEFAULT_MINUTES
+    corpus = Path(config.data_dir).name
+    if corpus in data.NAMES and not (Path(config.data_dir) / "meta.json").exists() \
+            and not (Path(config.data_dir) / "train.bin").exists():
+        data.prepare(corpus, data_dir=config.data_dir, context_length=config.context_length)
+    run = Run(config)
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    if config.resume:
+        run.restore()
+    if run.tokenizer_path.exists():
+        shutil.copyfile(run.tokenizer_path, Path(config.out_dir) / "tokenizer.json")
+    log = Log(config.out_dir, header(run), run.step if config.resume else None)
+    print_start(run)
+    with Stop() as stop, contextlib.closing(log.file):
+        last_loss = train(run, log, stop)
+        if stop.signal is None:
+            val_loss = run.full_loss()
+            bits = run.bits_per_byte(val_loss)
+            log.write(step=run.step, seconds=run.seconds, val_loss=val_loss, val_bits_per_byte=bits, split="all of val.bin")
+    plot([config.out_dir], Path(config.out_dir) / "loss.png")
+    figures = {"step": run.step, "tokens": run.step * run.sequences * config.context_length, "seconds": run.seconds,
+               "loss": last_loss, "out_dir": config.out_dir, "interrupted": stop.signal}
+    if stop.signal is not None:
+        print(f"stopped at step {run.step}, saved. Go on with the same command and --resume=true, or see what it writes: "
+              f"python sample.py {config.out_dir}")
+        return figures
+    show_samples(config)
+    print(f"step {run.step}, {run.seconds:.1f} s of training | val loss {val_loss:.4f} | val perplexity {math.exp(val_loss):.2f} "
+          f"| val bits per byte {'n/a' if bits is None else f'{bits:.4f}'}")
+    return figures | {"val_loss": val_loss, "val_bits_per_byte": bits}
+
+
+def header(run: Run) -> dict:
+    """What a reader of the log needs to repeat the run."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent) \
+        if shutil.which("git") else None
+    return {"commit": commit.stdout.strip() if commit and commit.returncode == 0 else None, "torch": torch.__version__,
+            "python": platform.python_version(), "device": run.device, "dtype": run.dtype, "seed": run.config.seed,
+            "config": asdict(run.config), "model_config": asdict(run.model.config)}
+
+
+def print_start(run: Run) -> None:
+    config, c = run.config, run.model.config
+    n_params = sum(p.numel() for p in run.model.parameters())
+    micro = min(config.micro_batch_size or run.sequences, run.sequences)
+    print(f"model: {n_params:,} parameters, {c.n_layers} layers of {c.d_model}, vocabulary {c.vocab_size:,}, context {c.context_length}")
+    print(f"device: {run.device}, {run.dtype}, {torch.get_num_threads()} CPU threads")
+    print(f"step: {run.sequences * c.context_length:,} tokens = {run.sequences} sequences of {c.context_length}, "
+          f"{math.ceil(run.sequences / micro)} micro-batches of up to {micro}")
+    if config.resume:
+        print(f"resumed {config.out_dir}/ckpt.pt at step {run.step}, {run.seconds:.1f} s")
+        if run.progress() >= 1:
+            print("that run is at its end; give a larger --max_steps or --max_minutes to train it further")
+
+
+def train(run: Run, log: Log, stop: Stop) -> float | None:
+    """Step until the run is done or a signal comes; returns the last logged loss."""
+    config, last_loss, since = run.config, None, (run.step, run.seconds)
+    peak, flops = peak_flops(run.device, run.dtype), training_flops_per_token(run.model)
+    step_tokens = run.sequences * config.context_length
+    saved_at = None
+    while run.progress() < 1 and stop.signal is None:
+        began = time.perf_counter()
+        loss, norm, lr = run.train_step()
+        due = run.step % config.log_every == 0 or run.step == 1
+        if due or config.max_minutes:
+            loss_value = loss.item()                               # waits for the device, so that the clock is true
+        run.seconds += time.perf_counter() - began
+        if due or run.progress() >= 1:
+            last_loss = loss.item()
+            stop_if_not_finite(run, last_loss, norm.item(), lr)
+            ms = 1000 * (run.seconds - since[1]) / (run.step - since[0])
+            mfu = flops * step_tokens / ms * 1000 / peak if peak else None
+            since = (run.step, run.seconds)
+            log.write(step=run.step, loss=last_loss, lr=lr, norm=norm.item(), ms=ms, tokens_per_s=1000 * step_tokens / ms,
+                      mfu=mfu, seconds=run.seconds)
+            print_step(run, last_loss, lr, norm.item(), ms, 1000 * step_tokens / ms, mfu)
+        if config.eval_every and run.step % config.eval_every == 0 and run.progress() < 1:
+            val_loss = run.estimate_loss()
+            bits = run.bits_per_byte(val_loss)
+            log.write(step=run.step, seconds=run.seconds, val_loss=val_loss, val_bits_per_byte=bits)
+            print(f"{run.step:>6} | val loss {val_loss:.4f}" + (f" | val bits per byte {bits:.4f}" if bits else ""), flush=True)
+            if val_loss < run.best_val_loss:
+                run.best_val_loss = val_loss
+                run.save("best.pt")
+        every = config.checkpoint_every or config.eval_every
+        if every and run.step % every == 0:
+            run.save()
+            saved_at = run.step
+    if saved_at != run.step:
+        run.save()
+    return last_loss
+
+
+def print_step(run: Run, loss, lr, norm, ms, tokens_per_s, mfu) -> None:
+    left = run.seconds * (1 / run.progress() - 1) if run.step and run.progress() else math.nan
+    total = run.config.max_steps or round(run.total_steps())
+    print(f"{run.step:>6}/{total} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {ms:.0f} ms | "
+          f"{tokens_per_s:,.0f} tok/s | mfu {'n/a' if mfu is None else f'{100 * mfu:.1f} %'} | eta {left:.0f} s", flush=True)
+
+
+def stop_if_not_finite(run: Run, loss: float, norm: float, lr: float) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    raise FloatingPointError(f"loss {loss} and gradient norm {norm} at step {run.step}, learning rate {lr:.2e}: the run has "
+                             f"diverged. The last good state is {run.config.out_dir}/ckpt.pt, if one was saved; "
+                             "lower --lr (or --muon_lr), or raise --warmup_steps")
+
+
+def show_samples(config: TrainConfig) -> None:
+    """Let sample.py write, from the files alone, and say what to try next."""
+    if not config.num_samples:
+        return
+    sys.stdout.flush()
+    script = Path(__file__).with_name("sample.py")
+    subprocess.run([sys.executable, str(script), config.out_dir, f"--num_samples={config.num_samples}", f"--seed={config.seed}",
+                    "--max_new_tokens=100", "--device=cpu"], check=True)
+    print(f"\nnext: python sample.py {config.out_dir} --prompt='ROMEO' --temperature=0.8\n"
+          f"      python evaluate.py {config.out_dir}\n"
+          f"      python train.py --resume=true --max_minutes=10        (train it on; plot in {config.out_dir}/loss.png)")
+
+
+USAGE = f"""usage: python train.py [config_x.py] [--key=value …]      train ({DEFAULT_CONFIG} when no config is given)
+       python train.py plot OUT_DIR … [--out_dir=FOLDER]   draw the losses of runs to FOLDER/loss.png"""
+
+
+def run_command_line(argv: list[str]) -> None:
+    if not any(word.endswith(".py") for word in argv) and "plot" not in argv[:1]:
+        argv = [str(Path(__file__).with_name(DEFAULT_CONFIG)), *argv]
+    verb, files, config, sources = command_line(TrainConfig, argv, USAGE, verbs=("plot",))
+    if verb is None and files:
+        fail(f"{files[0]!r} is neither a setting (--key=value), a config_*.py nor a verb. {USAGE}")
+    try:
+        if verb == "plot":
+            target = Path(config.out_dir if sources["out_dir"] == "flag" else files[0]) / "loss.png"
+            plot(files, target)
+            return print(target)
+        if sources["max_steps"] == "flag" and sources["max_minutes"] != "flag":
+            config.max_minutes = None                              # asked for steps: a time limit from the file is not meant
+        print_config(config, sources)
+        interrupted = main(config)["interrupted"]
+    except (ValueError, OSError, FloatingPointError) as error:
+        fail(error)
+    if interrupted is not None:
+        sys.exit(128 + interrupted)
+
+
+if __name__ == "__main__":
+    run_command_line(sys.argv[1:])
