@@ -256,6 +256,12 @@ class KVCache:
             self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    def select(self, rows) -> None:
+        """Keep these rows, in this order; a row named twice is copied, so that samples of one prompt share its prefill."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        if self.lengths is not None:
+            self.set_lengths(self.lengths[rows].tolist())
+
     def advance(self, n_new: int) -> None:
         """Count n_new tokens as cached, after every layer has stored them."""
         self.length += n_new
@@ -414,3 +420,12 @@ def token_losses(model, tokens, stride: int | None = None, batch_size: int = 16)
             fresh = 0 if s == 0 else length - stride
             losses[s + fresh:s + length] = row[fresh:]
     return losses
+
+
+def bits_per_byte(loss: float, n_tokens: int, n_bytes: int) -> float:
+    """A mean loss in nats per token as bits per byte of the text: comparable between tokenizers, which the loss is not.
+
+    >>> round(bits_per_byte(math.log(2), n_tokens=100, n_bytes=400), 6)
+    0.25
+    """
+    return loss / math.log(2) * n_tokens / n_bytes

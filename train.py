@@ -31,7 +31,7 @@ import torch
 import data
 from checkpoint import load_optimizer, load_weights, read_checkpoint, save_checkpoint, load_checkpoint  # noqa: F401
 from configurator import command_line, fail, print_config
-from model import ModelConfig, Transformer, token_losses
+from model import ModelConfig, Transformer, bits_per_byte, token_losses
 from optim import AdamW, Muon, clip_grad_norm, cosine_schedule, wsd_schedule
 
 DEFAULT_CONFIG = "config_shakespeare.py"
@@ -306,7 +306,7 @@ class Run:
         """Nats per token as bits per byte of text, which does not depend on the tokenizer; None without meta.json."""
         if "val_bytes" not in self.meta:
             return None
-        return loss / math.log(2) * self.meta["val_tokens"] / self.meta["val_bytes"]
+        return bits_per_byte(loss, self.meta["val_tokens"], self.meta["val_bytes"])
 
     def save(self, name: str = "ckpt.pt") -> None:
         save_checkpoint(
