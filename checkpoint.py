@@ -65,11 +65,11 @@ def read_checkpoint(path, map_location="cpu") -> dict:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; train one first: python train.py --out_dir={Path(path).parent}")
+    with open(path, "rb"):
+        pass                                # a file that may not be read raises its own OSError here, not below
     try:
         # What a damaged file raises depends on where it is cut (zip directory, pickle, tensor): all mean the same here.
         entries = torch.load(path, map_location=map_location, weights_only=True)
-    except OSError:
-        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} cannot be read as a checkpoint of tensors and plain containers ({reason}); "
