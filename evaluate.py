@@ -54,7 +54,9 @@ def read_tokens(path, tokenizer, meta_dtype: str | None = None):
         n_bytes = None
         if tokenizer is not None:
             if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
-                raise ValueError(f"{path} holds id {ids.max()}, the tokenizer has only {tokenizer.vocab_size}: it was made with another")
+                raise ValueError(
+                    f"{path} holds id {ids.max()}, the tokenizer has {tokenizer.vocab_size}: made with another one"
+                )
             size_of = np.zeros(tokenizer.vocab_size, dtype=np.int64)
             for token, piece in tokenizer.vocab.items():
                 size_of[token] = len(piece)
@@ -73,6 +75,7 @@ USAGE = "usage: python evaluate.py OUT_DIR [--data=FILE] [--key=value …]"
 
 
 def main(argv: list[str]) -> None:
+    """Score the folder of a run; a mistake exits with status 2."""
     _, files, config, _ = command_line(EvaluateConfig, argv, USAGE)
     if len(files) != 1:
         fail(f"give one folder of a training run. {USAGE}")

@@ -8,7 +8,8 @@ expects; the arithmetic is ours. It runs through torch._foreach_*, which hands a
 model of 40 tensors would otherwise pay for some 400 small operations a step.
 
 Papers: Kingma & Ba 2014 (Adam, 1412.6980), Loshchilov & Hutter 2017 (decoupled decay, 1711.05101; cosine, 1608.03983),
-Jordan 2024 (Muon, kellerjordan.github.io/posts/muon), Liu 2025 (Muon's scale and decay, 2502.16982), Hu 2024 (WSD, 2404.06395).
+Jordan 2024 (Muon, kellerjordan.github.io/posts/muon), Liu 2025 (Muon's scale and decay, 2502.16982), Hu 2024 (WSD,
+2404.06395).
 """
 import math
 
@@ -25,7 +26,9 @@ def _check(name: str, value: float, low: float, high: float = math.inf) -> None:
 
 
 class _Optimizer(torch.optim.Optimizer):
-    """The part all share: gather each group's tensors that have a gradient, then call `update(group, params, grads, states)`."""
+    """The part all share: gather each group's tensors that have a gradient, then call `update(group, params, grads,
+    states)`.
+    """
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -55,7 +58,8 @@ class AdamW(_Optimizer):
     The state has torch's keys (step, exp_avg, exp_avg_sq), so a state_dict moves between torch's AdamW and this one.
     """
 
-    def __init__(self, params, lr: float = 1e-3, betas: tuple = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01):
+    def __init__(self, params, lr: float = 1e-3, betas: tuple = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.01):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             _check(name, value, 0.0)
         for i in range(2):
@@ -93,7 +97,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     x = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x                                       # A is then the smaller of the two Gram matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)    # all singular values at most 1, with room for rounding
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)  # all singular values at most 1, with room for rounding
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -123,7 +127,8 @@ class Muon(_Optimizer):
         super().add_param_group(group)
         for p in self.param_groups[-1]["params"]:
             if p.dim() < 2:
-                raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(p.shape)}; give that one to AdamW")
+                raise ValueError(
+                    f"Muon takes matrices, not a parameter of shape {tuple(p.shape)}; give that one to AdamW")
 
     def update(self, group, params, grads, states):
         for p, state in zip(params, states):
@@ -165,8 +170,10 @@ def cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, 
     return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (max_lr - min_lr)
 
 
-def wsd_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, stable_steps: int, decay_steps: int) -> float:
-    """Warmup, stable, decay (2404.06395): up linearly, flat for stable_steps, down linearly over decay_steps, then min_lr.
+def wsd_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, stable_steps: int,
+                 decay_steps: int) -> float:
+    """Warmup, stable, decay (2404.06395): up linearly, flat for stable_steps, down linearly over decay_steps, then
+    min_lr.
 
     The flat part has no end in mind: a run can be prolonged, and only the decay need be trained again.
     """

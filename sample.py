@@ -79,9 +79,12 @@ def check_sampling(model, rows, max_new_tokens, temperature, top_k, top_p) -> No
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
     for number, row in enumerate(rows):
         if not row:
-            raise ValueError(f"prompt {number} is empty; a model needs one token to go on from, for example {END_OF_TEXT}")
+            raise ValueError(
+                f"prompt {number} is empty; a model needs one token to go on from, for example {END_OF_TEXT}")
         if not 0 <= min(row) <= max(row) < model.config.vocab_size:
-            raise ValueError(f"prompt {number} holds an id outside 0 … {model.config.vocab_size - 1}: the tokenizer is not this model's")
+            raise ValueError(
+                f"prompt {number} holds an id outside 0 … {model.config.vocab_size - 1}; "
+                "the tokenizer is not this model's")
 
 
 # --- generation ---
@@ -110,7 +113,7 @@ def stream(model, prompts, max_new_tokens: int, *, temperature=1.0, top_k=None, 
             if len(rows[i]) - starts[i] > context:
                 starts[i], memory = len(rows[i]) - max(1, context // 2), None
         phase = "decode"
-        if alive is None:                                           # the prompts, once each, however many rows they give
+        if alive is None:  # the prompts, once each, however many rows they give
             phase = "prefill"
             logits, memory = prefill(model, [row[start:] for row, start in zip(rows, starts)], cache)
             source = [i for i in range(len(prompts)) for _ in range(n_each)]
@@ -155,7 +158,8 @@ def prefill(model, windows: list[list[int]], cache: bool):
 
 
 def generate(model, prompt_ids, max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
-             top_p: float | None = None, stop_ids=(), cache: bool = True, generator=None, vocab_limit: int | None = None):
+             top_p: float | None = None, stop_ids=(), cache: bool = True, generator=None,
+             vocab_limit: int | None = None):
     """The new ids after a prompt (a list of int), or a list of them for a list of prompts of any lengths.
 
     temperature: 0 is greedy. top_k, then top_p cut the distribution. stop_ids end a row and are the last id given.
@@ -168,8 +172,8 @@ def generate(model, prompt_ids, max_new_tokens: int, *, temperature: float = 1.0
     was_training = model.training
     model.eval()
     try:
-        for ids in stream(model, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop_ids=stop_ids,
-                          cache=cache, generator=generator, vocab_limit=vocab_limit):
+        for ids in stream(model, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                          stop_ids=stop_ids, cache=cache, generator=generator, vocab_limit=vocab_limit):
             for row, token in zip(new, ids):
                 if token is not None:
                     row.append(token)
@@ -181,7 +185,7 @@ def generate(model, prompt_ids, max_new_tokens: int, *, temperature: float = 1.0
 # --- command line ---
 
 def write(model, tokenizer, prompt: str, config: SampleConfig, generator) -> dict:
-    """Print continuations of one prompt: a single one as it is made, several one after the other. Returns the timing."""
+    """Print continuations of one prompt: a single one as it is made, several one after another; returns the timing."""
     end = tokenizer.special_tokens.get(END_OF_TEXT)
     if not prompt and end is None:
         raise ValueError(f"this tokenizer has no {END_OF_TEXT} to start a text from; give a --prompt")
@@ -193,8 +197,9 @@ def write(model, tokenizer, prompt: str, config: SampleConfig, generator) -> dic
     if live:
         print(prompt, end="", flush=True)
     for given in stream(model, [ids], config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-                        top_p=config.top_p, stop_ids=() if end is None else (end,), cache=config.cache, generator=generator,
-                        vocab_limit=tokenizer.vocab_size, n_each=config.num_samples, timing=timing):
+                        top_p=config.top_p, stop_ids=() if end is None else (end,), cache=config.cache,
+                        generator=generator, vocab_limit=tokenizer.vocab_size, n_each=config.num_samples,
+                        timing=timing):
         for row, token in zip(rows, given):
             if token is not None and token != end:
                 row.append(token)
@@ -208,8 +213,10 @@ def write(model, tokenizer, prompt: str, config: SampleConfig, generator) -> dic
 
 
 def print_timing(timing: dict) -> None:
-    rates = [f"{phase} {timing[f'{phase}_tokens']} tokens, {timing[f'{phase}_tokens'] / max(timing[f'{phase}_s'], 1e-9):,.0f} tok/s"
-             for phase in ("prefill", "decode")]
+    rates = []
+    for phase in ("prefill", "decode"):
+        n, seconds = timing[f"{phase}_tokens"], max(timing[f"{phase}_s"], 1e-9)
+        rates.append(f"{phase} {n} tokens, {n / seconds:,.0f} tok/s")
     print("--- " + "; ".join(rates) + " ---")
 
 
@@ -217,6 +224,7 @@ USAGE = "usage: python sample.py OUT_DIR [--prompt=TEXT] [--key=value …]"
 
 
 def main(argv: list[str]) -> None:
+    """Load the folder of a run and write; a mistake exits with status 2."""
     _, files, config, _ = command_line(SampleConfig, argv, USAGE)
     if len(files) != 1:
         fail(f"give one folder of a training run. {USAGE}")

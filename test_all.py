@@ -58,7 +58,7 @@ def test_adamw_follows_torch_for_1000_steps():
         a.step()
         b.step()
     largest = max((p - q).abs().max().item() for p, q in zip(ours, theirs))
-    assert largest < 2e-6, largest      # decay after the step instead of before: lr² · decay a step, and float32 rounding
+    assert largest < 2e-6, largest  # decay after the step instead of before: lr² · decay a step, and float32 rounding
 
 
 def test_adamw_first_step_by_hand():
@@ -93,8 +93,9 @@ def test_parameters_without_gradient_stay():
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 48), (48, 16), (3, 24, 16)])
 def test_muon_update_has_singular_values_near_one(shape):
-    values = torch.linalg.svdvals(optim.orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))).float())
-    assert 0.3 < values.min() and values.max() < 1.3, (values.min(), values.max())     # the quintic's own band, plus bf16
+    values = torch.linalg.svdvals(
+        optim.orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))).float())
+    assert 0.3 < values.min() and values.max() < 1.3, (values.min(), values.max())  # the quintic's own band, plus bf16
 
 
 def test_muon_step_is_the_orthogonalized_momentum():
@@ -157,27 +158,32 @@ class Toy:
 
 def test_defaults_then_file_then_flags(tmp_path):
     path = tmp_path / "config_toy.py"
-    path.write_text('"""A docstring."""\nhalf = 8\n'.replace("half", "width") + "rate = width * 0.5\nname = 'a'\n", encoding="utf-8")
+    path.write_text('"""A docstring."""\nhalf = 8\n'.replace("half", "width") + "rate = width * 0.5\nname = 'a'\n",
+                    encoding="utf-8")
     config, sources = configurator.resolve(Toy, {"rate": "1e-2", "loud": "1"}, str(path))
     assert config == Toy(8, 0.01, "a", True)
     assert sources == {"width": str(path), "rate": "flag", "name": str(path), "loud": "flag"}
 
 
-@pytest.mark.parametrize("key, text, value", [("width", "1e4", 10_000), ("width", "-3", -3), ("rate", "3", 3.0), ("loud", "true", True),
-                                              ("loud", "0", False), ("name", "none", None), ("name", "None", None), ("name", "7", "7")])
+@pytest.mark.parametrize("key, text, value", [("width", "1e4", 10_000), ("width", "-3", -3), ("rate", "3", 3.0),
+                                              ("loud", "true", True), ("loud", "0", False), ("name", "none", None),
+                                              ("name", "None", None), ("name", "7", "7")])
 def test_values_take_the_type_of_the_field(key, text, value):
     config, _ = configurator.resolve(Toy, {key: text})
     assert getattr(config, key) == value and type(getattr(config, key)) is type(value)
 
 
-@pytest.mark.parametrize("flags, words", [({"widht": "3"}, "Did you mean width"), ({"width": "2.5"}, "width='2.5' is not a int"),
+@pytest.mark.parametrize("flags, words", [({"widht": "3"}, "Did you mean width"),
+                                          ({"width": "2.5"}, "width='2.5' is not a int"),
                                           ({"loud": "perhaps"}, "loud='perhaps'"), ({"rate": "fast"}, "rate='fast'")])
 def test_bad_settings_say_what_and_what_instead(flags, words):
     with pytest.raises(configurator.ConfigError, match=re.escape(words)):
         configurator.resolve(Toy, flags)
 
 
-@pytest.mark.parametrize("line", ["import os", "width = open('x')", "width = __import__('os').getpid()", "width: int = 3", "for i in x: pass"])
+@pytest.mark.parametrize(
+    "line",
+    ["import os", "width = open('x')", "width = __import__('os').getpid()", "width: int = 3", "for i in x: pass"])
 def test_config_files_cannot_run_code(tmp_path, line):
     path = tmp_path / "config_bad.py"
     path.write_text(line + "\n", encoding="utf-8")
@@ -233,9 +239,11 @@ def test_bad_checkpoints_are_refused_by_name(tmp_path):
     checkpoint.save_checkpoint(toy_model(), None, 1, path)
     whole = path.read_bytes()
     with pytest.raises(ValueError, match="does not fit this model: token_embeddings.weight"):
-        checkpoint.load_checkpoint(path, Transformer(ModelConfig(vocab_size=51, context_length=16, d_model=16, n_layers=2, n_heads=2)))
+        checkpoint.load_checkpoint(
+            path, Transformer(ModelConfig(vocab_size=51, context_length=16, d_model=16, n_layers=2, n_heads=2)))
     with pytest.raises(ValueError, match="missing .'layers.2"):
-        checkpoint.load_checkpoint(path, Transformer(ModelConfig(vocab_size=50, context_length=16, d_model=16, n_layers=3, n_heads=2)))
+        checkpoint.load_checkpoint(
+            path, Transformer(ModelConfig(vocab_size=50, context_length=16, d_model=16, n_layers=3, n_heads=2)))
     for content in (whole[:len(whole) // 2], whole[:100], b"", b"not a checkpoint at all"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="ckpt.pt"):
@@ -259,7 +267,9 @@ def test_bad_checkpoints_are_refused_by_name(tmp_path):
 def corpus_text() -> str:
     """Real English and real code at hand without a network: this project's own pages."""
     here = Path(__file__).parent
-    return "".join(path.read_text(encoding="utf-8") + "<|endoftext|>" for path in sorted(here.glob("*.py")) if path.name != "test_all.py")
+    return "".join(
+        path.read_text(encoding="utf-8") + "<|endoftext|>" for path in sorted(here.glob("*.py"))
+        if path.name != "test_all.py")
 
 
 @pytest.fixture(scope="session")
@@ -272,16 +282,19 @@ def corpus(tmp_path_factory):
 
 
 def test_markdown_becomes_a_printed_play():
-    markdown = "# Hamlet\n\n## ACT I\n\n### SCENE I.\n\n_Enter *Ghost*_\n\n**HAMLET**  \n_\\[Aside]_  \nSpeak;  \n\\--I'll go on.\n\n\n\n**ALL**  \nHo!"
-    assert data.strip_markdown(markdown) == ("Hamlet\n\nACT I\n\nSCENE I.\n\nEnter Ghost\n\nHAMLET\n[Aside]\nSpeak;\n--I'll go on.\n\n"
-                                             "ALL\nHo!\n")
+    markdown = ("# Hamlet\n\n## ACT I\n\n### SCENE I.\n\n_Enter *Ghost*_\n\n**HAMLET**  \n_\\[Aside]_  \nSpeak;  \n"
+                "\\--I'll go on.\n\n\n\n**ALL**  \nHo!")
+    assert data.strip_markdown(markdown) == (
+        "Hamlet\n\nACT I\n\nSCENE I.\n\nEnter Ghost\n\nHAMLET\n[Aside]\nSpeak;\n--I'll go on.\n\n"
+        "ALL\nHo!\n")
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
 def test_documents_are_split_whole_however_they_are_chunked(tmp_path, chunk):
     documents = [f"document {i}\r\nends é{data.SEPARATOR}" for i in range(23)] + ["a last one without an end"]
     text = "".join(documents)
-    n = data.split_documents((text[i:i + chunk] for i in range(0, len(text), chunk)), tmp_path / "train", tmp_path / "val")
+    n = data.split_documents((text[i:i + chunk] for i in range(0, len(text), chunk)), tmp_path / "train",
+                             tmp_path / "val")
     val = [i for i in range(24) if i % 10 == 4]
     assert n == 24
     assert (tmp_path / "val").read_bytes().decode() == "".join(documents[i] for i in val)
@@ -291,9 +304,11 @@ def test_documents_are_split_whole_however_they_are_chunked(tmp_path, chunk):
 @pytest.mark.parametrize("chunk", [1, 10, 1000])
 def test_few_documents_are_cut_at_a_line(tmp_path, chunk):
     text = "".join(f"line {i}\n" for i in range(100))
-    data.cut_text((text[i:i + chunk] for i in range(0, len(text), chunk)), len(text), tmp_path / "train", tmp_path / "val")
+    data.cut_text((text[i:i + chunk] for i in range(0, len(text), chunk)), len(text), tmp_path / "train",
+                  tmp_path / "val")
     train, val = ((tmp_path / name).read_text(encoding="utf-8") for name in ("train", "val"))
-    assert train + val == text and train.endswith("\n" if chunk > 10 else train[-1]) and 0.85 < len(train) / len(text) < 0.95
+    assert train + val == text and train.endswith("\n" if chunk >
+                                                  10 else train[-1]) and 0.85 < len(train) / len(text) < 0.95
 
 
 def test_prepare_writes_what_the_design_names(corpus):
@@ -304,11 +319,13 @@ def test_prepare_writes_what_the_design_names(corpus):
     for split in ("train", "val"):
         ids = np.fromfile(corpus / f"{split}.bin", dtype="<u2")
         text = (corpus / f"{split}.txt").read_bytes()
-        assert tokenizer.decode_bytes(ids) == text and meta[f"{split}_tokens"] == len(ids) and meta[f"{split}_bytes"] == len(text)
+        assert tokenizer.decode_bytes(ids) == text and meta[f"{split}_tokens"] == len(
+            ids) and meta[f"{split}_bytes"] == len(text)
     assert (corpus / "train.txt").stat().st_size > 4 * (corpus / "val.txt").stat().st_size
 
 
-@pytest.mark.parametrize("content, words", [(b"", "is empty"), (b"caf\xe9 " * 500, "is not UTF-8"), (b"too short", "fewer than one context")])
+@pytest.mark.parametrize("content, words", [(b"", "is empty"), (b"caf\xe9 " * 500, "is not UTF-8"),
+                                            (b"too short", "fewer than one context")])
 def test_texts_that_cannot_be_used_say_why(tmp_path, content, words):
     (tmp_path / "x.txt").write_bytes(content)
     with pytest.raises(ValueError, match=words) as caught:
@@ -395,12 +412,13 @@ def test_nanogpt_token_files_load_as_they_are(tmp_path):
 
 # --- train.py ---
 
-TINY = dict(context_length=32, d_model=32, n_layers=2, n_heads=2, batch_tokens=8 * 32, warmup_steps=5, eval_every=10, eval_steps=2,
-            log_every=5, lr=3e-3, device="cpu", dtype="float32")
+TINY = dict(context_length=32, d_model=32, n_layers=2, n_heads=2, batch_tokens=8 * 32, warmup_steps=5, eval_every=10,
+            eval_steps=2, log_every=5, lr=3e-3, device="cpu", dtype="float32")
 
 
 def tiny_run(corpus, out_dir, **more):
-    return train.main(train.TrainConfig(**TINY | {"data_dir": str(corpus), "out_dir": str(out_dir), "max_steps": 30} | more))
+    return train.main(
+        train.TrainConfig(**TINY | {"data_dir": str(corpus), "out_dir": str(out_dir), "max_steps": 30} | more))
 
 
 @pytest.fixture(scope="session")
@@ -440,10 +458,12 @@ def test_training_learns_and_leaves_its_files(trained, corpus):
     assert log[0]["seed"] == 1337 and log[0]["config"]["optimizer"] == "muon"
     losses = [line["loss"] for line in log if "loss" in line]
     assert losses[-1] < losses[0] - 0.9, losses          # from ln 512 = 6.2; under 5.4 it has more than unigrams
-    assert {"ckpt.pt", "best.pt", "log.jsonl", "loss.png", "tokenizer.json"} <= {path.name for path in out_dir.iterdir()}
+    assert {"ckpt.pt", "best.pt", "log.jsonl", "loss.png",
+            "tokenizer.json"} <= {path.name for path in out_dir.iterdir()}
     entries = torch.load(out_dir / "ckpt.pt", weights_only=True)
-    assert {"format_version", "model_config", "train_config", "model", "optimizer", "step", "tokens", "rng", "data_position",
-            "best_val_loss", "tokenizer_sha256"} <= entries.keys()
+    assert {
+        "format_version", "model_config", "train_config", "model", "optimizer", "step", "tokens", "rng",
+        "data_position", "best_val_loss", "tokenizer_sha256"} <= entries.keys()
     assert entries["step"] == 60 and entries["tokens"] == 60 * 256 == figures["tokens"]
     assert figures["val_bits_per_byte"] == pytest.approx(log[-1]["val_bits_per_byte"])
 
@@ -454,21 +474,23 @@ def test_final_loss_is_that_of_the_whole_split_token_by_token(trained, corpus):
     ids = torch.from_numpy(np.fromfile(corpus / "val.bin", dtype="<u2").astype(np.int64))
     nats, context, half = 0.0, 32, 16
     with torch.no_grad():
-        for position in range(1, len(ids)):                               # each token from the window that should predict it
+        for position in range(1, len(ids)):  # each token from the window that should predict it
             start = max(0, (position - context - 1 + half) // half) * half
             start = min(start, len(ids) - 1 - context)
             logits = model(ids[None, start:position])[0, -1].double()
             nats -= torch.log_softmax(logits, -1)[ids[position]].item()
     assert figures["val_loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-4)     # float32 sums
     n_bytes = len((corpus / "val.txt").read_bytes())
-    assert figures["val_bits_per_byte"] == pytest.approx(nats / (len(ids) - 1) * len(ids) / n_bytes / math.log(2), rel=1e-4)
+    assert figures["val_bits_per_byte"] == pytest.approx(nats / (len(ids) - 1) * len(ids) / n_bytes / math.log(2),
+                                                         rel=1e-4)
 
 
 def test_ragged_micro_batches_equal_one_batch(corpus, tmp_path):
     for name, size in (("whole", None), ("ragged", 3)):                   # 8 sequences as 3 + 3 + 2
         tiny_run(corpus, tmp_path / name, max_steps=3, micro_batch_size=size)
     for (name, a), b in zip(weights(tmp_path / "whole").items(), weights(tmp_path / "ragged").values()):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=0, msg=lambda m: f"{name}: {m}")    # Adam divides rounding by |g|
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=0,
+                                   msg=lambda m: f"{name}: {m}")  # Adam divides rounding by |g|
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -477,8 +499,10 @@ def test_an_interrupted_run_equals_a_straight_one_bit_for_bit(corpus, tmp_path, 
     tiny_run(corpus, tmp_path / "broken", optimizer=optimizer, checkpoint_every=13, max_steps=30)
     # What a kill after step 17 leaves: the checkpoint of step 13, and a log that is ahead of it.
     tiny_run(corpus, tmp_path / "first", optimizer=optimizer, checkpoint_every=13)
-    run = train.Run(train.TrainConfig(**TINY | {"data_dir": str(corpus), "out_dir": str(tmp_path / "first"), "max_steps": 30,
-                                                "optimizer": optimizer}))
+    run = train.Run(
+        train.TrainConfig(
+            **TINY
+            | {"data_dir": str(corpus), "out_dir": str(tmp_path / "first"), "max_steps": 30, "optimizer": optimizer}))
     while run.step < 13:
         run.train_step()
     run.save()
@@ -494,14 +518,16 @@ def test_an_interrupted_run_equals_a_straight_one_bit_for_bit(corpus, tmp_path, 
 def test_how_often_one_evaluates_changes_nothing(corpus, tmp_path):
     for name, every in (("often", 2), ("never", 0)):
         tiny_run(corpus, tmp_path / name, max_steps=10, eval_every=every)
-    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "often").values(), weights(tmp_path / "never").values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights(tmp_path / "often").values(),
+                                          weights(tmp_path / "never").values()))
 
 
 def test_the_clock_ends_a_run_and_its_schedule(corpus, tmp_path):
     figures = tiny_run(corpus, tmp_path / "timed", max_steps=None, max_minutes=1 / 60, log_every=1)
     rates = [line["lr"] for line in train.read_log(tmp_path / "timed" / "log.jsonl") if "loss" in line]
     assert 1.0 <= figures["seconds"] < 10
-    assert len(rates) < 10 or max(rates) > 2e-3 and rates[-1] < 6e-4                     # up to the peak of 3e-3, down to nearly a tenth
+    assert len(rates) < 10 or max(rates) > 2e-3 and rates[-1] < 6e-4  # up to the peak of 3e-3, down to nearly a tenth
 
 
 def test_a_diverged_run_stops_and_says_where(corpus, tmp_path):
@@ -531,7 +557,8 @@ def test_settings_and_data_that_do_not_fit_are_refused(corpus, tmp_path, trained
 
 def random_model(**more):
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**dict(vocab_size=50, context_length=16, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2) | more))
+    model = Transformer(
+        ModelConfig(**dict(vocab_size=50, context_length=16, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2) | more))
     return model.eval()
 
 
@@ -539,11 +566,17 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("settings", [dict(temperature=0), dict(), dict(temperature=0.7, top_k=5), dict(top_p=0.8), dict(top_k=20, top_p=0.5)])
+@pytest.mark.parametrize(
+    "settings",
+    [dict(temperature=0),
+     dict(), dict(temperature=0.7, top_k=5),
+     dict(top_p=0.8),
+     dict(top_k=20, top_p=0.5)])
 def test_the_cache_changes_no_token_not_even_past_the_context(settings):
     model = random_model()
     for prompt in ([3], list(range(10)), list(range(40))):                # the last is longer than the context of 16
-        with_cache, without = (sample.generate(model, prompt, 40, cache=cache, generator=rng(), **settings) for cache in (True, False))
+        with_cache, without = (sample.generate(model, prompt, 40, cache=cache, generator=rng(), **settings)
+                               for cache in (True, False))
         assert with_cache == without and len(with_cache) == 40
 
 
@@ -552,7 +585,8 @@ def test_greedy_is_the_argmax_of_the_full_forward():
     for token in sample.generate(model, ids, 10, temperature=0):
         assert token == model(torch.tensor([ids]))[0, -1].argmax().item()
         ids = ids + [token]
-    assert sample.generate(model, [1, 2, 3], 10, top_k=1) == sample.generate(model, [1, 2, 3], 10, temperature=0) == ids[3:]
+    assert sample.generate(model, [1, 2, 3], 10, top_k=1) == sample.generate(model, [1, 2, 3], 10,
+                                                                             temperature=0) == ids[3:]
 
 
 def test_a_ragged_batch_writes_what_each_prompt_writes_alone():
@@ -598,7 +632,8 @@ def test_padded_vocabulary_rows_are_never_sampled():
     assert max(sample.generate(random_model(), [1], 200, temperature=5.0, vocab_limit=3, generator=rng())) == 2
 
 
-@pytest.mark.parametrize("prompt, more, words", [([], {}, "empty"), ([99], {}, "outside 0 … 49"), ([1], dict(temperature=-1), "temperature=-1"),
+@pytest.mark.parametrize("prompt, more, words", [([], {}, "empty"), ([99], {}, "outside 0 … 49"),
+                                                 ([1], dict(temperature=-1), "temperature=-1"),
                                                  ([1], dict(top_k=0), "top_k=0"), ([1], dict(top_p=0.0), "top_p=0.0")])
 def test_bad_sampling_is_refused_before_anything_is_computed(prompt, more, words):
     with pytest.raises(ValueError, match=words):
@@ -611,7 +646,8 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary():
     model = random_model()
     torch.nn.init.zeros_(model.lm_head.weight)
     figures = evaluate.perplexity(model, torch.randint(0, 50, (100,), generator=rng()), n_bytes=200)
-    assert figures["perplexity"] == pytest.approx(50, rel=1e-5) and figures["bits_per_byte"] == pytest.approx(math.log2(50) / 2, rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(50, rel=1e-5) and figures["bits_per_byte"] == pytest.approx(
+        math.log2(50) / 2, rel=1e-5)
     with pytest.raises(ValueError, match="at least 2 tokens"):
         evaluate.perplexity(model, [1])
 
@@ -634,8 +670,9 @@ def test_bytes_of_a_token_file_are_those_of_its_text(corpus):
 def python(*arguments, **more):
     """Run a script of this project as a user would; returns the finished process."""
     here = Path(__file__).parent
-    return subprocess.run([sys.executable, str(here / arguments[0]), *map(str, arguments[1:])], capture_output=True, text=True,
-                          encoding="utf-8", timeout=120, env=os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}, **more)
+    return subprocess.run([sys.executable, str(here / arguments[0]), *map(str, arguments[1:])], capture_output=True,
+                          text=True, encoding="utf-8", timeout=120,
+                          env=os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}, **more)
 
 
 SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "model", "data", "train", "sample", "evaluate"]
@@ -643,8 +680,9 @@ SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "model", "data", "train
 
 def test_importing_a_script_does_nothing(tmp_path):
     code = "import sys; sys.path.insert(0, sys.argv[1]); import " + ", ".join(SCRIPTS) + \
-           "; import torch; assert not torch.cuda.is_initialized() and 'matplotlib' not in sys.modules and 'tiktoken' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, cwd=tmp_path)
+           "; import torch; assert not torch.cuda.is_initialized() and not {'matplotlib', 'tiktoken'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True,
+                          cwd=tmp_path)
     assert done.returncode == 0 and done.stdout == done.stderr == "" and not list(tmp_path.iterdir()), done.stderr
 
 
@@ -653,15 +691,19 @@ def test_from_a_text_file_to_samples_by_commands(tmp_path):
     done = python("data.py", "prepare", "notes.txt", "--vocab_size=400", cwd=tmp_path)
     assert done.returncode == 0 and "bytes per token" in done.stdout, done.stderr
     flags = [f"--{key}={value}" for key, value in TINY.items()]
-    done = python("train.py", "--data_dir=data/notes", "--out_dir=out/notes", "--max_steps=20", "--n_heads=2", *flags, cwd=tmp_path)
+    done = python("train.py", "--data_dir=data/notes", "--out_dir=out/notes", "--max_steps=20", "--n_heads=2", *flags,
+                  cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "--- sample 3 ---" in done.stdout and "next: python sample.py" in done.stdout
     bits = re.search(r"val bits per byte ([\d.]+)$", done.stdout.strip().splitlines()[-1])
     assert bits and 1 < float(bits[1]) < 8
     done = python("evaluate.py", "out/notes", cwd=tmp_path)
-    assert float(done.stdout.split("bits per byte")[1]) == pytest.approx(float(bits[1]), abs=2e-3), done.stdout + done.stderr
-    one, two = (python("sample.py", "out/notes", "--prompt=def é", "--seed=5", "--max_new_tokens=30", cwd=tmp_path) for _ in range(2))
-    assert one.stdout.startswith("def é") and one.stdout.split("---")[0] == two.stdout.split("---")[0] and "decode 29 tokens" in one.stdout
+    assert float(done.stdout.split("bits per byte")[1]) == pytest.approx(float(bits[1]),
+                                                                         abs=2e-3), done.stdout + done.stderr
+    one, two = (python("sample.py", "out/notes", "--prompt=def é", "--seed=5", "--max_new_tokens=30", cwd=tmp_path)
+                for _ in range(2))
+    assert one.stdout.startswith("def é") and one.stdout.split("---")[0] == two.stdout.split(
+        "---")[0] and "decode 29 tokens" in one.stdout
     done = python("train.py", "plot", "out/notes", "out/notes", "--out_dir=.", cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG", done.stderr
 
@@ -669,8 +711,11 @@ def test_from_a_text_file_to_samples_by_commands(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="sends signals as a terminal and a scheduler do")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_stopped_goes_on(corpus, tmp_path, number):
-    command = [sys.executable, str(Path(__file__).parent / "train.py"), f"--data_dir={corpus}", f"--out_dir={tmp_path}/out", "--max_steps=100000",
-               "--num_samples=0", *(f"--{key}={value}" for key, value in (TINY | {"log_every": 1, "checkpoint_every": 1}).items())]
+    command = [
+        sys.executable,
+        str(Path(__file__).parent / "train.py"), f"--data_dir={corpus}", f"--out_dir={tmp_path}/out",
+        "--max_steps=100000", "--num_samples=0",
+        *(f"--{key}={value}" for key, value in (TINY | {"log_every": 1, "checkpoint_every": 1}).items())]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for line in process.stdout:
         if line.strip().startswith("25/"):
@@ -689,11 +734,15 @@ def test_a_run_that_is_stopped_goes_on(corpus, tmp_path, number):
     assert steps == list(range(1, step + 4))
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["train.py", "--max_stpes=3"], "Did you mean max_steps?"), (["train.py", "--max_steps"], "has no value"),
-    (["train.py", "config_none.py"], "config_none.py"), (["train.py", "trian"], "'trian' is neither"),
-    (["train.py", "--max_steps=many"], "max_steps='many' is not a int"), (["sample.py"], "give one folder"),
-    (["sample.py", "out/none"], "no checkpoint at"), (["data.py", "prepare", "none.txt"], "neither a corpus"), (["data.py"], "give one corpus")])
+@pytest.mark.parametrize("arguments, words", [(["train.py", "--max_stpes=3"], "Did you mean max_steps?"),
+                                              (["train.py", "--max_steps"], "has no value"),
+                                              (["train.py", "config_none.py"], "config_none.py"),
+                                              (["train.py", "trian"], "'trian' is neither"),
+                                              (["train.py", "--max_steps=many"], "max_steps='many' is not a int"),
+                                              (["sample.py"], "give one folder"),
+                                              (["sample.py", "out/none"], "no checkpoint at"),
+                                              (["data.py", "prepare", "none.txt"], "neither a corpus"),
+                                              (["data.py"], "give one corpus")])
 def test_bad_command_lines_end_with_status_2_and_a_reason(tmp_path, arguments, words):
     done = python(*arguments, cwd=tmp_path)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -46,7 +46,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class TrainConfig(ModelConfig):
     """Every setting of a training run, the model's included."""
     vocab_size: int | None = None            # rows of the embedding; none = as many as the tokenizer has
-    data_dir: str = "data/shakespeare"       # token files; a corpus that data.py knows by this name is prepared when missing
+    data_dir: str = "data/shakespeare"  # token files; a corpus that data.py knows by this name is prepared when missing
     out_dir: str = "out/shakespeare"         # checkpoint, log and plot
     max_steps: int | None = None             # stop after so many steps
     max_minutes: float | None = None         # stop after so much training, evaluation and checkpoints not counted
@@ -73,7 +73,7 @@ class TrainConfig(ModelConfig):
     resume: bool = False                     # go on from OUT_DIR/ckpt.pt
     seed: int = 1337                         # of weights and batches
     device: str | None = None                # cpu, cuda, cuda:1, mps; none = the best there is
-    dtype: str | None = None                 # float32 | bfloat16 for the matrix products; none = what the device is fast at
+    dtype: str | None = None  # float32 | bfloat16 for the matrix products; none = what the device is fast at
     compile: bool | None = None              # torch.compile; none = on CUDA only
 
     def __post_init__(self):
@@ -120,12 +120,13 @@ def get_batch(tokens, batch_size: int, context_length: int, device, generator=No
 
 def check_vocabulary(config: TrainConfig, meta: dict, splits: dict) -> int:
     """The vocabulary size of the run, after one look at every id. Raises ValueError when an id has no row."""
-    step = 1 << 24                                                 # a memory map read in one go would sit in memory whole
+    step = 1 << 24  # a memory map read in one go would sit in memory whole
     largest = max(int(ids[i:i + step].max()) for ids in splits.values() for i in range(0, len(ids), step))
     vocab_size = config.vocab_size or meta.get("vocab_size") or (largest // 64 + 1) * 64
     if largest >= vocab_size:
-        raise ValueError(f"{config.data_dir} holds id {largest}, but vocab_size is {vocab_size}; the tokens were made with "
-                         "another tokenizer: prepare them again, or leave vocab_size to the data")
+        raise ValueError(
+            f"{config.data_dir} holds id {largest}, but vocab_size is {vocab_size}; the tokens were made with "
+            "another tokenizer: prepare them again, or leave vocab_size to the data")
     return vocab_size
 
 
@@ -138,7 +139,8 @@ def pick_device(wanted: str | None) -> str:
     try:
         torch.empty(1, device=wanted)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={wanted!r} cannot be used here ({str(error).splitlines()[0]}); try --device=cpu") from None
+        raise ValueError(
+            f"device={wanted!r} cannot be used here ({str(error).splitlines()[0]}); try --device=cpu") from None
     return wanted
 
 
@@ -156,8 +158,8 @@ def matmul_flops(device: str, dtype: torch.dtype, size: int = 1024) -> float:
 def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks instead of handing them back to the kernel; elsewhere this does nothing.
 
-    On a CPU every step frees and asks again for the same hundred megabytes, and each time the kernel would map them page
-    by page: a fifth of the step of the default model.
+    On a CPU every step frees and asks again for the same hundred megabytes, and each time the kernel would map them
+    page by page: a fifth of the step of the default model.
     """
     if platform.libc_ver()[0] == "glibc":
         libc, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6"), -1, -3       # the numbers are malloc.h's
@@ -205,12 +207,15 @@ def make_optimizers(model: Transformer, config: TrainConfig) -> list[torch.optim
     hidden, other, vectors = [], [], []
     for name, parameter in model.named_parameters():
         in_block = name.startswith("layers.")
-        (vectors if parameter.dim() < 2 or name.startswith("token_embeddings") else hidden if in_block else other).append(parameter)
+        is_vector = parameter.dim() < 2 or name.startswith("token_embeddings")
+        (vectors if is_vector else hidden if in_block else other).append(parameter)
     adamw_matrices = other if config.optimizer == "muon" else hidden + other
     groups = [{"params": adamw_matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers = [AdamW([group for group in groups if group["params"]], lr=config.lr, betas=(config.beta1, config.beta2))]
+    optimizers = [
+        AdamW([group for group in groups if group["params"]], lr=config.lr, betas=(config.beta1, config.beta2))]
     if config.optimizer == "muon":
-        optimizers.append(Muon(hidden, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.muon_weight_decay))
+        optimizers.append(
+            Muon(hidden, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.muon_weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -280,7 +285,8 @@ class Run:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-        inputs, targets = get_batch(self.splits["train"], self.sequences, config.context_length, self.device, self.batches)
+        inputs, targets = get_batch(self.splits["train"], self.sequences, config.context_length, self.device,
+                                    self.batches)
         micro = config.micro_batch_size or self.sequences
         loss = 0.0
         for x, y in zip(inputs.split(micro), targets.split(micro)):
@@ -298,7 +304,7 @@ class Run:
 
     @torch.no_grad()
     def estimate_loss(self) -> float:
-        """Mean loss over eval_steps batches of the validation split: the same ones every time, from their own generator."""
+        """Mean loss over eval_steps validation batches, the same ones every time, from their own generator."""
         self.model.eval()
         generator, total = torch.Generator().manual_seed(self.config.seed + 2), 0.0
         size = self.config.micro_batch_size or self.sequences
@@ -331,7 +337,7 @@ class Run:
             seconds=self.seconds, best_val_loss=self.best_val_loss, tokenizer_sha256=self.tokenizer_sha256)
 
     def restore(self) -> None:
-        """Become the run that OUT_DIR/ckpt.pt holds. Raises ValueError naming the file when it does not fit this one."""
+        """Become the run that OUT_DIR/ckpt.pt holds. Raises ValueError naming the file when it does not fit."""
         path = Path(self.config.out_dir) / "ckpt.pt"
         entries = read_checkpoint(path, map_location=self.device)
         if entries.get("tokenizer_sha256") != self.tokenizer_sha256:
@@ -340,7 +346,7 @@ class Run:
         load_weights(self.model, entries["model"], path)
         peaks = [[group["peak_lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         load_optimizer(self.optimizers, entries["optimizer"], path)
-        for optimizer, rates in zip(self.optimizers, peaks):       # a rate asked for on resuming wins over the saved one
+        for optimizer, rates in zip(self.optimizers, peaks):  # a rate asked for on resuming wins over the saved one
             for group, rate in zip(optimizer.param_groups, rates):
                 group["peak_lr"] = rate
         self.batches.set_state(entries["rng"]["batches"].cpu())
@@ -393,7 +399,8 @@ def plot(out_dirs, path) -> None:
             lines = [line for line in log if key in line]
             for axis, x in zip(axes, ("step", "seconds")):
                 label = f"{Path(out_dir).name} {'train' if key == 'loss' else 'validation'}"
-                axis.plot([line[x] for line in lines], [line[key] for line in lines], color=f"C{number}", label=label, **style)
+                axis.plot([line[x] for line in lines], [line[key] for line in lines], color=f"C{number}", label=label,
+                          **style)
     axes[0].set(xlabel="step", ylabel="loss, nats per token")
     axes[1].set(xlabel="training time, seconds")
     axes[0].legend()
@@ -455,17 +462,20 @@ def main(config: TrainConfig) -> dict:
         if stop.signal is None:
             val_loss = run.full_loss()
             bits = run.bits_per_byte(val_loss)
-            log.write(step=run.step, seconds=run.seconds, val_loss=val_loss, val_bits_per_byte=bits, split="all of val.bin")
+            log.write(step=run.step, seconds=run.seconds, val_loss=val_loss, val_bits_per_byte=bits,
+                      split="all of val.bin")
     plot([config.out_dir], Path(config.out_dir) / "loss.png")
     figures = {"step": run.step, "tokens": run.step * run.sequences * config.context_length, "seconds": run.seconds,
                "loss": last_loss, "out_dir": config.out_dir, "interrupted": stop.signal}
     if stop.signal is not None:
-        print(f"stopped at step {run.step}, saved. Go on with the same command and --resume=true, or see what it writes: "
-              f"python sample.py {config.out_dir}")
+        print(
+            f"stopped at step {run.step}, saved. Go on with the same command and --resume=true, or see what it writes: "
+            f"python sample.py {config.out_dir}")
         return figures
     show_samples(config)
-    print(f"step {run.step}, {run.seconds:.1f} s of training | val loss {val_loss:.4f} | val perplexity {math.exp(val_loss):.2f} "
-          f"| val bits per byte {'n/a' if bits is None else f'{bits:.4f}'}")
+    print(
+        f"step {run.step}, {run.seconds:.1f} s of training | val loss {val_loss:.4f} | "
+        f"val perplexity {math.exp(val_loss):.2f} | val bits per byte {'n/a' if bits is None else f'{bits:.4f}'}")
     return figures | {"val_loss": val_loss, "val_bits_per_byte": bits}
 
 
@@ -479,10 +489,13 @@ def header(run: Run) -> dict:
 
 
 def print_start(run: Run) -> None:
+    """What is trained, where, and how a step is made up."""
     config, c = run.config, run.model.config
     n_params = sum(p.numel() for p in run.model.parameters())
     micro = min(config.micro_batch_size or run.sequences, run.sequences)
-    print(f"model: {n_params:,} parameters, {c.n_layers} layers of {c.d_model}, vocabulary {c.vocab_size:,}, context {c.context_length}")
+    print(
+        f"model: {n_params:,} parameters, {c.n_layers} layers of {c.d_model}, vocabulary {c.vocab_size:,}, "
+        f"context {c.context_length}")
     print(f"device: {run.device}, {run.dtype}, {torch.get_num_threads()} CPU threads")
     print(f"step: {run.sequences * c.context_length:,} tokens = {run.sequences} sequences of {c.context_length}, "
           f"{math.ceil(run.sequences / micro)} micro-batches of up to {micro}")
@@ -511,14 +524,15 @@ def train(run: Run, log: Log, stop: Stop) -> float | None:
             ms = 1000 * (run.seconds - since[1]) / (run.step - since[0])
             mfu = flops * step_tokens / ms * 1000 / peak if peak else None
             since = (run.step, run.seconds)
-            log.write(step=run.step, loss=last_loss, lr=lr, norm=norm.item(), ms=ms, tokens_per_s=1000 * step_tokens / ms,
-                      mfu=mfu, seconds=run.seconds)
+            log.write(step=run.step, loss=last_loss, lr=lr, norm=norm.item(), ms=ms,
+                      tokens_per_s=1000 * step_tokens / ms, mfu=mfu, seconds=run.seconds)
             print_step(run, last_loss, lr, norm.item(), ms, 1000 * step_tokens / ms, mfu)
         if config.eval_every and run.step % config.eval_every == 0 and run.progress() < 1:
             val_loss = run.estimate_loss()
             bits = run.bits_per_byte(val_loss)
             log.write(step=run.step, seconds=run.seconds, val_loss=val_loss, val_bits_per_byte=bits)
-            print(f"{run.step:>6} | val loss {val_loss:.4f}" + (f" | val bits per byte {bits:.4f}" if bits else ""), flush=True)
+            print(f"{run.step:>6} | val loss {val_loss:.4f}" + (f" | val bits per byte {bits:.4f}" if bits else ""),
+                  flush=True)
             if val_loss < run.best_val_loss:
                 run.best_val_loss = val_loss
                 run.save("best.pt")
@@ -534,16 +548,19 @@ def train(run: Run, log: Log, stop: Stop) -> float | None:
 def print_step(run: Run, loss, lr, norm, ms, tokens_per_s, mfu) -> None:
     left = run.seconds * (1 / run.progress() - 1) if run.step and run.progress() else math.nan
     total = run.config.max_steps or round(run.total_steps())
-    print(f"{run.step:>6}/{total} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {ms:.0f} ms | "
-          f"{tokens_per_s:,.0f} tok/s | mfu {'n/a' if mfu is None else f'{100 * mfu:.1f} %'} | eta {left:.0f} s", flush=True)
+    print(
+        f"{run.step:>6}/{total} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {ms:.0f} ms | "
+        f"{tokens_per_s:,.0f} tok/s | mfu {'n/a' if mfu is None else f'{100 * mfu:.1f} %'} | eta {left:.0f} s",
+        flush=True)
 
 
 def stop_if_not_finite(run: Run, loss: float, norm: float, lr: float) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    raise FloatingPointError(f"loss {loss} and gradient norm {norm} at step {run.step}, learning rate {lr:.2e}: the run has "
-                             f"diverged. The last good state is {run.config.out_dir}/ckpt.pt, if one was saved; "
-                             "lower --lr (or --muon_lr), or raise --warmup_steps")
+    raise FloatingPointError(
+        f"loss {loss} and gradient norm {norm} at step {run.step}, learning rate {lr:.2e}: the run has "
+        f"diverged. The last good state is {run.config.out_dir}/ckpt.pt, if one was saved; "
+        "lower --lr (or --muon_lr), or raise --warmup_steps")
 
 
 def show_samples(config: TrainConfig) -> None:
@@ -552,11 +569,12 @@ def show_samples(config: TrainConfig) -> None:
         return
     sys.stdout.flush()
     script = Path(__file__).with_name("sample.py")
-    subprocess.run([sys.executable, str(script), config.out_dir, f"--num_samples={config.num_samples}", f"--seed={config.seed}",
-                    "--max_new_tokens=100", "--device=cpu"], check=True)
-    print(f"\nnext: python sample.py {config.out_dir} --prompt='ROMEO' --temperature=0.8\n"
-          f"      python evaluate.py {config.out_dir}\n"
-          f"      python train.py --resume=true --max_minutes=10        (train it on; plot in {config.out_dir}/loss.png)")
+    flags = f"--num_samples={config.num_samples} --seed={config.seed} --max_new_tokens=100".split()
+    subprocess.run([sys.executable, str(script), config.out_dir, *flags], check=True)
+    print(
+        f"\nnext: python sample.py {config.out_dir} --prompt='ROMEO' --temperature=0.8\n"
+        f"      python evaluate.py {config.out_dir}\n"
+        f"      python train.py --resume=true --max_minutes=10        (train it on; plot in {config.out_dir}/loss.png)")
 
 
 USAGE = f"""usage: python train.py [config_x.py] [--key=value …]      train ({DEFAULT_CONFIG} when no config is given)
@@ -564,6 +582,7 @@ USAGE = f"""usage: python train.py [config_x.py] [--key=value …]      train ({
 
 
 def run_command_line(argv: list[str]) -> None:
+    """What `python train.py ARGV` does; a mistake exits with 2, a run that a signal stopped with 128 + its number."""
     if not any(word.endswith(".py") for word in argv) and "plot" not in argv[:1]:
         argv = [str(Path(__file__).with_name(DEFAULT_CONFIG)), *argv]
     verb, files, config, sources = command_line(TrainConfig, argv, USAGE, verbs=("plot",))
@@ -575,7 +594,7 @@ def run_command_line(argv: list[str]) -> None:
             plot(files, target)
             return print(target)
         if sources["max_steps"] == "flag" and sources["max_minutes"] != "flag":
-            config.max_minutes = None                              # asked for steps: a time limit from the file is not meant
+            config.max_minutes = None  # asked for steps: a time limit from the file is not meant
         print_config(config, sources)
         interrupted = main(config)["interrupted"]
     except (ValueError, OSError, FloatingPointError) as error:
