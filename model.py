@@ -732,6 +732,21 @@ class Plan:
 
 # --- attention ---
 
+def short_attention(q, k, v):
+    """Causal attention with the T x T scores written out: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D).
+
+    torch's fused kernel for the CPU is made for long sequences; up to a few hundred positions in bfloat16 its backward
+    alone costs more than these three batched products, forward and backward.
+    """
+    (B, H, T, D), K = q.shape, k.shape[1]
+    if H != K:
+        k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
+    q, k, v = (t.reshape(B * H, T, -1) for t in (q, k, v))
+    ahead = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
+    scores = torch.baddbmm(ahead.expand(B * H, T, T), q, k.mT, alpha=1 / math.sqrt(D))
+    return (torch.softmax(scores, dim=-1) @ v).view(B, H, T, -1)
+
+
 def attend(config: ModelConfig, q, k, v, mask, causal: bool, window: int | None):
     """The chosen backend. q: (B, H, T, D), k and v: (B, K, S, D), each key head serving H / K query heads in a row.
 
@@ -746,6 +761,8 @@ def attend(config: ModelConfig, q, k, v, mask, causal: bool, window: int | None)
         return flash_attention(q, k, v, True, window)
     if H != K and T == 1 and mask is None:                                      # one query a head: the group becomes time
         return attend(config, q.view(B, K, H // K, D), k, v, None, False, None).view(B, H, 1, -1)
+    if config.attention_backend == "sdpa" and causal and T <= 512 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        return short_attention(q, k, v)
     if config.attention_backend != "naive":
         return nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=H != K)
     if H != K:

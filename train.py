@@ -206,8 +206,8 @@ def make_optimizers(model: Transformer, config: TrainConfig) -> list[torch.optim
     """
     hidden, other, vectors = [], [], []
     for name, parameter in model.named_parameters():
-        in_block = name.startswith("layers.")
-        is_vector = parameter.dim() < 2 or name.startswith("token_embeddings")
+        in_block = ".attn." in name or ".ffn." in name
+        is_vector = parameter.dim() < 2 or "embeddings" in name
         (vectors if is_vector else hidden if in_block else other).append(parameter)
     adamw_matrices = other if config.optimizer == "muon" else hidden + other
     groups = [{"params": adamw_matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -299,6 +299,8 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if config.n_experts and config.balance == "bias":
+            self.model.balance_experts()
         self.step += 1
         return loss, norm, config.lr * factor
 
