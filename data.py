@@ -47,7 +47,7 @@ HOSTED = {
     "owt": {"train": f"{HUB}/stanford-cs336/owt-sample/resolve/main/owt_train.txt.gz",
             "val": f"{HUB}/stanford-cs336/owt-sample/resolve/main/owt_valid.txt.gz"},
 }
-VOCAB_SIZES = {"shakespeare": 4096, "tinystories": 10_000, "owt": 32_000}     # the latter two are the course's
+VOCAB_SIZES = {"shakespeare": 2048, "tinystories": 10_000, "owt": 32_000}     # the latter two are the course's
 NAMES = ("shakespeare", *HOSTED)
 
 
