@@ -1,6 +1,7 @@
 """Byte-pair encoding: learn a vocabulary from text, turn text into token ids and back."""
 import contextlib
 import difflib
+import hashlib
 import heapq
 import inspect
 import json
@@ -10,6 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -1118,25 +1120,210 @@ def compression_ratio(text, tokenizer):
 
 # --- command line ---
 
-def main(arguments=None):
-    import argparse
-    parser = argparse.ArgumentParser(prog="bpe.py", description="Train and use a byte-level BPE tokenizer.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    train = verbs.add_parser("train")
-    train.add_argument("file")
-    train.add_argument("--vocab_size", type=int, default=32000)
-    train.add_argument("--out", default="tokenizer.json")
-    encode = verbs.add_parser("encode")
-    encode.add_argument("tokenizer")
-    encode.add_argument("file")
-    encode.add_argument("--out", required=True)
-    options = parser.parse_args(arguments)
-    if options.verb == "train":
-        vocab, merges = train_bpe(options.file, options.vocab_size, ["<|endoftext|>"])
-        Tokenizer(vocab, merges, ["<|endoftext|>"]).save(options.out)
-    else:
-        print(Tokenizer.load(options.tokenizer).encode_file(options.file, options.out), "tokens")
+def cmd_train(file, *, vocab_size=32000, out="tokenizer.json", special_tokens="<|endoftext|>", workers=0):
+    """learn a vocabulary from FILE and write it as tokenizer.json"""
+    specials = [t for t in special_tokens.split(",") if t]
+    begin = time.perf_counter()
+    vocab, merges = train_bpe(file, vocab_size, specials, workers=workers or None)
+    Tokenizer(vocab, merges, specials).save(out)
+    print(f"{out}: {len(vocab)} tokens, {len(merges)} merges, {time.perf_counter() - begin:.2f} s")
+
+
+def cmd_encode(tokenizer, file, *, out="", workers=0):
+    """write the ids of FILE as uint16 or uint32, by default to FILE.bin"""
+    begin, size, out = time.perf_counter(), os.path.getsize(file), out or f"{file}.bin"
+    n = Tokenizer.load(tokenizer).encode_file(file, out, workers=workers or None)
+    seconds = time.perf_counter() - begin
+    print(f"{out}: {n:,} tokens, {size / max(n, 1):.3f} bytes per token, {seconds:.2f} s, {size / seconds / 1e6:.1f} MB/s")
+
+
+def cmd_show(tokenizer, text):
+    """print the pieces of TEXT in colour with their ids, and the merges that made them, step by step"""
+    tok, painted = Tokenizer.load(tokenizer), []
+    for n, i in enumerate(tok.encode(text)):
+        piece = tok.vocab[i].decode("utf-8", errors="replace").replace("\n", "\\n")
+        painted.append(f"\x1b[30;48;5;{(153, 157, 223, 217, 183)[n % 5]}m{piece}\x1b[0m" + f" {i} ")
+    print("".join(painted))
+    pieces = [part for part, known in tok._pieces(text.encode("utf-8"), frozenset(tok.special_tokens)) if known is None]
+    for word in dict.fromkeys(w for part in pieces for w in _pretokens(tok._regex, part.decode("utf-8"))):
+        print()
+        for rank, symbols in merge_steps(tok, word.encode("utf-8")):
+            print("bytes      " if rank is None else f"merge {rank:<5}", " ".join(map(_to_text, symbols)))
+
+
+def merge_steps(tokenizer, word):
+    """Yield (rank, pieces) from the bytes of one pre-token on, a merge at a time: BPE as one says it, in O(n²)."""
+    ranks = {pair: rank for rank, pair in enumerate(tokenizer.merges)}
+    pieces, rank = [word[i:i + 1] for i in range(len(word))], None
+    while True:
+        yield rank, pieces
+        rank, i = min(((ranks.get(p, len(ranks)), i) for i, p in enumerate(zip(pieces, pieces[1:]))), default=(len(ranks), 0))
+        if rank == len(ranks):
+            return
+        pieces = [*pieces[:i], pieces[i] + pieces[i + 1], *pieces[i + 2:]]
+
+
+def cmd_compare(file, *, sizes="300,1000,4000,16000"):
+    """one table for FILE: characters, bytes, words and BPE at some sizes, made on its first 90 %, measured on the rest"""
+    with open(file, "rb") as source:
+        text = _check_utf8(source.read(), file)
+    known, rest = text[:len(text) * 9 // 10], text[len(text) * 9 // 10:]
+    if not rest:
+        raise ValueError(f"{file} is empty: give a text to compare on")
+    rows = [("characters", CharTokenizer(known)), ("bytes", ByteTokenizer()), ("words", WordTokenizer(known))]
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "known.txt")
+        with open(path, "wb") as out:
+            out.write(known.encode("utf-8"))
+        rows += [(f"BPE {size}", Tokenizer(*train_bpe(path, int(size), []))) for size in sizes.split(",")]
+    gpt2 = _tiktoken_gpt2()
+    rows += [("GPT-2 (tiktoken)", gpt2)] if gpt2 else []
+    print(f"{'tokenizer':18}{'vocabulary':>11}{'tokens':>12}{'bytes/token':>13}{'unknown':>9}{'encode MB/s':>13}")
+    for name, tok in rows:
+        begin = time.perf_counter()
+        ids = tok.encode(rest) if hasattr(tok, "vocab_size") else tok.encode_ordinary(rest)
+        speed = len(rest.encode("utf-8")) / (time.perf_counter() - begin) / 1e6
+        unknown = getattr(tok, "unknown_id", None)
+        share = sum(i == unknown for i in ids) / len(ids)
+        size = tok.vocab_size if hasattr(tok, "vocab_size") else tok.n_vocab
+        print(f"{name:18}{size:11,}{len(ids):12,}{len(rest.encode('utf-8')) / len(ids):13.2f}{share:9.2%}{speed:13.1f}")
+
+
+def _tiktoken_gpt2():
+    """GPT-2's encoding if tiktoken is installed and has it in its cache; it is never fetched."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or os.path.join(
+        tempfile.gettempdir(), "data-gym-cache")
+    address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+    if not os.path.exists(os.path.join(folder, hashlib.sha1(address.encode()).hexdigest())):
+        return print(f"GPT-2 left out: not in tiktoken's cache {folder}")
+    try:
+        import tiktoken
+        return tiktoken.get_encoding("gpt2")
+    except (ImportError, OSError) as error:
+        return print(f"GPT-2 left out: {error}")
+
+
+def cmd_bench(file, *, vocab_size=32000, tokenizer="", megabytes=10, repeats=5):
+    """time training on FILE, then encoding of its first MEGABYTES, beside Hugging Face and tiktoken; ids must agree"""
+    import platform
+    import tiktoken
+    import tokenizers
+    print(f"Python {platform.python_version()}, NumPy {np.__version__}, tiktoken {tiktoken.__version__}, "
+          f"tokenizers {tokenizers.__version__}, {os.cpu_count()} cores, {file}: {os.path.getsize(file) / 1e6:.1f} MB")
+    tok = Tokenizer.load(tokenizer) if tokenizer else _bench_training(file, vocab_size, tokenizers)
+    if tok.pattern not in _GPT2_SPELLINGS or tok._normalizer:
+        raise ValueError(f"{tokenizer} has the pattern {tok.pattern!r}; bench is for GPT-2's")
+    with open(file, "rb") as source:
+        text = source.read(int(megabytes * 1e6)).decode("utf-8", errors="ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "tokenizer.json")
+        tok.save(path)
+        theirs = tokenizers.Tokenizer.from_file(path)
+        tok = Tokenizer.load(path)    # a fresh one: its first run has every word to merge
+    plain = {token: i for i, token in tok.vocab.items() if i not in tok.special_tokens.values()}
+    rival = tiktoken.Encoding("bench", pat_str=_GPT2_SPELLINGS[2], mergeable_ranks=plain, special_tokens=tok.special_tokens)
+    runs = {"ours": lambda: tok.encode(text), "tiktoken": lambda: rival.encode(text, allowed_special="all"),
+            "Hugging Face": lambda: theirs.encode_batch_fast([text], add_special_tokens=False)[0].ids}
+    seconds, reference = {name: [] for name in runs}, None
+    for _ in range(repeats):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            ids = run()
+            seconds[name].append(time.perf_counter() - begin)
+            reference = reference or ids
+            if ids != reference:
+                raise ValueError(f"{name}'s ids differ from ours")
+    size = len(text.encode("utf-8")) / 1e6
+    print(f"encoding {size:.1f} MB, vocabulary {tok.vocab_size:,}, one process, {len(reference):,} equal ids")
+    for name, times in seconds.items():
+        print(f"  {name:14} first {size / times[0]:6.1f} MB/s   median {size / sorted(times)[len(times) // 2]:6.1f} MB/s   "
+              f"best {size / min(times):6.1f} MB/s")
+
+
+def _bench_training(file, vocab_size, tokenizers):
+    begin = time.perf_counter()
+    vocab, merges = train_bpe(file, vocab_size, ["<|endoftext|>"])
+    ours, peak = time.perf_counter() - begin, "unknown on this system"
+    if sys.platform != "win32":
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024
+        parts = [resource.getrusage(who).ru_maxrss * unit / 1e6 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        peak = f"{parts[0]:.0f} MB, and {parts[1]:.0f} MB in the largest worker"
+    rival = tokenizers.Tokenizer(tokenizers.models.BPE())
+    rival.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    begin = time.perf_counter()
+    rival.train([file], trainer)
+    theirs = time.perf_counter() - begin
+    print(f"training, vocabulary {vocab_size:,}\n  ours          {ours:6.2f} s, peak memory {peak}\n"
+          f"  Hugging Face  {theirs:6.2f} s, {theirs / ours:.1f} times as long")
+    return Tokenizer(vocab, merges, ["<|endoftext|>"])
+
+
+COMMANDS = {name[4:]: value for name, value in list(globals().items()) if name.startswith("cmd_")}
+KEYS = {"vocab_size": "bytes, merges and special tokens together", "out": "file to write",
+        "special_tokens": "comma between them", "workers": "processes; 0 lets the file's size decide",
+        "sizes": "vocabulary sizes, comma between them", "tokenizer": "a tokenizer.json to encode with, instead of training",
+        "megabytes": "how much of FILE is encoded", "repeats": "how often, in turns"}
+
+
+def _usage():
+    lines = ["usage: python bpe.py VERB ARGUMENTS [--key=value ...]", __doc__.split("\n")[0], ""]
+    for verb, command in COMMANDS.items():
+        parameters = inspect.signature(command).parameters.values()
+        names = [p.name.upper() for p in parameters if p.default is p.empty]
+        lines.append(f"  {verb} {' '.join(names)}    {command.__doc__}")
+        lines += [f"      --{p.name}={p.default}    {KEYS[p.name]}" for p in parameters if p.default is not p.empty]
+    return "\n".join(lines)
+
+
+def main(arguments):
+    """Run `VERB ARGUMENTS --key=value`; gives the exit status: 0, 1 for bad files and values, 2 for a bad command line."""
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(_usage())
+        return 0 if arguments else 2
+    try:
+        command, positional, options = _parse(arguments)
+    except ValueError as error:
+        print(f"bpe.py: {error}; --help lists what there is", file=sys.stderr)
+        return 2
+    try:
+        command(*positional, **options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"bpe.py {arguments[0]}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parse(arguments):
+    """(function, its arguments, its keys) of a command line."""
+    verb, *rest = arguments
+    command = COMMANDS.get(verb) or _unknown("verb", verb, COMMANDS)
+    parameters = inspect.signature(command).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    positional, options = [a for a in rest if not a.startswith("--")], {}
+    for key, equals, value in (a[2:].partition("=") for a in rest if a.startswith("--")):
+        kind = type(defaults[key]) if key in defaults else _unknown("key", key, defaults)
+        try:
+            options[key] = kind(value if equals else "")
+        except ValueError:
+            raise ValueError(f"--{key}={value}: give a number") from None
+    names = [name.upper() for name in parameters if name not in defaults]
+    if len(positional) != len(names):
+        raise ValueError(f"{verb} takes {' '.join(names)}, got {positional}")
+    return command, positional, options
+
+
+def _unknown(what, name, known):
+    near = difflib.get_close_matches(name, known, 1, 0.3)
+    raise ValueError(f"unknown {what} {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
+                     + f" There is {', '.join(known) or 'none'}")
 
 
 if __name__ == "__main__":
-    _work() if sys.argv[1:] == ["_work"] else main()
+    if sys.argv[1:] == ["_work"]:
+        sys.exit(_work())
+    for stream in sys.stdout, sys.stderr:    # a terminal that cannot show a character gets a question mark, not an error
+        stream.reconfigure(errors="replace")
+    sys.exit(main(sys.argv[1:]))
