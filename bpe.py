@@ -761,6 +761,9 @@ class Tokenizer:
                 tokens = {**self._added, **{t: self.special_tokens[t] for t in allowed}}
                 self._fast[allowed] = _FastEncoder(self, {t.encode("utf-8"): i for t, i in tokens.items()})
             return self._fast[allowed].encode(data)
+        return self._encode_by_regex(data, allowed)
+
+    def _encode_by_regex(self, data, allowed):
         ids = []
         for piece, known in self._pieces(data, allowed):
             if known is None:
@@ -847,11 +850,11 @@ class Tokenizer:
                 if size >= enough:
                     data = "".join(held).encode("utf-8")
                     cut = self._cutter.last(data)
-                    yield from self.encode(data[:cut].decode("utf-8"))
+                    yield from self._encode_by_regex(data[:cut], allowed)
                     held = [data[cut:].decode("utf-8")]
                     size = len(held[0])
                     enough = max(STREAM_CHARS, 2 * size)    # doubling: text without a cut is still looked at O(1) times
-        yield from self.encode("".join(held))
+        yield from self._encode_by_regex("".join(held).encode("utf-8"), allowed)
 
     def encode_file(self, text_path, bin_path, *, workers=None):
         """Write the ids of a UTF-8 file as raw little-endian uint16, or uint32 above 65,536 ids; returns their number.
