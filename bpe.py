@@ -1,4 +1,26 @@
-"""Byte-pair encoding: learn a vocabulary from text, turn text into token ids and back."""
+"""Byte-pair encoding: learn a vocabulary from text, turn text into token ids and back.
+
+Why: characters make long sequences, words leave unknown ones; pairs of bytes merged by how often they occur give
+short sequences and can write every text. This is GPT-2's kind: a regex cuts text into pre-tokens (words with their
+space), merges stay inside them, and special tokens such as <|endoftext|> are cut out before anything else.
+
+How: each job stands here twice. The version to read is the regex and one word at a time (`_count_by_regex`,
+`_encode_by_regex`, `merge_steps`); the version that runs does whole blocks of text in NumPy and gives the same ids.
+Any pattern but GPT-2's takes the first. Left out: sentencepiece models, dropout, normalizers other than NFC (by
+Python's Unicode tables). Ids are those of tiktoken and Hugging Face, but in a letter that is too new for the regex
+module's Unicode tables, or for theirs.
+
+Papers: Sennrich et al., arXiv 1508.07909, algorithm 1 (BPE for words); Radford et al. 2019, "Language Models are
+Unsupervised Multitask Learners", section 2.2 (bytes, and merges kept inside character categories).
+
+Measured on two cores of an AMD EPYC (results/bpe_bench.txt):
+    python bpe.py train FILE --vocab_size=32000 --out=tokenizer.json    100 MB in @T@ s, Hugging Face's trainer @H@ s
+    python bpe.py encode tokenizer.json FILE --out=x.bin
+    python bpe.py show tokenizer.json "the cat in the hat"
+    python bpe.py compare FILE
+    python bpe.py bench FILE --tokenizer=gpt2.json    one process, GPT-2's vocabulary: @E@ MB/s, tiktoken @K@ MB/s
+"""
+import argparse
 import contextlib
 import difflib
 import hashlib
@@ -41,7 +63,7 @@ _GPT4_SPELLINGS = tuple(    # Llama 3 and GPT-4 take three digits together, Qwen
     r"""\s*[\r\n]+|\s+(?!\S)|\s+""" % digits for digits in ("{1,3}", ""))
 # A byte that ends a character other than white space: ASCII, or a continuation byte in which no Unicode space ends.
 _SOLID = rb"(?<=[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf])"
-# Where each pattern surely starts a pre-token, whatever stands further left or right. GPT-4's glues newlines to punctuation.
+# Where each pattern surely starts a pre-token, whatever stands further off. GPT-4's glues newlines to punctuation.
 _CUTS = {**dict.fromkeys(_GPT2_SPELLINGS, _SOLID + rb"(?=[ \t\n\r])"),
          **dict.fromkeys(_GPT4_SPELLINGS, _SOLID + rb"(?= )|(?<=[A-Za-z0-9])(?=[\t\n\r])")}
 
@@ -141,7 +163,7 @@ def _classify(characters):
 
 
 _ASCII = bytes(_classify("".join(map(chr, range(128)))).values()) + bytes([OTHER] * 128)
-_STARTS = bytes(k < 216 and _starts_one(k // 36, k // 6 % 6, k % 6) for k in range(256))    # of 36 before + 6 here + after
+_STARTS = bytes(k < 216 and _starts_one(k // 36, k // 6 % 6, k % 6) for k in range(256))   # k: 36 before + 6 here + after
 _SINGLE = np.isin(np.arange(256), list(b"sdmt"))
 _unicode = np.zeros(0, np.uint8)    # class of each code point, 255 where not yet asked for; 1.1 MB made on first use
 
@@ -202,7 +224,7 @@ def _boundaries(block, tokens=()):
 
 
 class _Table:
-    """Numbers for pairs of uint64, whole arrays at a time: a hash table with linear probing, exact, at most half full."""
+    """Numbers for pairs of uint64, whole arrays at a time: an exact hash table, linear probing, at most half full."""
 
     def __init__(self, bits=13):
         self.bits, self.used = bits, 0
@@ -375,7 +397,7 @@ def _check_utf8(data, path, start=0):
 
 def _check_specials(special_tokens):
     if isinstance(special_tokens, str):
-        raise TypeError(f"special_tokens must be a list of strings, got the string {special_tokens!r}: put it in a list")
+        raise TypeError(f"special_tokens is the string {special_tokens!r}; give a list of strings")
     special_tokens = list(special_tokens or [])
     for token in special_tokens:
         if not isinstance(token, str):
@@ -394,7 +416,13 @@ def _compile(pattern):
 
 
 def train_bpe(input_path, vocab_size, special_tokens=("<|endoftext|>",), *, pattern=GPT2_PATTERN, workers=None):
-    """Learn a vocabulary from a UTF-8 file: (vocab: id -> bytes, merges: pairs of bytes in the order learnt)."""
+    """Learn a vocabulary from a UTF-8 file: (vocab: {id: bytes}, merges: pairs of bytes in the order learnt).
+
+    vocab_size counts the 256 bytes, the merges and the special tokens, which get ids in this order. Of equally frequent
+    pairs the greatest as raw bytes is merged. workers: processes that count words; None: all cores from four blocks of
+    BLOCK_BYTES on. The result is the same for any number. Memory follows the number of distinct words.
+    Raises ValueError (sizes, special tokens, not UTF-8), TypeError, OSError; warns when no pair is left to merge.
+    """
     specials = [t.encode("utf-8") for t in _check_specials(special_tokens)]
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, np.integer)):
         raise TypeError(f"vocab_size must be an int, got {vocab_size!r}")
@@ -478,7 +506,7 @@ class _Merger:
         self.sym[0] = self.sym[np.cumsum(lengths)] = -1
         self.freq = np.concatenate([[0], np.repeat(np.array(counts, np.int64), lengths)])
         self.nxt, self.prv = np.arange(1, len(self.sym) + 1), np.arange(-1, len(self.sym) - 1)
-        # Ties go to the greatest pair of byte strings but heapq gives the least: bytes upside down, and an end above all.
+        # Ties go to the greatest pair of byte strings, heapq gives the least: bytes upside down, and an end above all.
         self.order = [chr(255 - i) + "\u0100" for i in range(256)]
         self.heap, self.cold, self.places = [], [], []
         first = np.flatnonzero((self.sym[:-1] >= 0) & (self.sym[1:] >= 0))
@@ -573,7 +601,7 @@ class _Merger:
 # --- the tokenizer ---
 
 def _gpt2_alphabet():
-    """GPT-2 writes each byte as a printable character: those that are one stand for themselves, the rest from U+0100 on."""
+    """GPT-2 writes bytes as printable characters: those that are one as themselves, the rest from U+0100 on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in plain]
     return {**{b: chr(b) for b in plain}, **{b: chr(256 + i) for i, b in enumerate(others)}}
@@ -592,11 +620,11 @@ def _to_bytes(text):
 
 
 class _FastEncoder:
-    """Encodes with GPT-2's pattern in NumPy. Every distinct word is merged once, all the new ones of a block together."""
+    """Encodes with GPT-2's pattern in NumPy. A distinct word is merged once, all the new ones of a block together."""
     KEPT_WORDS = 1 << 20    # then it starts afresh, so that endless text needs no endless memory
 
-    def __init__(self, tokenizer, tokens):
-        self.tokenizer, self.tokens, self.splitter = tokenizer, tokens, _alternatives(tokens)
+    def __init__(self, tokenizer, splitter, tokens):
+        self.tokenizer, self.splitter, self.tokens = tokenizer, splitter, tokens
         self.lock = threading.Lock()
         self.byte_ids = np.array([tokenizer._id[bytes([b])] for b in range(256)], np.int32)
         self.products = np.array([new for _, new in tokenizer._ranks.values()] + [-1], np.int32)
@@ -681,7 +709,8 @@ class _FastEncoder:
 class Tokenizer:
     """Text to ids and back with a given vocabulary and merges.
 
-    vocab: {id: bytes}; merges: pairs of bytes, first learnt first. special_tokens that the vocabulary lacks are appended.
+    vocab: {id: bytes}; merges: pairs of bytes, first learnt first. Special tokens that the vocabulary lacks are
+    appended; of those that overlap in a text the longest wins. Raises ValueError for one that is empty or given twice.
     """
 
     def __init__(self, vocab, merges, special_tokens=None, *, pattern=GPT2_PATTERN):
@@ -694,12 +723,13 @@ class Tokenizer:
                 raise ValueError(f"vocab entry {i}: {token!r}: ids start at 0 and no token is empty")
             self._id.setdefault(token, int(i))
             last[token] = int(i)
-        self.special_tokens = {}
+        self.special_tokens, self.vocab_size = {}, max(self.vocab, default=-1) + 1    # so ids with gaps fit too
         for text in _check_specials(special_tokens):
             token = text.encode("utf-8")
             if token not in last:
                 last[token] = self.vocab_size
-                self.vocab[last[token]] = token
+                self.vocab[self.vocab_size] = token
+                self.vocab_size += 1
             self.special_tokens[text] = last[token]
         self._ranks = {}    # (id, id) -> (rank, id of the two together)
         for rank, (a, b) in enumerate(self.merges):
@@ -709,9 +739,8 @@ class Tokenizer:
                                  + (f"{missing[0]!r} is not in the vocabulary" if missing else "it stands there twice"))
             self._ranks[self._id[a], self._id[b]] = rank, self._id[a + b]
         self._added = {}              # text -> id, found in any text: Hugging Face's added tokens that are not special
-        self._late = set()            # those of them to be found after normalising
         self._normalizer = None       # None or "NFC"
-        self._ignore_merges = False   # Llama 3: a pre-token that is in the vocabulary is one token, whatever the merges say
+        self._ignore_merges = False   # Llama 3: a pre-token that is in the vocabulary is one token
         self._post_processor = None   # only kept, for save
         self._prepare()
 
@@ -719,21 +748,11 @@ class Tokenizer:
         self._regex = _compile(self.pattern)
         self._cutter = _Cutter(self.pattern, [t.encode("utf-8") for t in (*self.special_tokens, *self._added)])
         self._cache, self._splitters, self._fast = {}, {}, {}
-        self._whole = {}    # token -> whether it, alone, encodes to itself
-        self._can_be_fast = (self.pattern in _GPT2_SPELLINGS and not (self._normalizer or self._late or self._ignore_merges)
+        self._can_be_fast = (self.pattern in _GPT2_SPELLINGS and not self._normalizer and not self._ignore_merges
                              and all(bytes([b]) in self._id for b in range(256)))
 
-    def __getstate__(self):    # what can be made again, and holds a lock, is not pickled
-        return {k: v for k, v in self.__dict__.items() if k not in ("_regex", "_cutter", "_cache", "_splitters", "_fast")}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._prepare()
-
-    @property
-    def vocab_size(self):
-        """One more than the largest id."""
-        return max(self.vocab, default=-1) + 1
+    def __getstate__(self):
+        return {**self.__dict__, "_fast": {}}    # which holds a lock
 
     # -- encoding --
 
@@ -754,56 +773,40 @@ class Tokenizer:
         ids = self._encode_bytes(data, frozenset(allowed))
         return ids if isinstance(ids, list) else ids.tolist()
 
+    def _tokens(self, allowed):
+        """(pattern of the special tokens in `allowed` and of all added ones, or None; {bytes: id})."""
+        if allowed not in self._splitters:
+            tokens = {t.encode("utf-8"): i for t, i in self.special_tokens.items() if t in allowed}
+            tokens.update((t.encode("utf-8"), i) for t, i in self._added.items())
+            self._splitters[allowed] = _alternatives(tokens), tokens
+        return self._splitters[allowed]
+
     def _encode_bytes(self, data, allowed):
         """The ids as a list, or from the fast path as an array."""
-        if self._can_be_fast and len(data) >= FAST_BYTES:
-            if allowed not in self._fast:
-                tokens = {**self._added, **{t: self.special_tokens[t] for t in allowed}}
-                self._fast[allowed] = _FastEncoder(self, {t.encode("utf-8"): i for t, i in tokens.items()})
-            return self._fast[allowed].encode(data)
-        return self._encode_by_regex(data, allowed)
+        if not self._can_be_fast or len(data) < FAST_BYTES:
+            return self._encode_by_regex(data, allowed)
+        if allowed not in self._fast:
+            self._fast[allowed] = _FastEncoder(self, *self._tokens(allowed))
+        return self._fast[allowed].encode(data)
 
     def _encode_by_regex(self, data, allowed):
-        ids = []
-        for piece, known in self._pieces(data, allowed):
-            if known is None:
-                self._encode_plain(piece, ids)
-            else:
-                ids.append(known)
-        return ids
-
-    def _pieces(self, data, allowed):
-        """Cut out special and added tokens: (bytes, None) for plain text, (None, id) for a token."""
-        if allowed not in self._splitters:
-            tokens = {**self._added, **{t: self.special_tokens[t] for t in allowed}}
-            early, late = ({t.encode("utf-8"): i for t, i in tokens.items() if (t in self._late) == is_late}
-                           for is_late in (False, True))
-            self._splitters[allowed] = _alternatives(early), early, _alternatives(late), late
-        early, early_ids, late, late_ids = self._splitters[allowed]
-        for i, piece in enumerate(early.split(data) if early else [data]):
+        """The version to read: special tokens split the text, the regex cuts it, each piece is merged by itself."""
+        ids, cache, (splitter, tokens) = [], self._cache, self._tokens(allowed)
+        for i, part in enumerate(splitter.split(data) if splitter else [data]):
             if i % 2:
-                yield None, early_ids[piece]
+                ids.append(tokens[part])
                 continue
-            if self._normalizer:
-                piece = unicodedata.normalize(self._normalizer, piece.decode("utf-8")).encode("utf-8")
-            for j, part in enumerate(late.split(piece) if late else [piece]):
-                if j % 2:
-                    yield None, late_ids[part]
-                elif part:
-                    yield part, None
-
-    def _encode_plain(self, data, ids):
-        """The version to read: the regex cuts, each piece is merged by itself."""
-        cache = self._cache
-        for piece in _pretokens(self._regex, data.decode("utf-8")):
-            found = cache.get(piece)
-            if found is None:
-                found = self._merge_word(piece.encode("utf-8"))
-                if len(cache) >= CACHED_WORDS:
-                    cache.clear()
-                if len(piece) < 64:
-                    cache[piece] = found
-            ids += found
+            text = part.decode("utf-8")
+            for piece in _pretokens(self._regex, unicodedata.normalize("NFC", text) if self._normalizer else text):
+                found = cache.get(piece)
+                if found is None:
+                    found = self._merge_word(piece.encode("utf-8"))
+                    if len(cache) >= CACHED_WORDS:
+                        cache.clear()
+                    if len(piece) < 64:
+                        cache[piece] = found
+                ids += found
+        return ids
 
     def _merge_word(self, word):
         """Ids of one pre-token: merge the leftmost pair of lowest rank, again and again.
@@ -859,8 +862,8 @@ class Tokenizer:
     def encode_file(self, text_path, bin_path, *, workers=None):
         """Write the ids of a UTF-8 file as raw little-endian uint16, or uint32 above 65,536 ids; returns their number.
 
-        The same ids as encode of the whole text, its line ends kept. Streamed, by all cores when the file has four blocks
-        or more and workers is None; bin_path appears whole or not at all.
+        The same ids as encode of the whole text, its line ends kept. Streamed, by all cores when the file has four
+        blocks or more and workers is None; bin_path appears whole or not at all. Raises ValueError if it is not UTF-8.
         """
         dtype, total = np.dtype("<u2" if self.vocab_size <= 65536 else "<u4"), 0
         ranges, workers = _plan(text_path, self._cutter, workers)
@@ -880,7 +883,8 @@ class Tokenizer:
         try:
             return b"".join(map(self.vocab.__getitem__, map(operator.index, ids)))
         except KeyError as error:
-            raise ValueError(f"id {error.args[0]} is not in the vocabulary: ids run from 0 to {self.vocab_size - 1}") from None
+            raise ValueError(f"id {error.args[0]} is not in the vocabulary: "
+                             f"ids run from 0 to {self.vocab_size - 1}") from None
 
     def decode(self, ids):
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -898,7 +902,7 @@ class Tokenizer:
             merges = _merges_from_text([line for line in lines if line and not line.startswith("#version")])
             return cls(_vocab_from_text(vocab, special_tokens or []), merges, special_tokens)
         except ValueError as error:
-            raise ValueError(f"{vocab_path} and {merges_path} are not GPT-2's vocab.json and merges.txt: {error}") from None
+            raise ValueError(f"{vocab_path} and {merges_path} are no vocab.json and merges.txt: {error}") from None
 
     @classmethod
     def load(cls, path):
@@ -921,14 +925,14 @@ class Tokenizer:
         for i, token in sorted(self.vocab.items()):
             name = names.get(i) or _to_text(token)
             if name in vocab:
-                raise ValueError(f"tokens {vocab[name]} and {i} are both written {name!r}, which tokenizer.json cannot hold")
+                raise ValueError(f"tokens {vocab[name]} and {i} are both {name!r}; tokenizer.json can hold it once")
             vocab[name] = i
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
         layout = {
             "version": "1.0", "truncation": None, "padding": None,
             "added_tokens": [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-                              "normalized": text in self._late, "special": text in self.special_tokens}
+                              "normalized": False, "special": text in self.special_tokens}
                              for i, text in sorted(names.items())],
             "normalizer": {"type": self._normalizer} if self._normalizer else None,
             "pre_tokenizer": level if self.pattern in _GPT2_SPELLINGS else
@@ -1038,16 +1042,17 @@ def _from_layout(cls, layout):
     if layout.get("decoder"):
         _only("decoder", layout["decoder"]["type"], "ByteLevel")
     for token in added:
-        for key in ("single_word", "lstrip", "rstrip"):
+        # Found before normalising or after is the same only where nothing is normalised.
+        for key in ("single_word", "lstrip", "rstrip", *(["normalized"] if normalizer else [])):
             _only(f"{key} of the added token {token['content']!r}", token.get(key, False), False)
     vocab = _vocab_from_text(model["vocab"], {t["content"] for t in added})
     for token in added:
         _only(f"id {token['id']}, which added_tokens give to {token['content']!r}, in the vocabulary",
               vocab.setdefault(token["id"], token["content"].encode("utf-8")), token["content"].encode("utf-8"))
     special = [t["content"] for t in added if t.get("special")]
-    tokenizer = cls(vocab, _merges_from_text(model["merges"]), special, pattern=_layout_pattern(layout["pre_tokenizer"]))
+    pattern = _layout_pattern(layout["pre_tokenizer"])
+    tokenizer = cls(vocab, _merges_from_text(model["merges"]), special, pattern=pattern)
     tokenizer._added = {t["content"]: t["id"] for t in added if not t.get("special")}
-    tokenizer._late = {t["content"] for t in added if t.get("normalized", not t.get("special"))}
     tokenizer._normalizer, tokenizer._ignore_merges = normalizer, bool(model.get("ignore_merges"))
     tokenizer._post_processor = layout.get("post_processor")
     tokenizer._prepare()
@@ -1057,7 +1062,7 @@ def _from_layout(cls, layout):
 # --- the three that BPE replaces ---
 
 class CharTokenizer:
-    """One id a character: those of `text` in code point order and one more for the unknown; without text, the code point."""
+    """One id a character: those of `text` in order, and one more for the unknown; without text, the code point."""
 
     def __init__(self, text=None):
         self.characters = None if text is None else sorted(set(text))
@@ -1137,7 +1142,7 @@ def cmd_encode(tokenizer, file, *, out="", workers=0):
     begin, size, out = time.perf_counter(), os.path.getsize(file), out or f"{file}.bin"
     n = Tokenizer.load(tokenizer).encode_file(file, out, workers=workers or None)
     seconds = time.perf_counter() - begin
-    print(f"{out}: {n:,} tokens, {size / max(n, 1):.3f} bytes per token, {seconds:.2f} s, {size / seconds / 1e6:.1f} MB/s")
+    print(f"{out}: {n:,} tokens, {size / max(n, 1):.3f} bytes per token, {size / seconds / 1e6:.1f} MB/s")
 
 
 def cmd_show(tokenizer, text):
@@ -1147,8 +1152,9 @@ def cmd_show(tokenizer, text):
         piece = tok.vocab[i].decode("utf-8", errors="replace").replace("\n", "\\n")
         painted.append(f"\x1b[30;48;5;{(153, 157, 223, 217, 183)[n % 5]}m{piece}\x1b[0m" + f" {i} ")
     print("".join(painted))
-    pieces = [part for part, known in tok._pieces(text.encode("utf-8"), frozenset(tok.special_tokens)) if known is None]
-    for word in dict.fromkeys(w for part in pieces for w in _pretokens(tok._regex, part.decode("utf-8"))):
+    splitter, _ = tok._tokens(frozenset(tok.special_tokens))
+    parts = splitter.split(text.encode("utf-8"))[::2] if splitter else [text.encode("utf-8")]
+    for word in dict.fromkeys(w for part in parts for w in _pretokens(tok._regex, part.decode("utf-8"))):
         print()
         for rank, symbols in merge_steps(tok, word.encode("utf-8")):
             print("bytes      " if rank is None else f"merge {rank:<5}", " ".join(map(_to_text, symbols)))
@@ -1160,14 +1166,15 @@ def merge_steps(tokenizer, word):
     pieces, rank = [word[i:i + 1] for i in range(len(word))], None
     while True:
         yield rank, pieces
-        rank, i = min(((ranks.get(p, len(ranks)), i) for i, p in enumerate(zip(pieces, pieces[1:]))), default=(len(ranks), 0))
-        if rank == len(ranks):
+        found = [(ranks[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:])) if pair in ranks]
+        if not found:
             return
+        rank, i = min(found)
         pieces = [*pieces[:i], pieces[i] + pieces[i + 1], *pieces[i + 2:]]
 
 
 def cmd_compare(file, *, sizes="300,1000,4000,16000"):
-    """one table for FILE: characters, bytes, words and BPE at some sizes, made on its first 90 %, measured on the rest"""
+    """one table: characters, bytes, words and BPE, made on nine tenths of FILE, measured on the last"""
     with open(file, "rb") as source:
         text = _check_utf8(source.read(), file)
     known, rest = text[:len(text) * 9 // 10], text[len(text) * 9 // 10:]
@@ -1222,10 +1229,12 @@ def cmd_bench(file, *, vocab_size=32000, tokenizer="", megabytes=10, repeats=5):
         path = os.path.join(folder, "tokenizer.json")
         tok.save(path)
         theirs = tokenizers.Tokenizer.from_file(path)
+        theirs.encode_special_tokens = True    # as plain text, like encode_ordinary
         tok = Tokenizer.load(path)    # a fresh one: its first run has every word to merge
     plain = {token: i for i, token in tok.vocab.items() if i not in tok.special_tokens.values()}
-    rival = tiktoken.Encoding("bench", pat_str=_GPT2_SPELLINGS[2], mergeable_ranks=plain, special_tokens=tok.special_tokens)
-    runs = {"ours": lambda: tok.encode(text), "tiktoken": lambda: rival.encode(text, allowed_special="all"),
+    rival = tiktoken.Encoding("bench", pat_str=_GPT2_SPELLINGS[2], mergeable_ranks=plain,
+                              special_tokens=tok.special_tokens)
+    runs = {"ours": lambda: tok.encode(text, set()), "tiktoken": lambda: rival.encode_ordinary(text),
             "Hugging Face": lambda: theirs.encode_batch_fast([text], add_special_tokens=False)[0].ids}
     seconds, reference = {name: [] for name in runs}, None
     for _ in range(repeats):
@@ -1239,8 +1248,8 @@ def cmd_bench(file, *, vocab_size=32000, tokenizer="", megabytes=10, repeats=5):
     size = len(text.encode("utf-8")) / 1e6
     print(f"encoding {size:.1f} MB, vocabulary {tok.vocab_size:,}, one process, {len(reference):,} equal ids")
     for name, times in seconds.items():
-        print(f"  {name:14} first {size / times[0]:6.1f} MB/s   median {size / sorted(times)[len(times) // 2]:6.1f} MB/s   "
-              f"best {size / min(times):6.1f} MB/s")
+        first, median, best = (size / t for t in (times[0], sorted(times)[len(times) // 2], min(times)))
+        print(f"  {name:14} first {first:6.1f} MB/s   median {median:6.1f} MB/s   best {best:6.1f} MB/s")
 
 
 def _bench_training(file, vocab_size, tokenizers):
@@ -1250,12 +1259,14 @@ def _bench_training(file, vocab_size, tokenizers):
     if sys.platform != "win32":
         import resource
         unit = 1 if sys.platform == "darwin" else 1024
-        parts = [resource.getrusage(who).ru_maxrss * unit / 1e6 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        peak = f"{parts[0]:.0f} MB, and {parts[1]:.0f} MB in the largest worker"
+        own, child = (resource.getrusage(who).ru_maxrss * unit / 1e6
+                      for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        peak = f"{own:.0f} MB, and {child:.0f} MB in the largest worker"
     rival = tokenizers.Tokenizer(tokenizers.models.BPE())
     rival.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
     begin = time.perf_counter()
     rival.train([file], trainer)
     theirs = time.perf_counter() - begin
@@ -1267,66 +1278,38 @@ def _bench_training(file, vocab_size, tokenizers):
 COMMANDS = {name[4:]: value for name, value in list(globals().items()) if name.startswith("cmd_")}
 KEYS = {"vocab_size": "bytes, merges and special tokens together", "out": "file to write",
         "special_tokens": "comma between them", "workers": "processes; 0 lets the file's size decide",
-        "sizes": "vocabulary sizes, comma between them", "tokenizer": "a tokenizer.json to encode with, instead of training",
+        "sizes": "vocabulary sizes, comma between them", "tokenizer": "a tokenizer.json to use",
         "megabytes": "how much of FILE is encoded", "repeats": "how often, in turns"}
 
 
-def _usage():
-    lines = ["usage: python bpe.py VERB ARGUMENTS [--key=value ...]", __doc__.split("\n")[0], ""]
+def main(arguments=None):
+    """Run VERB ARGUMENTS --key=value. Exits with 1 for a bad file or value, 2 for a bad command line."""
+    parser = argparse.ArgumentParser(prog="bpe.py", description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs, keys = parser.add_subparsers(dest="verb", required=True, metavar="VERB"), {}
     for verb, command in COMMANDS.items():
-        parameters = inspect.signature(command).parameters.values()
-        names = [p.name.upper() for p in parameters if p.default is p.empty]
-        lines.append(f"  {verb} {' '.join(names)}    {command.__doc__}")
-        lines += [f"      --{p.name}={p.default}    {KEYS[p.name]}" for p in parameters if p.default is not p.empty]
-    return "\n".join(lines)
-
-
-def main(arguments):
-    """Run `VERB ARGUMENTS --key=value`; gives the exit status: 0, 1 for bad files and values, 2 for a bad command line."""
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        print(_usage())
-        return 0 if arguments else 2
+        sub = verbs.add_parser(verb, help=command.__doc__, description=command.__doc__, allow_abbrev=False)
+        for p in inspect.signature(command).parameters.values():
+            if p.default is p.empty:
+                sub.add_argument(p.name, metavar=p.name.upper())
+            else:
+                sub.add_argument(f"--{p.name}", default=p.default, type=type(p.default), metavar="VALUE",
+                                 help=f"{KEYS[p.name]} (default: {p.default})")
+                keys.setdefault(verb, []).append(f"--{p.name}")
+        parser.epilog = (parser.epilog or "") + "\n" + sub.format_help()
+    options, unknown = parser.parse_known_args(arguments)
+    options = vars(options)
+    verb = options.pop("verb")
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], keys.get(verb, []), 1, 0)
+        parser.error(f"{verb} does not know {unknown[0]!r}; the nearest is {near or 'nothing: it takes no keys'}")
     try:
-        command, positional, options = _parse(arguments)
-    except ValueError as error:
-        print(f"bpe.py: {error}; --help lists what there is", file=sys.stderr)
-        return 2
-    try:
-        command(*positional, **options)
+        COMMANDS[verb](**options)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"bpe.py {arguments[0]}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _parse(arguments):
-    """(function, its arguments, its keys) of a command line."""
-    verb, *rest = arguments
-    command = COMMANDS.get(verb) or _unknown("verb", verb, COMMANDS)
-    parameters = inspect.signature(command).parameters
-    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    positional, options = [a for a in rest if not a.startswith("--")], {}
-    for key, equals, value in (a[2:].partition("=") for a in rest if a.startswith("--")):
-        kind = type(defaults[key]) if key in defaults else _unknown("key", key, defaults)
-        try:
-            options[key] = kind(value if equals else "")
-        except ValueError:
-            raise ValueError(f"--{key}={value}: give a number") from None
-    names = [name.upper() for name in parameters if name not in defaults]
-    if len(positional) != len(names):
-        raise ValueError(f"{verb} takes {' '.join(names)}, got {positional}")
-    return command, positional, options
-
-
-def _unknown(what, name, known):
-    near = difflib.get_close_matches(name, known, 1, 0.3)
-    raise ValueError(f"unknown {what} {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
-                     + f" There is {', '.join(known) or 'none'}")
+        sys.exit(f"bpe.py {verb}: {error}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["_work"]:
-        sys.exit(_work())
-    for stream in sys.stdout, sys.stderr:    # a terminal that cannot show a character gets a question mark, not an error
+    for stream in sys.stdout, sys.stderr:    # what a terminal cannot show becomes a question mark
         stream.reconfigure(errors="replace")
-    sys.exit(main(sys.argv[1:]))
+    _work() if sys.argv[1:] == ["_work"] else main()

@@ -93,7 +93,7 @@ def test_bpe_handout_example(tmp_path):
 @pytest.mark.parametrize("seed", range(6))
 def test_bpe_trains_as_the_naive_trainer_does(seed, tmp_path, monkeypatch):
     rng = random.Random(seed)
-    for _ in range(12):
+    for _ in range(4):
         text = "".join(bpe_random_text(rng, rng.randrange(60)) + rng.choice(["", "<|e|>", " "]) for _ in range(8)) + "aaaa"
         path, n = bpe_write(tmp_path / "t", text), rng.randrange(60)
         monkeypatch.setattr(bpe, "BLOCK_BYTES", rng.choice([7, 50, 1 << 22]))
@@ -210,12 +210,12 @@ def test_bpe_stream_gives_the_same_ids(bpe_trained, monkeypatch):
 
 def test_bpe_stream_memory_is_constant(bpe_trained):
     tok, rng = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"]), random.Random(0)
-    lines = (" ".join("".join(rng.choices("abcdefghij", k=rng.randrange(2, 6))) for _ in range(12)) + ".\n" for _ in range(20_000))
+    lines = (" ".join("".join(rng.choices("abcdefghij", k=rng.randrange(2, 6))) for _ in range(12)) + ".\n" for _ in range(6000))
     tracemalloc.start()
     n = sum(1 for _ in tok.encode_iterable(lines))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert n > 200_000 and peak < 1_000_000, peak
+    assert n > 60_000 and peak < 1_000_000, peak
 
 
 def test_bpe_encode_file(tmp_path, bpe_trained):
@@ -289,8 +289,8 @@ def bpe_foreign(bpe_trained):
                 {"type": "Split", "pattern": {"Regex": bpe._GPT4_SPELLINGS[0]}, "behavior": "Isolated", "invert": False},
                 {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]},
             "post_processor": None, "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            "added_tokens": [{"id": i, "content": c, "single_word": False, "lstrip": False, "rstrip": False, "normalized": late, "special": special}
-                             for i, c, late, special in ((340, "<|im start|>", False, True), (341, "<tool>", False, False), (342, "é!", True, False))],
+            "added_tokens": [{"id": i, "content": c, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+                             for i, c, special in ((340, "<|im start|>", True), (341, "<tool>", False), (342, "é!", False))],
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
                       "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
                       "vocab": {**{text[t]: i for i, t in vocab.items() if i != 339}, "zebra": 339}, "merges": [[text[a], text[b]] for a, b in merges]}}
@@ -316,7 +316,7 @@ def test_bpe_loads_what_llama_and_qwen_write(tmp_path, bpe_trained):
     (lambda d: d.update(pre_tokenizer={"type": "Metaspace"}), "pre_tokenizer.*Metaspace"), (lambda d: d.update(pre_tokenizer=None), "is no tokenizer.json"),
     (lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "add_prefix_space"),
     (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"), "Removed"),
-    (lambda d: d["added_tokens"][0].update(lstrip=True), "lstrip"), (lambda d: d["added_tokens"][0].update(id=0), "id 0"),
+    (lambda d: d["added_tokens"][0].update(lstrip=True), "lstrip"), (lambda d: d["added_tokens"][0].update(normalized=True), "normalized"), (lambda d: d["added_tokens"][0].update(id=0), "id 0"),
     (lambda d: d["model"]["vocab"].update({"a b": 77777}), "'a b'"), (lambda d: d["model"]["merges"].append("a"), "merge .* 'a'"),
     (lambda d: d["model"]["vocab"].update(zebra=3), "id 3")])
 def test_bpe_foreign_files_are_refused_by_name(change, words, tmp_path, bpe_trained):
@@ -359,9 +359,9 @@ def test_bpe_commands(tmp_path):
     status, shown = run("show", out, "the cat")
     assert status == 0 and "t h e" in shown and "merge" in shown
     assert "BPE 300" in run("compare", text, "--sizes=300")[1] and "Hugging Face" in run("bench", text, "--vocab_size=300", "--repeats=1")[1]
-    assert run("train", text, "--vocab_sise=9") [0] == 2 and "'vocab_size'" in run("train", text, "--vocab_sise=9")[1]
+    assert run("train", text, "--vocab_sise=9") [0] == 2 and "'--vocab_size'" in run("train", text, "--vocab_sise=9")[1]
     assert run("trian")[0] == 2 and "'train'" in run("trian")[1] and run("train", tmp_path / "nothing")[0] == 1
-    assert run("--help")[0] == 0 and all(f"--{key}=" in run("--help")[1] for key in bpe.KEYS)
+    assert run("--help")[0] == 0 and all(f"--{key} VALUE" in run("--help")[1] for key in bpe.KEYS)
 
 
 # --- optim.py ---
