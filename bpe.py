@@ -200,13 +200,13 @@ def _boundaries(block, tokens=()):
     code += classes * np.uint8(6)
     code += padded[2:-2]
     flags = np.frombuffer(bytearray(code.tobytes().translate(_STARTS)) + bytes(4), np.bool_)
-    if white:    # the table took each byte of a long space for a character of its own
+    if white:    # to the table each byte of a long space was a character of its own
         outside = classes[white[0]] == WHITE
         lead, length = white[0][outside], white[1][outside]
         for i in 1, 2:
             flags[lead + np.minimum(i, length - 1)] = False
         after = padded[1:][lead + length]
-        flags[lead] = (padded[lead] >= LETTER) | ((after >= LETTER) & (after <= OTHER))
+        flags[lead] |= (after >= LETTER) & (after <= OTHER)
     for start, _ in tokens:
         flags[start] = True
     quote = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("'"))
@@ -719,8 +719,8 @@ class Tokenizer:
         for i, token in self.vocab.items():
             if not isinstance(token, bytes) or isinstance(i, bool) or not isinstance(i, (int, np.integer)):
                 raise TypeError(f"vocab must map int to bytes, got {i!r}: {token!r}")
-            if i < 0 or not token:
-                raise ValueError(f"vocab entry {i}: {token!r}: ids start at 0 and no token is empty")
+            if not 0 <= i < 2 ** 31 or not token:
+                raise ValueError(f"vocab entry {i}: {token!r}: ids run from 0 to 2**31 - 1 and no token is empty")
             self._id.setdefault(token, int(i))
             last[token] = int(i)
         self.special_tokens, self.vocab_size = {}, max(self.vocab, default=-1) + 1    # so ids with gaps fit too
@@ -748,6 +748,7 @@ class Tokenizer:
         self._regex = _compile(self.pattern)
         self._cutter = _Cutter(self.pattern, [t.encode("utf-8") for t in (*self.special_tokens, *self._added)])
         self._cache, self._splitters, self._fast = {}, {}, {}
+        self._alone = bytearray(max(self.vocab_size, 1))    # 1 where a token is known to encode to itself
         self._can_be_fast = (self.pattern in _GPT2_SPELLINGS and not self._normalizer and not self._ignore_merges
                              and all(bytes([b]) in self._id for b in range(256)))
 
@@ -791,7 +792,7 @@ class Tokenizer:
 
     def _encode_by_regex(self, data, allowed):
         """The version to read: special tokens split the text, the regex cuts it, each piece is merged by itself."""
-        ids, cache, (splitter, tokens) = [], self._cache, self._tokens(allowed)
+        ids, cache, alone, (splitter, tokens) = [], self._cache, self._alone, self._tokens(allowed)
         for i, part in enumerate(splitter.split(data) if splitter else [data]):
             if i % 2:
                 ids.append(tokens[part])
@@ -800,10 +801,17 @@ class Tokenizer:
             for piece in _pretokens(self._regex, unicodedata.normalize("NFC", text) if self._normalizer else text):
                 found = cache.get(piece)
                 if found is None:
-                    found = self._merge_word(piece.encode("utf-8"))
-                    if len(cache) >= CACHED_WORDS:
-                        cache.clear()
-                    if len(piece) < 64:
+                    word = piece.encode("utf-8")
+                    token = self._id.get(word, 0)
+                    if alone[token] and self.vocab[token] == word:
+                        ids.append(token)
+                        continue
+                    found = self._merge_word(word)
+                    if len(found) == 1:
+                        alone[found[0]] = 1
+                    elif len(word) < 64:
+                        if len(cache) >= CACHED_WORDS:
+                            cache.clear()
                         cache[piece] = found
                 ids += found
         return ids

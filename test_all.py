@@ -163,6 +163,18 @@ def test_bpe_numpy_boundaries_are_the_pattern_s(seed):
         assert [block[a:b] for a, b in zip(starts, [*starts[1:], len(block)])] == expected, (text, tokens)
 
 
+def test_bpe_table_is_a_dictionary():
+    rng, table, expected = np.random.default_rng(0), bpe._Table(2), {}
+    values = np.append(rng.integers(1, 2 ** 63, 39), 0)    # few enough that keys with one half in common share slots
+    for _ in range(40):
+        lo, hi = rng.choice(values, (2, 60)).astype(np.uint64)
+        assert table.find(lo, hi).tolist() == [expected.get(key, -1) for key in zip(lo.tolist(), hi.tolist())]
+        new = sorted({(a, b) for a, b in zip(lo.tolist(), hi.tolist()) if b and (a, b) not in expected})[:9]
+        expected.update((key, len(expected) + i) for i, key in enumerate(new))
+        columns = np.array(new, np.uint64).reshape(-1, 2).T
+        table.add(*columns, np.array([expected[key] for key in new], np.int32))
+
+
 @pytest.mark.parametrize("fast_bytes", [0, 1 << 60])
 def test_bpe_ids_are_tiktokens(fast_bytes, bpe_trained, monkeypatch):
     monkeypatch.setattr(bpe, "FAST_BYTES", fast_bytes)
