@@ -407,7 +407,7 @@ class Linear(nn.Module):
 
     def forward(self, x):                                                       # (..., d_in) -> (..., d_out)
         y = x @ self.weight.T
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class Embedding(nn.Module):
@@ -523,12 +523,11 @@ class MixtureOfExperts(nn.Module):
             if plan is not None:
                 plan.balance.append(balance_loss(scores, counts))
         order = chosen.flatten().argsort(stable=True)                           # all of expert 0's, then all of 1's, …
-        rows = order // self.n_chosen
         # An expert without tokens still runs, on no rows: its gradient is 0 rather than missing on one of many ranks.
-        parts = flat[rows].split(counts.tolist())
+        parts = flat[order // self.n_chosen].split(counts.tolist())
         y = torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
-        y = torch.zeros(flat.shape, dtype=weights.dtype, device=x.device).index_add(
-            0, rows, y * weights.flatten()[order].unsqueeze(-1)).to(y.dtype)
+        y = y[order.argsort()].view(len(flat), self.n_chosen, -1)               # back to the tokens' order
+        y = (y * weights.unsqueeze(-1)).sum(dim=1).to(y.dtype)
         return (y + self.shared(flat) if hasattr(self, "shared") else y).view(x.shape)
 
     @torch.no_grad()
@@ -856,7 +855,9 @@ class LatentAttention(nn.Module):
             # In training, growing keys and values is cheaper than attending in the wide latent.
             k, v = self.kv_up_proj(latent.squeeze(1)).view(B, -1, c.n_heads, 2 * D).transpose(1, 2).chunk(2, dim=-1)
             k = torch.cat((k, k_rope.expand(-1, c.n_heads, -1, -1)), dim=-1)
-            y = attend(c, torch.cat((q, q_rope), dim=-1), k, v, mask, causal, None)                # (B, H, T, D)
+            # Fused attention wants one width for keys and values: zeros beside the values, cut off again.
+            v = v if c.attention_backend == "naive" else nn.functional.pad(v, (0, P))
+            y = attend(c, torch.cat((q, q_rope), dim=-1), k, v, mask, causal, None)[..., :D]       # (B, H, T, D)
         else:
             # After a past, never grow it again: q·(U c) = (Uᵀq)·c, so the query moves into the latent instead.
             up_k, up_v = self.kv_up_proj.weight.to(q.dtype).view(c.n_heads, 2 * D, R).chunk(2, dim=1)    # (H, D, R) each
