@@ -14,11 +14,11 @@ Papers: Sennrich et al., arXiv 1508.07909, algorithm 1 (BPE for words); Radford 
 Unsupervised Multitask Learners", section 2.2 (bytes, and merges kept inside character categories).
 
 Measured on two cores of an AMD EPYC (results/bpe_bench.txt):
-    python bpe.py train FILE --vocab_size=32000 --out=tokenizer.json    100 MB in @T@ s, Hugging Face's trainer @H@ s
+    python bpe.py train FILE --vocab_size=32000 --out=tokenizer.json    100 MB in 6.0 s, Hugging Face's trainer 21.4 s
     python bpe.py encode tokenizer.json FILE --out=x.bin
     python bpe.py show tokenizer.json "the cat in the hat"
     python bpe.py compare FILE
-    python bpe.py bench FILE --tokenizer=gpt2.json    one process, GPT-2's vocabulary: @E@ MB/s, tiktoken @K@ MB/s
+    python bpe.py bench FILE --tokenizer=gpt2.json    GPT-2's vocabulary: 42 MB/s, the first time 19; tiktoken 12
 """
 import argparse
 import contextlib
@@ -163,7 +163,7 @@ def _classify(characters):
 
 
 _ASCII = bytes(_classify("".join(map(chr, range(128)))).values()) + bytes([OTHER] * 128)
-_STARTS = bytes(k < 216 and _starts_one(k // 36, k // 6 % 6, k % 6) for k in range(256))   # k: 36 before + 6 here + after
+_STARTS = bytes(k < 216 and _starts_one(k // 36, k // 6 % 6, k % 6) for k in range(256))  # 36 before + 6 here + after
 _SINGLE = np.isin(np.arange(256), list(b"sdmt"))
 _unicode = np.zeros(0, np.uint8)    # class of each code point, 255 where not yet asked for; 1.1 MB made on first use
 
