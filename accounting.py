@@ -1,19 +1,19 @@
 """The bill of a model before it runs: parameters, FLOPs, bytes, hours and money, each by part.
 
-    python accounting.py gpt2-xl                              a preset of model.py, or a config_x.py, or --d_model=… alone
-    python accounting.py config_owt.py --tokens=3e9 --device=H100 --mfu=0.4 --dollars_per_hour=2.5
+    python accounting.py gpt2-xl                              a preset of model.py, or a config_x.py, or --d_model=…
+    alone python accounting.py config_owt.py --tokens=3e9 --device=H100 --mfu=0.4 --dollars_per_hour=2.5
 
 What is counted. Parameters: every number that is trained. FLOPs: the multiplications and additions of matrix products,
-2 m n k each, as torch.utils.flop_counter counts them; norms, activations and softmax are left out: they are a percent of
-the arithmetic (and much more of the time: they wait for memory). Attention scores are counted over the whole T x T
+2 m n k each, as torch.utils.flop_counter counts them; norms, activations and softmax are left out: they are a percent
+of the arithmetic (and much more of the time: they wait for memory). Attention scores are counted over the whole T x T
 square, as the literature does; `causal=True` counts the pairs that may attend, which is what a flash kernel computes.
-The backward pass costs twice the forward: a product for the inputs' gradient and one for the weights'.
-Activations: what autograd keeps between the two, tensor by tensor in the order of model.py, with its sdpa backend.
+The backward pass costs twice the forward: a product for the inputs' gradient and one for the weights'. Activations:
+what autograd keeps between the two, tensor by tensor in the order of model.py, with its sdpa backend.
 
 Left out: the temporaries of a backward pass, the allocator's waste, communication, activation recomputation.
 
-Papers: Kaplan 2020 (2001.08361, section 2.1) for the counting, Chowdhery 2022 (2204.02311, appendix B) for MFU, Korthikanti 2022
-(2205.05198, section 4) for activations, Williams 2009 (Roofline) for intensity against ridge point.
+Papers: Kaplan 2020 (2001.08361, section 2.1) for the counting, Chowdhery 2022 (2204.02311, appendix B) for MFU,
+Korthikanti 2022 (2205.05198, section 4) for activations, Williams 2009 (Roofline) for intensity against ridge point.
 """
 import sys
 from dataclasses import dataclass, fields
@@ -24,7 +24,7 @@ from configurator import fail, format_help, parse_flags, read_config_file, resol
 from model import PRESETS, ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-STATES = {"adamw": 2, "muon": 1, "sgd": 0}       # float32 numbers an optimizer keeps for each parameter (muon: its matrices)
+STATES = {"adamw": 2, "muon": 1, "sgd": 0}  # float32 numbers an optimizer keeps for each parameter (muon: its matrices)
 
 
 @dataclass
@@ -41,10 +41,10 @@ DEVICES = {
     "A100": Device(312e12, 2039e9, 80e9, "NVIDIA A100 data sheet, SXM 80 GB"),
     "H100": Device(989e12, 3350e9, 80e9, "NVIDIA H100 data sheet, SXM; printed there with sparsity, halved"),
     "H200": Device(989e12, 4800e9, 141e9, "NVIDIA H200 data sheet, SXM; printed there with sparsity, halved"),
-    "B200": Device(2250e12, 8000e9, 180e9, "NVIDIA DGX B200 data sheet, an eighth of it; printed there with sparsity, halved"),
+    "B200": Device(2250e12, 8000e9, 180e9,
+                   "NVIDIA DGX B200 data sheet, an eighth of it; printed there with sparsity, halved"),
     "L40S": Device(362e12, 864e9, 48e9, "NVIDIA L40S data sheet"),
-    "RTX 4090": Device(165e12, 1008e9, 24e9, "NVIDIA Ada GPU architecture white paper, appendix A, float32 sums"),
-}
+    "RTX 4090": Device(165e12, 1008e9, 24e9, "NVIDIA Ada GPU architecture white paper, appendix A, float32 sums"), }
 
 
 # --- parameters ---
@@ -54,7 +54,9 @@ def count_params(config: ModelConfig) -> dict:
     c, C = config, config.d_model
     norm = {"rms": C, "layer": C * (1 + c.bias), "none": 0}[c.norm]
     block = _block_params(c) | {"norms": 2 * norm}
-    parts = {"token_embeddings": c.vocab_size * C, "position_embeddings": c.context_length * C if c.position == "learned" else 0}
+    parts = {
+        "token_embeddings": c.vocab_size * C,
+        "position_embeddings": c.context_length * C if c.position == "learned" else 0}
     parts |= {name: c.n_layers * n for name, n in block.items()}
     parts["norms"] += norm * (c.norm_position == "pre")
     parts["mtp"] = c.mtp_depth * (sum(block.values()) + 2 * C + 2 * C * C)
@@ -76,7 +78,9 @@ def _block_params(c: ModelConfig) -> dict:
     if not c.n_experts:
         return {"attention": attention, "feed_forward": _ffn_params(c, c.d_ff)}
     shared = _ffn_params(c, c.n_shared_experts * c.d_ff_expert) if c.n_shared_experts else 0
-    return {"attention": attention, "router": C * c.n_experts, "feed_forward": c.n_experts * _ffn_params(c, c.d_ff_expert) + shared}
+    return {
+        "attention": attention, "router": C * c.n_experts,
+        "feed_forward": c.n_experts * _ffn_params(c, c.d_ff_expert) + shared}
 
 
 def _ffn_params(c: ModelConfig, width: int) -> int:
@@ -122,7 +126,8 @@ def _block_flops(c: ModelConfig, keys: float) -> dict:
     C, H, K, D = c.d_model, c.n_heads, c.n_kv_heads, c.head_dim
     if c.attention == "mla":
         R, P = c.kv_lora_rank, c.rope_head_dim
-        weights = (c.q_lora_rank or C) * H * (D + P) + C * (c.q_lora_rank or 0) + C * (R + P) + R * H * 2 * D + H * D * C
+        weights = (c.q_lora_rank or C) * H * (D + P) + C * (c.q_lora_rank
+                                                            or 0) + C * (R + P) + R * H * 2 * D + H * D * C
         scores = 2 * keys * H * (D + P) + 2 * keys * H * D
     else:
         weights, scores = C * (2 * H + 2 * K) * D, 4 * keys * H * D
@@ -138,12 +143,14 @@ def memory_bytes(config: ModelConfig, batch_size: int = 1, context_length: int |
                  optimizer: str | None = "adamw") -> dict:
     """Bytes of a training step by part, and their "total"; with optimizer=None those of running the model only.
 
-    dtype: of the activations, by autocast; in training, weights, gradients and optimizer state stay in float32. Without an
-    optimizer the weights are in `dtype` and the cache of batch_size full contexts takes the place of activations.
-    Raises ValueError for a dtype or an optimizer that is not known.
+    dtype: of the activations, by autocast; in training, weights, gradients and optimizer state stay in float32.
+    Without an optimizer the weights are in `dtype` and the cache of batch_size full contexts takes the place of
+    activations. Raises ValueError for a dtype or an optimizer that is not known.
     """
     if dtype not in BYTES or optimizer not in (None, *STATES):
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(BYTES)}, optimizer={optimizer!r} one of {', '.join(STATES)} or None")
+        raise ValueError(
+            f"dtype={dtype!r} must be one of {', '.join(BYTES)}, optimizer={optimizer!r} one of {', '.join(STATES)} or None"
+        )
     T, n = context_length or config.context_length, count_params(config)["total"]
     if optimizer is None:
         parts = {"weights": n * BYTES[dtype], "kv_cache": batch_size * kv_cache_bytes(config, T, dtype)}
@@ -154,7 +161,9 @@ def memory_bytes(config: ModelConfig, batch_size: int = 1, context_length: int |
 
 
 def activation_bytes(config: ModelConfig, T: int, dtype: str = "float32") -> int:
-    """Bytes that autograd keeps of one sequence between forward and backward, with the sdpa backend, line by line in order."""
+    """Bytes that autograd keeps of one sequence between forward and backward, with the sdpa backend, line by line in
+    order.
+    """
     c, C, low = config, config.d_model, BYTES[dtype]
     stream = max(4, low)             # the residual stream and what a norm saves stay float32 under autocast
     per_token = 0
@@ -163,7 +172,8 @@ def activation_bytes(config: ModelConfig, T: int, dtype: str = "float32") -> int
     per_token += c.mtp_depth * (2 * _norm_bytes(c, C, stream, 0) + 2 * C * low)
     logits = c.vocab_size * low + 4 + (0 if c.logit_softcap is None else c.vocab_size * low)
     # Every depth of multi-token prediction has its own final norm and logits.
-    per_token += (1 + c.mtp_depth) * (logits + (_norm_bytes(c, C, stream, low) if c.norm_position == "pre" else C * low))
+    per_token += (1 + c.mtp_depth) * (logits +
+                                      (_norm_bytes(c, C, stream, low) if c.norm_position == "pre" else C * low))
     return round(T * per_token)
 
 
@@ -204,7 +214,9 @@ def kv_cache_bytes(config: ModelConfig, length: int, dtype: str = "bfloat16") ->
 
 def largest_batch(config: ModelConfig, memory: float, context_length: int | None = None, dtype: str = "float32",
                   optimizer: str | None = "adamw") -> int:
-    """Most sequences whose training step (or, without optimizer, whose caches) fits `memory` bytes; 0 when the weights alone do not."""
+    """Most sequences whose training step (or, without optimizer, whose caches) fits `memory` bytes; 0 when the
+    weights alone do not.
+    """
     none, one = (memory_bytes(config, n, context_length, dtype, optimizer)["total"] for n in (0, 1))
     return max(0, int((memory - none) // (one - none)))
 
@@ -219,7 +231,9 @@ def find_device(name: str) -> Device:
 
 def training_hours(config: ModelConfig, tokens: float, device: str, mfu: float = 0.4, n_devices: int = 1,
                    context_length: int | None = None) -> float:
-    """Hours to train on `tokens` when the share `mfu` of the devices' peak goes into the model's FLOPs (2204.02311, appendix B)."""
+    """Hours to train on `tokens` when the share `mfu` of the devices' peak goes into the model's FLOPs (2204.02311,
+    appendix B).
+    """
     flops = flops_per_token(config, context_length or config.context_length, training=True)["total"] * tokens
     return flops / (find_device(device).flops * mfu * n_devices) / 3600
 
@@ -227,8 +241,9 @@ def training_hours(config: ModelConfig, tokens: float, device: str, mfu: float =
 def intensity(config: ModelConfig, batch_size: int, context_length: int, dtype: str = "bfloat16") -> dict:
     """FLOPs per byte moved of prefill (a whole context) and decode (one more token a sequence).
 
-    Either reads all weights once (with experts: those that batch_size tokens meet, all for prefill) and writes or reads the
-    cache; activations are left out. Below the device's ridge point, FLOP/s over byte/s, memory is what takes the time.
+    Either reads all weights once (with experts: those that batch_size tokens meet, all for prefill) and writes or
+    reads the cache; activations are left out. Below the device's ridge point, FLOP/s over byte/s, memory is what
+    takes the time.
     """
     weights = (count_params(config)["total"] - count_params(config)["mtp"]) * BYTES[dtype]
     met = weights if not config.n_experts else min(weights, batch_size * active_params(config) * BYTES[dtype])
@@ -241,8 +256,9 @@ def intensity(config: ModelConfig, batch_size: int, context_length: int, dtype: 
 
 def number_formats() -> list[dict]:
     """float32, float16, bfloat16: bits, largest, smallest normal and subnormal number, spacing above 1."""
-    return [{"dtype": str(kind).removeprefix("torch."), "bits": info.bits, "largest": info.max, "smallest_normal": info.tiny,
-             "smallest": info.smallest_normal * info.eps, "spacing_at_1": info.eps}
+    return [{
+        "dtype": str(kind).removeprefix("torch."), "bits": info.bits, "largest": info.max, "smallest_normal": info.tiny,
+        "smallest": info.smallest_normal * info.eps, "spacing_at_1": info.eps}
             for kind in (torch.float32, torch.float16, torch.bfloat16) for info in [torch.finfo(kind)]]
 
 
@@ -256,9 +272,10 @@ def format_demonstration() -> list[tuple[str, float, float, float]]:
         for _ in range(1000):
             total += torch.tensor(0.001, dtype=kind)
         return total
-    return [("300 * 300 (a squared activation)", *each(lambda kind: torch.tensor(300.0, dtype=kind) ** 2)),
+    return [("300 * 300 (a squared activation)", *each(lambda kind: torch.tensor(300.0, dtype=kind)**2)),
             ("1e-8 (a small gradient)", *each(lambda kind: torch.tensor(1e-8, dtype=kind))),
-            ("1 + 0.001 (a weight and its update)", *each(lambda kind: torch.tensor(1.0, dtype=kind) + torch.tensor(0.001, dtype=kind))),
+            ("1 + 0.001 (a weight and its update)",
+             *each(lambda kind: torch.tensor(1.0, dtype=kind) + torch.tensor(0.001, dtype=kind))),
             ("0.001 added 1,000 times", *each(slow_sum))]
 
 
@@ -266,18 +283,19 @@ def format_demonstration() -> list[tuple[str, float, float, float]]:
 
 # Shares of FLOPs in percent (MHA, FFN, attention, logits) that were published for OPT's sizes (S. Roller 2022; shown in
 # CS336, lecture 3); layers and width are those of 2205.01068, table 1, and for 760M of GPT-3 (2005.14165, table 2.1).
-OPT = {"760M": (24, 1536, 35, 44, 14.8, 5.8), "1.3B": (24, 2048, 32, 51, 12.7, 5.0), "2.7B": (32, 2560, 29, 56, 11.2, 3.3),
-       "6.7B": (32, 4096, 24, 65, 8.1, 2.4), "13B": (40, 5120, 22, 69, 6.9, 1.6), "30B": (48, 7168, 20, 74, 5.3, 1.0),
-       "66B": (64, 9216, 18, 77, 4.3, 0.6), "175B": (96, 12_288, 17, 80, 3.3, 0.3)}
+OPT = {
+    "760M": (24, 1536, 35, 44, 14.8, 5.8), "1.3B": (24, 2048, 32, 51, 12.7, 5.0), "2.7B": (32, 2560, 29, 56, 11.2, 3.3),
+    "6.7B": (32, 4096, 24, 65, 8.1, 2.4), "13B": (40, 5120, 22, 69, 6.9, 1.6), "30B": (48, 7168, 20, 74, 5.3, 1.0),
+    "66B": (64, 9216, 18, 77, 4.3, 0.6), "175B": (96, 12_288, 17, 80, 3.3, 0.3)}
 
 
 def opt_shares(name: str) -> dict:
     """Percent by part, three times: "published", "ours" (2 FLOPs a weight), "refitted".
 
     In the published table MHA falls against FFN from 0.8 to 0.2 although both cost a multiple of d² a token (8 d² and
-    16 d²), so it cannot be the four projections. All its rows are met within rounding by MHA = 2 d² + 8 T d, FFN = 16 d²,
-    attention = 4 T d, and logits at three quarters of 2 V d, as when blocks are recomputed in the backward pass (four
-    passes instead of three) and the head is not. That is our inference ("refitted"), not its author's word.
+    16 d²), so it cannot be the four projections. All its rows are met within rounding by MHA = 2 d² + 8 T d, FFN = 16
+    d², attention = 4 T d, and logits at three quarters of 2 V d, as when blocks are recomputed in the backward pass
+    (four passes instead of three) and the head is not. That is our inference ("refitted"), not its author's word.
     """
     layers, d, *published = OPT[name]
     T, V = 2048, 50_272              # context and padded vocabulary of OPT
@@ -286,7 +304,9 @@ def opt_shares(name: str) -> dict:
     config = ModelConfig(vocab_size=V, context_length=T, d_model=d, n_layers=layers, n_heads=d // 64, ffn="gelu")
     counts = flops_per_token(config, T)
     ours = [counts[part] for part in ("attention_projections", "feed_forward", "attention_scores", "logits")]
-    return {"published": published, "ours": [100 * n / sum(ours) for n in ours], "refitted": [100 * n / sum(refitted) for n in refitted]}
+    return {
+        "published": published, "ours": [100 * n / sum(ours) for n in ours],
+        "refitted": [100 * n / sum(refitted) for n in refitted]}
 
 
 # --- the command ---
@@ -306,12 +326,14 @@ class Bill(ModelConfig):
 
 def table(title: str, header: list[str], rows: list[list]) -> None:
     """Print right-aligned columns under a title."""
-    cells = [header] + [[cell if isinstance(cell, str) else f"{cell:,.4g}" if isinstance(cell, float) else f"{cell:,}" for cell in row]
+    cells = [header] + [[
+        cell if isinstance(cell, str) else f"{cell:,.4g}" if isinstance(cell, float) else f"{cell:,}" for cell in row]
                         for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     print(f"\n{title}")
     for row in cells:
-        print("  " + f"{row[0]:<{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:])))
+        print("  " + f"{row[0]:<{widths[0]}}" + "".join(f"  {cell:>{width}}"
+                                                        for cell, width in zip(row[1:], widths[1:])))
 
 
 def shares(counts: dict) -> list[list]:
@@ -323,7 +345,9 @@ def print_bill(bill: Bill) -> None:
     counts, n = count_params(c), count_params(c)["total"]
     table(f"parameters ({active_params(c):,} of them active for a token)", ["part", "count", "share"], shares(counts))
     forward, trained = flops_per_token(c, T), flops_per_token(c, T, training=True)
-    rows = [[name, forward.get(name, 0) / 1e6, (flops - forward.get(name, 0)) / 1e6, f"{100 * flops / trained['total']:.1f} %"]
+    rows = [[
+        name,
+        forward.get(name, 0) / 1e6, (flops - forward.get(name, 0)) / 1e6, f"{100 * flops / trained['total']:.1f} %"]
             for name, flops in trained.items()]
     table(f"MFLOP per token at context {T:,}", ["part", "forward", "backward", "share"], rows)
     print(f"  forward over one sequence: {forward['total'] * T / 1e12:.4g} TFLOP; causal pairs only: "
@@ -331,35 +355,51 @@ def print_bill(bill: Bill) -> None:
     rows = [[f"train, {kind}", *[f"{memory_bytes(c, bill.batch_size, T, kind, bill.optimizer)[part] / 1e9:.3f}"
                                  for part in ("weights", "gradients", "optimizer", "activations", "total")],
              largest_batch(c, device.memory_bytes, T, kind, bill.optimizer)] for kind in ("float32", "bfloat16")]
-    table(f"training memory in GB at batch {bill.batch_size}, {bill.optimizer}; largest batch in {device.memory_bytes / 1e9:.0f} GB ({bill.device})",
-          ["", "weights", "gradients", "optimizer", "activations", "total", "largest batch"], rows)
+    table(
+        f"training memory in GB at batch {bill.batch_size}, {bill.optimizer}; largest batch in {device.memory_bytes / 1e9:.0f} GB ({bill.device})",
+        ["", "weights", "gradients", "optimizer", "activations", "total", "largest batch"], rows)
     per = {"this model": c}
     if c.attention == "standard":
-        per |= {f"with {K} key/value heads": ModelConfig(**_model_values(c) | {"n_kv_heads": K}) for K in sorted({1, c.n_heads})}
+        per |= {
+            f"with {K} key/value heads": ModelConfig(**_model_values(c) | {"n_kv_heads": K})
+            for K in sorted({1, c.n_heads})}
         if c.position == "rope" and not (c.qk_norm or c.qkv_bias):
-            per["with attention=mla"] = ModelConfig(**_model_values(c) | {"n_kv_heads": c.n_heads, "attention": "mla", "attention_backend": "sdpa"})
-    table(f"KV cache in {bill.dtype}", ["", "bytes per token", f"MB at {T:,}", f"sequences beside the weights on {bill.device}"],
-          [[name, kv_cache_bytes(one, 1, bill.dtype), kv_cache_bytes(one, T, bill.dtype) / 1e6,
-            largest_batch(one, device.memory_bytes, T, bill.dtype, None)] for name, one in per.items()])
+            per["with attention=mla"] = ModelConfig(
+                **_model_values(c) | {"n_kv_heads": c.n_heads, "attention": "mla", "attention_backend": "sdpa"})
+    table(f"KV cache in {bill.dtype}",
+          ["", "bytes per token", f"MB at {T:,}", f"sequences beside the weights on {bill.device}"], [[
+              name,
+              kv_cache_bytes(one, 1, bill.dtype),
+              kv_cache_bytes(one, T, bill.dtype) / 1e6,
+              largest_batch(one, device.memory_bytes, T, bill.dtype, None)] for name, one in per.items()])
     ridge = device.flops / device.bytes_per_s
-    rows = [[f"batch {batch}", *(f"{x:,.1f} ({'compute' if x > ridge else 'memory'})" for x in intensity(c, batch, T, bill.dtype).values())]
+    rows = [[
+        f"batch {batch}", *(f"{x:,.1f} ({'compute' if x > ridge else 'memory'})"
+                            for x in intensity(c, batch, T, bill.dtype).values())]
             for batch in sorted({1, bill.batch_size, 64, 512})]
-    table(f"FLOPs per byte, and what bounds it; ridge point of {bill.device}: {ridge:.0f}", ["", "prefill", "decode"], rows)
+    table(f"FLOPs per byte, and what bounds it; ridge point of {bill.device}: {ridge:.0f}", ["", "prefill", "decode"],
+          rows)
     tokens = bill.tokens or 20 * n
     hours = training_hours(c, tokens, bill.device, bill.mfu, bill.n_devices, T)
     money = "" if bill.dollars_per_hour is None else f", {hours * bill.n_devices * bill.dollars_per_hour:,.0f} dollars"
-    print(f"\ntraining on {tokens:.4g} tokens: {trained['total'] * tokens:.4g} FLOP, {hours:,.2f} hours on {bill.n_devices} {bill.device} "
-          f"at {100 * bill.mfu:.0f} % MFU{money}")
-    print(f"peak of {bill.device}: {device.flops / 1e12:.0f} TFLOP/s, {device.bytes_per_s / 1e12:.2f} TB/s ({device.source})")
+    print(
+        f"\ntraining on {tokens:.4g} tokens: {trained['total'] * tokens:.4g} FLOP, {hours:,.2f} hours on {bill.n_devices} {bill.device} "
+        f"at {100 * bill.mfu:.0f} % MFU{money}")
+    print(
+        f"peak of {bill.device}: {device.flops / 1e12:.0f} TFLOP/s, {device.bytes_per_s / 1e12:.2f} TB/s ({device.source})"
+    )
 
 
 def print_lessons() -> None:
     """What holds for every model: the OPT table and the number formats."""
-    rows = [[name, *(" / ".join(f"{x:.1f}" for x in three) for three in zip(*opt_shares(name).values()))] for name in OPT]
+    rows = [[name, *(" / ".join(f"{x:.1f}" for x in three) for three in zip(*opt_shares(name).values()))]
+            for name in OPT]
     table("OPT, percent of FLOPs: as published / by our count / by what fits the published (see opt_shares)",
           ["", "MHA", "FFN", "attention", "logits"], rows)
     table("number formats", ["dtype", "bits", "largest", "smallest normal", "smallest", "spacing at 1"],
-          [[row["dtype"], row["bits"], *(f"{row[key]:.4g}" for key in ("largest", "smallest_normal", "smallest", "spacing_at_1"))]
+          [[
+              row["dtype"], row["bits"], *(f"{row[key]:.4g}"
+                                           for key in ("largest", "smallest_normal", "smallest", "spacing_at_1"))]
            for row in number_formats()])
     table("the same arithmetic in each", ["", "float32", "float16", "bfloat16"],
           [[what, *(f"{x:.6g}" for x in results)] for what, *results in format_demonstration()])
@@ -378,7 +418,8 @@ def main(argv: list[str]) -> None:
         flags, words = parse_flags(argv)
         given = PRESETS.get(words[0], {}) if len(words) == 1 else {}
         if len(words) > 1 or words and not given and not words[0].endswith(".py"):
-            raise ValueError(f"{' '.join(words)!r} is neither one config file nor one preset; presets: {', '.join(PRESETS)}")
+            raise ValueError(
+                f"{' '.join(words)!r} is neither one config file nor one preset; presets: {', '.join(PRESETS)}")
         if words and not given:
             given = read_config_file(words[0])
             own = {field.name for field in fields(Bill)}

@@ -1,14 +1,16 @@
-"""Other people's weights in, ours out: GPT-2, Llama 2 and 3, Qwen2, Qwen2.5, Qwen3 and Mixtral as Hugging Face keeps them.
+"""Other people's weights in, ours out: GPT-2, Llama 2 and 3, Qwen2, Qwen2.5, Qwen3 and Mixtral as Hugging Face keeps
+them.
 
 A folder there is `config.json` (the shape), safetensors files (tensors by name) and `tokenizer.json`. All five
 architectures are our Transformer with different switches, so that importing is a table of names. Whatever the table
 does not know is refused by name: a tensor dropped in silence would still give fluent text, only worse.
 
-    python convert.py import FOLDER out/NAME     config.json + *.safetensors -> ckpt.pt, which sample.py and train.py open
-    python convert.py export out/NAME FOLDER     ckpt.pt -> a folder that AutoModelForCausalLM.from_pretrained loads
+    python convert.py import FOLDER out/NAME     config.json + *.safetensors -> ckpt.pt, which sample.py and train.py
+    open python convert.py export out/NAME FOLDER     ckpt.pt -> a folder that AutoModelForCausalLM.from_pretrained
+    loads
 
-A model of ours goes out as the architecture that it is: with qk_norm, as in our config files, as Qwen3; without, as Llama
-(as Qwen2 with qkv_bias); with experts as Mixtral; in GPT-2's shape as GPT-2. Settings of training alone
+A model of ours goes out as the architecture that it is: with qk_norm, as in our config files, as Qwen3; without, as
+Llama (as Qwen2 with qkv_bias); with experts as Mixtral; in GPT-2's shape as GPT-2. Settings of training alone
 (zero_init, balance_weight, …) have no place there and change no output.
 
 Left out: pickled weights (`pytorch_model.bin` can run code when opened), quantised files, YaRN and the other RoPE
@@ -27,19 +29,27 @@ from checkpoint import load_model, save_checkpoint, sha256
 from configurator import fail, nearest, parse_flags
 from model import MixtureOfExperts, ModelConfig, Transformer
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}    # safetensors' names
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16,
+          "F16": torch.float16}  # safetensors' names
 
 # What must be so in a config.json for our layers to compute the same, where it is said at all.
-MUST_BE = {"hidden_act": ("silu",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "attention_bias": (False,),
-           "mlp_bias": (False,), "partial_rotary_factor": (1, None), "scale_attn_weights": (True,), "add_cross_attention": (False,),
-           "scale_attn_by_inverse_layer_idx": (False,), "quantization_config": (None,), "pretraining_tp": (1, None)}
+MUST_BE = {
+    "hidden_act": ("silu", ), "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "attention_bias": (False, ),
+    "mlp_bias": (False, ), "partial_rotary_factor": (1, None), "scale_attn_weights": (True, ),
+    "add_cross_attention": (False, ), "scale_attn_by_inverse_layer_idx": (False, ), "quantization_config": (None, ),
+    "pretraining_tp": (1, None)}
 # Hugging Face's names for our fields.
-SHAPE = {"vocab_size": "vocab_size", "max_position_embeddings": "context_length", "hidden_size": "d_model", "head_dim": "head_dim",
-         "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
-         "intermediate_size": "d_ff", "rms_norm_eps": "norm_eps", "tie_word_embeddings": "tie_embeddings"}
-GPT2_SHAPE = {"vocab_size": "vocab_size", "n_positions": "context_length", "n_embd": "d_model", "n_layer": "n_layers",
-              "n_head": "n_heads", "n_inner": "d_ff", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tie_embeddings"}
-MIXTRAL = {"num_local_experts": "n_experts", "num_experts_per_tok": "n_experts_per_token", "router_aux_loss_coef": "balance_weight"}
+SHAPE = {
+    "vocab_size": "vocab_size", "max_position_embeddings": "context_length", "hidden_size": "d_model",
+    "head_dim": "head_dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads", "intermediate_size": "d_ff", "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings"}
+GPT2_SHAPE = {
+    "vocab_size": "vocab_size", "n_positions": "context_length", "n_embd": "d_model", "n_layer": "n_layers",
+    "n_head": "n_heads", "n_inner": "d_ff", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tie_embeddings"}
+MIXTRAL = {
+    "num_local_experts": "n_experts", "num_experts_per_tok": "n_experts_per_token",
+    "router_aux_loss_coef": "balance_weight"}
 GPT2 = dict(norm="layer", position="learned", ffn="gelu", bias=True)
 ARCHITECTURES = {                    # name: (model_type, names, our switches, their defaults)
     "GPT2LMHeadModel": ("gpt2", GPT2_SHAPE, GPT2, {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}),
@@ -51,7 +61,7 @@ ARCHITECTURES = {                    # name: (model_type, names, our switches, t
 }
 LLAMA3 = {"factor": "rope_factor", "low_freq_factor": "rope_low_freq", "high_freq_factor": "rope_high_freq",
           "original_max_position_embeddings": "rope_original_context"}
-IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")        # constants that old versions saved as tensors
+IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that old versions saved as tensors
 
 
 # --- config.json ---
@@ -89,8 +99,11 @@ def _our_config(theirs: dict) -> tuple[str, ModelConfig]:
 
 
 def _our_rope(theirs: dict) -> dict:
-    """RoPE's fields. transformers 5 writes one `rope_parameters`; 4 wrote `rope_theta`, and `rope_scaling` when stretched."""
-    rope = theirs.get("rope_parameters") or (theirs.get("rope_scaling") or {}) | {"rope_theta": theirs.get("rope_theta", 10_000.0)}
+    """RoPE's fields. transformers 5 writes one `rope_parameters`; 4 wrote `rope_theta`, and `rope_scaling` when
+    stretched.
+    """
+    rope = theirs.get("rope_parameters") or (theirs.get("rope_scaling") or {}) | {
+        "rope_theta": theirs.get("rope_theta", 10_000.0)}
     kind = rope.get("rope_type", rope.get("type", "default"))
     ours = {"rope_theta": float(rope["rope_theta"])}
     if rope.get("partial_rotary_factor", 1) != 1 or kind not in ("default", "linear", "llama3"):
@@ -116,7 +129,8 @@ def _our_window(theirs: dict, architecture: str) -> dict:
                  for i in range(theirs["num_hidden_layers"])]
     unknown = set(kinds) - {"sliding_attention", "full_attention"}
     if unknown:
-        raise ValueError(f"layer_types holds {', '.join(sorted(unknown))}; only sliding_attention and full_attention are known")
+        raise ValueError(
+            f"layer_types holds {', '.join(sorted(unknown))}; only sliding_attention and full_attention are known")
     pattern = "".join("S" if kind == "sliding_attention" else "L" for kind in kinds)
     if set(pattern) == {"L"}:
         return {}
@@ -124,7 +138,9 @@ def _our_window(theirs: dict, architecture: str) -> dict:
 
 
 def architecture_of(config: ModelConfig) -> str:
-    """The Hugging Face architecture that computes what this config computes. Raises ValueError naming what has no place there."""
+    """The Hugging Face architecture that computes what this config computes. Raises ValueError naming what has no
+    place there.
+    """
     plain = ModelConfig()
     same = ("norm_position", "attention", "logit_softcap", "mtp_depth", "n_shared_experts", "rope_interleaved")
     wrong = [name for name in same if getattr(config, name) != getattr(plain, name)]
@@ -143,10 +159,12 @@ def architecture_of(config: ModelConfig) -> str:
         wrong += ["head_dim"] * (name == "Qwen2ForCausalLM" and config.head_dim * config.n_heads != config.d_model)
         wrong += ["balance"] * (name == "MixtralForCausalLM" and config.balance == "bias")
         windowed = {"LlamaForCausalLM": "", "MixtralForCausalLM": "S"}.get(name, "SL")
-        wrong += ["window_pattern"] * (config.sliding_window is not None and not set(config.window_pattern) <= set(windowed))
+        wrong += ["window_pattern"] * (config.sliding_window is not None
+                                       and not set(config.window_pattern) <= set(windowed))
     if wrong:
         values = ", ".join(f"{key}={getattr(config, key)}" for key in dict.fromkeys(wrong))
-        raise ValueError(f"{name}, the nearest of {', '.join(ARCHITECTURES)}, has no {values}; only a model without can be exported")
+        raise ValueError(
+            f"{name}, the nearest of {', '.join(ARCHITECTURES)}, has no {values}; only a model without can be exported")
     return name
 
 
@@ -168,19 +186,23 @@ def their_config(config: ModelConfig, dtype: torch.dtype, tokenizer=None) -> dic
         rope["factor"] = config.rope_factor
     if config.rope_scaling == "llama3":
         rope |= {their: getattr(config, our) for their, our in LLAMA3.items()}
-    theirs |= {"hidden_act": "silu", "rope_theta": config.rope_theta, "rope_parameters": rope | {"rope_theta": config.rope_theta},
-               "rope_scaling": None if config.rope_scaling == "none" else rope, "sliding_window": config.sliding_window}
+    theirs |= {
+        "hidden_act": "silu", "rope_theta": config.rope_theta,
+        "rope_parameters": rope | {"rope_theta": config.rope_theta},
+        "rope_scaling": None if config.rope_scaling == "none" else rope, "sliding_window": config.sliding_window}
     if model_type in ("qwen2", "qwen3"):
         kinds = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
-        theirs |= {"layer_types": kinds, "use_sliding_window": config.sliding_window is not None,
-                   "max_window_layers": kinds.index("sliding_attention") if "sliding_attention" in kinds else config.n_layers}
+        theirs |= {
+            "layer_types": kinds, "use_sliding_window": config.sliding_window is not None,
+            "max_window_layers": kinds.index("sliding_attention") if "sliding_attention" in kinds else config.n_layers}
     return theirs
 
 
 # --- names ---
 
 def name_table(config: ModelConfig, architecture: str) -> dict:
-    """{their tensor: (our tensors, transposed)}; several of ours lie in one of theirs one after the other, along their rows.
+    """{their tensor: (our tensors, transposed)}; several of ours lie in one of theirs one after the other, along
+    their rows.
 
     GPT-2's matrices are (in, out), because its Conv1D computes x W; q, k and v lie in one.
     """
@@ -192,13 +214,19 @@ def name_table(config: ModelConfig, architecture: str) -> dict:
                                         "transformer.ln_f": "ln_final", "lm_head": "lm_head"}
     else:
         layer = {"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}
-        layer |= {f"self_attn.{part}": f"attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")}
+        layer |= {
+            f"self_attn.{part}": f"attn.{part}"
+            for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")}
         layer |= {"mlp.gate_proj": "ffn.w1", "mlp.up_proj": "ffn.w3", "mlp.down_proj": "ffn.w2"}
         layer |= {"block_sparse_moe.gate": "ffn.router"}
-        layer |= {f"block_sparse_moe.experts.{e}.{w}": f"ffn.experts.{e}.{w}" for e in range(config.n_experts) for w in ("w1", "w2", "w3")}
-        stack, ends = "model.layers", {"model.embed_tokens": "token_embeddings", "model.norm": "ln_final", "lm_head": "lm_head"}
-    modules = ends | {f"{stack}.{i}.{their}": tuple(f"layers.{i}.{one}" for one in ([our] if isinstance(our, str) else our))
-                      for i in range(config.n_layers) for their, our in layer.items()}
+        layer |= {
+            f"block_sparse_moe.experts.{e}.{w}": f"ffn.experts.{e}.{w}" for e in range(config.n_experts)
+            for w in ("w1", "w2", "w3")}
+        stack, ends = "model.layers", {
+            "model.embed_tokens": "token_embeddings", "model.norm": "ln_final", "lm_head": "lm_head"}
+    modules = ends | {
+        f"{stack}.{i}.{their}": tuple(f"layers.{i}.{one}" for one in ([our] if isinstance(our, str) else our))
+        for i in range(config.n_layers) for their, our in layer.items()}
     for their, ours in modules.items():
         ours = (ours,) if isinstance(ours, str) else ours
         for kind in ("weight", "bias"):
@@ -215,7 +243,9 @@ def name_table(config: ModelConfig, architecture: str) -> dict:
 # --- weights ---
 
 def weight_files(folder) -> dict:
-    """{tensor name: file} of a folder's safetensors, in one file or in several with an index. Raises OSError, ValueError."""
+    """{tensor name: file} of a folder's safetensors, in one file or in several with an index. Raises OSError,
+    ValueError.
+    """
     from safetensors import safe_open
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
@@ -230,11 +260,12 @@ def weight_files(folder) -> dict:
     where = {}
     for file in sorted(files):
         if not file.is_file():
-            raise FileNotFoundError(f"no {file}; only safetensors are read, because opening pickled weights can run code")
+            raise FileNotFoundError(
+                f"no {file}; only safetensors are read, because opening pickled weights can run code")
         try:
             with safe_open(file, "pt") as tensors:
                 where |= dict.fromkeys(tensors.keys(), file)
-        except Exception as error:   # a damaged header raises safetensors' own error, which is no subclass of anything useful
+        except Exception as error:  # a damaged header raises safetensors' own error, which is no subclass of anything useful
             raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
     return where
 
@@ -242,9 +273,9 @@ def weight_files(folder) -> dict:
 def from_pretrained(folder, dtype: torch.dtype | None = None):
     """(Transformer in evaluation mode, Tokenizer or None) from a Hugging Face folder.
 
-    dtype: of the weights; as stored when not given (the widest, where they differ). The tokenizer is None when the folder has
-    no tokenizer.json, and, with a warning, when it is not a byte-level BPE.
-    Raises ValueError naming the path for an architecture, a setting or a tensor that is not known, FileNotFoundError.
+    dtype: of the weights; as stored when not given (the widest, where they differ). The tokenizer is None when the
+    folder has no tokenizer.json, and, with a warning, when it is not a byte-level BPE. Raises ValueError naming the
+    path for an architecture, a setting or a tensor that is not known, FileNotFoundError.
     """
     from safetensors import safe_open
     folder = Path(folder)
@@ -264,7 +295,8 @@ def from_pretrained(folder, dtype: torch.dtype | None = None):
             kinds |= {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}
     odd = {name: kind for name, kind in kinds.items() if kind not in DTYPES and name in stored.values()}
     if odd:
-        raise ValueError(f"{folder}: {next(iter(odd))} is stored as {next(iter(odd.values()))}; {', '.join(DTYPES)} are read")
+        raise ValueError(
+            f"{folder}: {next(iter(odd))} is stored as {next(iter(odd.values()))}; {', '.join(DTYPES)} are read")
     if dtype is None:
         dtype = max((DTYPES[kinds[name]] for name in stored.values()), key=lambda kind: kind.itemsize)
     model = _empty(config, dtype)
@@ -304,8 +336,9 @@ def _fill(model, table, stored, where, folder) -> None:
         ours, transposed = table[their]
         tensor = tensor.T if transposed else tensor
         if tensor.shape[0] != sum(own[our].shape[0] for our in ours) or tensor.shape[1:] != own[ours[0]].shape[1:]:
-            raise ValueError(f"{where[name]}: {name} has shape {tuple(tensor.shape)}{' transposed' if transposed else ''}, which "
-                             f"does not fill {' + '.join(ours)} of {tuple(own[ours[0]].shape)}; config.json and weights differ")
+            raise ValueError(
+                f"{where[name]}: {name} has shape {tuple(tensor.shape)}{' transposed' if transposed else ''}, which "
+                f"does not fill {' + '.join(ours)} of {tuple(own[ours[0]].shape)}; config.json and weights differ")
         tied = their == "lm_head.weight" and model.config.tie_embeddings      # the embedding came before: see the order
         if tied and not torch.equal(tensor.to(own[ours[0]].dtype), own[ours[0]]):
             raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding matrix")
@@ -327,7 +360,8 @@ def _read_tokenizer(folder):
 def save_pretrained(model, folder, tokenizer=None) -> None:
     """Write `model` and `tokenizer` as a Hugging Face folder: config.json, model.safetensors, tokenizer.json.
 
-    Weights keep their dtype; a tied head is written once. Raises ValueError for a model that no architecture there computes.
+    Weights keep their dtype; a tied head is written once. Raises ValueError for a model that no architecture there
+    computes.
     """
     from safetensors.torch import save_file
     config, weights = model.config, model.state_dict()
@@ -346,8 +380,11 @@ def save_pretrained(model, folder, tokenizer=None) -> None:
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
         end = "<|endoftext|>" if "<|endoftext|>" in tokenizer.special_tokens else None
-        _write_json({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end,
-                     "model_max_length": config.context_length, "clean_up_tokenization_spaces": False}, folder / "tokenizer_config.json")
+        _write_json(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end,
+                "model_max_length": config.context_length, "clean_up_tokenization_spaces": False},
+            folder / "tokenizer_config.json")
 
 
 def _write_json(content: dict, path: Path) -> None:
@@ -357,7 +394,8 @@ def _write_json(content: dict, path: Path) -> None:
 # --- commands ---
 
 def import_folder(folder, out_dir) -> None:
-    """A Hugging Face folder to a checkpoint with its tokenizer, which sample.py, evaluate.py and align.py start from."""
+    """A Hugging Face folder to a checkpoint with its tokenizer, which sample.py, evaluate.py and align.py start from.
+    """
     model, tokenizer = from_pretrained(folder)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -3,23 +3,23 @@ Mixtral and DeepSeek: every switch is a field of ModelConfig with its paper besi
 
 Token ids go in, logits come out. Everything between is on this page, bottom up: softmax, cross entropy, linear,
 embedding, norms, feed-forward, rotary positions, attention, cache, experts, block, model. Where a hand-written gradient
-is clearly faster on a CPU, it stands below the simple version, equal by test; torch.compile gets the simple one, which it
-fuses itself. Left out: dropout (one pass over the data does not need it), encoders, a first dense layer before experts.
+is clearly faster on a CPU, it stands below the simple version, equal by test; torch.compile gets the simple one,
+which it fuses itself. Left out: dropout (one pass over the data does not need it), encoders, a first dense layer
+before experts.
 
 Shape letters, used in every comment below:
     B batch   T time (query positions)   S source (key positions)   C d_model   H heads   K key/value heads
     D head_dim                           F d_ff                     V vocab     E experts
 
-    norm_position=post norm=layer position=sinusoidal ffn=relu2     close to Vaswani 2017 (1706.03762), whose ffn is relu
-    norm=layer position=learned ffn=gelu bias=true                  GPT-2 (Radford 2019)
-    (defaults)                                                      Llama (2302.13971)
-    qk_norm=true n_kv_heads=2                                       Qwen3 (2505.09388)
-    n_experts=8                                                     Mixtral (2401.04088)
-    attention=mla n_experts=8 n_shared_experts=1 balance=bias mtp_depth=1      DeepSeek-V3 (2412.19437)
+    norm_position=post norm=layer position=sinusoidal ffn=relu2     close to Vaswani 2017 (1706.03762), whose ffn is
+    relu norm=layer position=learned ffn=gelu bias=true                  GPT-2 (Radford 2019) (defaults)
+    Llama (2302.13971) qk_norm=true n_kv_heads=2                                       Qwen3 (2505.09388) n_experts=8
+    Mixtral (2401.04088) attention=mla n_experts=8 n_shared_experts=1 balance=bias mtp_depth=1      DeepSeek-V3
+    (2412.19437)
 
 The loss of `model(tokens, targets)` is the mean next-token cross entropy. In training mode, and only there, the losses
-of load balancing and of multi-token prediction are added, each once, with the weights of the config; `model.losses` holds
-the parts.
+of load balancing and of multi-token prediction are added, each once, with the weights of the config; `model.losses`
+holds the parts.
 """
 import math
 from dataclasses import dataclass
@@ -44,17 +44,17 @@ class ModelConfig:
     d_model: int = 512               # width of the residual stream
     n_layers: int = 4                # blocks
     n_heads: int = 16                # query heads
-    n_kv_heads: int | None = None    # key/value heads: none = n_heads (MHA), fewer = GQA (2305.13245), 1 = MQA (1911.02150)
+    n_kv_heads: int | None = None  # key/value heads: none = n_heads (MHA), fewer = GQA (2305.13245), 1 = MQA (1911.02150)
     head_dim: int | None = None      # width of a head; none = d_model / n_heads
-    d_ff: int | None = None          # width of the feed-forward layer; none = 8/3 d_model (swiglu; a multiple of 64) or 4 d_model
+    d_ff: int | None = None  # width of the feed-forward layer; none = 8/3 d_model (swiglu; a multiple of 64) or 4 d_model
     norm: str = "rms"                # rms (1910.07467) | layer (1607.06450) | none
     norm_eps: float = 1e-5           # inside the norms' root
     norm_position: str = "pre"       # pre (2002.04745) | post (the sum is normed, 1706.03762; then no final norm)
     qk_norm: bool = False            # RMSNorm over each head's query and key (2010.04245, 2302.05442)
-    position: str = "rope"           # rope (2104.09864) | learned (GPT-2) | sinusoidal (1706.03762, 3.5) | none (2305.19466)
+    position: str = "rope"  # rope (2104.09864) | learned (GPT-2) | sinusoidal (1706.03762, 3.5) | none (2305.19466)
     rope_theta: float = 10_000.0     # base of the rotary frequencies
-    rope_interleaved: bool = False   # rotate pairs (2i, 2i+1) as in the paper instead of (i, i + D/2) as in Llama's files
-    rope_scaling: str = "none"       # none | linear (2306.15595) | llama3 (2407.21783): RoPE stretched to longer contexts
+    rope_interleaved: bool = False  # rotate pairs (2i, 2i+1) as in the paper instead of (i, i + D/2) as in Llama's files
+    rope_scaling: str = "none"  # none | linear (2306.15595) | llama3 (2407.21783): RoPE stretched to longer contexts
     rope_factor: float = 1.0         # rope_scaling: how many times longer
     rope_low_freq: float = 1.0       # llama3: wavelengths over rope_original_context / this are stretched in full
     rope_high_freq: float = 4.0      # llama3: wavelengths under rope_original_context / this stay
@@ -65,9 +65,9 @@ class ModelConfig:
     tie_embeddings: bool = False     # the head is the embedding matrix (1608.05859)
     zero_init: bool = False          # each block's last matrices start at 0, so that the model starts as the identity
     logit_softcap: float | None = None     # logits become cap * tanh(logits / cap) (Gemma 2, 2408.00118)
-    sliding_window: int | None = None      # a position sees this many positions, itself included (2310.06825); none = all
-    window_pattern: str = "S"        # which layers slide, repeated over them: S sliding, L full (SSSL: every fourth full)
-    attention: str = "standard"      # standard | mla: keys and values through one narrow latent (DeepSeek-V2, 2405.04434)
+    sliding_window: int | None = None  # a position sees this many positions, itself included (2310.06825); none = all
+    window_pattern: str = "S"  # which layers slide, repeated over them: S sliding, L full (SSSL: every fourth full)
+    attention: str = "standard"  # standard | mla: keys and values through one narrow latent (DeepSeek-V2, 2405.04434)
     kv_lora_rank: int | None = None  # mla: width of that latent; none = 4 head_dim
     q_lora_rank: int | None = None   # mla: queries through a latent of this width too; none = directly
     rope_head_dim: int | None = None       # mla: width of the extra, shared key that carries RoPE; none = head_dim / 2
@@ -75,10 +75,10 @@ class ModelConfig:
     n_experts_per_token: int = 2     # experts that work on a token
     n_shared_experts: int = 0        # experts that work on every token besides (2401.06066)
     d_ff_expert: int | None = None   # width of one expert; none = d_ff
-    balance: str = "loss"            # loss (2101.03961, eq. 4) | bias (2408.15664) | none: how experts are kept equally busy
+    balance: str = "loss"  # loss (2101.03961, eq. 4) | bias (2408.15664) | none: how experts are kept equally busy
     balance_weight: float = 0.01     # balance=loss: its weight in the training loss
     balance_rate: float = 0.001      # balance=bias: how far a step moves an expert's bias
-    mtp_depth: int = 0               # further tokens predicted in training by extra heads (DeepSeek-V3, 2412.19437, 2.2)
+    mtp_depth: int = 0  # further tokens predicted in training by extra heads (DeepSeek-V3, 2412.19437, 2.2)
     mtp_weight: float = 0.3          # weight of their mean loss in the training loss
     attention_backend: str = "sdpa"  # naive (ours, to read) | sdpa (torch's fused one) | triton (ours, kernels.py)
 
@@ -90,7 +90,8 @@ class ModelConfig:
         whole = ["vocab_size", "context_length", "d_model", "n_layers", "n_heads"]
         self._check_whole(whole)
         if self.head_dim is None and self.d_model % self.n_heads:
-            raise ValueError(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; change one, or set head_dim")
+            raise ValueError(
+                f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; change one, or set head_dim")
         self.n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
         self.head_dim = self.d_model // self.n_heads if self.head_dim is None else self.head_dim
         if self.d_ff is None:
@@ -115,22 +116,26 @@ class ModelConfig:
         """What fits together. Every setting that would have no effect is refused rather than ignored."""
         rotary = self.rope_head_dim if mla else self.head_dim
         for wrong, message in (
-            (self.n_heads % self.n_kv_heads, f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}"),
-            (self.position == "rope" and rotary % 2, f"the rotated width {rotary} must be even: RoPE turns pairs of numbers"),
+            (self.n_heads % self.n_kv_heads,
+             f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}"),
+            (self.position == "rope"
+             and rotary % 2, f"the rotated width {rotary} must be even: RoPE turns pairs of numbers"),
             (set(self.window_pattern) - set("SL") or not self.window_pattern,
              f"window_pattern={self.window_pattern!r} must be made of S (sliding) and L (full), such as SSSL"),
             (self.window_pattern != "S" and self.sliding_window is None,
              f"window_pattern={self.window_pattern!r} needs sliding_window, the number of positions to see"),
-            (self.logit_softcap is not None and self.logit_softcap <= 0,
-             f"logit_softcap={self.logit_softcap} must be above 0, or none"),
+            (self.logit_softcap is not None
+             and self.logit_softcap <= 0, f"logit_softcap={self.logit_softcap} must be above 0, or none"),
             (self.rope_scaling != "none" and (self.position != "rope" or self.rope_factor < 1),
-             f"rope_scaling={self.rope_scaling} needs position=rope and rope_factor of at least 1, not {self.rope_factor}"),
-            (self.rope_scaling == "none" and self.rope_factor != 1,
-             f"rope_factor={self.rope_factor} needs rope_scaling=linear or llama3"),
+             f"rope_scaling={self.rope_scaling} needs position=rope and rope_factor of at least 1, not {self.rope_factor}"
+             ),
+            (self.rope_scaling == "none"
+             and self.rope_factor != 1, f"rope_factor={self.rope_factor} needs rope_scaling=linear or llama3"),
             (self.rope_scaling == "llama3" and not 0 < self.rope_low_freq < self.rope_high_freq,
              f"rope_low_freq={self.rope_low_freq} must be above 0 and below rope_high_freq={self.rope_high_freq}"),
             (mla and (self.position != "rope" or self.qk_norm or self.n_kv_heads != self.n_heads or self.qkv_bias),
-             "attention=mla needs position=rope and takes neither qk_norm, qkv_bias nor n_kv_heads: its latent replaces them"),
+             "attention=mla needs position=rope and takes neither qk_norm, qkv_bias nor n_kv_heads: its latent replaces them"
+             ),
             (mla and self.attention_backend == "triton",
              "attention_backend=triton has no attention=mla, whose keys and values differ in width; use sdpa"),
             (not mla and any((self.kv_lora_rank, self.q_lora_rank, self.rope_head_dim)),
@@ -139,8 +144,8 @@ class ModelConfig:
              f"n_experts_per_token={self.n_experts_per_token} is more than n_experts={self.n_experts}"),
             (not self.n_experts and (self.n_shared_experts or self.d_ff_expert),
              "n_shared_experts and d_ff_expert need n_experts of at least 1"),
-            (self.mtp_depth >= self.context_length,
-             f"mtp_depth={self.mtp_depth} must be below context_length={self.context_length}"),
+            (self.mtp_depth
+             >= self.context_length, f"mtp_depth={self.mtp_depth} must be below context_length={self.context_length}"),
         ):
             if wrong:
                 raise ValueError(message)
@@ -152,19 +157,21 @@ class ModelConfig:
         return tuple(self.sliding_window if pattern[i % len(pattern)] == "S" else None for i in range(self.n_layers))
 
 
-# Published shapes. gpt2: Radford 2019. course: CS336 assignment 2, table 1 (and its 10B). llama: 2307.09288, 2407.21783 and
-# the 3.2 model card. qwen3: 2505.09388, table 1.
-_GPT2 = dict(vocab_size=50_257, context_length=1024, norm="layer", position="learned", ffn="gelu", bias=True, tie_embeddings=True)
+# Published shapes. gpt2: Radford 2019. course: CS336 assignment 2, table 1 (and its 10B). llama: 2307.09288,
+# 2407.21783 and the 3.2 model card. qwen3: 2505.09388, table 1.
+_GPT2 = dict(vocab_size=50_257, context_length=1024, norm="layer", position="learned", ffn="gelu", bias=True,
+             tie_embeddings=True)
 _LLAMA3 = dict(vocab_size=128_256, context_length=131_072, rope_theta=500_000.0, rope_scaling="llama3", n_kv_heads=8)
-_QWEN3 = dict(vocab_size=151_936, context_length=40_960, rope_theta=1_000_000.0, norm_eps=1e-6, qk_norm=True, head_dim=128,
-              n_kv_heads=8)
+_QWEN3 = dict(vocab_size=151_936, context_length=40_960, rope_theta=1_000_000.0, norm_eps=1e-6, qk_norm=True,
+              head_dim=128, n_kv_heads=8)
 PRESETS = {
     "gpt2": _GPT2 | dict(d_model=768, n_layers=12, n_heads=12),
     "gpt2-medium": _GPT2 | dict(d_model=1024, n_layers=24, n_heads=16),
     "gpt2-large": _GPT2 | dict(d_model=1280, n_layers=36, n_heads=20),
     "gpt2-xl": _GPT2 | dict(d_model=1600, n_layers=48, n_heads=25),
     "llama-2-7b": dict(vocab_size=32_000, context_length=4096, d_model=4096, n_layers=32, n_heads=32, d_ff=11_008),
-    "llama-3.2-1b": _LLAMA3 | dict(d_model=2048, n_layers=16, n_heads=32, d_ff=8192, rope_factor=32.0, tie_embeddings=True),
+    "llama-3.2-1b": _LLAMA3
+    | dict(d_model=2048, n_layers=16, n_heads=32, d_ff=8192, rope_factor=32.0, tie_embeddings=True),
     "llama-3.1-8b": _LLAMA3 | dict(d_model=4096, n_layers=32, n_heads=32, d_ff=14_336, rope_factor=8.0),
     "qwen3-0.6b": _QWEN3 | dict(d_model=1024, n_layers=28, n_heads=16, d_ff=3072, tie_embeddings=True),
     "qwen3-1.7b": _QWEN3 | dict(d_model=2048, n_layers=28, n_heads=16, d_ff=6144, tie_embeddings=True),
@@ -175,8 +182,7 @@ PRESETS = {
     "large": dict(d_model=1280, d_ff=5120, n_layers=36, n_heads=20),
     "xl": dict(d_model=1600, d_ff=6400, n_layers=48, n_heads=25),
     "2.7b": dict(d_model=2560, d_ff=10_240, n_layers=32, n_heads=32),
-    "10b": dict(d_model=4608, d_ff=12_288, n_layers=50, n_heads=36),
-}
+    "10b": dict(d_model=4608, d_ff=12_288, n_layers=50, n_heads=36), }
 
 
 def preset(name: str, **changes) -> ModelConfig:
@@ -242,8 +248,8 @@ def simple_cross_entropy(logits, targets):
 def attention(q, k, v, mask=None):
     """softmax(q kᵀ / √D) v (1706.03762, eq. 1).
 
-    q: (..., Tq, D). k: (..., Tk, D). v: (..., Tk, Dv). mask: boolean, broadcastable to (..., Tq, Tk), True = may attend.
-    Returns (..., Tq, Dv). A query that may attend to nothing gets zeros, not NaN.
+    q: (..., Tq, D). k: (..., Tk, D). v: (..., Tk, Dv). mask: boolean, broadcastable to (..., Tq, Tk), True = may
+    attend. Returns (..., Tq, Dv). A query that may attend to nothing gets zeros, not NaN.
     """
     scores = wide(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]))            # (..., Tq, Tk)
     if mask is None:
@@ -266,8 +272,8 @@ def swiglu(gate, up):
 def rotate(x, cos, sin, interleaved: bool = False):
     """Turn each pair of numbers of x (..., D) by its angle; cos, sin: (..., D/2), broadcastable to x.
 
-    A pair is (x[i], x[i + D/2]) as in GPT-NeoX, Llama on Hugging Face and Qwen, or (x[2i], x[2i+1]) as in the paper when
-    interleaved: two different models with the same shapes.
+    A pair is (x[i], x[i + D/2]) as in GPT-NeoX, Llama on Hugging Face and Qwen, or (x[2i], x[2i+1]) as in the paper
+    when interleaved: two different models with the same shapes.
     """
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     turned = first * cos - second * sin, first * sin + second * cos
@@ -278,7 +284,9 @@ def rotate(x, cos, sin, interleaved: bool = False):
 # Autograd keeps and allocates an intermediate for every operation, and fresh memory is what a CPU is slow at.
 
 def fast(function, simple, *arguments):
-    """`function`, a torch.autograd.Function, when run line by line; `simple` under torch.compile, which fuses it itself."""
+    """`function`, a torch.autograd.Function, when run line by line; `simple` under torch.compile, which fuses it
+    itself.
+    """
     return simple(*arguments) if torch.compiler.is_compiling() else function.apply(*arguments)
 
 
@@ -398,7 +406,8 @@ def truncated_normal(shape, std: float) -> torch.Tensor:
 
 
 class Linear(nn.Module):
-    """x @ weightᵀ, plus a bias if asked. weight: (d_out, d_in), from N(0, 2 / (d_in + d_out)) (Glorot & Bengio 2010)."""
+    """x @ weightᵀ, plus a bias if asked. weight: (d_out, d_in), from N(0, 2 / (d_in + d_out)) (Glorot & Bengio 2010).
+    """
 
     def __init__(self, d_in: int, d_out: int, bias: bool = False):
         super().__init__()
@@ -490,11 +499,12 @@ def feed_forward(config: ModelConfig, d_ff: int) -> nn.Module:
 
 
 class MixtureOfExperts(nn.Module):
-    """Of E feed-forward experts, each token goes through its best few, weighted by the router (2401.04088, section 2.1).
+    """Of E feed-forward experts, each token goes through its best few, weighted by the router (2401.04088, section
+    2.1).
 
     No token is dropped and none is padded: tokens are sorted by expert, and each expert gets its own in one piece.
-    balance=loss: softmax scores. balance=bias: sigmoid scores; a bias per expert joins them for the choice only, not for
-    the weights (2408.15664, eq. 3; 2412.19437, eq. 16).
+    balance=loss: softmax scores. balance=bias: sigmoid scores; a bias per expert joins them for the choice only, not
+    for the weights (2408.15664, eq. 3; 2412.19437, eq. 16).
     """
 
     def __init__(self, config: ModelConfig):
@@ -532,7 +542,9 @@ class MixtureOfExperts(nn.Module):
 
     @torch.no_grad()
     def rebalance(self, rate: float) -> None:
-        """Move each expert's bias by `rate` towards an equal load, by the sign of its error (2408.15664, algorithm 1)."""
+        """Move each expert's bias by `rate` towards an equal load, by the sign of its error (2408.15664, algorithm
+        1).
+        """
         counts = self.tokens_per_expert
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
@@ -545,7 +557,8 @@ class MixtureOfExperts(nn.Module):
 def balance_loss(scores, counts):
     """E Σ_e f_e P_e with f_e the share of tokens sent to e and P_e its mean score (2101.03961, eq. 4-6).
 
-    scores: (N, E). counts: (E,). With several experts a token, f sums to that number, as in Mixtral: so does the least loss.
+    scores: (N, E). counts: (E,). With several experts a token, f sums to that number, as in Mixtral: so does the
+    least loss.
     """
     return scores.shape[-1] * (counts / len(scores) * scores.mean(dim=0)).sum()
 
@@ -555,7 +568,8 @@ def balance_loss(scores, counts):
 def rope_tables(positions: torch.Tensor, head_dim: int, theta: float = 10_000.0, config: ModelConfig | None = None):
     """(cos, sin) of positions x frequencies, each (..., T, D/2) in float32.
 
-    Frequency i is theta^(-2i/D) for i = 0 … D/2 - 1 (2104.09864, section 3.2.2), stretched as the config's rope_scaling says.
+    Frequency i is theta^(-2i/D) for i = 0 … D/2 - 1 (2104.09864, section 3.2.2), stretched as the config's
+    rope_scaling says.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     frequencies = theta ** -exponents
@@ -594,13 +608,15 @@ def sinusoids(positions, d_model: int):
 class KVCache:
     """Keys and values of the positions seen so far, preallocated for every layer.
 
-    Rows may hold different numbers of positions, so that a batch of ragged prompts, padded on the right, decodes each as
-    if alone: see `set_lengths`. A full layer keeps position p in slot p. A sliding layer keeps the last window and what
-    came in since, and now and then moves the window to the front: memory stays near two windows however long the text.
-    MLA keeps its latent in place of keys and its rotary key in place of values, one "head" each (2405.04434, 2.1.2).
+    Rows may hold different numbers of positions, so that a batch of ragged prompts, padded on the right, decodes each
+    as if alone: see `set_lengths`. A full layer keeps position p in slot p. A sliding layer keeps the last window and
+    what came in since, and now and then moves the window to the front: memory stays near two windows however long the
+    text. MLA keeps its latent in place of keys and its rotary key in place of values, one "head" each (2405.04434,
+    2.1.2).
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device, dtype, windows: tuple | None = None):
+    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device, dtype,
+                 windows: tuple | None = None):
         mla = config.attention == "mla"
         heads = 1 if mla else config.n_kv_heads
         self.widths = (config.kv_lora_rank, config.rope_head_dim) if mla else (config.head_dim, config.head_dim)
@@ -627,8 +643,8 @@ class KVCache:
     def set_lengths(self, lengths) -> None:
         """Say how many positions of each row count; the rest will be overwritten. An int cuts all rows to that length.
 
-        Raises ValueError for lengths past what a row holds, and for lengths so far back that a sliding layer has dropped
-        positions they would see. The last call of the model can always be taken back.
+        Raises ValueError for lengths past what a row holds, and for lengths so far back that a sliding layer has
+        dropped positions they would see. The last call of the model can always be taken back.
         """
         lengths = [lengths] * self.batch_size if isinstance(lengths, int) else [int(n) for n in lengths]
         if len(lengths) != self.batch_size or not all(0 <= n <= held for n, held in zip(lengths, self._rows)):
@@ -644,14 +660,16 @@ class KVCache:
     def positions(self, n_new: int) -> torch.Tensor:
         """Positions of the next n_new tokens: (T,), or (B, T) when the rows differ. Raises ValueError past the end."""
         if self.length + n_new > self.max_length:
-            raise ValueError(f"{self.length} cached and {n_new} new tokens pass the cache's {self.max_length} positions; "
-                             "make it longer: new_cache(batch_size, max_length)")
+            raise ValueError(
+                f"{self.length} cached and {n_new} new tokens pass the cache's {self.max_length} positions; "
+                "make it longer: new_cache(batch_size, max_length)")
         if self.lengths is None:
             return torch.arange(self.length, self.length + n_new, device=self.device)
         return self.lengths[:, None] + torch.arange(n_new, device=self.device)
 
     def first(self, window: int | None) -> int:
-        """The first position that a layer of this window returns: what the next token of the shortest row still sees."""
+        """The first position that a layer of this window returns: what the next token of the shortest row still sees.
+        """
         return 0 if window is None else max(0, self.shortest - window + 1)
 
     def append(self, layer: int, k, v, positions):
@@ -680,7 +698,9 @@ class KVCache:
         self.starts[layer] = low
 
     def select(self, rows) -> None:
-        """Keep these rows, in this order; a row named twice is copied, so that samples of one prompt share its prefill."""
+        """Keep these rows, in this order; a row named twice is copied, so that samples of one prompt share its
+        prefill.
+        """
         rows = torch.as_tensor(rows, device=self.device)
         self.k, self.v = [store[rows] for store in self.k], [store[rows] for store in self.v]
         self._rows = [self._rows[row] for row in rows.tolist()]
@@ -706,7 +726,7 @@ class Plan:
         if config.position == "rope":
             width = config.rope_head_dim if config.attention == "mla" else config.head_dim
             tables = rope_tables(positions, width, config.rope_theta, config)
-            self.cos, self.sin = (table.unsqueeze(-2) for table in tables)      # ([B,] T, 1, D/2): the same for all heads
+            self.cos, self.sin = (table.unsqueeze(-2) for table in tables)  # ([B,] T, 1, D/2): the same for all heads
         windows = set(config.windows if windows is None else windows)
         self.masks = {window: self.mask(window, T, cache, config.attention_backend) for window in windows}
 
@@ -730,6 +750,9 @@ class Plan:
 
 
 # --- attention ---
+
+SHORT_CONTEXT = 512                  # positions up to which three batched products beat torch's fused kernel on a CPU
+
 
 def short_attention(q, k, v):
     """Causal attention with the T x T scores written out: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D).
@@ -758,9 +781,9 @@ def attend(config: ModelConfig, q, k, v, mask, causal: bool, window: int | None)
     if config.attention_backend == "triton" and causal:
         from kernels import flash_attention      # here: Triton is not on every platform
         return flash_attention(q, k, v, True, window)
-    if H != K and T == 1 and mask is None:                                      # one query a head: the group becomes time
+    if H != K and T == 1 and mask is None:  # one query a head: the group becomes time
         return attend(config, q.view(B, K, H // K, D), k, v, None, False, None).view(B, H, 1, -1)
-    if config.attention_backend == "sdpa" and causal and T <= 512 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+    if config.attention_backend == "sdpa" and causal and T <= SHORT_CONTEXT and q.dtype == torch.bfloat16 and q.device.type == "cpu":
         return short_attention(q, k, v)
     if config.attention_backend != "naive":
         return nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=H != K)
@@ -795,7 +818,7 @@ class Attention(nn.Module):
         c, (B, T, C) = self.config, x.shape
         plan = plan or Plan(c, x, positions, cache, (self.window,))
         x = lowered(x)
-        q = self.q_proj(x).view(B, T, c.n_heads, c.head_dim)                    # heads last but one: contiguous for norm and RoPE
+        q = self.q_proj(x).view(B, T, c.n_heads, c.head_dim)  # heads last but one: contiguous for norm and RoPE
         k = self.k_proj(x).view(B, T, c.n_kv_heads, c.head_dim)
         v = self.v_proj(x).view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)
         if c.qk_norm:
@@ -822,7 +845,8 @@ class LatentAttention(nn.Module):
         super().__init__()
         c = config
         self.config, self.layer, self.window = c, layer, window
-        q_width, queries = c.d_model if c.q_lora_rank is None else c.q_lora_rank, c.n_heads * (c.head_dim + c.rope_head_dim)
+        q_width, queries = c.d_model if c.q_lora_rank is None else c.q_lora_rank, c.n_heads * (c.head_dim +
+                                                                                               c.rope_head_dim)
         if c.q_lora_rank is not None:
             self.q_down_proj, self.q_norm = Linear(c.d_model, q_width, c.bias), RMSNorm(q_width, c.norm_eps)
         self.q_proj = Linear(q_width, queries)
@@ -840,7 +864,7 @@ class LatentAttention(nn.Module):
         plan = plan or Plan(c, x, positions, cache, (self.window,))
         x = lowered(x)
         q = self.q_proj(x if c.q_lora_rank is None else self.q_norm(self.q_down_proj(x))).view(B, T, c.n_heads, D + P)
-        latent, k_rope = self.kv_down_proj(x).unsqueeze(2).split((R, P), dim=-1)                   # (B, T, 1, R), (B, T, 1, P)
+        latent, k_rope = self.kv_down_proj(x).unsqueeze(2).split((R, P), dim=-1)  # (B, T, 1, R), (B, T, 1, P)
         latent = self.kv_norm(latent).transpose(1, 2)                                              # (B, 1, T, R)
         q, q_rope = q.split((D, P), dim=-1)
         q_rope, k_rope = (fast(FastRotate, rotate, t, plan.cos, plan.sin, c.rope_interleaved).transpose(1, 2)
@@ -860,8 +884,8 @@ class LatentAttention(nn.Module):
             y = attend(c, torch.cat((q, q_rope), dim=-1), k, v, mask, causal, None)[..., :D]       # (B, H, T, D)
         else:
             # After a past, never grow it again: q·(U c) = (Uᵀq)·c, so the query moves into the latent instead.
-            up_k, up_v = self.kv_up_proj.weight.to(q.dtype).view(c.n_heads, 2 * D, R).chunk(2, dim=1)    # (H, D, R) each
-            q = torch.cat((q @ up_k, q_rope), dim=-1) * math.sqrt((R + P) / (D + P))               # the scale is still √(D+P)
+            up_k, up_v = self.kv_up_proj.weight.to(q.dtype).view(c.n_heads, 2 * D, R).chunk(2, dim=1)  # (H, D, R) each
+            q = torch.cat((q @ up_k, q_rope), dim=-1) * math.sqrt((R + P) / (D + P))  # the scale is still √(D+P)
             y = attend(c, q, torch.cat((latent, k_rope), dim=-1), latent, mask, causal, None) @ up_v.transpose(1, 2)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -896,7 +920,8 @@ class Block(nn.Module):
 class FutureToken(nn.Module):
     """One depth of multi-token prediction: from a hidden state and the next token, the hidden state one further.
 
-    block(M [norm(h_i), norm(embedding of token i+1)]), read by the model's own final norm and head (2412.19437, eq. 21-24).
+    block(M [norm(h_i), norm(embedding of token i+1)]), read by the model's own final norm and head (2412.19437, eq.
+    21-24).
     """
 
     def __init__(self, config: ModelConfig):
@@ -923,7 +948,8 @@ class Transformer(nn.Module):
         self.ln_final = nn.Identity() if config.norm_position == "post" else make_norm(config)
         self.lm_head = Linear(config.d_model, config.vocab_size)
         if config.tie_embeddings:
-            # One matrix in two places: N(0, 1) rows would give logits of size sqrt(C), so the head's smaller scale rules.
+            # One matrix in two places: N(0, 1) rows would give logits of size sqrt(C), so the head's smaller scale
+            # rules.
             self.token_embeddings.weight = self.lm_head.weight
         if config.mtp_depth:
             self.mtp = nn.ModuleList(FutureToken(config) for _ in range(config.mtp_depth))
@@ -949,8 +975,9 @@ class Transformer(nn.Module):
         if c.position == "learned":
             limit = min(limit, c.context_length)                                # there is no row for a later position
         if past + T > limit:
-            raise ValueError(f"{past + T} tokens ({past} cached) pass the {'cache' if cache else 'context'} of {limit}; "
-                             "give fewer, or a model or cache with room for more")
+            raise ValueError(
+                f"{past + T} tokens ({past} cached) pass the {'cache' if cache else 'context'} of {limit}; "
+                "give fewer, or a model or cache with room for more")
         return Plan(c, tokens, None, cache)
 
     def hidden(self, tokens, cache=None, plan=None):
@@ -973,7 +1000,9 @@ class Transformer(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def training_loss(self, loss, x, targets, plan):
-        """`loss`, the cross entropy, and the weighted losses of the switches that have one; each noted in self.losses."""
+        """`loss`, the cross entropy, and the weighted losses of the switches that have one; each noted in
+        self.losses.
+        """
         c, parts, T = self.config, {"cross_entropy": loss}, targets.shape[-1]
         if c.mtp_depth:
             depths = []
@@ -997,7 +1026,8 @@ class Transformer(nn.Module):
         Raises ValueError for a model without mtp_depth.
         """
         if not self.config.mtp_depth:
-            raise ValueError("mtp_depth=0: this model has no head for a further token; train one with mtp_depth of 1 or more")
+            raise ValueError(
+                "mtp_depth=0: this model has no head for a further token; train one with mtp_depth of 1 or more")
         x = self.mtp[0](hidden, self.token_embeddings(next_tokens), cache)
         if cache is not None:
             cache.advance(next_tokens.shape[-1])
@@ -1042,7 +1072,8 @@ def token_losses(model, tokens, stride: int | None = None, batch_size: int = 16)
     context = model.config.context_length
     stride = stride or max(1, context // 2)
     if len(tokens) < 2 or not 1 <= stride <= context:
-        raise ValueError(f"{len(tokens)} tokens and stride {stride}: needs at least 2 tokens and a stride of 1 to {context}")
+        raise ValueError(
+            f"{len(tokens)} tokens and stride {stride}: needs at least 2 tokens and a stride of 1 to {context}")
     device, last = next(model.parameters()).device, len(tokens) - 1
     losses = torch.empty(last)
     # A window starting at s predicts s+1 … s+context; the last one is moved back so that it is whole as well.
