@@ -1015,6 +1015,23 @@ def test_configs_survive_a_round_trip_and_presets_have_their_published_sizes():
         preset("gpt3")
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 3e-2)])
+def test_short_attention_is_causal_attention(dtype, tolerance):
+    import model
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 19, 8, generator=generator).to(dtype).requires_grad_() for heads in (6, 2, 2))
+    full = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    expected = model.attention(full[0], *(t.repeat_interleave(3, dim=1) for t in full[1:]),
+                               torch.ones(19, 19, dtype=torch.bool).tril())
+    ours = model.short_attention(q, k, v)
+    weight = torch.randn(ours.shape, generator=generator)
+    (ours.double() * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert (ours.double() - expected).abs().max() < tolerance * expected.abs().max()
+    for mine, theirs in zip((q, k, v), full):                      # bfloat16 also rounds the scores, to three digits
+        assert (mine.grad.double() - theirs.grad).abs().max() < tolerance * theirs.grad.abs().max()
+
+
 # --- accounting.py ---
 
 def test_gpt2_xl_bill_of_the_handout():
