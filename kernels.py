@@ -73,11 +73,11 @@ def autotuned(key, small, large):
 
 
 def fitting(configs, arguments, **constants):
-    """The tiles worth timing: a tile of R rows and a padded head of D numbers holds R x D float32 sums, and past 64 KB of
-    those the registers spill, for minutes of compilation. float32 inputs take twice the memory, hence half the tile."""
+    """The tiles worth timing. R rows of a padded head of D numbers are R x D float32 sums in the registers of 4 or 8 warps;
+    past 16,384 for 4 warps they spill. IEEE float32 products hold their inputs there too, and spill eight times earlier."""
     def cost(config):
-        width = constants.get("D_PAD", 64) * (2 if constants.get("PRECISION") == "ieee" else 1)
-        return max(v for name, v in config.kwargs.items() if name.startswith("BLOCK")) * width
+        width = constants.get("D_PAD", 32) * (8 if constants.get("PRECISION") == "ieee" else 1)
+        return max(v for name, v in config.kwargs.items() if name.startswith("BLOCK")) * width * 4 // config.num_warps
     return [config for config in configs if cost(config) <= 128 * 128] or [min(configs, key=cost)]
 
 
@@ -369,10 +369,10 @@ class FlashAttentionPyTorch(torch.autograd.Function):
 
 QUERY_TILES = [({"BLOCK_Q": q, "BLOCK_K": k}, warps, stages) for q, k, warps, stages in (
     (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3), (128, 32, 4, 3), (64, 64, 4, 3),
-    (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2))]
+    (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2))]
 KEY_TILES = [({"BLOCK_Q": q, "BLOCK_K": k}, warps, stages) for q, k, warps, stages in (
     (128, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2),
-    (32, 64, 4, 2), (32, 32, 4, 2))]
+    (32, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2))]
 FLASH_KEY = ["T_BUCKET", "D", "CAUSAL", "WINDOW", "PRECISION"]
 NOT_SPECIALIZED = ["heads", "Tq", "Tk", "window"]      # a length of 1 or a multiple of 16 must not mean another kernel
 
@@ -1448,7 +1448,9 @@ def measure(work, backend, function, backward, peaks) -> dict:
     before = torch.cuda.memory_allocated()
     try:
         xs = [x.detach().requires_grad_(backward and i < work.wanted) for i, x in enumerate(work.inputs)]
-        ups = [torch.randn_like(o) for o in (o if isinstance(o := function(*xs), tuple) else (o,))] if backward else None
+        outs = function(*xs)
+        ups = [torch.randn_like(o) for o in (outs if isinstance(outs, tuple) else (outs,))]
+        del outs
         def run():
             outs = function(*xs)
             if backward:
