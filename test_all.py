@@ -32,6 +32,9 @@ import tiktoken
 import tokenizers
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")      # read when kernels.py decorates its kernels, so before any import of it
+
 import bpe
 import checkpoint
 import configurator
@@ -525,6 +528,266 @@ def test_bad_optimizer_settings_are_refused(make):
 
 
 # --- kernels.py ---
+
+FLASH_CASES = [                    # Tq, Tk, D, query heads a key head, causal, window: every value meets every neighbour
+    (1, 1, 16, 1, True, None), (1, 130, 80, 4, True, None), (1, 17, 64, 2, False, None), (7, 7, 80, 2, True, 3),
+    (7, 65, 16, 4, False, None), (17, 17, 64, 1, True, None), (17, 7, 32, 2, True, None), (17, 127, 16, 1, True, 17),
+    (64, 64, 16, 2, True, 64), (64, 17, 80, 1, True, 7), (64, 130, 32, 4, True, None), (65, 65, 32, 1, True, 17),
+    (65, 64, 64, 4, True, None), (65, 130, 80, 2, False, None), (127, 127, 64, 2, True, 1), (127, 64, 16, 1, False, None),
+    (127, 130, 32, 4, True, 65), (130, 130, 80, 1, True, None), (130, 127, 32, 2, True, 33), (130, 7, 16, 4, True, None)]
+TOLERANCE = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}      # a few roundings at the size of the largest entry
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """kernels.py with its kernels interpreted: Triton reads TRITON_INTERPRET when it decorates them."""
+    pytest.importorskip("triton")
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    import kernels
+    if not kernels.INTERPRET and not torch.cuda.is_available():
+        pytest.skip("kernels.py was imported without TRITON_INTERPRET=1, and there is no CUDA device")
+    return kernels
+
+
+def assert_like_float64(function, reference, *inputs, exact=None):
+    """Outputs and every gradient of function(*inputs) against reference in float64 on the same (rounded) numbers."""
+    def run(f, xs):
+        xs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in xs]
+        outs = f(*xs)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        generator = torch.Generator().manual_seed(1)
+        ups = [torch.randn(o.shape, generator=generator).to(o.dtype).to(o.device) for o in outs]
+        return [*outs, *torch.autograd.grad(outs, [x for x in xs if x.requires_grad], ups)]
+    tolerance = exact or TOLERANCE[str(inputs[0].dtype)[6:]]
+    found = run(function, inputs)
+    right = run(reference, [x.double() if x.is_floating_point() else x for x in inputs])
+    for i, (a, b) in enumerate(zip(found, right, strict=True)):
+        assert a.shape == b.shape and a.isfinite().all(), f"result {i}: shape {tuple(a.shape)}, or not finite"
+        error = (a.double() - b).abs().max().item() / max(1.0, b.abs().max().item())
+        assert error < tolerance, f"result {i} of {len(found)}: error {error:.1e} of the largest entry, allowed {tolerance}"
+
+
+def flash_inputs(Tq, Tk, D, group, dtype=None):
+    torch.manual_seed(Tq * 1000 + Tk)
+    return (torch.randn(shape).to(dtype or torch.float32) for shape in ((1, 2 * group, Tq, D), (1, 2, Tk, D), (1, 2, Tk, D)))
+
+
+def sdpa(q, k, v, is_causal, window):
+    """The independent reference: torch's own attention with an explicit mask, zeros where a row sees nothing."""
+    Tq, Tk = q.shape[-2], k.shape[-2]
+    mask = torch.ones(Tq, Tk, dtype=torch.bool)
+    if is_causal:
+        mask = mask.tril(Tk - Tq)
+    if window is not None:
+        mask &= ~torch.ones_like(mask).tril(Tk - Tq - window)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask | ~mask.any(-1, keepdim=True), enable_gqa=True)
+    return out * mask.any(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("case", FLASH_CASES, ids=str)
+def test_flash_attention_and_its_gradients_equal_float64(kernels, case):
+    *shape, is_causal, window = case
+    for function in (kernels.FlashAttentionTriton, kernels.FlashAttentionPyTorch):
+        assert_like_float64(lambda q, k, v: function.apply(q, k, v, is_causal, window),
+                            lambda q, k, v: sdpa(q, k, v, is_causal, window), *flash_inputs(*shape))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_flash_attention_in_half_precision(kernels, dtype):
+    assert_like_float64(lambda q, k, v: kernels.flash_attention(q, k, v, window=50),
+                        lambda q, k, v: sdpa(q, k, v, True, 50), *flash_inputs(65, 130, 80, 2, getattr(torch, dtype)))
+
+
+def test_flash_attention_strides_and_leading_dimensions(kernels):
+    flash = kernels.FlashAttentionTriton.apply
+    q, k, v = flash_inputs(17, 17, 16, 2)
+    want = flash(q, k, v, True)
+    def strided(x):                                                             # (B, T, H, D) memory, NaN between the heads
+        room = torch.full((x.shape[0], x.shape[2], x.shape[1], 24), float("nan"))
+        return room.transpose(1, 2)[..., 4:20].copy_(x)
+    assert torch.equal(flash(strided(q), strided(k), strided(v), True), want)
+    assert torch.equal(flash(q[0], k[0], v[0], True), want[0])
+    assert torch.equal(flash(q[:, :, None, None], *(t[:, :, None, None].repeat_interleave(2, 1) for t in (k, v)), True)[:, :, 0, 0], want)
+    assert torch.equal(flash(q[0, 0], k[0, 0], v[0, 0], True), want[0, 0])
+
+
+@pytest.mark.parametrize("name", ["FlashAttentionTriton", "FlashAttentionPyTorch"])
+def test_flash_attention_saves_the_log_sum_exp_and_rows_without_keys_are_zero(kernels, name):
+    q, k, v = (t.requires_grad_() for t in flash_inputs(9, 5, 16, 2))           # queries 0 to 3 see no key
+    o = getattr(kernels, name).apply(q, k, v, True)
+    saved = o.grad_fn.saved_tensors
+    lse, = [t for t in saved if t.shape == q.shape[:-1]]
+    scores = (q @ k.repeat_interleave(2, 1).mT / 4).masked_fill(~torch.ones(9, 5, dtype=torch.bool).tril(-4), float("-inf"))
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    assert len(saved) == 5, f"{len(saved)} tensors saved; q, k, v, o and L are enough"
+    o.sum().backward()
+    assert not o[:, :, :4].any() and not q.grad[:, :, :4].any() and q.grad[:, :, 5:].any()
+    empty = getattr(kernels, name).apply(q, k[:, :, :0], v[:, :, :0], False)
+    assert empty.shape == q.shape and not empty.any()
+
+
+def test_flash_attention_never_touches_keys_out_of_sight(kernels):
+    q, k, v = flash_inputs(130, 130, 16, 1)
+    k[:, :, 64:] = v[:, :, 64:] = float("nan")                                  # past the diagonal for the first 64 queries
+    assert kernels.flash_attention(q, k, v)[:, :, :64].isfinite().all()
+    q, k, v = flash_inputs(130, 130, 16, 1)
+    k[:, :, :64] = v[:, :, :64] = float("nan")                                  # before the window of query 74 on
+    assert kernels.flash_attention(q, k, v, window=10)[:, :, 128:].isfinite().all()
+
+
+def test_flash_attention_refuses_what_it_cannot_do(kernels):
+    q = torch.zeros(2, 4, 8, 16)
+    for text, arguments in [("257", [torch.zeros(2, 8, 257)] * 3), ("float64", [q.double()] * 3), ("window=0", [q, q, q, True, 0]),
+                            ("is_causal=True", [q, q, q, False, 4]), ("divisor", [q, q[:, :3], q[:, :3]]), ("rank", [q, q[0], q[0]]),
+                            ("head width 16", [q, q[..., :8], q[..., :8]]), ("one floating dtype", [q, q.half(), q.half()])]:
+        with pytest.raises(ValueError, match=text):
+            kernels.FlashAttentionTriton.apply(*arguments)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_fused_layers_and_their_gradients_equal_float64(kernels, dtype):
+    torch.manual_seed(0)
+    def randn(*shape):
+        return torch.randn(shape).to(getattr(torch, dtype))
+    F = torch.nn.functional
+    for shape in ((3, 7, 80), (65, 1), (5, 1000)):
+        x, weight, residual = randn(*shape), randn(shape[-1]), randn(*shape)
+        assert_like_float64(kernels.rms_norm, lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-5), x, weight)
+        if dtype == "float32":                                                  # in half precision the sum itself is rounded
+            assert_like_float64(lambda x, w, r: kernels.rms_norm(x, w, 1e-6, r),
+                                lambda x, w, r: (F.rms_norm(x + r, x.shape[-1:], w, 1e-6), x + r), x, weight, residual)
+        assert_like_float64(kernels.swiglu, lambda g, u: F.silu(g) * u, x, residual)
+        assert_like_float64(kernels.softmax, lambda x: F.softmax(x, dim=-1), 5 * x)
+    angle = torch.randn(2, 17, 8)
+    q, k = randn(2, 17, 6, 16).transpose(1, 2), randn(2, 3, 17, 16)
+    turn = torch.polar(torch.ones(2, 1, 17, 8, dtype=torch.float64), angle[:, None].double())
+    def by_complex(interleaved):                                                # a pair of numbers is a complex one
+        def rotate(x):
+            pairs = x.unflatten(-1, (8, 2) if interleaved else (2, 8))
+            pairs = torch.view_as_real(torch.view_as_complex((pairs if interleaved else pairs.mT).contiguous()) * turn)
+            return (pairs if interleaved else pairs.mT).flatten(-2)
+        return lambda q, k: (rotate(q), rotate(k))
+    for interleaved in (False, True):
+        assert_like_float64(lambda q, k: kernels.apply_rope(q, k, angle.cos(), angle.sin(), interleaved), by_complex(interleaved), q, k)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_cross_entropy_alone_and_after_a_linear_layer(kernels, dtype, reduction):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 9, 24).to(getattr(torch, dtype)), torch.randn(201, 24).to(getattr(torch, dtype))
+    targets = torch.randint(0, 201, (2, 9))
+    targets[0, 3], targets[1] = -100, torch.tensor([0, 200, 64, 63, -100, 5, 6, 7, 8])
+    def right(logits):
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+        return loss.view(targets.shape) if reduction == "none" else loss
+    assert_like_float64(lambda z: kernels.cross_entropy(z, targets, reduction=reduction), right, x @ weight.T * 3)
+    for chunk in (4, None):
+        assert_like_float64(lambda x, w: kernels.linear_cross_entropy(x, w, targets, -100, reduction, chunk),
+                            lambda x, w: right(x @ w.T), x, weight)
+
+
+def test_cross_entropy_corners(kernels):
+    logits, ignored = (torch.randn(4, 10) * 1000).requires_grad_(), torch.full((4,), -100)
+    loss = kernels.cross_entropy(logits, ignored)
+    loss.backward()
+    assert loss.isnan() and not logits.grad.any()                               # a mean of nothing, as in torch
+    assert kernels.cross_entropy(logits, torch.arange(4)).isfinite()
+    infinite = torch.tensor([[float("-inf"), 0.0, 0.0], [float("nan")] * 3], requires_grad=True)
+    kernels.cross_entropy(infinite, torch.tensor([1, -1]), ignore_index=-1, reduction="sum").backward()
+    torch.testing.assert_close(infinite.grad, torch.tensor([[0, -0.5, 0.5], [0, 0, 0]]))
+    leaf = torch.randn(4, 10, requires_grad=True)
+    for overwrite in (False, True):
+        z = leaf * 1
+        loss = kernels.cross_entropy(z, torch.arange(4), overwrite=overwrite)
+        dz, = torch.autograd.grad(loss, z, retain_graph=True)
+        assert (dz.data_ptr() == z.data_ptr()) == overwrite, "overwrite=True must need no second (N, V) tensor"
+    with pytest.raises(RuntimeError, match="runs once"):
+        loss.backward()
+    for error, arguments in [(IndexError, (logits, torch.arange(4) + 7)), (ValueError, (logits, torch.arange(3))),
+                             (ValueError, (logits, torch.arange(4), -100, "max")), (IndexError, (logits, ignored, -1))]:
+        with pytest.raises(error):
+            kernels.cross_entropy(*arguments)
+
+
+def test_linear_cross_entropy_never_holds_all_logits(kernels):
+    largest = []
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            largest.append(max((t.nbytes for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)), default=0))
+            return out
+    x, weight = torch.randn(64, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
+    with Watch():
+        kernels.linear_cross_entropy(x, weight, torch.arange(64), chunk_tokens=16).backward()
+    assert max(largest) == 16 * 300 * 4, f"a tensor of {max(largest)} bytes was made; a chunk of logits has {16 * 300 * 4}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_decode_int8_and_matmul(kernels, dtype):
+    torch.manual_seed(0)
+    def close(a, b):
+        error = (a.double() - b).abs().max() / b.abs().max().clamp(min=1)
+        assert a.isfinite().all() and error < TOLERANCE[dtype], f"error {error:.1e} of the largest entry"
+    def randn(*shape):
+        return torch.randn(shape).to(getattr(torch, dtype))
+    for H, K, T, D in ((6, 2, 300, 80), (1, 1, 1, 16), (4, 4, 130, 64)):
+        q, k, v = randn(2, H, D), randn(2, K, T, D), randn(2, K, T, D)
+        for lengths in (torch.tensor([T, T]), torch.tensor([0, T // 3 + 1])):
+            want = [sdpa(q[b:b + 1, :, None].double(), k[b:b + 1, :, :n].double(), v[b:b + 1, :, :n].double(), False, None)[:, :, 0]
+                    if n else torch.zeros(1, H, D).double() for b, n in enumerate(lengths.tolist())]
+            close(kernels.decode_attention(q, k, v, lengths), torch.cat(want))
+    weight = torch.randn(100, 70)
+    quantised, scale = kernels.quantize_int8(weight)
+    assert ((quantised * scale[:, None] - weight).abs() <= scale[:, None] / 2 + 1e-6).all()
+    x = randn(2, 3, 70)
+    close(kernels.int8_matvec(x, quantised, scale), x.double() @ (quantised.double() * scale[:, None].double()).T)
+    for M, K, N in ((1, 1, 1), (70, 100, 90), (33, 17, 129)):
+        a, b = randn(M, K), randn(N, K).T
+        close(kernels.matmul(a, b), a.double() @ b.double())
+
+
+def test_kernels_write_every_number_and_read_none_outside(kernels):
+    # Fresh memory holds NaN in this mode, so that a number left unwritten, or read from beyond an edge, spreads.
+    torch.use_deterministic_algorithms(True)
+    try:
+        q, k, v = (t.requires_grad_() for t in flash_inputs(70, 65, 24, 2))
+        x, weight = torch.randn(37, 33, requires_grad=True), torch.randn(33, requires_grad=True)
+        outs = [kernels.flash_attention(q, k, v, window=9), kernels.rms_norm(x, weight), kernels.swiglu(x, x), kernels.softmax(x),
+                *kernels.apply_rope(q, q, torch.rand(70, 12), torch.rand(70, 12)),
+                kernels.cross_entropy(x, torch.arange(37) % 33, reduction="none"),
+                kernels.linear_cross_entropy(x, torch.randn(50, 33), torch.arange(37), chunk_tokens=10)]
+        results = [*outs, *torch.autograd.grad([o.sum() for o in outs], [q, k, v, x, weight]),
+                   kernels.decode_attention(q[:, :, 0].detach(), k.detach(), v.detach()), kernels.matmul(x.detach(), x.detach().T)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for i, result in enumerate(results):
+        assert result.isfinite().all(), f"result {i} has numbers that nobody wrote"
+
+
+def test_kernels_import_quietly_and_fall_back_with_one_line(tmp_path):
+    code = "import torch, kernels\n" \
+           "assert not torch.cuda.is_initialized()\n" \
+           "print('imported')\n" \
+           "q = torch.randn(1, 2, 9, 16, requires_grad=True)\n" \
+           "for _ in range(2): kernels.flash_attention(q, q, q).sum().backward()\n" \
+           "x = torch.randn(4, 16, requires_grad=True)\n" \
+           "y = kernels.swiglu(kernels.rms_norm(x, torch.ones(16)), kernels.softmax(x))\n" \
+           "kernels.linear_cross_entropy(y, torch.randn(20, 16), torch.arange(4), chunk_tokens=3).backward()\n" \
+           "kernels.decode_attention(q[:, :, 0], q, q); kernels.int8_matvec(x, *kernels.quantize_int8(torch.randn(3, 16)))\n" \
+           "assert x.grad.abs().sum() > 0 and q.grad.abs().sum() > 0"
+    (tmp_path / "triton.py").write_text("raise ImportError('hidden')", encoding="utf-8")
+    here = os.path.dirname(os.path.abspath(__file__))
+    for path, reason in ((f"{tmp_path}{os.pathsep}{here}", "not installed"), (here, "no kernel runs on cpu")):
+        environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+        environment.pop("TRITON_INTERPRET", None)
+        if reason != "not installed":
+            pytest.importorskip("triton")
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+        lines = done.stdout.splitlines()
+        assert done.returncode == 0, done.stderr
+        assert lines[0] == "imported" and len(lines) == 2 and reason in lines[1], lines
+
 
 
 # --- parallel.py ---
@@ -1773,5 +2036,4 @@ def test_help_lists_every_key(script):
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRITON_INTERPRET", "1")
     sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
