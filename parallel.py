@@ -1,0 +1,1239 @@
+"""Train on many ranks: data (DDP), optimizer state (ZeRO-1), weights (FSDP) and single matrices (tensor parallel) divided.
+
+torch.distributed carries the bytes (gloo on CPUs, NCCL on CUDA) and torchrun starts the processes. What is sent, when
+and why is written here. A rank is one process with one device; all ranks run the same program.
+
+    strategy            a rank holds                                  a step sends per rank, N = bytes of weights, W ranks
+    DDP                 everything                                    2 N (W-1)/W     all-reduce of gradients
+    ShardedOptimizer    everything but 1/W of the optimizer state     3 N (W-1)/W     + broadcast of weights
+    FSDP                1/W of weights, gradients and state           3 N (W-1)/W     gather twice, reduce-scatter once
+    tensor parallel     1/W of every matrix, all of the batch         4 all-reduces of (B, T, C) a block
+
+All give the weights that one process would have got, up to rounding: `test_all.py` holds each against that. Gradients
+are averaged; where ranks hold unequal numbers of tokens, scale each loss by its share times W.
+
+Left out: pipelines, sequence parallelism, creating a model that fits no single host (weights are made whole, then cut),
+BatchNorm-like buffers (sent once, at the start), and hiding ZeRO-1's broadcast behind the next forward.
+
+Papers: Li 2020 (DDP, 2006.15704), Rajbhandari 2019 (ZeRO, 1910.02054), Zhao 2023 (FSDP, 2304.11277),
+Shoeybi 2019 (Megatron-LM, 1909.08053). Ring formulas: Patarasuk & Yuan 2009.
+
+    torchrun --standalone --nproc_per_node=2 parallel.py                 all measurements, BENCH_TIME
+    torchrun --standalone --nproc_per_node=4 parallel.py --dp=2 --tp=2   the same with a mesh in the strategies
+"""
+import contextlib
+import math
+import os
+import sys
+import time
+import traceback
+import types
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+TRACE = None        # a list: every collective then leaves (kind, start, end) in it, in seconds; see `measure`
+
+
+# --- process groups ---
+
+def start(timeout_s: float = 600.0) -> torch.device:
+    """Join the process group that torchrun describes in the environment; returns this rank's device.
+
+    Raises RuntimeError, with the command to use, in a process that torchrun did not start.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        raise RuntimeError("RANK and WORLD_SIZE are not set: start the ranks with torchrun --standalone --nproc_per_node=N "
+                           + " ".join(sys.argv))
+    on_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+    return device
+
+
+@contextlib.contextmanager
+def ending():
+    """Around the whole of a rank's work: a failure ends all ranks, with this rank's traceback, and nothing hangs.
+
+    The failed process must go at once, and not wait at exit for peers that wait for it: then torchrun sees it and ends
+    the others, and without torchrun their connections break. KeyboardInterrupt and SystemExit pass.
+    """
+    try:
+        yield
+    except Exception:
+        print(f"rank {os.environ.get('RANK', '?')} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        os._exit(1)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def world(group=None) -> tuple[int, int]:
+    """(rank, number of ranks) in `group`. One process that nobody asked to be several is rank 0 of 1.
+
+    Raises RuntimeError when torchrun started several and no process group was made: each would train alone, unnoticed.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(group), dist.get_world_size(group)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RuntimeError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but there is no process group; call parallel.start() first")
+    return 0, 1
+
+
+@dataclass
+class Mesh:
+    """Groups of ranks that lie in a dp x tp table: this rank's column (`dp`, same slice, other data) and row (`tp`)."""
+    dp: object
+    tp: object
+    dp_rank: int
+    tp_rank: int
+
+
+def make_mesh(dp: int, tp: int) -> Mesh:
+    """A dp x tp mesh over all ranks. Every rank must call it.
+
+    Rank = dp_rank · tp + tp_rank: neighbours share a tensor-parallel group, because that one sends most (four
+    activations a block, nothing to hide them behind) and neighbours sit in one host, on its fastest links.
+    Raises ValueError when dp · tp is not the number of ranks.
+    """
+    rank, size = world()
+    if dp < 1 or tp < 1 or dp * tp != size:
+        raise ValueError(f"dp={dp} x tp={tp} = {dp * tp} ranks, but {size} are running; start torchrun with "
+                         f"--nproc_per_node={max(dp * tp, 1)} or choose dp x tp = {size}")
+    if size == 1:
+        return Mesh(None, None, 0, 0)
+    # Every rank has to take part in making every group, also those it is not in, and in the same order.
+    rows = [dist.new_group([d * tp + t for t in range(tp)]) for d in range(dp)]
+    columns = [dist.new_group([d * tp + t for d in range(dp)]) for t in range(tp)]
+    return Mesh(columns[rank % tp], rows[rank // tp], rank // tp, rank % tp)
+
+
+# --- collectives ---
+
+class Done:
+    """What a collective among one rank returns."""
+
+    def wait(self):
+        return True
+
+
+def send(kind: str, call, *args, group=None, **more):
+    """Start a collective and return its work; whoever needs the result waits for it. Among one rank: nothing to do."""
+    if world(group)[1] == 1:
+        return Done()
+    began = time.perf_counter()
+    work = call(*args, group=group, async_op=True, **more)
+    if TRACE is not None:
+        trace = TRACE
+        work.get_future().then(lambda _: trace.append((kind, began, time.perf_counter())))
+    return work
+
+
+def wait(work) -> None:
+    began = time.perf_counter()
+    work.wait()
+    if TRACE is not None:
+        TRACE.append(("wait", began, time.perf_counter()))
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """x, contiguous, seen as uint8. What only moves data can so move every dtype, whatever the backend knows of it."""
+    return x.reshape(-1).view(torch.uint8)
+
+
+def all_gather(out: torch.Tensor, x: torch.Tensor, group=None):
+    """Put every rank's x, all of one size, one after the other into `out`; returns the work."""
+    if world(group)[1] == 1:
+        out.copy_(x.reshape(out.shape))
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor       # renamed in torch 2.13
+    return send("all-gather", gather, as_bytes(out), as_bytes(x), group=group)
+
+
+def exchange(out: torch.Tensor, x: torch.Tensor, group=None):
+    """Give rank r the r-th of W equal parts of x and put what it gives into the r-th part of `out`; returns the work.
+
+    With the sum over W parts this is a reduce-scatter. It sends what a ring sends, N (W-1)/W, but the sum is ours: in
+    float32 when float16 travels, and in the same order always. (gloo's own does a whole all-reduce: twice the bytes.)
+    """
+    if world(group)[1] == 1:
+        out.copy_(x.reshape(out.shape))
+    return send("reduce-scatter", dist.all_to_all_single, as_bytes(out), as_bytes(x), group=group)
+
+
+def broadcast(tensors, group=None, source: int = 0) -> None:
+    """Overwrite every rank's tensors with those of rank `source` of the group."""
+    tensors = [t.detach() for t in tensors if t.numel()]
+    whole = [t if t.is_contiguous() else t.contiguous() for t in tensors]
+    works = [send("broadcast", dist.broadcast, as_bytes(t), group=group, group_src=source) for t in whole]
+    for work in works:
+        wait(work)
+    for t, sent in zip(tensors, whole):
+        if t is not sent:
+            t.copy_(sent)
+
+
+# --- cut tensors ---
+
+class Cut:
+    """One division of a tensor of `length` along `dim` among the ranks of a group: ceil(length / W) each.
+
+    The last ranks may get less, or nothing. A parameter that was divided keeps its cuts in `.cuts`, in order: state
+    dicts, optimizer states and the gradient's norm follow from it, whoever did the cutting.
+    """
+
+    def __init__(self, dim: int, length: int, group=None):
+        self.dim, self.length, self.group = dim, length, group
+        self.rank, self.size = world(group)
+        self.step = math.ceil(length / self.size)
+        self.start = min(self.rank * self.step, length)
+        self.stop = min(self.start + self.step, length)
+
+    def take(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole.narrow(self.dim, self.start, self.stop - self.start)
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """The whole tensor, on every rank; collective."""
+        part = pad(part.detach().movedim(self.dim, 0), self.step).contiguous()
+        out = part.new_empty(self.size * self.step, *part.shape[1:])
+        wait(all_gather(out, part, self.group))
+        return out[:self.length].movedim(0, self.dim).contiguous()
+
+
+def pad(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """x with zeros below, up to `rows` rows; itself when it has them."""
+    return x if x.shape[0] == rows else torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
+
+
+def cuts_of(parameter) -> list:
+    return getattr(parameter, "cuts", [])
+
+
+def gather_tensor(part: torch.Tensor, cuts) -> torch.Tensor:
+    for cut in reversed(cuts):
+        part = cut.gather(part)
+    return part
+
+
+def take_tensor(whole: torch.Tensor, cuts) -> torch.Tensor:
+    for cut in cuts:
+        whole = cut.take(whole)
+    return whole
+
+
+def full_state_dict(module: nn.Module) -> dict:
+    """The state dict that the undivided module would have, on every rank; collective: call it on all or it hangs."""
+    own = dict(module.named_parameters(remove_duplicate=False))
+    whole, gathered = {}, {}
+    for name, tensor in module.state_dict().items():
+        p = own.get(name)
+        if p is None or not cuts_of(p):
+            whole[name] = tensor.detach()
+        else:
+            if p not in gathered:                              # a tied matrix travels once and stays tied
+                gathered[p] = gather_tensor(p, p.cuts)
+            whole[name] = gathered[p]
+    return whole
+
+
+@torch.no_grad()
+def load_full_state_dict(module: nn.Module, whole: dict) -> None:
+    """Fill a divided module from an undivided state dict: each rank takes its part. Raises ValueError on another shape."""
+    own, parts = dict(module.named_parameters(remove_duplicate=False)), {}
+    for name, tensor in whole.items():
+        parts[name] = take_tensor(tensor, cuts_of(own[name])) if name in own else tensor
+        if name in own and parts[name].shape != own[name].shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this rank's part of it would be "
+                             f"{tuple(parts[name].shape)}, the module wants {tuple(own[name].shape)}")
+    module.load_state_dict(parts)
+
+
+def _map_state(optimizer, state: dict, change) -> dict:
+    """`state` with every per-element tensor of a cut parameter replaced by change(tensor, parameter)."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    ids = [i for group in state["param_groups"] for i in group["params"]]
+    entries = dict(state["state"])
+    for i, p in zip(ids, params):
+        if cuts_of(p) and i in entries:
+            entries[i] = {key: change(value, p) if torch.is_tensor(value) and value.dim() == p.dim() else value
+                          for key, value in entries[i].items()}
+    return state | {"state": entries}
+
+
+def full_optimizer_state(optimizer) -> dict:
+    """The state dict that `optimizer` would have over the undivided module, on every rank; collective."""
+    return _map_state(optimizer, optimizer.state_dict(), lambda t, p: gather_tensor(t, p.cuts))
+
+
+def load_full_optimizer_state(optimizer, state: dict) -> None:
+    """Load the state of an undivided optimizer, whoever saved it, into one over divided parameters."""
+    optimizer.load_state_dict(_map_state(optimizer, state, lambda t, p: take_tensor(t, p.cuts)))
+
+
+@torch.no_grad()
+def clip_grad_norm(params, max_norm: float, eps: float = 1e-6) -> torch.Tensor:
+    """optim.clip_grad_norm where parameters may be divided: the norm is that of the whole gradient, on every rank.
+
+    Squares are summed over the ranks that share a parameter, once per set of groups, and a replicated one counts once.
+    Collective. Returns the norm before clipping, a float32 scalar tensor.
+    """
+    params = list(params)
+    grads = [p.grad for p in params if p.grad is not None]
+    device = params[0].device if params else "cpu"
+    squares = {}
+    # Ranks must agree on the collectives: a rank whose part has no gradient takes part with 0.
+    for p in params:
+        key = tuple(cut.group for cut in cuts_of(p))
+        mine = torch.zeros((), device=device) if p.grad is None else p.grad.float().norm().square()
+        squares[key] = squares.get(key, 0) + mine
+    total = torch.zeros((), device=device)
+    for groups, square in squares.items():
+        for group in groups:
+            wait(send("all-reduce", dist.all_reduce, square, group=group))
+        total = total + square
+    norm = total.sqrt()
+    if grads:
+        torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + eps), max=1.0))
+    return norm
+
+
+# --- data parallel ---
+
+class Bucket:
+    """Gradients that travel as one message: laid end to end in a flat buffer, then a count per gradient.
+
+    The counts tell after the sum whether any rank had a gradient: if none, `.grad` stays None, as with one process.
+    """
+
+    def __init__(self, params):
+        self.params, self.ready, self.work = params, set(), None
+        # float16 and bfloat16 gradients travel in float32: a sum over many ranks would lose their few digits.
+        self.dtype = torch.promote_types(params[0].dtype, torch.float32)
+        ends = torch.tensor([0] + [p.numel() for p in params]).cumsum(0).tolist()
+        self.spans = list(zip(ends, ends[1:]))
+        self.buffer, self.views = None, None
+
+    def open(self):
+        if self.buffer is None:
+            n = self.spans[-1][1]
+            self.buffer = torch.empty(n + len(self.params), dtype=self.dtype, device=self.params[0].device)
+            self.views = {p: self.buffer[a:b].view(p.shape) for p, (a, b) in zip(self.params, self.spans)}
+            self.counts = self.buffer[n:]
+
+    def take(self, p, scale: float) -> None:
+        """Move p's gradient, times scale, into the buffer: its own memory is free again at once."""
+        self.open()
+        if p.grad.dtype == self.dtype:
+            torch.mul(p.grad, scale, out=self.views[p])
+        else:
+            self.views[p].copy_(p.grad).mul_(scale)
+        p.grad = None
+        self.ready.add(p)
+
+
+class GradientAverage:
+    """The mean over ranks of the gradients of `params`, by one all-reduce per bucket.
+
+    overlap: send a bucket as soon as backward has filled it, and not only in `finish`. Buckets are filled from the last
+    parameter to the first, as backward comes by them, and are sent in that order on every rank: collectives are matched
+    by order alone, and ranks whose backward runs differently (an unused layer) must not pair different buckets.
+    """
+
+    def __init__(self, params, group, bucket_bytes: float, overlap: bool, one_by_one: bool = False):
+        self.group, self.size, self.sync, self.sent = group, world(group)[1], True, 0
+        self.one_by_one = one_by_one
+        self.buckets, filled = [], math.inf
+        kind = None
+        for p in reversed(params):
+            if filled + p.nbytes > bucket_bytes or (p.dtype, p.device) != kind:
+                self.buckets.append([])
+                filled, kind = 0, (p.dtype, p.device)
+            self.buckets[-1].append(p)
+            filled += p.nbytes
+        self.buckets = [Bucket(part) for part in self.buckets]
+        if overlap and self.size > 1:
+            for bucket in self.buckets:
+                for p in bucket.params:
+                    # A closure over the bucket: looking p up in a dict would cost the same, but hold p twice.
+                    p.register_post_accumulate_grad_hook(lambda p, bucket=bucket: self._arrived(p, bucket))
+
+    def _arrived(self, p, bucket) -> None:
+        if not self.sync:
+            return
+        if p in bucket.ready:       # a second backward without `finish` between: end the first round, add to its result
+            self.finish()
+        bucket.take(p, 1 / self.size)
+        while self.sent < len(self.buckets) and len(self.buckets[self.sent].ready) == len(self.buckets[self.sent].params):
+            self._send(self.buckets[self.sent])
+
+    def _send(self, bucket) -> None:
+        bucket.open()
+        for p in bucket.params:
+            if p not in bucket.ready and p.grad is not None:
+                bucket.take(p, 1 / self.size)
+        missing = [p not in bucket.ready for p in bucket.params]
+        bucket.counts.fill_(1.0)
+        if any(missing):
+            bucket.counts.copy_(1.0 - torch.tensor(missing, dtype=bucket.dtype))
+            for p, absent in zip(bucket.params, missing):
+                if absent:
+                    bucket.views[p].zero_()
+        bucket.work = send("all-reduce", dist.all_reduce, bucket.buffer, group=self.group)
+        self.sent += 1
+
+    def finish(self) -> None:
+        """Send what has not gone yet, wait for all, and hand the means to `.grad`."""
+        if self.size == 1:
+            return
+        for bucket in self.buckets[self.sent:]:
+            self._send(bucket)
+            if self.one_by_one:
+                wait(bucket.work)
+        for bucket in self.buckets:
+            wait(bucket.work)
+            # Reading the counts waits for the GPU, so only a rank that lacks a gradient does it.
+            complete = len(bucket.ready) == len(bucket.params)
+            counts = [1.0] * len(bucket.params) if complete else bucket.counts.tolist()
+            for p, count in zip(bucket.params, counts):
+                if count:
+                    mean = bucket.views[p] if p.dtype == bucket.dtype else bucket.views[p].to(p.dtype)
+                    p.grad = mean if p.grad is None else mean.add_(p.grad)
+            bucket.ready, bucket.work = set(), None
+        self.sent = 0
+
+
+class DDP(nn.Module):
+    """Data parallel: every rank has the whole module and other data, gradients are averaged after each backward.
+
+        model = DDP(module); loss = ...model(x)...; loss.backward(); model.finish_gradient_synchronization(); optimizer.step()
+
+    mode, from the plain to the fast; the result is the same:
+        naive        after backward, an all-reduce per parameter, one after the other
+        flat         after backward, one all-reduce over all of them: saves the latency of many small messages
+        overlapped   an all-reduce per parameter as soon as backward has its gradient: hides them behind the rest of it
+        bucketed     as soon as `bucket_mb` megabytes of gradients are there: both (2006.15704, section 3.2.3)
+    Rank 0's parameters and buffers, frozen ones too, go to all ranks here. Tied weights are one parameter and travel
+    once. One that no backward reached on some ranks counts as 0 there. For accumulation, all but the last backward run
+    under `no_sync()`. Raises ValueError for another mode or bucket_mb.
+    """
+
+    MODES = ("naive", "flat", "overlapped", "bucketed")
+
+    def __init__(self, module: nn.Module, mode: str = "bucketed", bucket_mb: float = 8.0, group=None):
+        super().__init__()
+        if mode not in self.MODES:
+            raise ValueError(f"mode={mode!r} must be one of {', '.join(self.MODES)}")
+        if not bucket_mb > 0:
+            raise ValueError(f"bucket_mb={bucket_mb} must be more than 0")
+        self.module = module
+        broadcast([*module.parameters(), *module.buffers()], group)
+        size = {"flat": math.inf, "bucketed": bucket_mb * 1e6}.get(mode, 0)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        self.average = GradientAverage(trained, group, size, mode in ("overlapped", "bucketed"), mode == "naive")
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        """Backward passes in here only add to this rank's gradients; the next one outside sends the sum."""
+        self.average.sync = False
+        try:
+            yield
+        finally:
+            self.average.sync = True
+
+    def finish_gradient_synchronization(self) -> None:
+        """Call on all ranks after backward and before the step: `.grad` is then the mean over the ranks."""
+        self.average.finish()
+
+
+# --- optimizer state divided: ZeRO-1 ---
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """`optimizer_cls`, its state divided: each rank steps the parameters it owns, then sends them to the others.
+
+        optimizer = ShardedOptimizer(model.parameters(), AdamW, lr=1e-3)
+
+    Whole parameters are given to ranks, largest first, each to the rank that has least: so Muon, which needs whole
+    matrices, works as well as AdamW, and its matrix products are divided with the state. `param_groups` is the complete
+    one: what is set there (a learning rate) holds for every rank's part. Gradients must be averaged already (DDP).
+    Source: 1910.02054, section 5.1 (there in equal flat slices).
+    """
+
+    def __init__(self, params, optimizer_cls, group=None, **kwargs):
+        self.group, self.local, self.owner = group, None, {}
+        self.rank, self.size = world(group)
+        self.load = [0] * self.size                            # elements owned by each rank
+        self.make = lambda groups: optimizer_cls(groups, **kwargs)
+        super().__init__(params, {})
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As torch's; also owners are found for the new parameters."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        # The class sees all parameters first: its defaults and its complaints are then the same on every rank.
+        if self.local is None:
+            self.local = self.make([dict(group)])
+            self.state = self.local.state
+        else:
+            self.local.add_param_group(dict(group))
+        mine = self.local.param_groups[-1]
+        group.update({key: value for key, value in mine.items() if key != "params"})
+        for p in sorted(group["params"], key=lambda p: -p.numel()):        # sorted() is stable: the same on every rank
+            self.owner[p] = self.load.index(min(self.load))
+            self.load[self.owner[p]] += p.numel()
+        mine["params"] = [p for p in group["params"] if self.owner[p] == self.rank]
+        for p in group["params"]:                              # Adagrad makes its state at once, for all
+            if self.owner[p] != self.rank:
+                self.local.state.pop(p, None)
+
+    def _share_settings(self) -> None:
+        for group, mine in zip(self.param_groups, self.local.param_groups):
+            mine.update({key: value for key, value in group.items() if key != "params"})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Step the own part, then bring everybody's parameters up to date. Collective. Returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._share_settings()
+        self.local.step()
+        works = [send("broadcast", dist.broadcast, as_bytes(p), group=self.group, group_src=owner)
+                 for p, owner in self.owner.items() if p.requires_grad and p.numel()]
+        for work in works:
+            wait(work)
+        return loss
+
+    def state_dict(self) -> dict:
+        """The state dict of one undivided optimizer, on every rank, on the CPU; collective: call it on all or it hangs."""
+        self._share_settings()
+        index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        mine = {index[p]: {key: value.cpu() if torch.is_tensor(value) else value for key, value in entry.items()}
+                for p, entry in self.local.state.items()}
+        parts = [mine]
+        if self.size > 1:
+            parts = [None] * self.size
+            dist.all_gather_object(parts, mine, group=self.group)
+        groups = [{key: value for key, value in group.items() if key != "params"} |
+                  {"params": [index[p] for p in group["params"]]} for group in self.param_groups]
+        return {"state": {i: entry for part in parts for i, entry in sorted(part.items())}, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take the own part of an undivided state dict, saved by any number of ranks or by a plain optimizer."""
+        groups = state_dict["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+            raise ValueError(f"the saved groups hold {[len(group['params']) for group in groups]} parameters, this optimizer's "
+                             f"{[len(group['params']) for group in self.param_groups]}; make it with the settings it was saved with")
+        saved = [dict(group) for group in groups]
+        for group, ours in zip(saved, self.param_groups):
+            pairs = zip(group["params"], ours["params"])
+            group["params"] = [i for i, p in pairs if self.owner[p] == self.rank]
+            ours.update({key: value for key, value in group.items() if key != "params"})
+        kept = {i for group in saved for i in group["params"]}
+        state = {i: entry for i, entry in state_dict["state"].items() if i in kept}
+        self.local.load_state_dict({"state": state, "param_groups": saved})
+        self.state = self.local.state
+
+
+# --- weights divided: ZeRO-3, FSDP ---
+
+class Unit:
+    """Matrices that are gathered, used and given up together: a block's, or those of one module outside the blocks.
+
+    The parameters themselves are this rank's rows. While the module runs, it has `fulls` in their place, parameters
+    whose memory is given back after use (their storage is cut to 0 bytes) and filled again for backward: what autograd
+    kept of them points to the same storage.
+    """
+
+    def __init__(self, group, dtype):
+        self.group, self.dtype = group, dtype
+        self.slots, self.casts = [], []             # places in modules: (module, name, parameter)
+        self.fulls, self.flats = {}, {}             # by parameter: what the module sees; its memory, padded to equal parts
+        self.works, self.whole = None, False
+        self.calls, self.in_backward, self.lookup = 0, False, True
+
+    def add(self, module) -> None:
+        for owner in module.modules():
+            own = {name: p for name, p in owner._parameters.items() if p is not None}
+            if not any(p.dim() > 1 for p in own.values()):
+                continue
+            # Backward of a table lookup needs the gradient only, not the table.
+            self.lookup &= "Embedding" in type(owner).__name__
+            for name, p in own.items():
+                if p.dim() > 1:
+                    self.slots.append((owner, name, p))
+                    if p not in self.fulls:
+                        self._cut(p)
+                elif self.dtype is not None:        # a bias beside a matrix computes in its dtype
+                    self.casts.append((owner, name, p))
+            if self.dtype is not None:
+                owner.register_forward_pre_hook(self._cast_input)
+
+    def _cut(self, p) -> None:
+        cut = Cut(0, p.shape[0], self.group)
+        flat = torch.empty(cut.size * cut.step * p[0].numel(), dtype=self.dtype or p.dtype, device=p.device)
+        # .data: filling the memory again must not look to autograd like a change of what it has saved.
+        self.fulls[p] = nn.Parameter(flat[:p.numel()].view(p.shape).data, requires_grad=p.requires_grad)
+        self.flats[p] = flat
+        flat.untyped_storage().resize_(0)
+        p.data = cut.take(p.data).clone()           # the same Parameter object, so that an older optimizer keeps it
+        p.cuts = [*cuts_of(p), cut]
+
+    def _cast_input(self, module, args):
+        return tuple(x.to(self.dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in args)
+
+    def fetch(self) -> None:
+        """Start to gather; `ready` waits for it."""
+        if self.whole or self.works is not None:
+            return
+        self.works = []
+        for p, flat in self.flats.items():
+            flat.untyped_storage().resize_(flat.numel() * flat.element_size())
+            mine = pad(p.detach().to(flat.dtype), p.cuts[-1].step)
+            self.works.append((all_gather(flat, mine, self.group), mine))      # `mine` must live until it is sent
+
+    def ready(self) -> None:
+        self.fetch()
+        for work, _ in self.works or []:
+            wait(work)
+        self.works, self.whole = None, True
+
+    def free(self) -> None:
+        if self.works is not None:                  # fetched and then not needed: memory in flight cannot be given back
+            self.ready()
+        for flat in self.flats.values():
+            flat.untyped_storage().resize_(0)
+        self.whole = False
+
+    def swap_in(self) -> None:
+        for owner, name, p in self.slots:
+            owner._parameters[name] = self.fulls[p]
+        for owner, name, p in self.casts:
+            owner._parameters[name] = p.to(self.dtype)
+
+    def swap_out(self) -> None:
+        for owner, name, p in self.slots + self.casts:
+            owner._parameters[name] = p
+
+
+class Order:
+    """The order in which units came last time, to know which one comes next."""
+
+    def __init__(self):
+        self.last, self.now = [], []
+
+    def restart(self) -> None:
+        if self.now:
+            self.last, self.now = self.now, []
+
+    def after(self, unit):
+        """Note that `unit` runs now; the one that ran after it last time, or None."""
+        self.now.append(unit)
+        n = len(self.now)
+        return self.last[n] if n < len(self.last) and self.last[n - 1] is unit else None
+
+
+class FSDP(nn.Module):
+    """Fully sharded data parallel: each rank keeps 1/W of every matrix, of its gradient and of its optimizer state.
+
+        model = FSDP(module); optimizer = AdamW(model.parameters()); ...backward();
+        model.finish_gradient_synchronization(); optimizer.step()
+
+    All parameters of two and more dimensions are cut by rows, ceil(rows / W) a rank, the last ranks less or none;
+    vectors (norms, biases) stay whole on every rank. `parameters()` are the parts, `.grad` has a part's shape, float32
+    as the parts. compute_dtype: what travels and what the matrices compute in (float16, bfloat16); the parts stay as
+    they are, and gradients are summed in float32.
+
+    A unit (one entry of a ModuleList, or one module outside them) is gathered before its forward, while the unit before
+    it still computes, given up after it, gathered again before its backward, one ahead too; its gradients travel while
+    the next unit's backward computes. The last unit is kept: its backward comes at once. Each backward sends, so
+    micro-batches add up without more ado. Works under activation checkpointing of whole units. All ranks must run the
+    same modules in the same order. Rank 0's parameters go to all ranks here.
+    Source: 1910.02054, section 5.3; 2304.11277.
+    """
+
+    def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, group=None):
+        super().__init__()
+        if compute_dtype is not None and not compute_dtype.is_floating_point:
+            raise ValueError(f"compute_dtype={compute_dtype} must be a floating point dtype, or None for the parameters' own")
+        self.module, self.group, self.size = module, group, world(group)[1]
+        broadcast([*module.parameters(), *module.buffers()], group)
+        self.units, found = [], {}
+        for piece in self._pieces(module):
+            matrices = [p for p in piece.parameters() if p.dim() > 1]
+            # A matrix in two places (tied head) makes them one unit: its gradient is complete only after both.
+            unit = next((found[p] for p in matrices if p in found), None)
+            if unit is None:
+                unit = Unit(group, compute_dtype)
+                self.units.append(unit)
+            unit.add(piece)
+            found.update((p, unit) for p in matrices)
+            piece.register_forward_pre_hook(lambda module, args, unit=unit: self._before_forward(unit))
+            piece.register_forward_hook(lambda module, args, output, unit=unit: self._after_forward(unit, output))
+        self.forwards, self.backwards = Order(), Order()
+        self.open, self.flushed, self.sending = [], set(), []
+        self.had_gradient = {}
+        vectors = [p for p in module.parameters() if p.requires_grad and p not in found]
+        self.average = GradientAverage(vectors, group, math.inf, overlap=False)
+
+    @classmethod
+    def _pieces(cls, module, listed: bool = False):
+        if any(p.dim() > 1 for p in module.parameters(recurse=listed)):
+            yield module
+        else:
+            for child in module.children():
+                yield from cls._pieces(child, isinstance(module, nn.ModuleList))
+
+    def forward(self, *args, **kwargs):
+        for unit in self.units:
+            if unit.in_backward:
+                self._flush(unit)
+            unit.free()
+        self.forwards.restart()
+        self.backwards.restart()
+        return self.module(*args, **kwargs)
+
+    def _before_forward(self, unit) -> None:
+        unit.fetch()
+        if not unit.in_backward:                    # else: checkpointing runs it again; backward fetches the right one
+            following = self.forwards.after(unit)
+            if following is not None:
+                following.fetch()
+        unit.ready()
+        unit.swap_in()
+
+    def _after_forward(self, unit, output) -> None:
+        unit.swap_out()
+        if unit.in_backward:
+            return
+        last = self.forwards.last
+        outputs = [x for x in torch.utils._pytree.tree_leaves(output) if torch.is_tensor(x) and x.requires_grad]
+        if outputs and torch.is_grad_enabled():
+            unit.calls += 1
+            torch.autograd.graph.register_multi_grad_hook(outputs, lambda _: self._before_backward(unit), mode="any")
+            if len(self.forwards.now) == len(last) and last[-1] is unit:
+                return
+        unit.free()
+
+    def _before_backward(self, unit) -> None:
+        unit.calls -= 1
+        # Here, and not when its last gradient arrives, a unit is known to be done: this moment is the same on all ranks.
+        for other in [u for u in self.open if u is not unit and u.calls <= 0]:
+            self._flush(other)
+        if unit not in self.open:
+            self.open.append(unit)
+        unit.in_backward = True
+        if not unit.lookup:
+            unit.fetch()
+        following = self.backwards.after(unit)
+        if following is not None and not following.lookup:
+            following.fetch()
+        if not unit.lookup:
+            unit.ready()
+
+    def _flush(self, unit) -> None:
+        """Send a unit's gradients to the ranks that own them, and give up its memory."""
+        before, self.flushed = len(self.sending), self.flushed | {unit}
+        for p, full in unit.fulls.items():
+            if not p.requires_grad:
+                continue
+            self.had_gradient[p] = self.had_gradient.get(p, False) or full.grad is not None
+            grad = torch.zeros_like(full) if full.grad is None else full.grad
+            full.grad = None
+            mine = pad(grad, p.cuts[-1].step * self.size).contiguous()
+            parts = torch.empty_like(mine).view(self.size, -1)
+            self.sending.append((p, exchange(parts, mine, self.group), parts, mine))
+        unit.swap_out()
+        unit.free()
+        unit.in_backward, unit.calls = False, 0
+        self.open = [u for u in self.open if u is not unit]
+        # Those of the unit before have had this unit's backward to travel in. More in flight would hold more memory.
+        for _ in range(before):
+            self._receive(*self.sending.pop(0))
+
+    def _receive(self, p, work, parts, mine) -> None:
+        wait(work)
+        mean = parts[0].to(p.dtype, copy=True)
+        for part in parts[1:]:
+            mean.add_(part)
+        mean = mean.div_(self.size)[:p.numel()].view(p.shape)
+        p.grad = mean if p.grad is None else p.grad.add_(mean)
+
+    def finish_gradient_synchronization(self) -> None:
+        """Call on all ranks after backward and before the step: `.grad` is then this rank's part of the mean."""
+        for unit in self.units:
+            if unit in self.open or unit not in self.flushed:
+                self._flush(unit)
+        while self.sending:
+            self._receive(*self.sending.pop(0))
+        self.average.finish()
+        used = torch.tensor([float(flag) for flag in self.had_gradient.values()], device=next(self.parameters()).device)
+        if self.size > 1:
+            wait(send("all-reduce", dist.all_reduce, used, group=self.group))
+        for p, count in zip(self.had_gradient, used.tolist()):
+            if not count:
+                p.grad = None                       # no rank had one: as with one process, the optimizer skips it
+        self.had_gradient, self.flushed = {}, set()
+
+    def full_state_dict(self) -> dict:
+        """The undivided module's state dict, float32, plain names, on every rank; collective: call it on all or it hangs."""
+        return full_state_dict(self.module)
+
+    def load_full_state_dict(self, state: dict) -> None:
+        """Take this rank's part of an undivided state dict."""
+        load_full_state_dict(self.module, state)
+
+
+# --- single matrices divided: tensor parallel ---
+
+class CopyToRanks(torch.autograd.Function):
+    """Megatron's f: x forward; backward the sum over ranks, as every rank's part of the matrix used the same x."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        wait(send("all-reduce", dist.all_reduce, grad, group=ctx.group))
+        return grad, None
+
+
+class SumOverRanks(torch.autograd.Function):
+    """Megatron's g: forward the sum over ranks; backward the gradient as it is."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        x = x.clone(memory_format=torch.contiguous_format)
+        wait(send("all-reduce", dist.all_reduce, x, group=group))
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class GatherColumns(torch.autograd.Function):
+    """Every rank's last dimension side by side; backward this rank's part: all ranks compute the same loss from it."""
+
+    @staticmethod
+    def forward(ctx, x, cut):
+        ctx.cut = cut
+        return cut.gather(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.cut.take(grad), None
+
+
+class _Divided(nn.Module):
+    """A layer that has this rank's part of `weight`. `whole`: the undivided weight, else one is drawn on rank 0."""
+
+    def _divide(self, dim: int, shape, group, whole) -> None:
+        if min(shape) < 1:
+            raise ValueError(f"weight of shape {tuple(shape)}: every size must be at least 1")
+        if whole is None:
+            whole = nn.Parameter(torch.randn(shape) * math.sqrt(2 / sum(shape)))
+            broadcast([whole], group)
+        cut = Cut(dim, shape[dim], group)
+        self.group, self.cut, self.weight = group, cut, whole
+        if not any(known.group is group and known.size == cut.size for known in cuts_of(whole)):      # tied: cut once
+            whole.data = cut.take(whole.data).clone()
+            whole.cuts = [*cuts_of(whole), cut]
+
+
+class ColumnParallelLinear(_Divided):
+    """x @ weightᵀ, rank r computing the r-th part of the outputs. weight: (d_out / W, d_in).
+
+    forward: x (..., d_in), the same on all ranks -> (..., d_out / W), or (..., d_out) with gather_output.
+    copy_input=False: x has been through CopyToRanks already (one for q, k and v together).
+    """
+
+    def __init__(self, d_in: int, d_out: int, group=None, *, gather_output: bool = False, copy_input: bool = True, weight=None):
+        super().__init__()
+        self._divide(0, (d_out, d_in), group, weight)
+        self.gather_output, self.copy_input = gather_output, copy_input
+
+    def forward(self, x):
+        y = (CopyToRanks.apply(x, self.group) if self.copy_input else x) @ self.weight.T
+        return GatherColumns.apply(y, Cut(y.dim() - 1, self.cut.length, self.group)) if self.gather_output else y
+
+
+class RowParallelLinear(_Divided):
+    """x @ weightᵀ, rank r having the r-th part of the inputs. weight: (d_out, d_in / W).
+
+    forward: x (..., d_in / W), a ColumnParallelLinear's output -> (..., d_out), the same on all ranks.
+    """
+
+    def __init__(self, d_in: int, d_out: int, group=None, *, weight=None):
+        super().__init__()
+        self._divide(1, (d_out, d_in), group, weight)
+
+    def forward(self, x):
+        return SumOverRanks.apply(x @ self.weight.T, self.group)
+
+
+class VocabParallelEmbedding(_Divided):
+    """A row of a table for every id, rank r having the r-th part of the rows. (...) -> (..., C), the same on all ranks."""
+
+    def __init__(self, vocab_size: int, d_model: int, group=None, *, weight=None):
+        super().__init__()
+        self._divide(0, (vocab_size, d_model), group, weight)
+
+    def forward(self, tokens):
+        here = (tokens >= self.cut.start) & (tokens < self.cut.stop)
+        rows = pad(self.weight, max(len(self.weight), 1))[torch.where(here, tokens - self.cut.start, 0)]
+        return SumOverRanks.apply(rows * here.unsqueeze(-1), self.group)
+
+
+class VocabParallelCrossEntropy(torch.autograd.Function):
+    """-log softmax(logits)[target] per position from logits whose last dimension is divided: (..., V / W), (...) -> (...).
+
+    Three numbers a position travel (maximum, sum of exponentials, target's logit), not V logits. Gradient: this rank's
+    part of softmax - onehot.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, cut):
+        x = logits.float()
+        here = (targets >= cut.start) & (targets < cut.stop)
+        local = torch.where(here, targets - cut.start, 0)
+        lowest = x.new_full((*x.shape[:-1], 1), torch.finfo(torch.float32).min)      # a rank may have no column at all
+        maximum = torch.cat([x, lowest], dim=-1).amax(dim=-1)
+        wait(send("all-reduce", dist.all_reduce, maximum, group=cut.group, op=dist.ReduceOp.MAX))
+        exponentials = (x - maximum.unsqueeze(-1)).exp()
+        at_target = torch.cat([x, lowest], dim=-1).gather(-1, local.unsqueeze(-1)).squeeze(-1)
+        sums = torch.stack([exponentials.sum(dim=-1), torch.where(here, at_target - maximum, 0.0)])
+        wait(send("all-reduce", dist.all_reduce, sums, group=cut.group))
+        ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), here, local)
+        ctx.dtype = logits.dtype
+        return sums[0].log() - sums[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        softmax, here, local = ctx.saved_tensors
+        onehot = torch.zeros(*softmax.shape[:-1], softmax.shape[-1] + 1, device=softmax.device)
+        onehot.scatter_(-1, local.unsqueeze(-1), here.unsqueeze(-1).float())
+        return ((softmax - onehot[..., :-1]) * grad.unsqueeze(-1)).to(ctx.dtype), None, None
+
+
+# Which layer of model.py's Transformer is divided how. What is not named (norms, a router) stays whole on every rank.
+PLAN = {"token_embeddings": "vocabulary", "q_proj": "column", "k_proj": "column", "v_proj": "column", "o_proj": "row",
+        "w1": "column", "w3": "column", "w2": "row", "lm_head": "head"}
+
+
+def tensor_parallel(model: nn.Module, group=None, plan: dict = PLAN) -> nn.Module:
+    """Divide the matrices of `model` (a Transformer) in place over the ranks of `group`, by the plan; returns it.
+
+    Attention heads are divided (the query, key and value columns of a head lie together), feed-forward columns, and
+    the vocabulary. Rank 0's weights count. `model(tokens, targets)` works as before, on the same tokens on all ranks;
+    `vocab_parallel_loss` spares the gathering of logits. Names of parameters do not change.
+    Raises ValueError when heads or d_ff do not divide by the number of ranks.
+    """
+    size, c = world(group)[1], model.config
+    for name in ("n_heads", "n_kv_heads", "d_ff"):
+        if getattr(c, name) % size:
+            raise ValueError(f"{name}={getattr(c, name)} cannot be divided among tp={size} ranks; choose a tp that divides it")
+    broadcast([*model.parameters(), *model.buffers()], group)
+    copy = lambda module, args: (CopyToRanks.apply(args[0], group), *args[1:])      # noqa: E731
+    local = types.SimpleNamespace(**{**vars(c), "head_dim": c.head_dim, "n_heads": c.n_heads // size,
+                                     "n_kv_heads": c.n_kv_heads // size})
+    for parent in list(model.modules()):
+        styles = {name: plan[name] for name, child in parent.named_children() if name in plan}
+        for name, style in styles.items():
+            weight = getattr(parent, name).weight
+            d_out, d_in = (cut_length(weight, dim) for dim in (0, 1))
+            if style == "vocabulary":
+                layer = VocabParallelEmbedding(d_out, d_in, group, weight=weight)
+            elif style == "row":
+                layer = RowParallelLinear(d_in, d_out, group, weight=weight)
+            else:
+                layer = ColumnParallelLinear(d_in, d_out, group, weight=weight, gather_output=style == "head",
+                                             copy_input=style == "head")
+            setattr(parent, name, layer)
+        if "column" in styles.values():
+            parent.register_forward_pre_hook(copy)         # one f for all the columns that read the same x
+        if "q_proj" in styles:
+            parent.config = local
+            for norm in (getattr(parent, "q_norm", None), getattr(parent, "k_norm", None)):
+                if norm is not None:                       # a weight for all heads, of which a rank sees only its own
+                    norm.weight.register_hook(lambda grad: CopyToRanks.backward(types.SimpleNamespace(group=group), grad)[0])
+    return model
+
+
+def cut_length(p, dim: int) -> int:
+    return next((cut.length for cut in cuts_of(p) if cut.dim == dim), p.shape[dim])
+
+
+def vocab_parallel_loss(model, tokens, targets) -> torch.Tensor:
+    """Mean cross entropy of a divided Transformer: model(tokens, targets)[1] without gathering the logits."""
+    head = model.lm_head
+    head.gather_output = False
+    try:
+        logits = model(tokens)
+    finally:
+        head.gather_output = True
+    return VocabParallelCrossEntropy.apply(logits, targets, head.cut).mean()
+
+
+# --- measurements ---
+
+@dataclass
+class BenchConfig:
+    """What `torchrun … parallel.py` measures."""
+    dp: int | None = None            # ranks along the data; none = those that tp leaves
+    tp: int | None = None            # ranks that share a model; none = all in the tensor-parallel row
+    d_model: int = 512               # width of the model that is trained
+    n_layers: int = 4                # its blocks
+    vocab_size: int = 8192           # its vocabulary
+    context_length: int = 128        # tokens per sequence
+    batch_size: int = 4              # sequences per rank and step
+    steps: int = 12                  # timed steps of each strategy, taken in turns
+    max_mb: int = 256                # largest message of the bandwidth table
+    out_dir: str = "results"         # where tables and the timeline go
+
+
+def collective_times(config: BenchConfig, device) -> list[dict]:
+    """Seconds and bus bandwidth of the three collectives by message size, beside the ring's 2 (W-1) or W-1 messages."""
+    size, rows, latency = world()[1], [], {}
+    for mb in [0] + [4 ** i for i in range(10) if 4 ** i <= config.max_mb]:
+        n = max(int(mb * 1e6) // 4 // size, 64)
+        whole, part = torch.ones(n * size, device=device), torch.ones(n, device=device)
+        kinds = {"all-reduce": (2, lambda: send("all-reduce", dist.all_reduce, whole)),
+                 "all-gather": (1, lambda: all_gather(whole, part)),
+                 "reduce-scatter": (1, lambda: exchange(torch.empty_like(whole), whole))}
+        for kind, (times, call) in kinds.items():
+            seconds = min(timed(call, device) for _ in range(6))
+            latency.setdefault(kind, seconds)                  # the first size is a few bytes: nothing but latency
+            sent = times * (size - 1) / size * whole.nbytes
+            rows.append({"kind": kind, "mb": whole.nbytes / 1e6, "ms": 1000 * seconds, "gb_per_s": sent / seconds / 1e9, "sent": sent})
+    fastest = {kind: max(row["gb_per_s"] for row in rows if row["kind"] == kind) for kind in latency}
+    for row in rows:
+        row["ring_ms"] = 1000 * latency[row["kind"]] + row.pop("sent") / fastest[row["kind"]] / 1e6
+    return [row for row in rows if row["mb"] > 0.5]
+
+
+def timed(call, device) -> float:
+    dist.barrier()
+    began = time.perf_counter()
+    call().wait()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def live_bytes() -> int:
+    """Bytes of all storages that a tensor of this process points to: what a strategy holds is the difference."""
+    import gc
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]      # a DTensor has no storage itself
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def strategies(config: BenchConfig, device) -> dict:
+    """name -> function that makes (model, optimizer, loss function, finish); torch's own beside ours."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    from model import ModelConfig, Transformer
+    from optim import AdamW
+    size = world()[1]
+    tp = config.tp or size // (config.dp or 1)
+    mesh = make_mesh(config.dp or size // tp, tp)
+
+    def new():
+        torch.manual_seed(0)
+        return Transformer(ModelConfig(config.vocab_size, config.context_length, config.d_model, config.n_layers, 8)).to(device)
+
+    def loss_of(model):
+        return lambda x, y: model(x, y)[1]
+
+    def ddp(mode):
+        model = DDP(new(), mode)
+        return model, AdamW(model.parameters()), loss_of(model), model.finish_gradient_synchronization
+
+    def zero1():
+        model = DDP(new())
+        return model, ShardedOptimizer(model.parameters(), AdamW), loss_of(model), model.finish_gradient_synchronization
+
+    def fsdp():
+        model = FSDP(new())
+        return model, AdamW(model.parameters()), loss_of(model), model.finish_gradient_synchronization
+
+    def tensor():
+        model = tensor_parallel(new(), mesh.tp)
+        outer = DDP(model, group=mesh.dp)
+        return outer, AdamW(outer.parameters()), lambda x, y: vocab_parallel_loss(model, x, y), outer.finish_gradient_synchronization
+
+    def torch_ddp():
+        model = DistributedDataParallel(new())
+        return model, AdamW(model.parameters()), loss_of(model), lambda: None
+
+    def torch_fsdp():
+        model = new()
+        for block in model.layers:
+            fully_shard(block)
+        fully_shard(model)
+        return model, torch.optim.AdamW(model.parameters()), loss_of(model), lambda: None
+
+    makers = {f"DDP {mode}": lambda mode=mode: ddp(mode) for mode in DDP.MODES}
+    return makers | {"torch DDP": torch_ddp, "DDP + ZeRO-1": zero1, "FSDP": fsdp, "torch fully_shard": torch_fsdp,
+                     f"dp={size // tp} x tp={tp}": tensor}
+
+
+def predicted_bytes(name: str, model, size: int, tp: int) -> float:
+    """Weights, gradients and AdamW's two moments in float32, as the table of the module docstring divides them."""
+    matrices = sum(math.prod(cut_length(p, d) for d in range(p.dim())) for p in model.parameters() if p.dim() > 1)
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
+    if "FSDP" in name or "fully_shard" in name:
+        return 16 * (matrices / size + vectors)
+    if "tp=" in name:
+        return 16 * (matrices / tp + vectors)
+    return (8 + 8 / size if "ZeRO" in name else 16) * (matrices + vectors)
+
+
+def training_step(parts, batch) -> list:
+    """One step; returns its phases as (name, start, end) in seconds."""
+    model, optimizer, loss_of, finish = parts
+    phases, began = [], time.perf_counter()
+    for name, call in (("forward", lambda: loss_of(*batch)), ("backward", lambda: loss.backward()), ("finish", finish),
+                       ("optimizer", optimizer.step), ("zero_grad", optimizer.zero_grad)):
+        result = call()
+        if name == "forward":
+            loss = result
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        phases.append((name, began, time.perf_counter()))
+        began = phases[-1][2]
+    return phases
+
+
+def measure(config: BenchConfig, device) -> tuple[list[dict], dict]:
+    """(a row per strategy, a traced step per strategy). Strategies take turns, step by step, so that all see the same machine."""
+    global TRACE
+    rank, size = world()
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.randint(config.vocab_size, (config.batch_size, config.context_length + 1), generator=generator).to(device)
+    batch, running, rows, traces = (ids[:, :-1], ids[:, 1:]), {}, [], {}
+    for name, make in strategies(config, device).items():
+        before = live_bytes()
+        running[name] = make()
+        for phase in range(2):                                 # gradients, moments and buffers come with the first step
+            loss = running[name][2](*batch)
+            loss.backward()
+            running[name][3]()
+            running[name][1].step()
+            del loss
+        held = live_bytes() - before
+        running[name][1].zero_grad()
+        tp = config.tp or size // (config.dp or 1)
+        formula = predicted_bytes(name, running[name][0], size, tp)
+        rows.append({"name": name, "seconds": [], "held_mb": held / 1e6, "formula_mb": formula / 1e6})
+    for turn in range(config.steps):
+        for row in rows if turn % 2 else reversed(rows):
+            dist.barrier()
+            phases = training_step(running[row["name"]], batch)
+            row["seconds"].append(phases[-1][2] - phases[0][1])
+    for row in rows:
+        TRACE = traces[row["name"]] = []
+        dist.barrier()
+        phases = training_step(running[row["name"]], batch)
+        time.sleep(0.05)                                       # the backend's threads note the last ends a moment later
+        TRACE = None
+        trace = traces[row["name"]] = {"phases": phases, "sent": traces[row["name"]]}
+        spans = [(a, b) for kind, a, b in trace["sent"] if kind != "wait"]
+        busy = union(spans)
+        waited = sum(b - a for kind, a, b in trace["sent"] if kind == "wait")
+        seconds = sorted(row.pop("seconds"))
+        row |= {"ms": 1000 * seconds[len(seconds) // 2], "fastest_ms": 1000 * seconds[0], "busy_ms": 1000 * busy,
+                "waited_ms": 1000 * waited, "hidden": max(0.0, 1 - waited / busy) if busy else None}
+    return rows, traces
+
+
+def union(spans) -> float:
+    """Length of the union of intervals.
+
+    >>> union([(0, 2), (1, 3), (5, 6)])
+    4
+    """
+    total, end = 0, -math.inf
+    for a, b in sorted(spans):
+        total += max(0, b - max(a, end))
+        end = max(end, b)
+    return total
+
+
+def report(config: BenchConfig, device, bandwidth, rows) -> str:
+    size = world()[1]
+    lines = [f"{size} ranks, {dist.get_backend()}, {torch.get_num_threads()} threads each, torch {torch.__version__}, {device.type}",
+             f"{time.strftime('%Y-%m-%d')}; torchrun --standalone --nproc_per_node={size} parallel.py {' '.join(sys.argv[1:])}", "",
+             "collective       MB       ms   ring ms   GB/s sent per rank"]
+    lines += [f"{r['kind']:<14}{r['mb']:>6.0f}{r['ms']:>9.2f}{r['ring_ms']:>10.2f}{r['gb_per_s']:>8.2f}" for r in bandwidth]
+    lines += ["", f"training step, d_model {config.d_model}, {config.n_layers} layers, vocabulary {config.vocab_size}, "
+              f"{config.batch_size} x {config.context_length} tokens per rank, float32, AdamW; median and fastest of {config.steps}", "",
+              "strategy             step ms  fastest   sending   waiting   hidden   MB held  formula"]
+    for r in rows:
+        hidden = "    n/a" if r["hidden"] is None else f"{100 * r['hidden']:>5.0f} %"
+        lines.append(f"{r['name']:<20}{r['ms']:>8.1f}{r['fastest_ms']:>9.1f}{r['busy_ms']:>10.1f}{r['waited_ms']:>10.1f}  {hidden}"
+                     f"{r['held_mb']:>10.1f}{r['formula_mb']:>9.1f}")
+    return "\n".join(lines) + "\n"
+
+
+def draw(traces: dict, path) -> None:
+    """The traced step of each of our strategies on rank 0: what computes, what is sent, when."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    colors = {"forward": "#4c78a8", "backward": "#f58518", "finish": "#e45756", "optimizer": "#54a24b", "all-reduce": "#b279a2",
+              "all-gather": "#72b7b2", "reduce-scatter": "#9d755d", "broadcast": "#eeca3b", "wait": "#bab0ac"}
+    ours = {name: trace for name, trace in traces.items() if not name.startswith("torch")}
+    figure, axes = plt.subplots(len(ours), 1, figsize=(11, 1.3 * len(ours) + 0.8), sharex=True, layout="constrained")
+    for axis, (name, trace) in zip(axes, ours.items()):
+        zero = trace["phases"][0][1]
+        for row, spans in ((2, trace["phases"]), (1, [s for s in trace["sent"] if s[0] == "wait"]),
+                           (0, [s for s in trace["sent"] if s[0] != "wait"])):
+            for kind, a, b in spans:
+                if kind in colors:
+                    axis.broken_barh([(1000 * (a - zero), 1000 * (b - a))], (row + 0.1, 0.8), color=colors[kind], label=kind, alpha=0.8)
+        axis.set(yticks=[0.5, 1.5, 2.5], yticklabels=["sending", "waiting", "computing"], ylabel=name.replace(" ", "\n", 1))
+        axis.grid(axis="x", alpha=0.3)
+    handles = {kind: plt.Rectangle((0, 0), 1, 1, color=color) for kind, color in colors.items()}
+    figure.legend(handles.values(), handles.keys(), ncols=9, loc="outside upper center", fontsize=8)
+    axes[-1].set_xlabel(f"ms since the step began; rank 0 of {world()[1]}; torchrun … parallel.py {' '.join(sys.argv[1:])}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(config: BenchConfig) -> None:
+    import json
+    import pathlib
+    device = start()
+    rank, size = world()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+    bandwidth = collective_times(config, device)
+    rows, traces = measure(config, device)
+    if rank == 0:
+        stem = pathlib.Path(config.out_dir) / f"parallel_{device.type}_{size}_ranks"
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        text = report(config, device, bandwidth, rows)
+        print(text)
+        stem.with_suffix(".txt").write_text(text, encoding="utf-8")
+        stem.with_suffix(".json").write_text(json.dumps({"collectives": bandwidth, "strategies": rows}, indent=1), encoding="utf-8")
+        draw(traces, stem.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    from configurator import command_line
+    _, _, bench, _ = command_line(BenchConfig, sys.argv[1:], "usage: torchrun --standalone --nproc_per_node=N parallel.py [--key=value …]")
+    with ending():
+        main(bench)
