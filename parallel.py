@@ -22,6 +22,8 @@ Shoeybi 2019 (Megatron-LM, 1909.08053). Ring formulas: Patarasuk & Yuan 2009.
     torchrun --standalone --nproc_per_node=4 parallel.py --dp=2 --tp=2   the same with a mesh in the strategies
 """
 import contextlib
+import gc
+import json
 import math
 import os
 import sys
@@ -30,6 +32,7 @@ import traceback
 import types
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -990,57 +993,48 @@ def vocab_parallel_loss(model, tokens, targets) -> torch.Tensor:
 @dataclass
 class BenchConfig:
     """What `torchrun … parallel.py` measures."""
-    dp: int | None = None            # ranks along the data; none = those that tp leaves
-    tp: int | None = None            # ranks that share a model; none = all in the tensor-parallel row
+    dp: int | None = None            # ranks along the data in the last row; none = those that tp leaves
+    tp: int | None = None            # ranks that share a model in the last row; none = those that dp leaves
     d_model: int = 512               # width of the model that is trained
     n_layers: int = 4                # its blocks
     vocab_size: int = 8192           # its vocabulary
     context_length: int = 128        # tokens per sequence
-    batch_size: int = 4              # sequences per rank and step
+    batch_size: int = 2              # sequences per rank and step
     steps: int = 12                  # timed steps of each strategy, taken in turns
     max_mb: int = 256                # largest message of the bandwidth table
     out_dir: str = "results"         # where tables and the timeline go
 
 
-def collective_times(config: BenchConfig, device) -> list[dict]:
-    """Seconds and bus bandwidth of the three collectives by message size, beside the ring's 2 (W-1) or W-1 messages."""
-    size, rows, latency = world()[1], [], {}
-    for mb in [0] + [4 ** i for i in range(10) if 4 ** i <= config.max_mb]:
+def collective_times(max_mb: int, device) -> list[dict]:
+    """Time and bandwidth of each collective by message size, beside the ring's formula: latency + bytes sent / bandwidth.
+
+    Latency is that of a few bytes, bandwidth the best seen: so ring_ms says how far each size is from both.
+    """
+    size, rows = world()[1], []
+    for mb in [0] + [4 ** i for i in range(10) if 4 ** i <= max_mb]:
         n = max(int(mb * 1e6) // 4 // size, 64)
-        whole, part = torch.ones(n * size, device=device), torch.ones(n, device=device)
-        kinds = {"all-reduce": (2, lambda: send("all-reduce", dist.all_reduce, whole)),
-                 "all-gather": (1, lambda: all_gather(whole, part)),
-                 "reduce-scatter": (1, lambda: exchange(torch.empty_like(whole), whole))}
-        for kind, (times, call) in kinds.items():
-            seconds = min(timed(call, device) for _ in range(6))
-            latency.setdefault(kind, seconds)                  # the first size is a few bytes: nothing but latency
-            sent = times * (size - 1) / size * whole.nbytes
-            rows.append({"kind": kind, "mb": whole.nbytes / 1e6, "ms": 1000 * seconds, "gb_per_s": sent / seconds / 1e9, "sent": sent})
-    fastest = {kind: max(row["gb_per_s"] for row in rows if row["kind"] == kind) for kind in latency}
+        whole, part, other = torch.ones(n * size, device=device), torch.ones(n, device=device), torch.ones(n * size, device=device)
+        for kind, messages, call in (("all-reduce", 2, lambda: send("", dist.all_reduce, whole)),
+                                     ("all-gather", 1, lambda: all_gather(whole, part)),
+                                     ("reduce-scatter", 1, lambda: exchange(other, whole))):
+            seconds = math.inf
+            for _ in range(6):
+                dist.barrier()
+                began = time.perf_counter()
+                call().wait()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds = min(seconds, time.perf_counter() - began)
+            sent = messages * (size - 1) / size * whole.nbytes
+            rows.append({"kind": kind, "mb": mb, "sent_mb": sent / 1e6, "ms": 1000 * seconds, "gb_per_s": sent / seconds / 1e9})
     for row in rows:
-        row["ring_ms"] = 1000 * latency[row["kind"]] + row.pop("sent") / fastest[row["kind"]] / 1e6
-    return [row for row in rows if row["mb"] > 0.5]
-
-
-def timed(call, device) -> float:
-    dist.barrier()
-    began = time.perf_counter()
-    call().wait()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def live_bytes() -> int:
-    """Bytes of all storages that a tensor of this process points to: what a strategy holds is the difference."""
-    import gc
-    gc.collect()
-    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]      # a DTensor has no storage itself
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+        same = [other for other in rows if other["kind"] == row["kind"]]
+        row["ring_ms"] = same[0]["ms"] + row["sent_mb"] / max(other["gb_per_s"] for other in same)
+    return [row for row in rows if row["mb"]]
 
 
 def strategies(config: BenchConfig, device) -> dict:
-    """name -> function that makes (model, optimizer, loss function, finish); torch's own beside ours."""
+    """name -> (function that makes (model, optimizer, loss function, finish), its bytes by the formula); torch's beside ours."""
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
@@ -1054,109 +1048,55 @@ def strategies(config: BenchConfig, device) -> dict:
         torch.manual_seed(0)
         return Transformer(ModelConfig(config.vocab_size, config.context_length, config.d_model, config.n_layers, 8)).to(device)
 
-    def loss_of(model):
-        return lambda x, y: model(x, y)[1]
+    def parts(model, make=AdamW, loss_of=None):
+        finish = getattr(model, "finish_gradient_synchronization", lambda: None)      # torch's own finish in backward
+        return model, make(model.parameters()), loss_of or (lambda x, y: model(x, y)[1]), finish
 
-    def ddp(mode):
-        model = DDP(new(), mode)
-        return model, AdamW(model.parameters()), loss_of(model), model.finish_gradient_synchronization
-
-    def zero1():
-        model = DDP(new())
-        return model, ShardedOptimizer(model.parameters(), AdamW), loss_of(model), model.finish_gradient_synchronization
-
-    def fsdp():
-        model = FSDP(new())
-        return model, AdamW(model.parameters()), loss_of(model), model.finish_gradient_synchronization
-
-    def tensor():
+    def divided():
         model = tensor_parallel(new(), mesh.tp)
-        outer = DDP(model, group=mesh.dp)
-        return outer, AdamW(outer.parameters()), lambda x, y: vocab_parallel_loss(model, x, y), outer.finish_gradient_synchronization
-
-    def torch_ddp():
-        model = DistributedDataParallel(new())
-        return model, AdamW(model.parameters()), loss_of(model), lambda: None
+        return parts(DDP(model, group=mesh.dp), loss_of=lambda x, y: vocab_parallel_loss(model, x, y))
 
     def torch_fsdp():
         model = new()
-        for block in model.layers:
-            fully_shard(block)
-        fully_shard(model)
-        return model, torch.optim.AdamW(model.parameters()), loss_of(model), lambda: None
+        for module in [*model.layers, model]:
+            fully_shard(module)
+        return parts(model, torch.optim.AdamW)
 
-    makers = {f"DDP {mode}": lambda mode=mode: ddp(mode) for mode in DDP.MODES}
-    return makers | {"torch DDP": torch_ddp, "DDP + ZeRO-1": zero1, "FSDP": fsdp, "torch fully_shard": torch_fsdp,
-                     f"dp={size // tp} x tp={tp}": tensor}
-
-
-def predicted_bytes(name: str, model, size: int, tp: int) -> float:
-    """Weights, gradients and AdamW's two moments in float32, as the table of the module docstring divides them."""
-    matrices = sum(math.prod(cut_length(p, d) for d in range(p.dim())) for p in model.parameters() if p.dim() > 1)
-    vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
-    if "FSDP" in name or "fully_shard" in name:
-        return 16 * (matrices / size + vectors)
-    if "tp=" in name:
-        return 16 * (matrices / tp + vectors)
-    return (8 + 8 / size if "ZeRO" in name else 16) * (matrices + vectors)
+    # Bytes of float32 weights, gradients and AdamW's two moments.
+    whole = new()
+    matrices, vectors = (sum(p.nbytes for p in whole.parameters() if (p.dim() > 1) == flag) for flag in (True, False))
+    everything, fsdp = 4 * (matrices + vectors), 4 * (matrices / size + vectors)
+    return {f"DDP {mode}": (lambda mode=mode: parts(DDP(new(), mode)), everything) for mode in DDP.MODES} | {
+        "torch DDP": (lambda: parts(DistributedDataParallel(new())), everything),
+        "DDP + ZeRO-1": (lambda: parts(DDP(new()), lambda p: ShardedOptimizer(p, AdamW)), everything * (0.5 + 0.5 / size)),
+        "FSDP": (lambda: parts(FSDP(new())), fsdp),
+        "torch fully_shard": (torch_fsdp, fsdp),
+        f"dp={size // tp} x tp={tp}": (divided, 4 * (matrices / tp + vectors))}
 
 
-def training_step(parts, batch) -> list:
-    """One step; returns its phases as (name, start, end) in seconds."""
-    model, optimizer, loss_of, finish = parts
-    phases, began = [], time.perf_counter()
-    for name, call in (("forward", lambda: loss_of(*batch)), ("backward", lambda: loss.backward()), ("finish", finish),
-                       ("optimizer", optimizer.step), ("zero_grad", optimizer.zero_grad)):
-        result = call()
-        if name == "forward":
-            loss = result
+def live_bytes() -> int:
+    """Bytes of all storages that a tensor of this process points to: what a strategy holds is the difference."""
+    gc.collect()
+    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def step_phases(parts, batch) -> list:
+    """One training step; returns its phases as (name, start, end) in seconds."""
+    (_, optimizer, loss_of, finish), marks = parts, [time.perf_counter()]
+
+    def mark():
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        phases.append((name, began, time.perf_counter()))
-        began = phases[-1][2]
-    return phases
+        marks.append(time.perf_counter())
 
-
-def measure(config: BenchConfig, device) -> tuple[list[dict], dict]:
-    """(a row per strategy, a traced step per strategy). Strategies take turns, step by step, so that all see the same machine."""
-    global TRACE
-    rank, size = world()
-    generator = torch.Generator().manual_seed(rank)
-    ids = torch.randint(config.vocab_size, (config.batch_size, config.context_length + 1), generator=generator).to(device)
-    batch, running, rows, traces = (ids[:, :-1], ids[:, 1:]), {}, [], {}
-    for name, make in strategies(config, device).items():
-        before = live_bytes()
-        running[name] = make()
-        for phase in range(2):                                 # gradients, moments and buffers come with the first step
-            loss = running[name][2](*batch)
-            loss.backward()
-            running[name][3]()
-            running[name][1].step()
-            del loss
-        held = live_bytes() - before
-        running[name][1].zero_grad()
-        tp = config.tp or size // (config.dp or 1)
-        formula = predicted_bytes(name, running[name][0], size, tp)
-        rows.append({"name": name, "seconds": [], "held_mb": held / 1e6, "formula_mb": formula / 1e6})
-    for turn in range(config.steps):
-        for row in rows if turn % 2 else reversed(rows):
-            dist.barrier()
-            phases = training_step(running[row["name"]], batch)
-            row["seconds"].append(phases[-1][2] - phases[0][1])
-    for row in rows:
-        TRACE = traces[row["name"]] = []
-        dist.barrier()
-        phases = training_step(running[row["name"]], batch)
-        time.sleep(0.05)                                       # the backend's threads note the last ends a moment later
-        TRACE = None
-        trace = traces[row["name"]] = {"phases": phases, "sent": traces[row["name"]]}
-        spans = [(a, b) for kind, a, b in trace["sent"] if kind != "wait"]
-        busy = union(spans)
-        waited = sum(b - a for kind, a, b in trace["sent"] if kind == "wait")
-        seconds = sorted(row.pop("seconds"))
-        row |= {"ms": 1000 * seconds[len(seconds) // 2], "fastest_ms": 1000 * seconds[0], "busy_ms": 1000 * busy,
-                "waited_ms": 1000 * waited, "hidden": max(0.0, 1 - waited / busy) if busy else None}
-    return rows, traces
+    loss = loss_of(*batch)
+    mark()
+    for call in (loss.backward, finish, optimizer.step):
+        call()
+        mark()
+    optimizer.zero_grad()
+    return list(zip(("forward", "backward", "finish", "optimizer"), marks, marks[1:]))
 
 
 def union(spans) -> float:
@@ -1172,58 +1112,86 @@ def union(spans) -> float:
     return total
 
 
+def measure(config: BenchConfig, device) -> tuple[list[dict], dict]:
+    """(a row per strategy, a traced step per strategy). They take turns, step by step, so that all see the same machine."""
+    global TRACE
+    generator = torch.Generator().manual_seed(0)      # the same tokens everywhere: tensor parallelism needs it
+    ids = torch.randint(config.vocab_size, (config.batch_size, config.context_length + 1), generator=generator).to(device)
+    batch, running, rows, traces = (ids[:, :-1], ids[:, 1:]), {}, [], {}
+    for name, (make, formula) in strategies(config, device).items():
+        before = live_bytes()
+        model, optimizer, loss_of, finish = running[name] = make()
+        step_phases(running[name], batch)                      # moments and buffers come with the first step
+        loss_of(*batch).backward()
+        finish()
+        rows.append({"name": name, "held_mb": (live_bytes() - before) / 1e6, "formula_mb": formula / 1e6, "seconds": []})
+        optimizer.zero_grad()
+    for turn in range(config.steps + 1):
+        for row in rows if turn % 2 else rows[::-1]:
+            TRACE = [] if turn == config.steps else None       # one more, to look at
+            dist.barrier()
+            phases = step_phases(running[row["name"]], batch)
+            if TRACE is None:
+                row["seconds"].append(phases[-1][2] - phases[0][1])
+                continue
+            time.sleep(0.05)                                   # the backend's threads note their ends a moment later
+            sent, waits = [s for s in TRACE if s[0] != "wait"], [s for s in TRACE if s[0] == "wait"]
+            traces[row["name"]] = {"computing": phases, "waiting": waits, "sending": sent}
+            busy, waited = union([s[1:] for s in sent]), sum(b - a for _, a, b in waits)
+            row |= {"sending_ms": 1000 * busy, "waiting_ms": 1000 * waited, "hidden": max(0, 1 - waited / busy) if busy else None}
+    TRACE = None
+    for row in rows:
+        seconds = sorted(row.pop("seconds"))
+        row |= {"ms": 1000 * seconds[len(seconds) // 2], "fastest_ms": 1000 * seconds[0]}
+    return rows, traces
+
+
 def report(config: BenchConfig, device, bandwidth, rows) -> str:
-    size = world()[1]
-    lines = [f"{size} ranks, {dist.get_backend()}, {torch.get_num_threads()} threads each, torch {torch.__version__}, {device.type}",
-             f"{time.strftime('%Y-%m-%d')}; torchrun --standalone --nproc_per_node={size} parallel.py {' '.join(sys.argv[1:])}", "",
-             "collective       MB       ms   ring ms   GB/s sent per rank"]
-    lines += [f"{r['kind']:<14}{r['mb']:>6.0f}{r['ms']:>9.2f}{r['ring_ms']:>10.2f}{r['gb_per_s']:>8.2f}" for r in bandwidth]
-    lines += ["", f"training step, d_model {config.d_model}, {config.n_layers} layers, vocabulary {config.vocab_size}, "
-              f"{config.batch_size} x {config.context_length} tokens per rank, float32, AdamW; median and fastest of {config.steps}", "",
-              "strategy             step ms  fastest   sending   waiting   hidden   MB held  formula"]
+    lines = [f"{world()[1]} ranks, {dist.get_backend()}, {torch.get_num_threads()} threads each, {device.type}, torch {torch.__version__}, "
+             f"{time.strftime('%Y-%m-%d')}; torchrun --standalone --nproc_per_node={world()[1]} parallel.py {' '.join(sys.argv[1:])}", "",
+             "collective         MB        ms   ring ms   GB/s sent per rank"]
+    lines += [f"{r['kind']:<14}{r['mb']:>7}{r['ms']:>10.2f}{r['ring_ms']:>10.2f}{r['gb_per_s']:>8.2f}" for r in bandwidth]
+    lines += ["", f"training step: d_model {config.d_model}, {config.n_layers} layers, vocabulary {config.vocab_size}, {config.batch_size} x "
+              f"{config.context_length} tokens per rank, float32, AdamW; median and fastest of {config.steps} in turns", "",
+              "strategy            step ms   fastest   sending   waiting  hidden   MB held   formula"]
     for r in rows:
         hidden = "    n/a" if r["hidden"] is None else f"{100 * r['hidden']:>5.0f} %"
-        lines.append(f"{r['name']:<20}{r['ms']:>8.1f}{r['fastest_ms']:>9.1f}{r['busy_ms']:>10.1f}{r['waited_ms']:>10.1f}  {hidden}"
-                     f"{r['held_mb']:>10.1f}{r['formula_mb']:>9.1f}")
+        lines.append(f"{r['name']:<18}{r['ms']:>9.1f}{r['fastest_ms']:>10.1f}{r['sending_ms']:>10.1f}{r['waiting_ms']:>10.1f} {hidden}"
+                     f"{r['held_mb']:>10.1f}{r['formula_mb']:>10.1f}")
     return "\n".join(lines) + "\n"
 
 
 def draw(traces: dict, path) -> None:
-    """The traced step of each of our strategies on rank 0: what computes, what is sent, when."""
+    """The traced step of each of our strategies on rank 0: what is computed, waited for and sent, when."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    colors = {"forward": "#4c78a8", "backward": "#f58518", "finish": "#e45756", "optimizer": "#54a24b", "all-reduce": "#b279a2",
-              "all-gather": "#72b7b2", "reduce-scatter": "#9d755d", "broadcast": "#eeca3b", "wait": "#bab0ac"}
+    colors = dict(zip(("forward", "backward", "finish", "optimizer", "all-reduce", "all-gather", "reduce-scatter", "broadcast", "wait"),
+                      (f"C{i}" for i in range(9))))
     ours = {name: trace for name, trace in traces.items() if not name.startswith("torch")}
     figure, axes = plt.subplots(len(ours), 1, figsize=(11, 1.3 * len(ours) + 0.8), sharex=True, layout="constrained")
     for axis, (name, trace) in zip(axes, ours.items()):
-        zero = trace["phases"][0][1]
-        for row, spans in ((2, trace["phases"]), (1, [s for s in trace["sent"] if s[0] == "wait"]),
-                           (0, [s for s in trace["sent"] if s[0] != "wait"])):
+        zero = trace["computing"][0][1]
+        for row, spans in enumerate(trace.values()):
             for kind, a, b in spans:
-                if kind in colors:
-                    axis.broken_barh([(1000 * (a - zero), 1000 * (b - a))], (row + 0.1, 0.8), color=colors[kind], label=kind, alpha=0.8)
-        axis.set(yticks=[0.5, 1.5, 2.5], yticklabels=["sending", "waiting", "computing"], ylabel=name.replace(" ", "\n", 1))
-        axis.grid(axis="x", alpha=0.3)
-    handles = {kind: plt.Rectangle((0, 0), 1, 1, color=color) for kind, color in colors.items()}
-    figure.legend(handles.values(), handles.keys(), ncols=9, loc="outside upper center", fontsize=8)
-    axes[-1].set_xlabel(f"ms since the step began; rank 0 of {world()[1]}; torchrun … parallel.py {' '.join(sys.argv[1:])}")
+                axis.broken_barh([(1000 * (a - zero), 1000 * (b - a))], (2.1 - row, 0.8), color=colors[kind], alpha=0.8)
+        axis.set(yticks=(2.5, 1.5, 0.5), yticklabels=list(trace), ylabel=name.replace(" ", "\n", 1))
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
+    figure.legend(handles, colors, ncols=9, loc="outside upper center", fontsize=8)
+    axes[-1].set_xlabel(f"ms since the step began, rank 0; torchrun --nproc_per_node={world()[1]} parallel.py {' '.join(sys.argv[1:])}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def main(config: BenchConfig) -> None:
-    import json
-    import pathlib
+    """Measure, and have rank 0 write OUT_DIR/parallel_DEVICE_W_ranks.txt, .json and .png. Collective."""
     device = start()
     rank, size = world()
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
-    bandwidth = collective_times(config, device)
-    rows, traces = measure(config, device)
+    bandwidth, (rows, traces) = collective_times(config.max_mb, device), measure(config, device)
     if rank == 0:
-        stem = pathlib.Path(config.out_dir) / f"parallel_{device.type}_{size}_ranks"
+        stem = Path(config.out_dir) / f"parallel_{device.type}_{size}_ranks"
         stem.parent.mkdir(parents=True, exist_ok=True)
         text = report(config, device, bandwidth, rows)
         print(text)
