@@ -43,15 +43,16 @@ TRACE = None        # a list: every collective then leaves (kind, start, end) in
 
 # --- process groups ---
 
-def start(timeout_s: float = 600.0) -> torch.device:
+def start(device: str | None = None, timeout_s: float = 600.0) -> torch.device:
     """Join the process group that torchrun describes in the environment; returns this rank's device.
 
+    device: "cpu" to leave GPUs alone; else each rank takes the GPU of its number on its host, where there are any.
     Raises RuntimeError, with the command to use, in a process that torchrun did not start.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         raise RuntimeError("RANK and WORLD_SIZE are not set: start the ranks with torchrun --standalone --nproc_per_node=N "
                            + " ".join(sys.argv))
-    on_cuda = torch.cuda.is_available()
+    on_cuda = torch.cuda.is_available() and device != "cpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
@@ -74,6 +75,9 @@ def ending():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)       # torch 2.13 with gloo sometimes aborts in the interpreter's own exit
 
 
 def world(group=None) -> tuple[int, int]:
@@ -216,6 +220,11 @@ def cuts_of(parameter) -> list:
     return getattr(parameter, "cuts", [])
 
 
+def cut_length(p, dim: int) -> int:
+    """Size of the undivided parameter along `dim`."""
+    return next((cut.length for cut in cuts_of(p) if cut.dim == dim), p.shape[dim])
+
+
 def gather_tensor(part: torch.Tensor, cuts) -> torch.Tensor:
     for cut in reversed(cuts):
         part = cut.gather(part)
@@ -243,16 +252,12 @@ def full_state_dict(module: nn.Module) -> dict:
     return whole
 
 
-@torch.no_grad()
-def load_full_state_dict(module: nn.Module, whole: dict) -> None:
-    """Fill a divided module from an undivided state dict: each rank takes its part. Raises ValueError on another shape."""
-    own, parts = dict(module.named_parameters(remove_duplicate=False)), {}
-    for name, tensor in whole.items():
-        parts[name] = take_tensor(tensor, cuts_of(own[name])) if name in own else tensor
-        if name in own and parts[name].shape != own[name].shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this rank's part of it would be "
-                             f"{tuple(parts[name].shape)}, the module wants {tuple(own[name].shape)}")
-    module.load_state_dict(parts)
+def take_state_dict(module: nn.Module, whole: dict) -> dict:
+    """This rank's part of an undivided state dict, for module.load_state_dict; what does not fit stays as it is."""
+    own = dict(module.named_parameters(remove_duplicate=False))
+    fits = {name: [cut_length(p, dim) for dim in range(p.dim())] for name, p in own.items()}
+    return {name: take_tensor(tensor, own[name].cuts) if name in own and cuts_of(own[name]) and list(tensor.shape) == fits[name]
+            else tensor for name, tensor in whole.items()}
 
 
 def _map_state(optimizer, state: dict, change) -> dict:
@@ -269,12 +274,12 @@ def _map_state(optimizer, state: dict, change) -> dict:
 
 def full_optimizer_state(optimizer) -> dict:
     """The state dict that `optimizer` would have over the undivided module, on every rank; collective."""
-    return _map_state(optimizer, optimizer.state_dict(), lambda t, p: gather_tensor(t, p.cuts))
+    return _map_state(optimizer, optimizer.state_dict(), lambda t, p: gather_tensor(t.to(p.device), p.cuts))
 
 
-def load_full_optimizer_state(optimizer, state: dict) -> None:
-    """Load the state of an undivided optimizer, whoever saved it, into one over divided parameters."""
-    optimizer.load_state_dict(_map_state(optimizer, state, lambda t, p: take_tensor(t, p.cuts)))
+def take_optimizer_state(optimizer, state: dict) -> dict:
+    """This rank's part of the state of an undivided optimizer, whoever saved it, for optimizer.load_state_dict."""
+    return _map_state(optimizer, state, lambda t, p: take_tensor(t, p.cuts))
 
 
 @torch.no_grad()
@@ -284,23 +289,18 @@ def clip_grad_norm(params, max_norm: float, eps: float = 1e-6) -> torch.Tensor:
     Squares are summed over the ranks that share a parameter, once per set of groups, and a replicated one counts once.
     Collective. Returns the norm before clipping, a float32 scalar tensor.
     """
-    params = list(params)
-    grads = [p.grad for p in params if p.grad is not None]
-    device = params[0].device if params else "cpu"
-    squares = {}
-    # Ranks must agree on the collectives: a rank whose part has no gradient takes part with 0.
-    for p in params:
-        key = tuple(cut.group for cut in cuts_of(p))
-        mine = torch.zeros((), device=device) if p.grad is None else p.grad.float().norm().square()
-        squares[key] = squares.get(key, 0) + mine
-    total = torch.zeros((), device=device)
-    for groups, square in squares.items():
+    grads = {}
+    for p in params:       # ranks must agree on the collectives: one whose part has no gradient takes part with 0
+        same = grads.setdefault(tuple(cut.group for cut in cuts_of(p)), [torch.zeros(1, device=p.device)])
+        same += [p.grad] if p.grad is not None else []
+    squares = []
+    for groups, same in grads.items():
+        squares.append(torch.stack([n.float() for n in torch._foreach_norm(same)]).square().sum())
         for group in groups:
-            wait(send("all-reduce", dist.all_reduce, square, group=group))
-        total = total + square
-    norm = total.sqrt()
-    if grads:
-        torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + eps), max=1.0))
+            wait(send("all-reduce", dist.all_reduce, squares[-1], group=group))
+    norm = torch.stack(squares or [torch.zeros(())]).sum().sqrt()
+    for same in grads.values():
+        torch._foreach_mul_(same, torch.clamp(max_norm / (norm + eps), max=1.0))
     return norm
 
 
@@ -669,6 +669,7 @@ class FSDP(nn.Module):
         self.module, self.group, self.size = module, group, world(group)[1]
         broadcast([*module.parameters(), *module.buffers()], group)
         self.units, found = [], {}
+        module.register_forward_pre_hook(lambda module, args: self._restart())
         for piece in self._pieces(module):
             matrices = [p for p in piece.parameters() if p.dim() > 1]
             # A matrix in two places (tied head) makes them one unit: its gradient is complete only after both.
@@ -695,13 +696,15 @@ class FSDP(nn.Module):
                 yield from cls._pieces(child, isinstance(module, nn.ModuleList))
 
     def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def _restart(self) -> None:
         for unit in self.units:
             if unit.in_backward:
                 self._flush(unit)
             unit.free()
         self.forwards.restart()
         self.backwards.restart()
-        return self.module(*args, **kwargs)
 
     def _before_forward(self, unit) -> None:
         unit.fetch()
@@ -791,7 +794,7 @@ class FSDP(nn.Module):
 
     def load_full_state_dict(self, state: dict) -> None:
         """Take this rank's part of an undivided state dict."""
-        load_full_state_dict(self.module, state)
+        self.module.load_state_dict(take_state_dict(self.module, state))
 
 
 # --- single matrices divided: tensor parallel ---
@@ -973,10 +976,6 @@ def tensor_parallel(model: nn.Module, group=None, plan: dict = PLAN) -> nn.Modul
     return model
 
 
-def cut_length(p, dim: int) -> int:
-    return next((cut.length for cut in cuts_of(p) if cut.dim == dim), p.shape[dim])
-
-
 def vocab_parallel_loss(model, tokens, targets) -> torch.Tensor:
     """Mean cross entropy of a divided Transformer: model(tokens, targets)[1] without gathering the logits."""
     head = model.lm_head
@@ -986,6 +985,75 @@ def vocab_parallel_loss(model, tokens, targets) -> torch.Tensor:
     finally:
         head.gather_output = True
     return VocabParallelCrossEntropy.apply(logits, targets, head.cut).mean()
+
+
+# --- by name ---
+
+class Strategy:
+    """What train.py needs of all this: a strategy by name, which in a single process is the plain thing.
+
+    name: ddp | zero1 | fsdp. tp: ranks that share a model; the others divide the data. Joins torchrun's process group.
+    Raises ValueError when tp does not divide the number of ranks.
+    """
+
+    def __init__(self, name: str, tp: int = 1, device: str | None = None):
+        self.device = device
+        if "RANK" in os.environ and not dist.is_initialized():
+            self.device = str(start(device))
+        self.rank, self.size = world()
+        self.name, self.mesh, self.dp = name, make_mesh(self.size // max(tp, 1), tp), self.size // max(tp, 1)
+        self.wrapper = None
+
+    def divide(self, model: nn.Module, dtype=None) -> None:
+        """Make `model`, in place, this rank's part of the strategy. dtype: what FSDP computes in."""
+        if self.size > self.dp:
+            tensor_parallel(model, self.mesh.tp)
+        fsdp = self.name == "fsdp"
+        self.wrapper = FSDP(model, dtype, self.mesh.dp) if fsdp else DDP(model, group=self.mesh.dp)
+
+    def optimizer(self, cls, params, **settings):
+        return ShardedOptimizer(params, cls, self.mesh.dp, **settings) if self.name == "zero1" else cls(params, **settings)
+
+    def micro_batches(self, inputs, targets, micro: int):
+        """This rank's rows of a batch that all ranks have drawn alike, as (x, y, share of all rows times dp ranks).
+
+        Ranks may get unequal numbers of rows, but all get equally many micro-batches, as each backward may be
+        collective: who has none left computes a row that counts 0.
+        """
+        starts = [rank * len(inputs) // self.dp for rank in range(self.dp + 1)]
+        longest = max(b - a for a, b in zip(starts, starts[1:]))
+        mine = slice(starts[self.mesh.dp_rank], starts[self.mesh.dp_rank + 1])
+        for i in range(0, longest, micro):
+            x, y = inputs[mine][i:i + micro], targets[mine][i:i + micro]
+            yield (x, y, len(x) * self.dp / len(inputs)) if len(x) else (inputs[:1], targets[:1], 0.0)
+
+    def backward(self, loss, last: bool) -> None:
+        """loss.backward(), and after the last micro-batch the averaging of gradients."""
+        with self.wrapper.no_sync() if self.name != "fsdp" and not last else contextlib.nullcontext():
+            loss.backward()
+        if last:
+            self.wrapper.finish_gradient_synchronization()
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean of a number over the ranks along the data."""
+        x = x.clone()
+        wait(send("all-reduce", dist.all_reduce, x, group=self.mesh.dp))
+        return x / self.dp
+
+    def largest(self, *numbers: float) -> list[float]:
+        """The largest of each number over all ranks: what they act upon must be the same on all."""
+        if self.size == 1:
+            return list(numbers)
+        x = torch.tensor(numbers, dtype=torch.float64, device=self.device or "cpu")
+        wait(send("all-reduce", dist.all_reduce, x, op=dist.ReduceOp.MAX))
+        return x.tolist()
+
+    def same(self, value):
+        """Rank 0's value, on every rank; any plain object."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
 
 
 # --- measurements ---

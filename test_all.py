@@ -607,8 +607,8 @@ def check_checkpoints_move(rank, size, tmp):
             for saved in ("zero1", "fsdp", "tp"):
                 weights, state = torch.load(f"{tmp}/{saved}.pt", weights_only=True)
                 model, optimizer, rest = wrapped(strategy, seed=rank)
-                parallel.load_full_state_dict(model.module, weights)
-                parallel.load_full_optimizer_state(optimizer, state)
+                model.module.load_state_dict(parallel.take_state_dict(model.module, weights))
+                optimizer.load_state_dict(parallel.take_optimizer_state(optimizer, state))
                 steps(model, optimizer, range(3, 5), *rest)
                 worst = furthest(parallel.full_state_dict(model.module), one_process()[0].state_dict())
                 assert worst < CLOSE, f"{saved} on 4 ranks, then {strategy} on 2: {worst} from one process's weights"
@@ -1811,6 +1811,32 @@ def test_settings_and_data_that_do_not_fit_are_refused(corpus, tmp_path, trained
     (folder / "meta.json").write_text(json.dumps(meta | {"tokenizer_sha256": "0" * 64}), encoding="utf-8")
     with pytest.raises(ValueError, match="another tokenizer"):
         tiny_run(folder, tmp_path / "other", resume=True, optimizer="muon")
+
+
+def test_train_on_ranks_equals_one_process_and_goes_on_anywhere(corpus, tmp_path):
+    """10 steps, the first 5 on one number of ranks and by one strategy, the rest on another and by another."""
+    def run(out, size, steps, *flags):
+        words = ["train.py", f"--data_dir={corpus}", f"--out_dir={tmp_path / out}", f"--max_steps={steps}", "--eval_every=5",
+                 "--micro_batch_size=3", "--grad_clip=0.5", *(f"--{key}={value}" for key, value in TINY.items() if key != "eval_every"),
+                 *flags]
+        done, _ = torchrun(*words, size=size)
+        assert done.returncode == 0, done.stderr
+        assert "val bits per byte" in done.stdout and done.stdout.count("val perplexity") == 1, "one rank speaks"
+        return train.read_log(tmp_path / out / "log.jsonl")
+
+    straight = tiny_run(corpus, tmp_path / "one", max_steps=10, grad_clip=0.5, eval_every=5)
+    run("two", 2, 5, "--parallel=fsdp")
+    (tmp_path / "three").mkdir()
+    shutil.copy(tmp_path / "two" / "ckpt.pt", tmp_path / "three" / "ckpt.pt")
+    log = run("two", 2, 10, "--tp=2", "--resume=true")
+    run("three", 3, 10, "--parallel=zero1", "--resume=true")   # 8 sequences on 3 ranks
+    for out in ("two", "three"):
+        for (name, tensor), other in zip(weights(tmp_path / "one").items(), weights(tmp_path / out).values()):
+            torch.testing.assert_close(tensor, other, atol=5e-5, rtol=0, msg=lambda m: f"{out}, {name}: {m}")
+    assert abs([line["val_loss"] for line in log if "val_loss" in line][-1] - straight["val_loss"]) < 1e-4
+    for flags, words in (("--tp=3", "dp=0 x tp=3 = 0 ranks, but 2 are running"), ("--optimizer=muon", "optimizer=muon needs whole")):
+        done, _ = torchrun("train.py", f"--data_dir={corpus}", f"--out_dir={tmp_path / 'no'}", "--parallel=fsdp", flags)
+        assert done.returncode and words in done.stderr, done.stderr
 
 
 # --- sample.py ---
