@@ -841,59 +841,58 @@ class GatherColumns(torch.autograd.Function):
         return ctx.cut.take(grad), None
 
 
-class _Divided(nn.Module):
-    """A layer that has this rank's part of `weight`. `whole`: the undivided weight, else one is drawn on rank 0."""
+class Divided(nn.Module):
+    """A layer with this rank's part of a weight. whole: the layer to divide, else a weight is drawn on rank 0."""
 
-    def _divide(self, dim: int, shape, group, whole) -> None:
-        if min(shape) < 1:
-            raise ValueError(f"weight of shape {tuple(shape)}: every size must be at least 1")
+    def __init__(self, dim: int, shape, group, whole=None):
+        super().__init__()
         if whole is None:
-            whole = nn.Parameter(torch.randn(shape) * math.sqrt(2 / sum(shape)))
-            broadcast([whole], group)
-        cut = Cut(dim, shape[dim], group)
-        self.group, self.cut, self.weight = group, cut, whole
-        if not any(known.group is group and known.size == cut.size for known in cuts_of(whole)):      # tied: cut once
-            whole.data = cut.take(whole.data).clone()
-            whole.cuts = [*cuts_of(whole), cut]
+            whole = types.SimpleNamespace(weight=nn.Parameter(torch.randn(shape) * math.sqrt(2 / sum(shape))), bias=None)
+            broadcast([whole.weight], group)
+        self.group, self.cut, self.weight, self.bias = group, Cut(dim, shape[dim], group), whole.weight, getattr(whole, "bias", None)
+        for p in (self.weight, self.bias if dim == 0 else None):       # a bias of all outputs stays whole with a part of the inputs
+            if p is not None and not any(cut.group is group for cut in cuts_of(p)):        # a tied matrix is cut once
+                p.data = self.cut.take(p.data).clone()
+                p.cuts = [*cuts_of(p), self.cut]
+
+    def plus_bias(self, y):
+        return y if self.bias is None else y + self.bias
 
 
-class ColumnParallelLinear(_Divided):
+class ColumnParallelLinear(Divided):
     """x @ weightᵀ, rank r computing the r-th part of the outputs. weight: (d_out / W, d_in).
 
     forward: x (..., d_in), the same on all ranks -> (..., d_out / W), or (..., d_out) with gather_output.
     copy_input=False: x has been through CopyToRanks already (one for q, k and v together).
     """
 
-    def __init__(self, d_in: int, d_out: int, group=None, *, gather_output: bool = False, copy_input: bool = True, weight=None):
-        super().__init__()
-        self._divide(0, (d_out, d_in), group, weight)
+    def __init__(self, d_in: int, d_out: int, group=None, *, gather_output=False, copy_input=True, whole=None):
+        super().__init__(0, (d_out, d_in), group, whole)
         self.gather_output, self.copy_input = gather_output, copy_input
 
     def forward(self, x):
-        y = (CopyToRanks.apply(x, self.group) if self.copy_input else x) @ self.weight.T
+        y = self.plus_bias((CopyToRanks.apply(x, self.group) if self.copy_input else x) @ self.weight.T)
         return GatherColumns.apply(y, Cut(y.dim() - 1, self.cut.length, self.group)) if self.gather_output else y
 
 
-class RowParallelLinear(_Divided):
+class RowParallelLinear(Divided):
     """x @ weightᵀ, rank r having the r-th part of the inputs. weight: (d_out, d_in / W).
 
     forward: x (..., d_in / W), a ColumnParallelLinear's output -> (..., d_out), the same on all ranks.
     """
 
-    def __init__(self, d_in: int, d_out: int, group=None, *, weight=None):
-        super().__init__()
-        self._divide(1, (d_out, d_in), group, weight)
+    def __init__(self, d_in: int, d_out: int, group=None, *, whole=None):
+        super().__init__(1, (d_out, d_in), group, whole)
 
     def forward(self, x):
-        return SumOverRanks.apply(x @ self.weight.T, self.group)
+        return self.plus_bias(SumOverRanks.apply(x @ self.weight.T, self.group))
 
 
-class VocabParallelEmbedding(_Divided):
+class VocabParallelEmbedding(Divided):
     """A row of a table for every id, rank r having the r-th part of the rows. (...) -> (..., C), the same on all ranks."""
 
-    def __init__(self, vocab_size: int, d_model: int, group=None, *, weight=None):
-        super().__init__()
-        self._divide(0, (vocab_size, d_model), group, weight)
+    def __init__(self, vocab_size: int, d_model: int, group=None, *, whole=None):
+        super().__init__(0, (vocab_size, d_model), group, whole)
 
     def forward(self, tokens):
         here = (tokens >= self.cut.start) & (tokens < self.cut.stop)
@@ -942,43 +941,49 @@ def tensor_parallel(model: nn.Module, group=None, plan: dict = PLAN) -> nn.Modul
 
     Attention heads are divided (the query, key and value columns of a head lie together), feed-forward columns, and
     the vocabulary. Rank 0's weights count. `model(tokens, targets)` works as before, on the same tokens on all ranks;
-    `vocab_parallel_loss` spares the gathering of logits. Names of parameters do not change.
-    Raises ValueError when heads or d_ff do not divide by the number of ranks.
+    `vocab_parallel_loss` spares the gathering of logits. Names of parameters do not change. No cache: sample elsewhere.
+    Raises ValueError when heads or feed-forward widths do not divide by the number of ranks, or attention is latent.
     """
     size, c = world(group)[1], model.config
-    for name in ("n_heads", "n_kv_heads", "d_ff"):
-        if getattr(c, name) % size:
+    for name in ("n_heads", "n_kv_heads", "d_ff", "d_ff_expert"):
+        if (getattr(c, name, None) or 0) % size:
             raise ValueError(f"{name}={getattr(c, name)} cannot be divided among tp={size} ranks; choose a tp that divides it")
+    if getattr(c, "attention", "standard") != "standard":
+        raise ValueError(f"attention={c.attention!r} shares one latent among all heads; tensor parallelism needs standard")
     broadcast([*model.parameters(), *model.buffers()], group)
-    copy = lambda module, args: (CopyToRanks.apply(args[0], group), *args[1:])      # noqa: E731
-    local = types.SimpleNamespace(**{**vars(c), "head_dim": c.head_dim, "n_heads": c.n_heads // size,
-                                     "n_kv_heads": c.n_kv_heads // size})
+    heads = {"head_dim": c.head_dim, "n_heads": c.n_heads // size, "n_kv_heads": c.n_kv_heads // size}
+
+    def copy(module, args):
+        return CopyToRanks.apply(args[0], group), *args[1:]
+
     for parent in list(model.modules()):
         styles = {name: plan[name] for name, child in parent.named_children() if name in plan}
         for name, style in styles.items():
-            weight = getattr(parent, name).weight
-            d_out, d_in = (cut_length(weight, dim) for dim in (0, 1))
-            if style == "vocabulary":
-                layer = VocabParallelEmbedding(d_out, d_in, group, weight=weight)
-            elif style == "row":
-                layer = RowParallelLinear(d_in, d_out, group, weight=weight)
-            else:
-                layer = ColumnParallelLinear(d_in, d_out, group, weight=weight, gather_output=style == "head",
-                                             copy_input=style == "head")
-            setattr(parent, name, layer)
+            layer = getattr(parent, name)
+            d_out, d_in = (cut_length(layer.weight, dim) for dim in (0, 1))
+            setattr(parent, name, VocabParallelEmbedding(d_out, d_in, group, whole=layer) if style == "vocabulary"
+                    else RowParallelLinear(d_in, d_out, group, whole=layer) if style == "row"
+                    else ColumnParallelLinear(d_in, d_out, group, whole=layer, gather_output=style == "head",
+                                              copy_input=style == "head"))
         if "column" in styles.values():
             parent.register_forward_pre_hook(copy)         # one f for all the columns that read the same x
         if "q_proj" in styles:
-            parent.config = local
-            for norm in (getattr(parent, "q_norm", None), getattr(parent, "k_norm", None)):
+            parent.config = types.SimpleNamespace(**vars(c) | heads)
+            for norm in (getattr(parent, name, None) for name in ("q_norm", "k_norm")):
                 if norm is not None:                       # a weight for all heads, of which a rank sees only its own
                     norm.weight.register_hook(lambda grad: CopyToRanks.backward(types.SimpleNamespace(group=group), grad)[0])
     return model
 
 
 def vocab_parallel_loss(model, tokens, targets) -> torch.Tensor:
-    """Mean cross entropy of a divided Transformer: model(tokens, targets)[1] without gathering the logits."""
-    head = model.lm_head
+    """Mean cross entropy of a divided Transformer: model(tokens, targets)[1] without gathering the logits.
+
+    Raises ValueError for a model whose training loss has other parts, which only model(tokens, targets) knows.
+    """
+    c, head = model.config, model.lm_head
+    if getattr(c, "mtp_depth", 0) or getattr(c, "n_experts", 0) and c.balance == "loss":
+        raise ValueError(f"mtp_depth={c.mtp_depth}, n_experts={c.n_experts}, balance={c.balance}: this model's loss is more than "
+                         "a cross entropy; use model(tokens, targets)[1]")
     head.gather_output = False
     try:
         logits = model(tokens)
@@ -1143,10 +1148,14 @@ def strategies(config: BenchConfig, device) -> dict:
 
 
 def live_bytes() -> int:
-    """Bytes of all storages that a tensor of this process points to: what a strategy holds is the difference."""
+    """Bytes of all storages that a tensor of this process points to: what a strategy holds is the difference.
+
+    Without what lives in C++ alone, as the buckets of torch's DDP.
+    """
     gc.collect()
-    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
+    tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
 def step_phases(parts, batch) -> list:

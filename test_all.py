@@ -563,7 +563,8 @@ def wrapped(strategy, seed, make=adamw, **more):
         parallel.tensor_parallel(model, mesh.tp)
         module, part = model, (mesh.dp_rank, size // 2)
         model = parallel.FSDP(model, group=mesh.dp) if "fsdp" in strategy else parallel.DDP(model, group=mesh.dp)
-        loss_of = lambda x, y: parallel.vocab_parallel_loss(module, x, y)      # noqa: E731
+        if not more.get("mtp_depth"):
+            loss_of = lambda x, y: parallel.vocab_parallel_loss(module, x, y)      # noqa: E731
     elif strategy == "fsdp":
         model = parallel.FSDP(model)
     else:
@@ -583,14 +584,17 @@ STRATEGIES = (*parallel.DDP.MODES, "zero1", "fsdp", "tp", "fsdp tp")
 
 
 def check_five_steps(rank, size, tmp):
-    for more in (dict(), dict(tie_embeddings=True, n_kv_heads=2, vocab_size=53)):
+    gpt2 = dict(bias=True, norm="layer", position="learned", ffn="gelu", d_ff=64)
+    experts = dict(n_experts=3, balance="none", n_shared_experts=1, mtp_depth=1)
+    for strategies, more in ((STRATEGIES, dict()), (STRATEGIES, dict(tie_embeddings=True, n_kv_heads=2, vocab_size=53)),
+                             (STRATEGIES[3:], gpt2), (STRATEGIES[3:], experts)):
         reference, _, norms = one_process(**more)
-        for strategy in STRATEGIES:
+        for strategy in strategies:
             model, optimizer, rest = wrapped(strategy, seed=rank, **more)      # a seed per rank: rank 0's weights must rule
             got = steps(model, optimizer, range(5), *rest)
             worst = furthest(parallel.full_state_dict(model.module), reference.state_dict())
-            assert worst < CLOSE, f"{strategy}: weights are {worst} from one process's"
-            assert torch.allclose(got, norms, rtol=1e-4), f"{strategy}: norms {got}, one process {norms}"
+            assert worst < CLOSE, f"{strategy}, {more}: weights are {worst} from one process's"
+            assert torch.allclose(got, norms, rtol=1e-4), f"{strategy}, {more}: norms {got}, one process {norms}"
 
 
 def check_checkpoints_move(rank, size, tmp):
