@@ -1,25 +1,26 @@
-"""Train on many ranks: data (DDP), optimizer state (ZeRO-1), weights (FSDP) and single matrices (tensor parallel) divided.
+"""Train on many ranks: data (DDP), optimizer state (ZeRO-1), weights (FSDP) or matrices (tensor parallel) divided.
 
 torch.distributed carries the bytes (gloo on CPUs, NCCL on CUDA) and torchrun starts the processes. What is sent, when
 and why is written here. A rank is one process with one device; all ranks run the same program.
 
-    strategy            a rank holds                                  a step sends per rank, N = bytes of weights, W ranks
+    strategy            a rank holds                                  a step sends per rank, N = bytes of weights
     DDP                 everything                                    2 N (W-1)/W     all-reduce of gradients
-    ShardedOptimizer    everything but 1/W of the optimizer state     3 N (W-1)/W     + broadcast of weights
+    ShardedOptimizer    all but W-1 of W parts of optimizer state     3 N (W-1)/W     and a broadcast of weights
     FSDP                1/W of weights, gradients and state           3 N (W-1)/W     gather twice, reduce-scatter once
     tensor parallel     1/W of every matrix, all of the batch         4 all-reduces of (B, T, C) a block
 
 All give the weights that one process would have got, up to rounding: `test_all.py` holds each against that. Gradients
-are averaged; where ranks hold unequal numbers of tokens, scale each loss by its share times W.
+are averaged; where ranks hold unequal numbers of tokens, scale each loss by its share of them times W.
 
-Left out: pipelines, sequence parallelism, creating a model that fits no single host (weights are made whole, then cut),
-BatchNorm-like buffers (sent once, at the start), and hiding ZeRO-1's broadcast behind the next forward.
+Left out: pipelines, sequence parallelism, making a model that fits no single host (weights are made whole, then cut),
+buffers that change in training (sent once, at the start), hiding ZeRO-1's broadcast behind the next forward.
 
 Papers: Li 2020 (DDP, 2006.15704), Rajbhandari 2019 (ZeRO, 1910.02054), Zhao 2023 (FSDP, 2304.11277),
-Shoeybi 2019 (Megatron-LM, 1909.08053). Ring formulas: Patarasuk & Yuan 2009.
+Shoeybi 2019 (Megatron-LM, 1909.08053), Thakur 2005 (ring collectives, doi 10.1177/1094342005051521).
 
     torchrun --standalone --nproc_per_node=2 parallel.py                 all measurements, BENCH_TIME
-    torchrun --standalone --nproc_per_node=4 parallel.py --dp=2 --tp=2   the same with a mesh in the strategies
+    torchrun --standalone --nproc_per_node=4 parallel.py --dp=2 --tp=2   the same with a mesh in its last row
+    torchrun --standalone --nproc_per_node=2 train.py --parallel=fsdp --optimizer=adamw
 """
 import contextlib
 import gc
@@ -30,6 +31,7 @@ import sys
 import time
 import traceback
 import types
+from collections import namedtuple
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -38,7 +40,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-TRACE = None        # a list: every collective then leaves (kind, start, end) in it, in seconds; see `measure`
+TRACE = None        # a list: every collective and every wait then leaves (kind, start, end) in it, in seconds
 
 
 # --- process groups ---
@@ -50,14 +52,14 @@ def start(device: str | None = None, timeout_s: float = 600.0) -> torch.device:
     Raises RuntimeError, with the command to use, in a process that torchrun did not start.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        raise RuntimeError("RANK and WORLD_SIZE are not set: start the ranks with torchrun --standalone --nproc_per_node=N "
-                           + " ".join(sys.argv))
+        raise RuntimeError("RANK and WORLD_SIZE are not set: this process is no rank. Start it with "
+                           f"torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}")
     on_cuda = torch.cuda.is_available() and device != "cpu"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_cuda else torch.device("cpu")
+    found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_cuda else torch.device("cpu")
     if on_cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(found)
     dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s))
-    return device
+    return found
 
 
 @contextlib.contextmanager
@@ -81,31 +83,26 @@ def ending():
 
 
 def world(group=None) -> tuple[int, int]:
-    """(rank, number of ranks) in `group`. One process that nobody asked to be several is rank 0 of 1.
+    """(rank, number of ranks) in `group`. A process that nobody asked to be one of several is rank 0 of 1.
 
     Raises RuntimeError when torchrun started several and no process group was made: each would train alone, unnoticed.
     """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(group), dist.get_world_size(group)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise RuntimeError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but there is no process group; call parallel.start() first")
+        raise RuntimeError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but there is no process group; "
+                           "call parallel.start() first")
     return 0, 1
 
 
-@dataclass
-class Mesh:
-    """Groups of ranks that lie in a dp x tp table: this rank's column (`dp`, same slice, other data) and row (`tp`)."""
-    dp: object
-    tp: object
-    dp_rank: int
-    tp_rank: int
+Mesh = namedtuple("Mesh", "dp tp dp_rank tp_rank")     # this rank's groups in a dp x tp table, and its place in it
 
 
 def make_mesh(dp: int, tp: int) -> Mesh:
-    """A dp x tp mesh over all ranks. Every rank must call it.
+    """A dp x tp table over all ranks. Every rank must call it.
 
     Rank = dp_rank · tp + tp_rank: neighbours share a tensor-parallel group, because that one sends most (four
-    activations a block, nothing to hide them behind) and neighbours sit in one host, on its fastest links.
+    activations a block, with nothing to hide them behind) and neighbours sit in one host, on its fastest links.
     Raises ValueError when dp · tp is not the number of ranks.
     """
     rank, size = world()
@@ -122,34 +119,33 @@ def make_mesh(dp: int, tp: int) -> Mesh:
 
 # --- collectives ---
 
-class Done:
-    """What a collective among one rank returns."""
-
-    def wait(self):
-        return True
-
-
 def send(kind: str, call, *args, group=None, **more):
-    """Start a collective and return its work; whoever needs the result waits for it. Among one rank: nothing to do."""
+    """Start a collective and return its work, for `wait`. Among one rank: None, there is nothing to do."""
     if world(group)[1] == 1:
-        return Done()
-    began = time.perf_counter()
+        return None
+    began, trace = time.perf_counter(), TRACE
     work = call(*args, group=group, async_op=True, **more)
-    if TRACE is not None:
-        trace = TRACE
+    if trace is not None:
         work.get_future().then(lambda _: trace.append((kind, began, time.perf_counter())))
     return work
 
 
 def wait(work) -> None:
     began = time.perf_counter()
-    work.wait()
+    if work is not None:
+        work.wait()
     if TRACE is not None:
         TRACE.append(("wait", began, time.perf_counter()))
 
 
+def reduce(x: torch.Tensor, group=None, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """x, contiguous, overwritten with its sum (or so) over the ranks."""
+    wait(send("all-reduce", dist.all_reduce, x, group=group, op=op))
+    return x
+
+
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
-    """x, contiguous, seen as uint8. What only moves data can so move every dtype, whatever the backend knows of it."""
+    """x, contiguous, seen as uint8. What only moves data so moves every dtype, whatever the backend knows of it."""
     return x.reshape(-1).view(torch.uint8)
 
 
@@ -164,22 +160,21 @@ def all_gather(out: torch.Tensor, x: torch.Tensor, group=None):
 def exchange(out: torch.Tensor, x: torch.Tensor, group=None):
     """Give rank r the r-th of W equal parts of x and put what it gives into the r-th part of `out`; returns the work.
 
-    With the sum over W parts this is a reduce-scatter. It sends what a ring sends, N (W-1)/W, but the sum is ours: in
-    float32 when float16 travels, and in the same order always. (gloo's own does a whole all-reduce: twice the bytes.)
+    With a sum over the W parts this is a reduce-scatter. It sends what a ring sends, N (W-1)/W, but the sum is ours: in
+    float32 when float16 travels, and always in the same order. (gloo's own is a whole all-reduce: twice the bytes.)
     """
     if world(group)[1] == 1:
         out.copy_(x.reshape(out.shape))
     return send("reduce-scatter", dist.all_to_all_single, as_bytes(out), as_bytes(x), group=group)
 
 
-def broadcast(tensors, group=None, source: int = 0) -> None:
-    """Overwrite every rank's tensors with those of rank `source` of the group."""
+def broadcast(tensors, group=None) -> None:
+    """Overwrite every rank's tensors with those of the group's rank 0."""
     tensors = [t.detach() for t in tensors if t.numel()]
-    whole = [t if t.is_contiguous() else t.contiguous() for t in tensors]
-    works = [send("broadcast", dist.broadcast, as_bytes(t), group=group, group_src=source) for t in whole]
-    for work in works:
+    whole = [t.contiguous() for t in tensors]
+    works = [send("broadcast", dist.broadcast, as_bytes(t), group=group, group_src=0) for t in whole]
+    for t, sent, work in zip(tensors, whole, works):
         wait(work)
-    for t, sent in zip(tensors, whole):
         if t is not sent:
             t.copy_(sent)
 
@@ -195,12 +190,12 @@ class Cut:
 
     def __init__(self, dim: int, length: int, group=None):
         self.dim, self.length, self.group = dim, length, group
-        self.rank, self.size = world(group)
+        rank, self.size = world(group)
         self.step = math.ceil(length / self.size)
-        self.start = min(self.rank * self.step, length)
-        self.stop = min(self.start + self.step, length)
+        self.start, self.stop = min(rank * self.step, length), min((rank + 1) * self.step, length)
 
     def take(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part, a view."""
         return whole.narrow(self.dim, self.start, self.stop - self.start)
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
@@ -216,89 +211,83 @@ def pad(x: torch.Tensor, rows: int) -> torch.Tensor:
     return x if x.shape[0] == rows else torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
 
 
-def cuts_of(parameter) -> list:
-    return getattr(parameter, "cuts", [])
+def cuts_of(p) -> list:
+    return getattr(p, "cuts", [])
 
 
-def cut_length(p, dim: int) -> int:
-    """Size of the undivided parameter along `dim`."""
-    return next((cut.length for cut in cuts_of(p) if cut.dim == dim), p.shape[dim])
+def full_shape(p) -> list[int]:
+    """Shape of the undivided parameter."""
+    whole = {cut.dim: cut.length for cut in reversed(cuts_of(p))}      # of several cuts in a dimension, the first's length
+    return [whole.get(dim, size) for dim, size in enumerate(p.shape)]
 
 
-def gather_tensor(part: torch.Tensor, cuts) -> torch.Tensor:
-    for cut in reversed(cuts):
+def gather_like(p, part: torch.Tensor) -> torch.Tensor:
+    """`part`, divided as p is, made whole on every rank; collective."""
+    for cut in reversed(cuts_of(p)):
         part = cut.gather(part)
     return part
 
 
-def take_tensor(whole: torch.Tensor, cuts) -> torch.Tensor:
-    for cut in cuts:
-        whole = cut.take(whole)
+def take_like(p, whole: torch.Tensor) -> torch.Tensor:
+    """This rank's part of `whole`, cut as p is; `whole` itself when it has not the undivided p's shape."""
+    if list(whole.shape) == full_shape(p):
+        for cut in cuts_of(p):
+            whole = cut.take(whole)
     return whole
 
 
 def full_state_dict(module: nn.Module) -> dict:
-    """The state dict that the undivided module would have, on every rank; collective: call it on all or it hangs."""
+    """The state dict that the undivided module would have, on every rank; collective: call it on all, or it hangs."""
     own = dict(module.named_parameters(remove_duplicate=False))
-    whole, gathered = {}, {}
-    for name, tensor in module.state_dict().items():
-        p = own.get(name)
-        if p is None or not cuts_of(p):
-            whole[name] = tensor.detach()
-        else:
-            if p not in gathered:                              # a tied matrix travels once and stays tied
-                gathered[p] = gather_tensor(p, p.cuts)
-            whole[name] = gathered[p]
-    return whole
+    whole = {p: gather_like(p, p.detach()) for p in module.parameters()}       # a tied matrix travels once, stays tied
+    return {name: whole[own[name]] if name in own else tensor.detach() for name, tensor in module.state_dict().items()}
 
 
 def take_state_dict(module: nn.Module, whole: dict) -> dict:
     """This rank's part of an undivided state dict, for module.load_state_dict; what does not fit stays as it is."""
     own = dict(module.named_parameters(remove_duplicate=False))
-    fits = {name: [cut_length(p, dim) for dim in range(p.dim())] for name, p in own.items()}
-    return {name: take_tensor(tensor, own[name].cuts) if name in own and cuts_of(own[name]) and list(tensor.shape) == fits[name]
-            else tensor for name, tensor in whole.items()}
+    return {name: take_like(own[name], tensor) if name in own else tensor for name, tensor in whole.items()}
 
 
 def _map_state(optimizer, state: dict, change) -> dict:
-    """`state` with every per-element tensor of a cut parameter replaced by change(tensor, parameter)."""
+    """`state` with every tensor that belongs to a cut parameter's elements replaced by change(parameter, tensor)."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     ids = [i for group in state["param_groups"] for i in group["params"]]
     entries = dict(state["state"])
     for i, p in zip(ids, params):
         if cuts_of(p) and i in entries:
-            entries[i] = {key: change(value, p) if torch.is_tensor(value) and value.dim() == p.dim() else value
+            entries[i] = {key: change(p, value) if torch.is_tensor(value) and value.dim() == p.dim() else value
                           for key, value in entries[i].items()}
     return state | {"state": entries}
 
 
 def full_optimizer_state(optimizer) -> dict:
     """The state dict that `optimizer` would have over the undivided module, on every rank; collective."""
-    return _map_state(optimizer, optimizer.state_dict(), lambda t, p: gather_tensor(t.to(p.device), p.cuts))
+    return _map_state(optimizer, optimizer.state_dict(), lambda p, value: gather_like(p, value.to(p.device)))
 
 
 def take_optimizer_state(optimizer, state: dict) -> dict:
     """This rank's part of the state of an undivided optimizer, whoever saved it, for optimizer.load_state_dict."""
-    return _map_state(optimizer, state, lambda t, p: take_tensor(t, p.cuts))
+    return _map_state(optimizer, state, take_like)
 
 
 @torch.no_grad()
 def clip_grad_norm(params, max_norm: float, eps: float = 1e-6) -> torch.Tensor:
     """optim.clip_grad_norm where parameters may be divided: the norm is that of the whole gradient, on every rank.
 
-    Squares are summed over the ranks that share a parameter, once per set of groups, and a replicated one counts once.
+    Squares are summed over the ranks that share a parameter, once per set of groups; a replicated one counts once.
     Collective. Returns the norm before clipping, a float32 scalar tensor.
     """
     grads = {}
     for p in params:       # ranks must agree on the collectives: one whose part has no gradient takes part with 0
         same = grads.setdefault(tuple(cut.group for cut in cuts_of(p)), [torch.zeros(1, device=p.device)])
         same += [p.grad] if p.grad is not None else []
-    squares = []
+    squares = [torch.zeros(())]
     for groups, same in grads.items():
         squares.append(torch.stack([n.float() for n in torch._foreach_norm(same)]).square().sum())
         for group in groups:
-            wait(send("all-reduce", dist.all_reduce, squares[-1], group=group))
-    norm = torch.stack(squares or [torch.zeros(())]).sum().sqrt()
+            reduce(squares[-1], group)
+    norm = torch.stack([square.to(squares[-1].device) for square in squares]).sum().sqrt()
     for same in grads.values():
         torch._foreach_mul_(same, torch.clamp(max_norm / (norm + eps), max=1.0))
     return norm
@@ -309,23 +298,21 @@ def clip_grad_norm(params, max_norm: float, eps: float = 1e-6) -> torch.Tensor:
 class Bucket:
     """Gradients that travel as one message: laid end to end in a flat buffer, then a count per gradient.
 
-    The counts tell after the sum whether any rank had a gradient: if none, `.grad` stays None, as with one process.
+    After the sum the counts tell whether any rank had a gradient: if none, `.grad` stays None, as with one process.
     """
 
     def __init__(self, params):
-        self.params, self.ready, self.work = params, set(), None
+        self.params, self.ready, self.work, self.buffer = params, set(), None, None
         # float16 and bfloat16 gradients travel in float32: a sum over many ranks would lose their few digits.
         self.dtype = torch.promote_types(params[0].dtype, torch.float32)
-        ends = torch.tensor([0] + [p.numel() for p in params]).cumsum(0).tolist()
-        self.spans = list(zip(ends, ends[1:]))
-        self.buffer, self.views = None, None
 
-    def open(self):
+    def open(self) -> None:
+        """Make the buffer, once: `.grad` will be views of it, so it is all the memory that gradients take."""
         if self.buffer is None:
-            n = self.spans[-1][1]
-            self.buffer = torch.empty(n + len(self.params), dtype=self.dtype, device=self.params[0].device)
-            self.views = {p: self.buffer[a:b].view(p.shape) for p, (a, b) in zip(self.params, self.spans)}
-            self.counts = self.buffer[n:]
+            sizes = [p.numel() for p in self.params] + [len(self.params)]
+            self.buffer = torch.empty(sum(sizes), dtype=self.dtype, device=self.params[0].device)
+            *views, self.counts = self.buffer.split(sizes)
+            self.views = {p: view.view(p.shape) for p, view in zip(self.params, views)}
 
     def take(self, p, scale: float) -> None:
         """Move p's gradient, times scale, into the buffer: its own memory is free again at once."""
@@ -339,7 +326,7 @@ class Bucket:
 
 
 class GradientAverage:
-    """The mean over ranks of the gradients of `params`, by one all-reduce per bucket.
+    """The mean over ranks of the gradients of `params`, by one all-reduce per bucket of up to bucket_bytes.
 
     overlap: send a bucket as soon as backward has filled it, and not only in `finish`. Buckets are filled from the last
     parameter to the first, as backward comes by them, and are sent in that order on every rank: collectives are matched
@@ -347,21 +334,19 @@ class GradientAverage:
     """
 
     def __init__(self, params, group, bucket_bytes: float, overlap: bool, one_by_one: bool = False):
-        self.group, self.size, self.sync, self.sent = group, world(group)[1], True, 0
-        self.one_by_one = one_by_one
-        self.buckets, filled = [], math.inf
-        kind = None
+        self.group, self.size, self.one_by_one = group, world(group)[1], one_by_one
+        self.sync, self.sent = True, 0
+        parts, filled, kind = [], 0, None
         for p in reversed(params):
             if filled + p.nbytes > bucket_bytes or (p.dtype, p.device) != kind:
-                self.buckets.append([])
+                parts.append([])
                 filled, kind = 0, (p.dtype, p.device)
-            self.buckets[-1].append(p)
+            parts[-1].append(p)
             filled += p.nbytes
-        self.buckets = [Bucket(part) for part in self.buckets]
+        self.buckets = [Bucket(part) for part in parts]
         if overlap and self.size > 1:
             for bucket in self.buckets:
                 for p in bucket.params:
-                    # A closure over the bucket: looking p up in a dict would cost the same, but hold p twice.
                     p.register_post_accumulate_grad_hook(lambda p, bucket=bucket: self._arrived(p, bucket))
 
     def _arrived(self, p, bucket) -> None:
@@ -371,54 +356,50 @@ class GradientAverage:
             self.finish()
         bucket.take(p, 1 / self.size)
         while self.sent < len(self.buckets) and len(self.buckets[self.sent].ready) == len(self.buckets[self.sent].params):
-            self._send(self.buckets[self.sent])
+            self._send()
 
-    def _send(self, bucket) -> None:
+    def _send(self) -> None:
+        bucket, self.sent = self.buckets[self.sent], self.sent + 1
         bucket.open()
-        for p in bucket.params:
+        bucket.counts.fill_(1)
+        for i, p in enumerate(bucket.params):
             if p not in bucket.ready and p.grad is not None:
                 bucket.take(p, 1 / self.size)
-        missing = [p not in bucket.ready for p in bucket.params]
-        bucket.counts.fill_(1.0)
-        if any(missing):
-            bucket.counts.copy_(1.0 - torch.tensor(missing, dtype=bucket.dtype))
-            for p, absent in zip(bucket.params, missing):
-                if absent:
-                    bucket.views[p].zero_()
+            elif p not in bucket.ready:
+                bucket.views[p].zero_()
+                bucket.counts[i] = 0
         bucket.work = send("all-reduce", dist.all_reduce, bucket.buffer, group=self.group)
-        self.sent += 1
+        if self.one_by_one:
+            wait(bucket.work)
 
     def finish(self) -> None:
         """Send what has not gone yet, wait for all, and hand the means to `.grad`."""
         if self.size == 1:
             return
-        for bucket in self.buckets[self.sent:]:
-            self._send(bucket)
-            if self.one_by_one:
-                wait(bucket.work)
+        while self.sent < len(self.buckets):
+            self._send()
         for bucket in self.buckets:
             wait(bucket.work)
             # Reading the counts waits for the GPU, so only a rank that lacks a gradient does it.
             complete = len(bucket.ready) == len(bucket.params)
-            counts = [1.0] * len(bucket.params) if complete else bucket.counts.tolist()
-            for p, count in zip(bucket.params, counts):
+            for p, count in zip(bucket.params, [1] * len(bucket.params) if complete else bucket.counts.tolist()):
                 if count:
-                    mean = bucket.views[p] if p.dtype == bucket.dtype else bucket.views[p].to(p.dtype)
+                    mean = bucket.views[p].to(p.dtype)
                     p.grad = mean if p.grad is None else mean.add_(p.grad)
             bucket.ready, bucket.work = set(), None
         self.sent = 0
 
 
 class DDP(nn.Module):
-    """Data parallel: every rank has the whole module and other data, gradients are averaged after each backward.
+    """Data parallel: every rank has the whole module and other data; gradients are averaged after each backward.
 
-        model = DDP(module); loss = ...model(x)...; loss.backward(); model.finish_gradient_synchronization(); optimizer.step()
+        model = DDP(module); …backward(); model.finish_gradient_synchronization(); optimizer.step()
 
     mode, from the plain to the fast; the result is the same:
         naive        after backward, an all-reduce per parameter, one after the other
-        flat         after backward, one all-reduce over all of them: saves the latency of many small messages
-        overlapped   an all-reduce per parameter as soon as backward has its gradient: hides them behind the rest of it
-        bucketed     as soon as `bucket_mb` megabytes of gradients are there: both (2006.15704, section 3.2.3)
+        flat         after backward, one all-reduce of them all: saves the latency of many small messages
+        overlapped   an all-reduce per parameter as soon as backward has its gradient: hides it behind the rest
+        bucketed     one as soon as `bucket_mb` megabytes of gradients are there: both (2006.15704, section 3.2.3)
     Rank 0's parameters and buffers, frozen ones too, go to all ranks here. Tied weights are one parameter and travel
     once. One that no backward reached on some ranks counts as 0 there. For accumulation, all but the last backward run
     under `no_sync()`. Raises ValueError for another mode or bucket_mb.
@@ -439,6 +420,7 @@ class DDP(nn.Module):
         self.average = GradientAverage(trained, group, size, mode in ("overlapped", "bucketed"), mode == "naive")
 
     def forward(self, *args, **kwargs):
+        """The module's own."""
         return self.module(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -458,20 +440,20 @@ class DDP(nn.Module):
 # --- optimizer state divided: ZeRO-1 ---
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """`optimizer_cls`, its state divided: each rank steps the parameters it owns, then sends them to the others.
+    """`optimizer_cls` with its state divided: each rank steps the parameters it owns, then sends them to the others.
 
         optimizer = ShardedOptimizer(model.parameters(), AdamW, lr=1e-3)
 
-    Whole parameters are given to ranks, largest first, each to the rank that has least: so Muon, which needs whole
-    matrices, works as well as AdamW, and its matrix products are divided with the state. `param_groups` is the complete
-    one: what is set there (a learning rate) holds for every rank's part. Gradients must be averaged already (DDP).
+    Whole parameters go to ranks, largest first, each to the rank that has least: so Muon, which needs whole matrices,
+    works as well as AdamW, and its matrix products are divided with the state. `param_groups` is the complete one: what
+    is set there (a learning rate) holds for every rank's part. Gradients must be averaged already (DDP).
     Source: 1910.02054, section 5.1 (there in equal flat slices).
     """
 
     def __init__(self, params, optimizer_cls, group=None, **kwargs):
         self.group, self.local, self.owner = group, None, {}
-        self.rank, self.size = world(group)
-        self.load = [0] * self.size                            # elements owned by each rank
+        self.rank, size = world(group)
+        self.load = [0] * size                                 # elements owned by each rank
         self.make = lambda groups: optimizer_cls(groups, **kwargs)
         super().__init__(params, {})
 
@@ -486,18 +468,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         else:
             self.local.add_param_group(dict(group))
         mine = self.local.param_groups[-1]
-        group.update({key: value for key, value in mine.items() if key != "params"})
-        for p in sorted(group["params"], key=lambda p: -p.numel()):        # sorted() is stable: the same on every rank
+        group.update(settings(mine))
+        for p in sorted(group["params"], key=lambda p: -p.numel()):        # stable, so the same on every rank
             self.owner[p] = self.load.index(min(self.load))
             self.load[self.owner[p]] += p.numel()
-        mine["params"] = [p for p in group["params"] if self.owner[p] == self.rank]
-        for p in group["params"]:                              # Adagrad makes its state at once, for all
             if self.owner[p] != self.rank:
-                self.local.state.pop(p, None)
+                self.local.state.pop(p, None)                  # Adagrad makes its state at once, for all
+        mine["params"] = [p for p in group["params"] if self.owner[p] == self.rank]
 
     def _share_settings(self) -> None:
         for group, mine in zip(self.param_groups, self.local.param_groups):
-            mine.update({key: value for key, value in group.items() if key != "params"})
+            mine.update(settings(group))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -515,34 +496,35 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict:
-        """The state dict of one undivided optimizer, on every rank, on the CPU; collective: call it on all or it hangs."""
-        self._share_settings()
+        """That of one undivided optimizer, on every rank, on the CPU; collective: call it on all, or it hangs."""
         index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         mine = {index[p]: {key: value.cpu() if torch.is_tensor(value) else value for key, value in entry.items()}
                 for p, entry in self.local.state.items()}
-        parts = [mine]
-        if self.size > 1:
-            parts = [None] * self.size
+        parts = [mine] * len(self.load)
+        if len(parts) > 1:
             dist.all_gather_object(parts, mine, group=self.group)
-        groups = [{key: value for key, value in group.items() if key != "params"} |
-                  {"params": [index[p] for p in group["params"]]} for group in self.param_groups]
-        return {"state": {i: entry for part in parts for i, entry in sorted(part.items())}, "param_groups": groups}
+        groups = [settings(group) | {"params": [index[p] for p in group["params"]]} for group in self.param_groups]
+        return {"state": dict(sorted(item for part in parts for item in part.items())), "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Take the own part of an undivided state dict, saved by any number of ranks or by a plain optimizer."""
-        groups = state_dict["param_groups"]
-        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
-            raise ValueError(f"the saved groups hold {[len(group['params']) for group in groups]} parameters, this optimizer's "
-                             f"{[len(group['params']) for group in self.param_groups]}; make it with the settings it was saved with")
-        saved = [dict(group) for group in groups]
+        saved = [dict(group) for group in state_dict["param_groups"]]
+        sizes = [[len(group["params"]) for group in groups] for groups in (saved, self.param_groups)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"the saved groups hold {sizes[0]} parameters, this optimizer's {sizes[1]}; "
+                             "make it with the settings that it was saved with")
         for group, ours in zip(saved, self.param_groups):
-            pairs = zip(group["params"], ours["params"])
-            group["params"] = [i for i, p in pairs if self.owner[p] == self.rank]
-            ours.update({key: value for key, value in group.items() if key != "params"})
+            group["params"] = [i for i, p in zip(group["params"], ours["params"]) if self.owner[p] == self.rank]
+            ours.update(settings(group))
         kept = {i for group in saved for i in group["params"]}
         state = {i: entry for i, entry in state_dict["state"].items() if i in kept}
         self.local.load_state_dict({"state": state, "param_groups": saved})
         self.state = self.local.state
+
+
+def settings(group: dict) -> dict:
+    """A parameter group without its parameters."""
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 # --- weights divided: ZeRO-3, FSDP ---
@@ -558,11 +540,12 @@ class Unit:
     def __init__(self, group, dtype):
         self.group, self.dtype = group, dtype
         self.slots, self.casts = [], []             # places in modules: (module, name, parameter)
-        self.fulls, self.flats = {}, {}             # by parameter: what the module sees; its memory, padded to equal parts
-        self.works, self.whole = None, False
+        self.fulls, self.flats = {}, {}             # by parameter: what the module sees; its memory, in W equal parts
+        self.works, self.whole = None, False        # being gathered; gathered
         self.calls, self.in_backward, self.lookup = 0, False, True
 
     def add(self, module) -> None:
+        """Cut all matrices of `module`."""
         for owner in module.modules():
             own = {name: p for name, p in owner._parameters.items() if p is not None}
             if not any(p.dim() > 1 for p in own.values()):
@@ -577,7 +560,8 @@ class Unit:
                 elif self.dtype is not None:        # a bias beside a matrix computes in its dtype
                     self.casts.append((owner, name, p))
             if self.dtype is not None:
-                owner.register_forward_pre_hook(self._cast_input)
+                owner.register_forward_pre_hook(lambda module, args: tuple(
+                    x.to(self.dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in args))
 
     def _cut(self, p) -> None:
         cut = Cut(0, p.shape[0], self.group)
@@ -588,9 +572,6 @@ class Unit:
         flat.untyped_storage().resize_(0)
         p.data = cut.take(p.data).clone()           # the same Parameter object, so that an older optimizer keeps it
         p.cuts = [*cuts_of(p), cut]
-
-    def _cast_input(self, module, args):
-        return tuple(x.to(self.dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in args)
 
     def fetch(self) -> None:
         """Start to gather; `ready` waits for it."""
@@ -603,27 +584,26 @@ class Unit:
             self.works.append((all_gather(flat, mine, self.group), mine))      # `mine` must live until it is sent
 
     def ready(self) -> None:
+        """Gathered, now."""
         self.fetch()
         for work, _ in self.works or []:
             wait(work)
         self.works, self.whole = None, True
 
     def free(self) -> None:
-        if self.works is not None:                  # fetched and then not needed: memory in flight cannot be given back
+        """Give the memory back."""
+        if self.works is not None:                  # fetched and then not needed: it is still being written
             self.ready()
         for flat in self.flats.values():
             flat.untyped_storage().resize_(0)
         self.whole = False
 
-    def swap_in(self) -> None:
+    def swap(self, inside: bool) -> None:
+        """Let the modules see the whole matrices, or the parts again."""
         for owner, name, p in self.slots:
-            owner._parameters[name] = self.fulls[p]
+            owner._parameters[name] = self.fulls[p] if inside else p
         for owner, name, p in self.casts:
-            owner._parameters[name] = p.to(self.dtype)
-
-    def swap_out(self) -> None:
-        for owner, name, p in self.slots + self.casts:
-            owner._parameters[name] = p
+            owner._parameters[name] = p.to(self.dtype) if inside else p
 
 
 class Order:
@@ -633,6 +613,7 @@ class Order:
         self.last, self.now = [], []
 
     def restart(self) -> None:
+        """From the first one again."""
         if self.now:
             self.last, self.now = self.now, []
 
@@ -646,13 +627,13 @@ class Order:
 class FSDP(nn.Module):
     """Fully sharded data parallel: each rank keeps 1/W of every matrix, of its gradient and of its optimizer state.
 
-        model = FSDP(module); optimizer = AdamW(model.parameters()); ...backward();
-        model.finish_gradient_synchronization(); optimizer.step()
+        model = FSDP(module); optimizer = AdamW(model.parameters())
+        …backward(); model.finish_gradient_synchronization(); optimizer.step()
 
     All parameters of two and more dimensions are cut by rows, ceil(rows / W) a rank, the last ranks less or none;
-    vectors (norms, biases) stay whole on every rank. `parameters()` are the parts, `.grad` has a part's shape, float32
-    as the parts. compute_dtype: what travels and what the matrices compute in (float16, bfloat16); the parts stay as
-    they are, and gradients are summed in float32.
+    vectors (norms, biases) stay whole on every rank. `parameters()` are the parts, `.grad` has a part's shape and dtype.
+    compute_dtype: what travels and what the matrices compute in (float16, bfloat16); the parts stay as they are, and
+    gradients are summed in float32.
 
     A unit (one entry of a ModuleList, or one module outside them) is gathered before its forward, while the unit before
     it still computes, given up after it, gathered again before its backward, one ahead too; its gradients travel while
@@ -665,7 +646,7 @@ class FSDP(nn.Module):
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, group=None):
         super().__init__()
         if compute_dtype is not None and not compute_dtype.is_floating_point:
-            raise ValueError(f"compute_dtype={compute_dtype} must be a floating point dtype, or None for the parameters' own")
+            raise ValueError(f"compute_dtype={compute_dtype} must be a floating point dtype, or None for the parameters'")
         self.module, self.group, self.size = module, group, world(group)[1]
         broadcast([*module.parameters(), *module.buffers()], group)
         self.units, found = [], {}
@@ -696,6 +677,7 @@ class FSDP(nn.Module):
                 yield from cls._pieces(child, isinstance(module, nn.ModuleList))
 
     def forward(self, *args, **kwargs):
+        """The module's own."""
         return self.module(*args, **kwargs)
 
     def _restart(self) -> None:
@@ -708,30 +690,30 @@ class FSDP(nn.Module):
 
     def _before_forward(self, unit) -> None:
         unit.fetch()
-        if not unit.in_backward:                    # else: checkpointing runs it again; backward fetches the right one
-            following = self.forwards.after(unit)
-            if following is not None:
-                following.fetch()
+        # While checkpointing runs it again, backward fetches what comes next.
+        following = None if unit.in_backward else self.forwards.after(unit)
+        if following is not None:
+            following.fetch()
         unit.ready()
-        unit.swap_in()
+        unit.swap(inside=True)
 
     def _after_forward(self, unit, output) -> None:
-        unit.swap_out()
+        unit.swap(inside=False)
         if unit.in_backward:
             return
-        last = self.forwards.last
+        last, keep = self.forwards.last, False
         outputs = [x for x in torch.utils._pytree.tree_leaves(output) if torch.is_tensor(x) and x.requires_grad]
         if outputs and torch.is_grad_enabled():
             unit.calls += 1
             torch.autograd.graph.register_multi_grad_hook(outputs, lambda _: self._before_backward(unit), mode="any")
-            if len(self.forwards.now) == len(last) and last[-1] is unit:
-                return
-        unit.free()
+            keep = len(self.forwards.now) == len(last) and last[-1] is unit
+        if not keep:
+            unit.free()
 
     def _before_backward(self, unit) -> None:
         unit.calls -= 1
-        # Here, and not when its last gradient arrives, a unit is known to be done: this moment is the same on all ranks.
-        for other in [u for u in self.open if u is not unit and u.calls <= 0]:
+        # Now, and not when its last gradient arrives, a unit is known to be done: this moment is the same on all ranks.
+        for other in [other for other in self.open if other is not unit and other.calls <= 0]:
             self._flush(other)
         if unit not in self.open:
             self.open.append(unit)
@@ -751,15 +733,16 @@ class FSDP(nn.Module):
             if not p.requires_grad:
                 continue
             self.had_gradient[p] = self.had_gradient.get(p, False) or full.grad is not None
-            grad = torch.zeros_like(full) if full.grad is None else full.grad
+            # A unit's whole memory may be gone by now, its shape is not.
+            grad = torch.zeros(full.shape, dtype=full.dtype, device=full.device) if full.grad is None else full.grad
             full.grad = None
             mine = pad(grad, p.cuts[-1].step * self.size).contiguous()
             parts = torch.empty_like(mine).view(self.size, -1)
             self.sending.append((p, exchange(parts, mine, self.group), parts, mine))
-        unit.swap_out()
+        unit.swap(inside=False)
         unit.free()
         unit.in_backward, unit.calls = False, 0
-        self.open = [u for u in self.open if u is not unit]
+        self.open = [other for other in self.open if other is not unit]
         # Those of the unit before have had this unit's backward to travel in. More in flight would hold more memory.
         for _ in range(before):
             self._receive(*self.sending.pop(0))
@@ -780,16 +763,15 @@ class FSDP(nn.Module):
         while self.sending:
             self._receive(*self.sending.pop(0))
         self.average.finish()
-        used = torch.tensor([float(flag) for flag in self.had_gradient.values()], device=next(self.parameters()).device)
-        if self.size > 1:
-            wait(send("all-reduce", dist.all_reduce, used, group=self.group))
-        for p, count in zip(self.had_gradient, used.tolist()):
-            if not count:
+        flags = [float(flag) for flag in self.had_gradient.values()]
+        flags = reduce(torch.tensor(flags, device=next(self.parameters()).device), self.group).tolist()
+        for p, flag in zip(self.had_gradient, flags):
+            if not flag:
                 p.grad = None                       # no rank had one: as with one process, the optimizer skips it
         self.had_gradient, self.flushed = {}, set()
 
     def full_state_dict(self) -> dict:
-        """The undivided module's state dict, float32, plain names, on every rank; collective: call it on all or it hangs."""
+        """The undivided module's state dict, plain names, on every rank; collective: call it on all, or it hangs."""
         return full_state_dict(self.module)
 
     def load_full_state_dict(self, state: dict) -> None:
@@ -809,9 +791,7 @@ class CopyToRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        wait(send("all-reduce", dist.all_reduce, grad, group=ctx.group))
-        return grad, None
+        return reduce(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -819,9 +799,7 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, group):
-        x = x.clone(memory_format=torch.contiguous_format)
-        wait(send("all-reduce", dist.all_reduce, x, group=group))
-        return x
+        return reduce(x.clone(memory_format=torch.contiguous_format), group)
 
     @staticmethod
     def backward(ctx, grad):
@@ -847,15 +825,18 @@ class Divided(nn.Module):
     def __init__(self, dim: int, shape, group, whole=None):
         super().__init__()
         if whole is None:
-            whole = types.SimpleNamespace(weight=nn.Parameter(torch.randn(shape) * math.sqrt(2 / sum(shape))), bias=None)
-            broadcast([whole.weight], group)
-        self.group, self.cut, self.weight, self.bias = group, Cut(dim, shape[dim], group), whole.weight, getattr(whole, "bias", None)
-        for p in (self.weight, self.bias if dim == 0 else None):       # a bias of all outputs stays whole with a part of the inputs
+            weight = nn.Parameter(torch.randn(shape) * math.sqrt(2 / sum(shape)))
+            whole = types.SimpleNamespace(weight=weight, bias=None)
+            broadcast([weight], group)
+        self.group, self.cut = group, Cut(dim, shape[dim], group)
+        self.weight, self.bias = whole.weight, getattr(whole, "bias", None)
+        for p in (self.weight, self.bias if dim == 0 else None):       # each output has its bias, each input none
             if p is not None and not any(cut.group is group for cut in cuts_of(p)):        # a tied matrix is cut once
                 p.data = self.cut.take(p.data).clone()
                 p.cuts = [*cuts_of(p), self.cut]
 
     def plus_bias(self, y):
+        """y with the bias, if there is one."""
         return y if self.bias is None else y + self.bias
 
 
@@ -889,7 +870,7 @@ class RowParallelLinear(Divided):
 
 
 class VocabParallelEmbedding(Divided):
-    """A row of a table for every id, rank r having the r-th part of the rows. (...) -> (..., C), the same on all ranks."""
+    """A row of a table for every id, rank r having the r-th part of the rows. (...) -> (..., C), alike on all ranks."""
 
     def __init__(self, vocab_size: int, d_model: int, group=None, *, whole=None):
         super().__init__(0, (vocab_size, d_model), group, whole)
@@ -909,26 +890,24 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, cut):
-        x = logits.float()
+        # One column more, of the lowest number there is: a rank may have none at all, or not the target's.
+        x = nn.functional.pad(logits.float(), (0, 1), value=torch.finfo(torch.float32).min)
         here = (targets >= cut.start) & (targets < cut.stop)
-        local = torch.where(here, targets - cut.start, 0)
-        lowest = x.new_full((*x.shape[:-1], 1), torch.finfo(torch.float32).min)      # a rank may have no column at all
-        maximum = torch.cat([x, lowest], dim=-1).amax(dim=-1)
-        wait(send("all-reduce", dist.all_reduce, maximum, group=cut.group, op=dist.ReduceOp.MAX))
-        exponentials = (x - maximum.unsqueeze(-1)).exp()
-        at_target = torch.cat([x, lowest], dim=-1).gather(-1, local.unsqueeze(-1)).squeeze(-1)
-        sums = torch.stack([exponentials.sum(dim=-1), torch.where(here, at_target - maximum, 0.0)])
-        wait(send("all-reduce", dist.all_reduce, sums, group=cut.group))
-        ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), here, local)
+        local = torch.where(here, targets - cut.start, x.shape[-1] - 1).unsqueeze(-1)
+        maximum = reduce(x.amax(dim=-1), cut.group, dist.ReduceOp.MAX)
+        x = x - maximum.unsqueeze(-1)
+        at_target = torch.where(here, x.gather(-1, local).squeeze(-1), 0.0)
+        exponentials = x.exp_()
+        total, at_target = reduce(torch.stack([exponentials.sum(dim=-1), at_target]), cut.group)
+        ctx.save_for_backward(exponentials.div_(total.unsqueeze(-1)), local)
         ctx.dtype = logits.dtype
-        return sums[0].log() - sums[1]
+        return total.log() - at_target
 
     @staticmethod
     def backward(ctx, grad):
-        softmax, here, local = ctx.saved_tensors
-        onehot = torch.zeros(*softmax.shape[:-1], softmax.shape[-1] + 1, device=softmax.device)
-        onehot.scatter_(-1, local.unsqueeze(-1), here.unsqueeze(-1).float())
-        return ((softmax - onehot[..., :-1]) * grad.unsqueeze(-1)).to(ctx.dtype), None, None
+        softmax, local = ctx.saved_tensors
+        difference = softmax.scatter_add(-1, local, torch.full_like(local, -1.0, dtype=softmax.dtype))[..., :-1]
+        return (difference * grad.unsqueeze(-1)).to(ctx.dtype), None, None
 
 
 # Which layer of model.py's Transformer is divided how. What is not named (norms, a router) stays whole on every rank.
@@ -947,11 +926,11 @@ def tensor_parallel(model: nn.Module, group=None, plan: dict = PLAN) -> nn.Modul
     size, c = world(group)[1], model.config
     for name in ("n_heads", "n_kv_heads", "d_ff", "d_ff_expert"):
         if (getattr(c, name, None) or 0) % size:
-            raise ValueError(f"{name}={getattr(c, name)} cannot be divided among tp={size} ranks; choose a tp that divides it")
-    if getattr(c, "attention", "standard") != "standard":
-        raise ValueError(f"attention={c.attention!r} shares one latent among all heads; tensor parallelism needs standard")
+            raise ValueError(f"{name}={getattr(c, name)} cannot be divided among tp={size} ranks; choose one that divides it")
+    if c.attention != "standard":
+        raise ValueError(f"attention={c.attention!r} shares one latent among all heads; tp={size} needs standard")
     broadcast([*model.parameters(), *model.buffers()], group)
-    heads = {"head_dim": c.head_dim, "n_heads": c.n_heads // size, "n_kv_heads": c.n_kv_heads // size}
+    heads = {"n_heads": c.n_heads // size, "n_kv_heads": c.n_kv_heads // size}
 
     def copy(module, args):
         return CopyToRanks.apply(args[0], group), *args[1:]
@@ -960,7 +939,7 @@ def tensor_parallel(model: nn.Module, group=None, plan: dict = PLAN) -> nn.Modul
         styles = {name: plan[name] for name, child in parent.named_children() if name in plan}
         for name, style in styles.items():
             layer = getattr(parent, name)
-            d_out, d_in = (cut_length(layer.weight, dim) for dim in (0, 1))
+            d_out, d_in = full_shape(layer.weight)
             setattr(parent, name, VocabParallelEmbedding(d_out, d_in, group, whole=layer) if style == "vocabulary"
                     else RowParallelLinear(d_in, d_out, group, whole=layer) if style == "row"
                     else ColumnParallelLinear(d_in, d_out, group, whole=layer, gather_output=style == "head",
@@ -971,7 +950,7 @@ def tensor_parallel(model: nn.Module, group=None, plan: dict = PLAN) -> nn.Modul
             parent.config = types.SimpleNamespace(**vars(c) | heads)
             for norm in (getattr(parent, name, None) for name in ("q_norm", "k_norm")):
                 if norm is not None:                       # a weight for all heads, of which a rank sees only its own
-                    norm.weight.register_hook(lambda grad: CopyToRanks.backward(types.SimpleNamespace(group=group), grad)[0])
+                    norm.weight.register_hook(lambda grad: reduce(grad.clone(), group))
     return model
 
 
@@ -981,9 +960,9 @@ def vocab_parallel_loss(model, tokens, targets) -> torch.Tensor:
     Raises ValueError for a model whose training loss has other parts, which only model(tokens, targets) knows.
     """
     c, head = model.config, model.lm_head
-    if getattr(c, "mtp_depth", 0) or getattr(c, "n_experts", 0) and c.balance == "loss":
-        raise ValueError(f"mtp_depth={c.mtp_depth}, n_experts={c.n_experts}, balance={c.balance}: this model's loss is more than "
-                         "a cross entropy; use model(tokens, targets)[1]")
+    if c.mtp_depth or c.n_experts and c.balance == "loss":
+        raise ValueError(f"mtp_depth={c.mtp_depth}, n_experts={c.n_experts}, balance={c.balance}: this model's loss is "
+                         "more than a cross entropy; use model(tokens, targets)[1]")
     head.gather_output = False
     try:
         logits = model(tokens)
@@ -1006,18 +985,19 @@ class Strategy:
         if "RANK" in os.environ and not dist.is_initialized():
             self.device = str(start(device))
         self.rank, self.size = world()
-        self.name, self.mesh, self.dp = name, make_mesh(self.size // max(tp, 1), tp), self.size // max(tp, 1)
-        self.wrapper = None
+        self.name, self.dp, self.wrapper = name, self.size // max(tp, 1), None
+        self.mesh = make_mesh(self.dp, tp)
 
     def divide(self, model: nn.Module, dtype=None) -> None:
-        """Make `model`, in place, this rank's part of the strategy. dtype: what FSDP computes in."""
+        """Make `model`, in place, this rank's part. dtype: what FSDP computes in."""
         if self.size > self.dp:
             tensor_parallel(model, self.mesh.tp)
         fsdp = self.name == "fsdp"
         self.wrapper = FSDP(model, dtype, self.mesh.dp) if fsdp else DDP(model, group=self.mesh.dp)
 
-    def optimizer(self, cls, params, **settings):
-        return ShardedOptimizer(params, cls, self.mesh.dp, **settings) if self.name == "zero1" else cls(params, **settings)
+    def optimizer(self, cls, params, **kwargs):
+        """cls(params, **kwargs), its state divided if the strategy says so."""
+        return ShardedOptimizer(params, cls, self.mesh.dp, **kwargs) if self.name == "zero1" else cls(params, **kwargs)
 
     def micro_batches(self, inputs, targets, micro: int):
         """This rank's rows of a batch that all ranks have drawn alike, as (x, y, share of all rows times dp ranks).
@@ -1026,9 +1006,8 @@ class Strategy:
         collective: who has none left computes a row that counts 0.
         """
         starts = [rank * len(inputs) // self.dp for rank in range(self.dp + 1)]
-        longest = max(b - a for a, b in zip(starts, starts[1:]))
         mine = slice(starts[self.mesh.dp_rank], starts[self.mesh.dp_rank + 1])
-        for i in range(0, longest, micro):
+        for i in range(0, max(b - a for a, b in zip(starts, starts[1:])), micro):
             x, y = inputs[mine][i:i + micro], targets[mine][i:i + micro]
             yield (x, y, len(x) * self.dp / len(inputs)) if len(x) else (inputs[:1], targets[:1], 0.0)
 
@@ -1041,17 +1020,13 @@ class Strategy:
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """Mean of a number over the ranks along the data."""
-        x = x.clone()
-        wait(send("all-reduce", dist.all_reduce, x, group=self.mesh.dp))
-        return x / self.dp
+        return reduce(x.clone(), self.mesh.dp) / self.dp
 
     def largest(self, *numbers: float) -> list[float]:
         """The largest of each number over all ranks: what they act upon must be the same on all."""
         if self.size == 1:
             return list(numbers)
-        x = torch.tensor(numbers, dtype=torch.float64, device=self.device or "cpu")
-        wait(send("all-reduce", dist.all_reduce, x, op=dist.ReduceOp.MAX))
-        return x.tolist()
+        return reduce(torch.tensor(numbers, dtype=torch.float64, device=self.device), op=dist.ReduceOp.MAX).tolist()
 
     def same(self, value):
         """Rank 0's value, on every rank; any plain object."""
@@ -1079,27 +1054,28 @@ class BenchConfig:
 
 
 def collective_times(max_mb: int, device) -> list[dict]:
-    """Time and bandwidth of each collective by message size, beside the ring's formula: latency + bytes sent / bandwidth.
+    """Time and bandwidth of each collective by message size, beside the ring's latency + bytes sent / bandwidth.
 
     Latency is that of a few bytes, bandwidth the best seen: so ring_ms says how far each size is from both.
     """
     size, rows = world()[1], []
     for mb in [0] + [4 ** i for i in range(10) if 4 ** i <= max_mb]:
         n = max(int(mb * 1e6) // 4 // size, 64)
-        whole, part, other = torch.ones(n * size, device=device), torch.ones(n, device=device), torch.ones(n * size, device=device)
-        for kind, messages, call in (("all-reduce", 2, lambda: send("", dist.all_reduce, whole)),
+        whole, other, part = (torch.ones(length, device=device) for length in (n * size, n * size, n))
+        for kind, messages, call in (("all-reduce", 2, lambda: send("all-reduce", dist.all_reduce, whole)),
                                      ("all-gather", 1, lambda: all_gather(whole, part)),
                                      ("reduce-scatter", 1, lambda: exchange(other, whole))):
             seconds = math.inf
             for _ in range(6):
                 dist.barrier()
                 began = time.perf_counter()
-                call().wait()
+                wait(call())
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds = min(seconds, time.perf_counter() - began)
-            sent = messages * (size - 1) / size * whole.nbytes
-            rows.append({"kind": kind, "mb": mb, "sent_mb": sent / 1e6, "ms": 1000 * seconds, "gb_per_s": sent / seconds / 1e9})
+            sent_mb = messages * (size - 1) / size * whole.nbytes / 1e6
+            rows.append({"kind": kind, "mb": mb, "sent_mb": sent_mb, "ms": 1000 * seconds,
+                         "gb_per_s": sent_mb / seconds / 1000})
     for row in rows:
         same = [other for other in rows if other["kind"] == row["kind"]]
         row["ring_ms"] = same[0]["ms"] + row["sent_mb"] / max(other["gb_per_s"] for other in same)
@@ -1107,7 +1083,7 @@ def collective_times(max_mb: int, device) -> list[dict]:
 
 
 def strategies(config: BenchConfig, device) -> dict:
-    """name -> (function that makes (model, optimizer, loss function, finish), its bytes by the formula); torch's beside ours."""
+    """name -> (maker of (model, optimizer, loss function, finish), its bytes by the formula); torch's beside ours."""
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
@@ -1116,13 +1092,14 @@ def strategies(config: BenchConfig, device) -> dict:
     size = world()[1]
     tp = config.tp or size // (config.dp or 1)
     mesh = make_mesh(config.dp or size // tp, tp)
+    shape = ModelConfig(config.vocab_size, config.context_length, config.d_model, config.n_layers, n_heads=8)
 
     def new():
         torch.manual_seed(0)
-        return Transformer(ModelConfig(config.vocab_size, config.context_length, config.d_model, config.n_layers, 8)).to(device)
+        return Transformer(shape).to(device)
 
     def parts(model, make=AdamW, loss_of=None):
-        finish = getattr(model, "finish_gradient_synchronization", lambda: None)      # torch's own finish in backward
+        finish = getattr(model, "finish_gradient_synchronization", lambda: None)      # torch's finish in backward
         return model, make(model.parameters()), loss_of or (lambda x, y: model(x, y)[1]), finish
 
     def divided():
@@ -1135,13 +1112,13 @@ def strategies(config: BenchConfig, device) -> dict:
             fully_shard(module)
         return parts(model, torch.optim.AdamW)
 
-    # Bytes of float32 weights, gradients and AdamW's two moments.
     whole = new()
-    matrices, vectors = (sum(p.nbytes for p in whole.parameters() if (p.dim() > 1) == flag) for flag in (True, False))
-    everything, fsdp = 4 * (matrices + vectors), 4 * (matrices / size + vectors)
-    return {f"DDP {mode}": (lambda mode=mode: parts(DDP(new(), mode)), everything) for mode in DDP.MODES} | {
-        "torch DDP": (lambda: parts(DistributedDataParallel(new())), everything),
-        "DDP + ZeRO-1": (lambda: parts(DDP(new()), lambda p: ShardedOptimizer(p, AdamW)), everything * (0.5 + 0.5 / size)),
+    matrices, vectors = (sum(p.nbytes for p in whole.parameters() if (p.dim() > 1) == is_matrix)
+                         for is_matrix in (True, False))
+    full, fsdp = 4 * (matrices + vectors), 4 * (matrices / size + vectors)     # weights, gradients, AdamW's two moments
+    return {f"DDP {mode}": (lambda mode=mode: parts(DDP(new(), mode)), full) for mode in DDP.MODES} | {
+        "torch DDP": (lambda: parts(DistributedDataParallel(new())), full),
+        "DDP + ZeRO-1": (lambda: parts(DDP(new()), lambda p: ShardedOptimizer(p, AdamW)), full * (0.5 + 0.5 / size)),
         "FSDP": (lambda: parts(FSDP(new())), fsdp),
         "torch fully_shard": (torch_fsdp, fsdp),
         f"dp={size // tp} x tp={tp}": (divided, 4 * (matrices / tp + vectors))}
@@ -1190,10 +1167,10 @@ def union(spans) -> float:
 
 
 def measure(config: BenchConfig, device) -> tuple[list[dict], dict]:
-    """(a row per strategy, a traced step per strategy). They take turns, step by step, so that all see the same machine."""
+    """(a row per strategy, a traced step of each). They take turns, step by step: so all see the same machine."""
     global TRACE
-    generator = torch.Generator().manual_seed(0)      # the same tokens everywhere: tensor parallelism needs it
-    ids = torch.randint(config.vocab_size, (config.batch_size, config.context_length + 1), generator=generator).to(device)
+    ids = torch.randint(config.vocab_size, (config.batch_size, config.context_length + 1),
+                        generator=torch.Generator().manual_seed(0)).to(device)     # alike everywhere, as tp needs it
     batch, running, rows, traces = (ids[:, :-1], ids[:, 1:]), {}, [], {}
     for name, (make, formula) in strategies(config, device).items():
         before = live_bytes()
@@ -1212,10 +1189,11 @@ def measure(config: BenchConfig, device) -> tuple[list[dict], dict]:
                 row["seconds"].append(phases[-1][2] - phases[0][1])
                 continue
             time.sleep(0.05)                                   # the backend's threads note their ends a moment later
-            sent, waits = [s for s in TRACE if s[0] != "wait"], [s for s in TRACE if s[0] == "wait"]
+            waits, sent = ([s for s in TRACE if (s[0] == "wait") == waiting] for waiting in (True, False))
             traces[row["name"]] = {"computing": phases, "waiting": waits, "sending": sent}
             busy, waited = union([s[1:] for s in sent]), sum(b - a for _, a, b in waits)
-            row |= {"sending_ms": 1000 * busy, "waiting_ms": 1000 * waited, "hidden": max(0, 1 - waited / busy) if busy else None}
+            row |= {"sending_ms": 1000 * busy, "waiting_ms": 1000 * waited,
+                    "hidden": max(0, 1 - waited / busy) if busy else None}
     TRACE = None
     for row in rows:
         seconds = sorted(row.pop("seconds"))
@@ -1224,17 +1202,22 @@ def measure(config: BenchConfig, device) -> tuple[list[dict], dict]:
 
 
 def report(config: BenchConfig, device, bandwidth, rows) -> str:
-    lines = [f"{world()[1]} ranks, {dist.get_backend()}, {torch.get_num_threads()} threads each, {device.type}, torch {torch.__version__}, "
-             f"{time.strftime('%Y-%m-%d')}; torchrun --standalone --nproc_per_node={world()[1]} parallel.py {' '.join(sys.argv[1:])}", "",
+    """The tables as text."""
+    size, words = world()[1], " ".join(sys.argv[1:])
+    lines = [f"{size} ranks, {dist.get_backend()}, {torch.get_num_threads()} threads each, {device.type}, "
+             f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}",
+             f"torchrun --standalone --nproc_per_node={size} parallel.py {words}", "",
              "collective         MB        ms   ring ms   GB/s sent per rank"]
     lines += [f"{r['kind']:<14}{r['mb']:>7}{r['ms']:>10.2f}{r['ring_ms']:>10.2f}{r['gb_per_s']:>8.2f}" for r in bandwidth]
-    lines += ["", f"training step: d_model {config.d_model}, {config.n_layers} layers, vocabulary {config.vocab_size}, {config.batch_size} x "
-              f"{config.context_length} tokens per rank, float32, AdamW; median and fastest of {config.steps} in turns", "",
+    lines += ["", f"training step: d_model {config.d_model}, {config.n_layers} layers, vocabulary {config.vocab_size}, "
+              f"{config.batch_size} x {config.context_length} tokens per rank, float32, AdamW",
+              f"step: median of {config.steps} taken in turns; sending, waiting, hidden: one more, traced; MB: weights, "
+              "gradients, moments", "",
               "strategy            step ms   fastest   sending   waiting  hidden   MB held   formula"]
     for r in rows:
         hidden = "    n/a" if r["hidden"] is None else f"{100 * r['hidden']:>5.0f} %"
-        lines.append(f"{r['name']:<18}{r['ms']:>9.1f}{r['fastest_ms']:>10.1f}{r['sending_ms']:>10.1f}{r['waiting_ms']:>10.1f} {hidden}"
-                     f"{r['held_mb']:>10.1f}{r['formula_mb']:>10.1f}")
+        lines.append(f"{r['name']:<18}{r['ms']:>9.1f}{r['fastest_ms']:>10.1f}{r['sending_ms']:>10.1f}"
+                     f"{r['waiting_ms']:>10.1f} {hidden}{r['held_mb']:>10.1f}{r['formula_mb']:>10.1f}")
     return "\n".join(lines) + "\n"
 
 
@@ -1243,8 +1226,8 @@ def draw(traces: dict, path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    colors = dict(zip(("forward", "backward", "finish", "optimizer", "all-reduce", "all-gather", "reduce-scatter", "broadcast", "wait"),
-                      (f"C{i}" for i in range(9))))
+    kinds = ("forward", "backward", "finish", "optimizer", "all-reduce", "all-gather", "reduce-scatter", "wait", "broadcast")
+    colors = {kind: f"C{i}" for i, kind in enumerate(kinds)}
     ours = {name: trace for name, trace in traces.items() if not name.startswith("torch")}
     figure, axes = plt.subplots(len(ours), 1, figsize=(11, 1.3 * len(ours) + 0.8), sharex=True, layout="constrained")
     for axis, (name, trace) in zip(axes, ours.items()):
@@ -1255,7 +1238,8 @@ def draw(traces: dict, path) -> None:
         axis.set(yticks=(2.5, 1.5, 0.5), yticklabels=list(trace), ylabel=name.replace(" ", "\n", 1))
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
     figure.legend(handles, colors, ncols=9, loc="outside upper center", fontsize=8)
-    axes[-1].set_xlabel(f"ms since the step began, rank 0; torchrun --nproc_per_node={world()[1]} parallel.py {' '.join(sys.argv[1:])}")
+    axes[-1].set_xlabel(f"ms since the step began, rank 0; torchrun --standalone --nproc_per_node={world()[1]} parallel.py "
+                        + " ".join(sys.argv[1:]))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -1270,15 +1254,16 @@ def main(config: BenchConfig) -> None:
     if rank == 0:
         stem = Path(config.out_dir) / f"parallel_{device.type}_{size}_ranks"
         stem.parent.mkdir(parents=True, exist_ok=True)
-        text = report(config, device, bandwidth, rows)
+        text, figures = report(config, device, bandwidth, rows), {"collectives": bandwidth, "strategies": rows}
         print(text)
         stem.with_suffix(".txt").write_text(text, encoding="utf-8")
-        stem.with_suffix(".json").write_text(json.dumps({"collectives": bandwidth, "strategies": rows}, indent=1), encoding="utf-8")
+        stem.with_suffix(".json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
         draw(traces, stem.with_suffix(".png"))
 
 
 if __name__ == "__main__":
     from configurator import command_line
-    _, _, bench, _ = command_line(BenchConfig, sys.argv[1:], "usage: torchrun --standalone --nproc_per_node=N parallel.py [--key=value …]")
+    usage = "usage: torchrun --standalone --nproc_per_node=N parallel.py [--key=value …]"
+    _, _, bench, _ = command_line(BenchConfig, sys.argv[1:], usage)
     with ending():
         main(bench)

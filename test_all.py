@@ -655,7 +655,7 @@ def check_odd_modules(rank, size, tmp):
             model(x[rank:rank + 1], rank % 2 == 0).square().sum().backward()
             model.finish_gradient_synchronization()
             for (name, p), q in zip(model.module.named_parameters(), reference.parameters()):
-                wanted = None if q.grad is None else parallel.take_tensor(q.grad, parallel.cuts_of(p))
+                wanted = None if q.grad is None else parallel.take_like(p, q.grad)
                 assert (p.grad is None) == (wanted is None), f"{mode}, {way}: {name}"
                 assert wanted is None or torch.allclose(p.grad, wanted, atol=1e-6), f"{mode}, {way}: {name}"
 
@@ -740,7 +740,7 @@ def check_fsdp(rank, size, tmp):
             # Elements of float16 carry 11 bits, of bfloat16 8; sums over 6 positions and 3 layers lose a few of them.
             tolerance = {None: 1e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
             for (name, p), q in zip(divided.named_parameters(), lowered.parameters()):
-                wanted = parallel.take_tensor(q.grad.float(), parallel.cuts_of(p))
+                wanted = parallel.take_like(p, q.grad.float())
                 assert p.dtype == p.grad.dtype == torch.float32 and p.shape == p.grad.shape, name
                 assert p.dim() == 1 or p.numel() <= math.ceil(sizes[name][0] / size) * sizes[name][1], f"{name} is not divided"
                 error = (p.grad - wanted).abs().max().item() / q.grad.abs().max().item() if p.numel() else 0
@@ -763,12 +763,12 @@ def check_vocabulary_parallel(rank, size, tmp):
     column, row = parallel.ColumnParallelLinear(6, 8), parallel.RowParallelLinear(8, 6)
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(4)).requires_grad_()
     row(torch.relu(column(x))).sum().backward()
-    whole = [parallel.gather_tensor(layer.weight, layer.weight.cuts).requires_grad_() for layer in (column, row)]
+    whole = [parallel.gather_like(layer.weight, layer.weight).requires_grad_() for layer in (column, row)]
     x_whole = x.detach().clone().requires_grad_()
     (torch.relu(x_whole @ whole[0].T) @ whole[1].T).sum().backward()
     assert torch.allclose(x.grad, x_whole.grad, atol=1e-5)
     for layer, weight in zip((column, row), whole):
-        assert torch.allclose(layer.weight.grad, parallel.take_tensor(weight.grad, layer.weight.cuts), atol=1e-5)
+        assert torch.allclose(layer.weight.grad, parallel.take_like(layer.weight, weight.grad), atol=1e-5)
     with pytest.raises(ValueError, match=f"n_heads=1 cannot be divided among tp={size} ranks"):
         parallel.tensor_parallel(ranks_model(n_heads=1, n_kv_heads=1))
 
