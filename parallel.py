@@ -217,7 +217,7 @@ def cuts_of(p) -> list:
 
 def full_shape(p) -> list[int]:
     """Shape of the undivided parameter."""
-    whole = {cut.dim: cut.length for cut in reversed(cuts_of(p))}      # of several cuts in a dimension, the first's length
+    whole = {cut.dim: cut.length for cut in reversed(cuts_of(p))}   # of several in a dimension, the first's
     return [whole.get(dim, size) for dim, size in enumerate(p.shape)]
 
 
@@ -240,7 +240,8 @@ def full_state_dict(module: nn.Module) -> dict:
     """The state dict that the undivided module would have, on every rank; collective: call it on all, or it hangs."""
     own = dict(module.named_parameters(remove_duplicate=False))
     whole = {p: gather_like(p, p.detach()) for p in module.parameters()}       # a tied matrix travels once, stays tied
-    return {name: whole[own[name]] if name in own else tensor.detach() for name, tensor in module.state_dict().items()}
+    state = module.state_dict()
+    return {name: whole[own[name]] if name in own else value.detach() for name, value in state.items()}
 
 
 def take_state_dict(module: nn.Module, whole: dict) -> dict:
@@ -314,6 +315,9 @@ class Bucket:
             *views, self.counts = self.buffer.split(sizes)
             self.views = {p: view.view(p.shape) for p, view in zip(self.params, views)}
 
+    def complete(self) -> bool:
+        return len(self.ready) == len(self.params)
+
     def take(self, p, scale: float) -> None:
         """Move p's gradient, times scale, into the buffer: its own memory is free again at once."""
         self.open()
@@ -355,7 +359,7 @@ class GradientAverage:
         if p in bucket.ready:       # a second backward without `finish` between: end the first round, add to its result
             self.finish()
         bucket.take(p, 1 / self.size)
-        while self.sent < len(self.buckets) and len(self.buckets[self.sent].ready) == len(self.buckets[self.sent].params):
+        while self.sent < len(self.buckets) and self.buckets[self.sent].complete():
             self._send()
 
     def _send(self) -> None:
@@ -381,8 +385,8 @@ class GradientAverage:
         for bucket in self.buckets:
             wait(bucket.work)
             # Reading the counts waits for the GPU, so only a rank that lacks a gradient does it.
-            complete = len(bucket.ready) == len(bucket.params)
-            for p, count in zip(bucket.params, [1] * len(bucket.params) if complete else bucket.counts.tolist()):
+            counts = [1] * len(bucket.params) if bucket.complete() else bucket.counts.tolist()
+            for p, count in zip(bucket.params, counts):
                 if count:
                     mean = bucket.views[p].to(p.dtype)
                     p.grad = mean if p.grad is None else mean.add_(p.grad)
@@ -631,7 +635,7 @@ class FSDP(nn.Module):
         …backward(); model.finish_gradient_synchronization(); optimizer.step()
 
     All parameters of two and more dimensions are cut by rows, ceil(rows / W) a rank, the last ranks less or none;
-    vectors (norms, biases) stay whole on every rank. `parameters()` are the parts, `.grad` has a part's shape and dtype.
+    vectors (norms, biases) stay whole on every rank. `parameters()` are the parts, `.grad` has a part's shape, dtype.
     compute_dtype: what travels and what the matrices compute in (float16, bfloat16); the parts stay as they are, and
     gradients are summed in float32.
 
@@ -646,7 +650,7 @@ class FSDP(nn.Module):
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, group=None):
         super().__init__()
         if compute_dtype is not None and not compute_dtype.is_floating_point:
-            raise ValueError(f"compute_dtype={compute_dtype} must be a floating point dtype, or None for the parameters'")
+            raise ValueError(f"compute_dtype={compute_dtype} must be a floating point dtype, or None")
         self.module, self.group, self.size = module, group, world(group)[1]
         broadcast([*module.parameters(), *module.buffers()], group)
         self.units, found = [], {}
@@ -660,8 +664,8 @@ class FSDP(nn.Module):
                 self.units.append(unit)
             unit.add(piece)
             found.update((p, unit) for p in matrices)
-            piece.register_forward_pre_hook(lambda module, args, unit=unit: self._before_forward(unit))
-            piece.register_forward_hook(lambda module, args, output, unit=unit: self._after_forward(unit, output))
+            piece.register_forward_pre_hook(lambda _, args, unit=unit: self._before_forward(unit))
+            piece.register_forward_hook(lambda _, args, output, unit=unit: self._after_forward(unit, output))
         self.forwards, self.backwards = Order(), Order()
         self.open, self.flushed, self.sending = [], set(), []
         self.had_gradient = {}
@@ -882,7 +886,7 @@ class VocabParallelEmbedding(Divided):
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
-    """-log softmax(logits)[target] per position from logits whose last dimension is divided: (..., V / W), (...) -> (...).
+    """-log softmax(logits)[target] per position, of logits divided in the last dimension: (..., V / W), (...) -> (...).
 
     Three numbers a position travel (maximum, sum of exponentials, target's logit), not V logits. Gradient: this rank's
     part of softmax - onehot.
@@ -926,7 +930,8 @@ def tensor_parallel(model: nn.Module, group=None, plan: dict = PLAN) -> nn.Modul
     size, c = world(group)[1], model.config
     for name in ("n_heads", "n_kv_heads", "d_ff", "d_ff_expert"):
         if (getattr(c, name, None) or 0) % size:
-            raise ValueError(f"{name}={getattr(c, name)} cannot be divided among tp={size} ranks; choose one that divides it")
+            raise ValueError(f"{name}={getattr(c, name)} cannot be divided among tp={size} ranks; "
+                             "choose a tp that divides it")
     if c.attention != "standard":
         raise ValueError(f"attention={c.attention!r} shares one latent among all heads; tp={size} needs standard")
     broadcast([*model.parameters(), *model.buffers()], group)
@@ -1178,7 +1183,8 @@ def measure(config: BenchConfig, device) -> tuple[list[dict], dict]:
         step_phases(running[name], batch)                      # moments and buffers come with the first step
         loss_of(*batch).backward()
         finish()
-        rows.append({"name": name, "held_mb": (live_bytes() - before) / 1e6, "formula_mb": formula / 1e6, "seconds": []})
+        held = live_bytes() - before
+        rows.append({"name": name, "held_mb": held / 1e6, "formula_mb": formula / 1e6, "seconds": []})
         optimizer.zero_grad()
     for turn in range(config.steps + 1):
         for row in rows if turn % 2 else rows[::-1]:
@@ -1208,11 +1214,12 @@ def report(config: BenchConfig, device, bandwidth, rows) -> str:
              f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}",
              f"torchrun --standalone --nproc_per_node={size} parallel.py {words}", "",
              "collective         MB        ms   ring ms   GB/s sent per rank"]
-    lines += [f"{r['kind']:<14}{r['mb']:>7}{r['ms']:>10.2f}{r['ring_ms']:>10.2f}{r['gb_per_s']:>8.2f}" for r in bandwidth]
+    lines += [f"{r['kind']:<14}{r['mb']:>7}{r['ms']:>10.2f}{r['ring_ms']:>10.2f}{r['gb_per_s']:>8.2f}"
+              for r in bandwidth]
     lines += ["", f"training step: d_model {config.d_model}, {config.n_layers} layers, vocabulary {config.vocab_size}, "
               f"{config.batch_size} x {config.context_length} tokens per rank, float32, AdamW",
-              f"step: median of {config.steps} taken in turns; sending, waiting, hidden: one more, traced; MB: weights, "
-              "gradients, moments", "",
+              f"step: median of {config.steps} taken in turns; sending, waiting, hidden: one more, traced; "
+              "MB: weights, gradients, moments", "",
               "strategy            step ms   fastest   sending   waiting  hidden   MB held   formula"]
     for r in rows:
         hidden = "    n/a" if r["hidden"] is None else f"{100 * r['hidden']:>5.0f} %"
@@ -1226,7 +1233,8 @@ def draw(traces: dict, path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    kinds = ("forward", "backward", "finish", "optimizer", "all-reduce", "all-gather", "reduce-scatter", "wait", "broadcast")
+    kinds = ("forward", "backward", "finish", "optimizer", "all-reduce", "all-gather", "reduce-scatter", "wait",
+             "broadcast")
     colors = {kind: f"C{i}" for i, kind in enumerate(kinds)}
     ours = {name: trace for name, trace in traces.items() if not name.startswith("torch")}
     figure, axes = plt.subplots(len(ours), 1, figsize=(11, 1.3 * len(ours) + 0.8), sharex=True, layout="constrained")
@@ -1234,12 +1242,13 @@ def draw(traces: dict, path) -> None:
         zero = trace["computing"][0][1]
         for row, spans in enumerate(trace.values()):
             for kind, a, b in spans:
-                axis.broken_barh([(1000 * (a - zero), 1000 * (b - a))], (2.1 - row, 0.8), color=colors[kind], alpha=0.8)
+                span = 1000 * (a - zero), 1000 * (b - a)
+                axis.broken_barh([span], (2.1 - row, 0.8), color=colors[kind], alpha=0.8)
         axis.set(yticks=(2.5, 1.5, 0.5), yticklabels=list(trace), ylabel=name.replace(" ", "\n", 1))
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
     figure.legend(handles, colors, ncols=9, loc="outside upper center", fontsize=8)
-    axes[-1].set_xlabel(f"ms since the step began, rank 0; torchrun --standalone --nproc_per_node={world()[1]} parallel.py "
-                        + " ".join(sys.argv[1:]))
+    axes[-1].set_xlabel("ms since the step began, rank 0; torchrun --standalone "
+                        f"--nproc_per_node={world()[1]} parallel.py {' '.join(sys.argv[1:])}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -512,8 +512,9 @@ def test_bad_optimizer_settings_are_refused(make):
 #
 # Starting a process costs seconds, so each group of ranks starts once and makes all its checks; every check is a test.
 
-RANKS_MODEL = dict(vocab_size=51, context_length=16, d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, d_ff=64, qk_norm=True)
-# Rounding of other orders of summation, 1e-7 of a gradient; AdamW (lr 1e-2, eps 1e-3) makes at most 10 times that a step.
+RANKS_MODEL = dict(vocab_size=51, context_length=16, d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, d_ff=64,
+                   qk_norm=True)
+# Other orders of summation: 1e-7 of a gradient, of which AdamW (lr 1e-2, eps 1e-3) makes at most 10 times that a step.
 CLOSE = 2e-5
 
 
@@ -535,7 +536,7 @@ def ragged(step, part=0, parts=1):
 
 
 def steps(model, optimizer, which, part=0, parts=1, loss_of=None, finish=lambda: None, clip=parallel.clip_grad_norm):
-    """Train; returns the gradient norms. Each loss counts by its rank's share of the rows, times the number of ranks."""
+    """Train; returns the gradient norms. Each loss counts by its rank's share of the rows, times the ranks."""
     norms = []
     for step in which:
         x, y, share = ragged(step, part, parts)
@@ -590,7 +591,7 @@ def check_five_steps(rank, size, tmp):
                              (STRATEGIES[3:], gpt2), (STRATEGIES[3:], experts)):
         reference, _, norms = one_process(**more)
         for strategy in strategies:
-            model, optimizer, rest = wrapped(strategy, seed=rank, **more)      # a seed per rank: rank 0's weights must rule
+            model, optimizer, rest = wrapped(strategy, seed=rank, **more)      # rank 0's weights must rule
             got = steps(model, optimizer, range(5), *rest)
             worst = furthest(parallel.full_state_dict(model.module), reference.state_dict())
             assert worst < CLOSE, f"{strategy}, {more}: weights are {worst} from one process's"
@@ -664,13 +665,14 @@ def check_sharded_optimizer(rank, size, tmp):
     def groups(model):
         named = list(model.named_parameters())
         hidden = [p for name, p in named if p.dim() == 2 and name.startswith("layers.")]
-        return hidden, [{"params": [named[0][1]]}, {"params": [p for name, p in named if "ln" in name], "lr": 0.1}], [named[-1][1]]
+        norms = [p for name, p in named if "ln" in name]
+        return hidden, [{"params": [named[0][1]]}, {"params": norms, "lr": 0.1}], [named[-1][1]]
 
-    for cls, more in ((torch.optim.AdamW, dict(lr=0.01)), (optim.AdamW, dict(lr=0.01)), (torch.optim.Adagrad, dict(lr=0.01)),
-                      (optim.Muon, dict(lr=0.01))):
+    for cls in (torch.optim.AdamW, optim.AdamW, torch.optim.Adagrad, optim.Muon):
         models = ranks_model(), ranks_model()
         made = []
-        for model, make in zip(models, (lambda p: cls(p, **more), lambda p: parallel.ShardedOptimizer(p, cls, **more))):
+        ways = lambda p: cls(p, lr=0.01), lambda p: parallel.ShardedOptimizer(p, cls, lr=0.01)      # noqa: E731
+        for model, make in zip(models, ways):
             hidden, others, later = groups(model)
             made.append(make(hidden if cls is optim.Muon else others))
             if cls is not optim.Muon:
@@ -714,7 +716,8 @@ class Matrices(torch.nn.Module):
     def forward(self, ids):
         x = self.norm(self.table(ids))
         for layer in self.layers:
-            x = x + (torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x))
+            again = functools.partial(torch.utils.checkpoint.checkpoint, layer, use_reentrant=False)
+            x = x + (again if self.checkpointing else layer)(x)
         return self.head(x).float()
 
 
@@ -742,11 +745,12 @@ def check_fsdp(rank, size, tmp):
             for (name, p), q in zip(divided.named_parameters(), lowered.parameters()):
                 wanted = parallel.take_like(p, q.grad.float())
                 assert p.dtype == p.grad.dtype == torch.float32 and p.shape == p.grad.shape, name
-                assert p.dim() == 1 or p.numel() <= math.ceil(sizes[name][0] / size) * sizes[name][1], f"{name} is not divided"
+                assert p.dim() == 1 or len(p) <= math.ceil(sizes[name][0] / size), f"{name} is not divided"
                 error = (p.grad - wanted).abs().max().item() / q.grad.abs().max().item() if p.numel() else 0
                 assert error < tolerance, f"{name}, {dtype}, checkpointing {checkpointing}: {error}"
             assert furthest(model.full_state_dict(), reference.state_dict()) == 0, "nothing has stepped"
-            assert not any(flat.untyped_storage().nbytes() for unit in model.units for flat in unit.flats.values()), "not freed"
+            flats = [flat for unit in model.units for flat in unit.flats.values()]
+            assert not any(flat.untyped_storage().nbytes() for flat in flats), "not freed"
 
 
 def check_vocabulary_parallel(rank, size, tmp):
@@ -781,15 +785,16 @@ def check_mesh(rank, size, tmp):
     assert torch.distributed.get_process_group_ranks(mesh.tp) == [rank // 2 * 2, rank // 2 * 2 + 1]
 
 
-CHECKS = {4: (check_mesh, check_five_steps, check_checkpoints_move, check_fsdp, check_sharded_optimizer, check_vocabulary_parallel),
+CHECKS = {4: (check_mesh, check_five_steps, check_checkpoints_move, check_fsdp, check_sharded_optimizer,
+              check_vocabulary_parallel),
           2: (check_five_steps, check_checkpoints_move, check_odd_modules, check_fsdp, check_sharded_optimizer)}
 
 
 def run_rank(rank, size, tmp):
-    """One rank: every check in turn; what each said goes to a file. After a failure the ranks are out of step: the end."""
+    """One rank: every check in turn; what each said goes to a file. After a failure the ranks are out of step: end."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=Path(tmp, f"ranks{size}").as_uri(), rank=rank, world_size=size,
-                                         timeout=datetime.timedelta(seconds=60))
+    torch.distributed.init_process_group("gloo", init_method=Path(tmp, f"ranks{size}").as_uri(), rank=rank,
+                                         world_size=size, timeout=datetime.timedelta(seconds=60))
     for check in CHECKS[size]:
         try:
             check(rank, size, tmp)
@@ -830,7 +835,8 @@ def test_ranks(ranks, size, check):
 def torchrun(*words, size=2):
     """(CompletedProcess, seconds) of a torchrun command in this folder."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", *map(str, words)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}",
+               *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent)
     return done, time.perf_counter() - began
 
@@ -849,8 +855,8 @@ def test_a_rank_that_raises_ends_all_with_its_traceback(tmp_path):
 
 
 def test_measurements_hold_what_the_formula_predicts(tmp_path):
-    done, _ = torchrun("parallel.py", f"--out_dir={tmp_path}", "--steps=1", "--max_mb=1", "--d_model=64", "--n_layers=2",
-                       "--vocab_size=500", "--context_length=16")
+    done, _ = torchrun("parallel.py", f"--out_dir={tmp_path}", "--steps=1", "--max_mb=1", "--d_model=64",
+                       "--n_layers=2", "--vocab_size=500", "--context_length=16")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "parallel_cpu_2_ranks.json").read_text(encoding="utf-8"))["strategies"]
     assert len(rows) == 9 and (tmp_path / "parallel_cpu_2_ranks.png").stat().st_size > 10_000
@@ -1820,12 +1826,13 @@ def test_settings_and_data_that_do_not_fit_are_refused(corpus, tmp_path, trained
 def test_train_on_ranks_equals_one_process_and_goes_on_anywhere(corpus, tmp_path):
     """10 steps, the first 5 on one number of ranks and by one strategy, the rest on another and by another."""
     config = tmp_path / "config_tiny.py"
-    config.write_text("".join(f"{key} = {value!r}\n" for key, value in TINY.items() if key != "eval_every"), encoding="utf-8")
+    lines = [f"{key} = {value!r}\n" for key, value in TINY.items() if key != "eval_every"]
+    config.write_text("".join(lines), encoding="utf-8")
     common = ["train.py", config, f"--data_dir={corpus}"]
 
     def run(out, size, steps, *flags):
-        words = [*common, f"--out_dir={tmp_path / out}", f"--max_steps={steps}", "--eval_every=5", "--micro_batch_size=3",
-                 "--grad_clip=0.3", *flags]
+        words = [*common, f"--out_dir={tmp_path / out}", f"--max_steps={steps}", "--eval_every=5",
+                 "--micro_batch_size=3", "--grad_clip=0.3", *flags]
         done, _ = torchrun(*words, size=size)
         assert done.returncode == 0, done.stderr
         assert "val bits per byte" in done.stdout and done.stdout.count("val perplexity") == 1, "one rank speaks"

@@ -76,8 +76,8 @@ class TrainConfig(ModelConfig):
     seed: int = 1337                         # of weights and batches
     device: str | None = None                # cpu, cuda, cuda:1, mps; none = the best there is
     dtype: str | None = None  # float32 | bfloat16 for the matrix products; none = what the device is fast at
-    parallel: str = "ddp"                    # under torchrun: ddp | zero1 | fsdp, what the ranks divide; see parallel.py
-    tp: int = 1                              # ranks that share every matrix (tensor parallel); the others divide the data
+    parallel: str = "ddp"                    # under torchrun: ddp | zero1 | fsdp, what ranks divide; see parallel.py
+    tp: int = 1                              # ranks that share every matrix (tensor parallel); the rest divide the data
     compile: bool | None = None              # torch.compile; none = on CUDA only
 
     def __post_init__(self):
@@ -87,7 +87,8 @@ class TrainConfig(ModelConfig):
         for name, options in allowed.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, options))}")
-        for name in ("batch_tokens", "log_every", "eval_steps", "micro_batch_size", "max_steps", "checkpoint_every", "tp"):
+        for name in ("batch_tokens", "log_every", "eval_steps", "micro_batch_size", "max_steps", "checkpoint_every",
+                     "tp"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -98,7 +99,8 @@ class TrainConfig(ModelConfig):
             raise ValueError(f"{divided} cuts matrices and optimizer=muon needs whole ones; choose optimizer=adamw, or "
                              "parallel=ddp or zero1 with tp=1")
         if divided and self.compile:
-            raise ValueError(f"{divided} sends from within the forward pass, which compile=true cannot follow; leave one out")
+            raise ValueError(f"{divided} sends from within the forward pass, which compile=true cannot follow; "
+                             "leave one of the two out")
         if self.batch_tokens < self.context_length:
             raise ValueError(f"batch_tokens={self.batch_tokens} is less than one sequence of context_length="
                              f"{self.context_length}")
@@ -294,7 +296,8 @@ class Run:
     def train_step(self):
         """One optimizer step over `sequences` sequences of all ranks; returns (loss, gradient norm, learning rate).
 
-        Every rank draws the whole batch and takes its rows: so the run does not depend on the number of ranks. Micro-batches may be ragged: each loss counts by its share of the sequences, so that the sum is the mean over
+        Every rank draws the whole batch and takes its rows: so the run does not depend on the number of ranks.
+        Micro-batches may be ragged: each loss counts by its share of the sequences, so that the sum is the mean over
         all tokens, and not a mean of means.
         """
         config = self.config
@@ -387,7 +390,7 @@ class Run:
 # --- the log ---
 
 class Log:
-    """log.jsonl: a header, then a line a logging step or evaluation, flushed line by line. out_dir None: goes nowhere."""
+    """log.jsonl: a header, then a line a logging step or evaluation, flushed line by line. out_dir None: nowhere."""
 
     def __init__(self, out_dir, header: dict, resume_step: int | None):
         if out_dir is None:
@@ -537,7 +540,7 @@ def print_start(run: Run) -> None:
         f"context {c.context_length}")
     print(f"device: {run.device}, {run.dtype}, {torch.get_num_threads()} CPU threads")
     print(f"step: {run.sequences * c.context_length:,} tokens = {run.sequences} sequences of {c.context_length}, "
-          f"{math.ceil(rows / micro)} micro-batches of up to {micro}" + (f" on each of {ranks} ranks" if ranks > 1 else ""))
+          f"{math.ceil(rows / micro)} micro-batches of up to {micro}" + (f" on each of {ranks} ranks" * (ranks > 1)))
     if run.strategy.size > 1:
         print(f"ranks: {run.strategy.size} = dp {ranks} x tp {config.tp}, parallel={config.parallel}")
     if config.resume:
