@@ -18,7 +18,7 @@ buffers that change in training (sent once, at the start), hiding ZeRO-1's broad
 Papers: Li 2020 (DDP, 2006.15704), Rajbhandari 2019 (ZeRO, 1910.02054), Zhao 2023 (FSDP, 2304.11277),
 Shoeybi 2019 (Megatron-LM, 1909.08053), Thakur 2005 (ring collectives, doi 10.1177/1094342005051521).
 
-    torchrun --standalone --nproc_per_node=2 parallel.py                 all measurements, BENCH_TIME
+    torchrun --standalone --nproc_per_node=2 parallel.py                 107 s on 2 AMD EPYC cores
     torchrun --standalone --nproc_per_node=4 parallel.py --dp=2 --tp=2   the same with a mesh in its last row
     torchrun --standalone --nproc_per_node=2 train.py --parallel=fsdp --optimizer=adamw
 """
@@ -316,6 +316,7 @@ class Bucket:
             self.views = {p: view.view(p.shape) for p, view in zip(self.params, views)}
 
     def complete(self) -> bool:
+        """Every gradient is here."""
         return len(self.ready) == len(self.params)
 
     def take(self, p, scale: float) -> None:
@@ -1204,15 +1205,15 @@ def measure(config: BenchConfig, device) -> tuple[list[dict], dict]:
     for row in rows:
         seconds = sorted(row.pop("seconds"))
         row |= {"ms": 1000 * seconds[len(seconds) // 2], "fastest_ms": 1000 * seconds[0]}
-    return rows, traces
+    return rows, {row["name"]: traces[row["name"]] for row in rows}
 
 
 def report(config: BenchConfig, device, bandwidth, rows) -> str:
     """The tables as text."""
     size, words = world()[1], " ".join(sys.argv[1:])
     lines = [f"{size} ranks, {dist.get_backend()}, {torch.get_num_threads()} threads each, {device.type}, "
-             f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}",
-             f"torchrun --standalone --nproc_per_node={size} parallel.py {words}", "",
+             f"torch {torch.__version__}, {os.cpu_count()} CPU cores, {time.strftime('%Y-%m-%d')}",
+             f"torchrun --standalone --nproc_per_node={size} parallel.py {words}".rstrip(), "",
              "collective         MB        ms   ring ms   GB/s sent per rank"]
     lines += [f"{r['kind']:<14}{r['mb']:>7}{r['ms']:>10.2f}{r['ring_ms']:>10.2f}{r['gb_per_s']:>8.2f}"
               for r in bandwidth]
