@@ -10,7 +10,7 @@ square, as the literature does; `causal=True` counts the pairs that may attend, 
 The backward pass costs twice the forward: a product for the inputs' gradient and one for the weights'. Activations:
 what autograd keeps between the two, tensor by tensor in the order of model.py, with its sdpa backend.
 
-Left out: the temporaries of a backward pass, the allocator's waste, communication, activation recomputation.
+Left out: the temporaries of a backward pass, the allocator's waste, activation recomputation.
 
 Papers: Kaplan 2020 (2001.08361, section 2.1) for the counting, Chowdhery 2022 (2204.02311, appendix B) for MFU,
 Korthikanti 2022 (2205.05198, section 4) for activations, Williams 2009 (Roofline) for intensity against ridge point.
@@ -252,6 +252,31 @@ def intensity(config: ModelConfig, batch_size: int, context_length: int, dtype: 
     return {"prefill": one * context_length / (weights + cache), "decode": one / (met + cache)}
 
 
+def communication(config: ModelConfig, batch_tokens: int, ranks: int, flops: float, link_bytes_per_s: float,
+                  dtype: str = "bfloat16", context_length: int | None = None) -> dict:
+    """What parallel.py's strategies send: {"DDP" | "FSDP" | "tensor parallel": {"bytes", "ms", "compute_ms",
+    "largest"}}.
+
+    bytes, ms: sent by one rank in one step of batch_tokens over all ranks, by rings; compute_ms: the step's
+    arithmetic on one rank at `flops` FLOP/s, for comparison. largest: most ranks before sending takes longer than
+    what it can hide behind (DDP: backward; FSDP: each pass its own; tensor parallel hides behind nothing, so: its own
+    arithmetic). Sending grows as (W-1)/W and arithmetic falls as 1/W, so each is W - 1 <= arithmetic of one rank
+    alone / bytes.
+
+    DDP: 2 N (W-1)/W of float32 gradients. FSDP: 3 N (W-1)/W in `dtype`, two gathers and a reduce-scatter. Tensor
+    parallel: 4 all-reduces a block of (tokens, C), 8 (W-1)/W times its bytes; embedding and loss left out.
+    """
+    c, n, low = config, count_params(config)["total"], BYTES[dtype]
+    forward = flops_per_token(c, context_length or c.context_length)["total"] * batch_tokens / flops  # s on one rank
+    activations = 8 * c.n_layers * batch_tokens * c.d_model * low
+    costs = {
+        "DDP": (2 * 4 * n, 2 * forward), "FSDP": (3 * low * n, 3 * forward),
+        "tensor parallel": (activations, 3 * forward)}
+    return {name: {"bytes": sent * (ranks - 1) / ranks, "ms": 1000 * sent * (ranks - 1) / ranks / link_bytes_per_s,
+                   "compute_ms": 3000 * forward / ranks, "largest": 1 + int(hides * link_bytes_per_s / sent)}
+            for name, (sent, hides) in costs.items()}
+
+
 # --- number formats ---
 
 def number_formats() -> list[dict]:
@@ -322,6 +347,8 @@ class Bill(ModelConfig):
     tokens: float | None = None      # to train on; none = 20 a parameter (2203.15556)
     mfu: float = 0.4                 # share of the peak that goes into the model's FLOPs
     dollars_per_hour: float | None = None    # of one device; none = no price
+    batch_tokens: int = 524_288      # of one training step over all devices
+    link_gb_per_s: float = 450.0     # what a device can send: NVLink 4 (H100 data sheet) 450, InfiniBand NDR 50
 
 
 def table(title: str, header: list[str], rows: list[list]) -> None:
@@ -379,6 +406,12 @@ def print_bill(bill: Bill) -> None:
             for batch in sorted({1, bill.batch_size, 64, 512})]
     table(f"FLOPs per byte, and what bounds it; ridge point of {bill.device}: {ridge:.0f}", ["", "prefill", "decode"],
           rows)
+    ranks = max(2, bill.n_devices)
+    sent = communication(c, bill.batch_tokens, ranks, device.flops * bill.mfu, bill.link_gb_per_s * 1e9, bill.dtype, T)
+    table(
+        f"sent by each of {ranks} ranks in a step of {bill.batch_tokens:,} tokens over {bill.link_gb_per_s:g} GB/s; largest: "
+        "most ranks before it shows", ["", "MB", "ms", "arithmetic, ms", "largest"],
+        [[name, one["bytes"] / 1e6, one["ms"], one["compute_ms"], one["largest"]] for name, one in sent.items()])
     tokens = bill.tokens or 20 * n
     hours = training_hours(c, tokens, bill.device, bill.mfu, bill.n_devices, T)
     money = "" if bill.dollars_per_hour is None else f", {hours * bill.n_devices * bill.dollars_per_hour:,.0f} dollars"
@@ -431,6 +464,9 @@ def main(argv: list[str]) -> None:
         for name, allowed in (("dtype", BYTES), ("optimizer", STATES), ("device", DEVICES)):
             if getattr(bill, name) not in allowed:
                 raise ValueError(f"{name}={getattr(bill, name)!r} must be one of {', '.join(allowed)}")
+        if bill.batch_tokens < 1 or not bill.link_gb_per_s > 0:
+            raise ValueError(
+                f"batch_tokens={bill.batch_tokens} must be at least 1, link_gb_per_s={bill.link_gb_per_s} above 0")
         if not 0 < bill.mfu <= 1 or bill.n_devices < 1 or bill.batch_size < 1:
             raise ValueError(f"mfu={bill.mfu} must be above 0 and at most 1, n_devices={bill.n_devices} and "
                              f"batch_size={bill.batch_size} at least 1")

@@ -4,7 +4,10 @@ CPU only, offline, no timing assertions. Sections stand in the order of the scri
 golden example worked by hand, an independent reference, a property, and its end to end.
 Extra arguments go to pytest: `python test_all.py -k bpe`.
 """
+import contextlib
+import copy
 import dataclasses
+import datetime
 import functools
 import gzip
 import hashlib
@@ -20,6 +23,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import traceback
 import tracemalloc
 import warnings
 from collections import Counter
@@ -33,14 +38,16 @@ import tokenizers
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")      # read when kernels.py decorates its kernels, so before any import of it
+    os.environ.setdefault("TRITON_INTERPRET", "1")      # read when kernels.py is imported, which model.py does
 
 import bpe
 import checkpoint
 import configurator
 import data
 import evaluate
+import model as model_module
 import optim
+import parallel
 import sample
 import train
 from model import ModelConfig, Transformer
@@ -529,12 +536,13 @@ def test_bad_optimizer_settings_are_refused(make):
 
 # --- kernels.py ---
 
-FLASH_CASES = [                    # Tq, Tk, D, query heads a key head, causal, window: every value meets every neighbour
+FLASH_CASES = [  # Tq, Tk, D, query heads a key head, causal, window: every value meets every neighbour
     (1, 1, 16, 1, True, None), (1, 130, 80, 4, True, None), (1, 17, 64, 2, False, None), (7, 7, 80, 2, True, 3),
     (7, 65, 16, 4, False, None), (17, 17, 64, 1, True, None), (17, 7, 32, 2, True, None), (17, 127, 16, 1, True, 17),
     (64, 64, 16, 2, True, 64), (64, 17, 80, 1, True, 7), (64, 130, 32, 4, True, None), (65, 65, 32, 1, True, 17),
-    (65, 64, 64, 4, True, None), (65, 130, 80, 2, False, None), (127, 127, 64, 2, True, 1), (127, 64, 16, 1, False, None),
-    (127, 130, 32, 4, True, 65), (130, 130, 80, 1, True, None), (130, 127, 32, 2, True, 33), (130, 7, 16, 4, True, None)]
+    (65, 64, 64, 4, True, None), (65, 130, 80, 2, False, None), (127, 127, 64, 2, True, 1),
+    (127, 64, 16, 1, False, None), (127, 130, 32, 4, True, 65), (130, 130, 80, 1, True, None),
+    (130, 127, 32, 2, True, 33), (130, 7, 16, 4, True, None)]
 TOLERANCE = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}      # a few roundings at the size of the largest entry
 
 
@@ -569,7 +577,8 @@ def assert_like_float64(function, reference, *inputs, exact=None):
 
 def flash_inputs(Tq, Tk, D, group, dtype=None):
     torch.manual_seed(Tq * 1000 + Tk)
-    return (torch.randn(shape).to(dtype or torch.float32) for shape in ((1, 2 * group, Tq, D), (1, 2, Tk, D), (1, 2, Tk, D)))
+    return (torch.randn(shape).to(dtype or torch.float32)
+            for shape in ((1, 2 * group, Tq, D), (1, 2, Tk, D), (1, 2, Tk, D)))
 
 
 def sdpa(q, k, v, is_causal, window):
@@ -602,12 +611,15 @@ def test_flash_attention_strides_and_leading_dimensions(kernels):
     flash = kernels.FlashAttentionTriton.apply
     q, k, v = flash_inputs(17, 17, 16, 2)
     want = flash(q, k, v, True)
-    def strided(x):                                                             # (B, T, H, D) memory, NaN between the heads
+
+    def strided(x):  # (B, T, H, D) memory, NaN between the heads
         room = torch.full((x.shape[0], x.shape[2], x.shape[1], 24), float("nan"))
         return room.transpose(1, 2)[..., 4:20].copy_(x)
     assert torch.equal(flash(strided(q), strided(k), strided(v), True), want)
     assert torch.equal(flash(q[0], k[0], v[0], True), want[0])
-    assert torch.equal(flash(q[:, :, None, None], *(t[:, :, None, None].repeat_interleave(2, 1) for t in (k, v)), True)[:, :, 0, 0], want)
+    assert torch.equal(
+        flash(q[:, :, None, None], *(t[:, :, None, None].repeat_interleave(2, 1) for t in (k, v)), True)[:, :, 0, 0],
+        want)
     assert torch.equal(flash(q[0, 0], k[0, 0], v[0, 0], True), want[0, 0])
 
 
@@ -617,7 +629,8 @@ def test_flash_attention_saves_the_log_sum_exp_and_rows_without_keys_are_zero(ke
     o = getattr(kernels, name).apply(q, k, v, True)
     saved = o.grad_fn.saved_tensors
     lse, = [t for t in saved if t.shape == q.shape[:-1]]
-    scores = (q @ k.repeat_interleave(2, 1).mT / 4).masked_fill(~torch.ones(9, 5, dtype=torch.bool).tril(-4), float("-inf"))
+    scores = (q @ k.repeat_interleave(2, 1).mT / 4).masked_fill(~torch.ones(9, 5, dtype=torch.bool).tril(-4),
+                                                                float("-inf"))
     torch.testing.assert_close(lse, scores.logsumexp(-1))
     assert len(saved) == 5, f"{len(saved)} tensors saved; q, k, v, o and L are enough"
     o.sum().backward()
@@ -628,7 +641,7 @@ def test_flash_attention_saves_the_log_sum_exp_and_rows_without_keys_are_zero(ke
 
 def test_flash_attention_never_touches_keys_out_of_sight(kernels):
     q, k, v = flash_inputs(130, 130, 16, 1)
-    k[:, :, 64:] = v[:, :, 64:] = float("nan")                                  # past the diagonal for the first 64 queries
+    k[:, :, 64:] = v[:, :, 64:] = float("nan")  # past the diagonal for the first 64 queries
     assert kernels.flash_attention(q, k, v)[:, :, :64].isfinite().all()
     q, k, v = flash_inputs(130, 130, 16, 1)
     k[:, :, :64] = v[:, :, :64] = float("nan")                                  # before the window of query 74 on
@@ -637,9 +650,11 @@ def test_flash_attention_never_touches_keys_out_of_sight(kernels):
 
 def test_flash_attention_refuses_what_it_cannot_do(kernels):
     q = torch.zeros(2, 4, 8, 16)
-    for text, arguments in [("257", [torch.zeros(2, 8, 257)] * 3), ("float64", [q.double()] * 3), ("window=0", [q, q, q, True, 0]),
-                            ("is_causal=True", [q, q, q, False, 4]), ("divisor", [q, q[:, :3], q[:, :3]]), ("rank", [q, q[0], q[0]]),
-                            ("head width 16", [q, q[..., :8], q[..., :8]]), ("one floating dtype", [q, q.half(), q.half()])]:
+    for text, arguments in [("257", [torch.zeros(2, 8, 257)] * 3), ("float64", [q.double()] * 3),
+                            ("window=0", [q, q, q, True, 0]), ("is_causal=True", [q, q, q, False, 4]),
+                            ("divisor", [q, q[:, :3], q[:, :3]]), ("rank", [q, q[0], q[0]]),
+                            ("head width 16", [q, q[..., :8], q[..., :8]]),
+                            ("one floating dtype", [q, q.half(), q.half()])]:
         with pytest.raises(ValueError, match=text):
             kernels.FlashAttentionTriton.apply(*arguments)
 
@@ -653,7 +668,7 @@ def test_fused_layers_and_their_gradients_equal_float64(kernels, dtype):
     for shape in ((3, 7, 80), (65, 1), (5, 1000)):
         x, weight, residual = randn(*shape), randn(shape[-1]), randn(*shape)
         assert_like_float64(kernels.rms_norm, lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-5), x, weight)
-        if dtype == "float32":                                                  # in half precision the sum itself is rounded
+        if dtype == "float32":  # in half precision the sum itself is rounded
             assert_like_float64(lambda x, w, r: kernels.rms_norm(x, w, 1e-6, r),
                                 lambda x, w, r: (F.rms_norm(x + r, x.shape[-1:], w, 1e-6), x + r), x, weight, residual)
         assert_like_float64(kernels.swiglu, lambda g, u: F.silu(g) * u, x, residual)
@@ -668,7 +683,8 @@ def test_fused_layers_and_their_gradients_equal_float64(kernels, dtype):
             return (pairs if interleaved else pairs.mT).flatten(-2)
         return lambda q, k: (rotate(q), rotate(k))
     for interleaved in (False, True):
-        assert_like_float64(lambda q, k: kernels.apply_rope(q, k, angle.cos(), angle.sin(), interleaved), by_complex(interleaved), q, k)
+        assert_like_float64(lambda q, k: kernels.apply_rope(q, k, angle.cos(), angle.sin(), interleaved),
+                            by_complex(interleaved), q, k)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -715,12 +731,14 @@ def test_linear_cross_entropy_never_holds_all_logits(kernels):
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            largest.append(max((t.nbytes for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)), default=0))
+            largest.append(
+                max((t.nbytes for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)), default=0))
             return out
     x, weight = torch.randn(64, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
     with Watch():
         kernels.linear_cross_entropy(x, weight, torch.arange(64), chunk_tokens=16).backward()
-    assert max(largest) == 16 * 300 * 4, f"a tensor of {max(largest)} bytes was made; a chunk of logits has {16 * 300 * 4}"
+    assert max(
+        largest) == 16 * 300 * 4, f"a tensor of {max(largest)} bytes was made; a chunk of logits has {16 * 300 * 4}"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -734,8 +752,9 @@ def test_decode_int8_and_matmul(kernels, dtype):
     for H, K, T, D in ((6, 2, 300, 80), (1, 1, 1, 16), (4, 4, 130, 64)):
         q, k, v = randn(2, H, D), randn(2, K, T, D), randn(2, K, T, D)
         for lengths in (torch.tensor([T, T]), torch.tensor([0, T // 3 + 1])):
-            want = [sdpa(q[b:b + 1, :, None].double(), k[b:b + 1, :, :n].double(), v[b:b + 1, :, :n].double(), False, None)[:, :, 0]
-                    if n else torch.zeros(1, H, D).double() for b, n in enumerate(lengths.tolist())]
+            want = [
+                sdpa(q[b:b + 1, :, None].double(), k[b:b + 1, :, :n].double(), v[b:b + 1, :, :n].double(), False,
+                     None)[:, :, 0] if n else torch.zeros(1, H, D).double() for b, n in enumerate(lengths.tolist())]
             close(kernels.decode_attention(q, k, v, lengths), torch.cat(want))
     weight = torch.randn(100, 70)
     quantised, scale = kernels.quantize_int8(weight)
@@ -753,12 +772,19 @@ def test_kernels_write_every_number_and_read_none_outside(kernels):
     try:
         q, k, v = (t.requires_grad_() for t in flash_inputs(70, 65, 24, 2))
         x, weight = torch.randn(37, 33, requires_grad=True), torch.randn(33, requires_grad=True)
-        outs = [kernels.flash_attention(q, k, v, window=9), kernels.rms_norm(x, weight), kernels.swiglu(x, x), kernels.softmax(x),
-                *kernels.apply_rope(q, q, torch.rand(70, 12), torch.rand(70, 12)),
-                kernels.cross_entropy(x, torch.arange(37) % 33, reduction="none"),
-                kernels.linear_cross_entropy(x, torch.randn(50, 33), torch.arange(37), chunk_tokens=10)]
-        results = [*outs, *torch.autograd.grad([o.sum() for o in outs], [q, k, v, x, weight]),
-                   kernels.decode_attention(q[:, :, 0].detach(), k.detach(), v.detach()), kernels.matmul(x.detach(), x.detach().T)]
+        outs = [
+            kernels.flash_attention(q, k, v, window=9),
+            kernels.rms_norm(x, weight),
+            kernels.swiglu(x, x),
+            kernels.softmax(x), *kernels.apply_rope(q, q, torch.rand(70, 12), torch.rand(70, 12)),
+            kernels.cross_entropy(x,
+                                  torch.arange(37) % 33, reduction="none"),
+            kernels.linear_cross_entropy(x, torch.randn(50, 33), torch.arange(37), chunk_tokens=10)]
+        results = [
+            *outs, *torch.autograd.grad([o.sum() for o in outs], [q, k, v, x, weight]),
+            kernels.decode_attention(q[:, :, 0].detach(), k.detach(), v.detach()),
+            kernels.matmul(x.detach(),
+                           x.detach().T)]
     finally:
         torch.use_deterministic_algorithms(False)
     for i, result in enumerate(results):
@@ -783,7 +809,8 @@ def test_kernels_import_quietly_and_fall_back_with_one_line(tmp_path):
         environment.pop("TRITON_INTERPRET", None)
         if reason != "not installed":
             pytest.importorskip("triton")
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True,
+                              timeout=120)
         lines = done.stdout.splitlines()
         assert done.returncode == 0, done.stderr
         assert lines[0] == "imported" and len(lines) == 2 and reason in lines[1], lines
@@ -791,6 +818,395 @@ def test_kernels_import_quietly_and_fall_back_with_one_line(tmp_path):
 
 
 # --- parallel.py ---
+#
+# Starting a process costs seconds, so each group of ranks starts once and makes all its checks; every check is a test.
+
+RANKS_MODEL = dict(vocab_size=51, context_length=16, d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, d_ff=64,
+                   qk_norm=True)
+# Other orders of summation: 1e-7 of a gradient, of which AdamW (lr 1e-2, eps 1e-3) makes at most 10 times that a step.
+CLOSE = 2e-5
+
+
+def ranks_model(seed=0, **more):
+    torch.manual_seed(seed)
+    return Transformer(ModelConfig(**RANKS_MODEL | more))
+
+
+def adamw(params):
+    return optim.AdamW(params, lr=1e-2, eps=1e-3, weight_decay=0.1)
+
+
+def ragged(step, part=0, parts=1):
+    """Rows of batch `step` that belong to one of several ranks, unequal numbers, and their share of all rows."""
+    ids = torch.randint(51, (11, 13), generator=torch.Generator().manual_seed(step))
+    cuts = [0, 7, 11] if parts == 2 else [0, 5, 6, 9, 11] if parts == 4 else [0, 11]
+    rows = ids[cuts[part]:cuts[part + 1]]
+    return rows[:, :-1], rows[:, 1:], len(rows) / 11
+
+
+def steps(model, optimizer, which, part=0, parts=1, loss_of=None, finish=lambda: None, clip=parallel.clip_grad_norm):
+    """Train; returns the gradient norms. Each loss counts by its rank's share of the rows, times the ranks."""
+    norms = []
+    for step in which:
+        x, y, share = ragged(step, part, parts)
+        optimizer.zero_grad()
+        ((loss_of or (lambda x, y: model(x, y)[1]))(x, y) * share * parts).backward()
+        finish()
+        norms.append(clip(list(model.parameters()), 1.0).item())
+        optimizer.step()
+    return torch.tensor(norms)
+
+
+def one_process(which=range(5), make=adamw, **more):
+    model = ranks_model(**more)
+    optimizer = make(list(model.parameters()))
+    norms = steps(model, optimizer, which, clip=optim.clip_grad_norm)
+    return model, optimizer, norms
+
+
+def wrapped(strategy, seed, make=adamw, **more):
+    """(model, optimizer, the rest of the arguments of `steps`, undivided module)."""
+    rank, size = parallel.world()
+    model, loss_of, part = ranks_model(seed, **more), None, (rank, size)
+    if "tp" in strategy:
+        mesh = parallel.make_mesh(size // 2, 2)
+        parallel.tensor_parallel(model, mesh.tp)
+        module, part = model, (mesh.dp_rank, size // 2)
+        model = parallel.FSDP(model, group=mesh.dp) if "fsdp" in strategy else parallel.DDP(model, group=mesh.dp)
+        if not more.get("mtp_depth"):
+            loss_of = lambda x, y: parallel.vocab_parallel_loss(module, x, y)      # noqa: E731
+    elif strategy == "fsdp":
+        model = parallel.FSDP(model)
+    else:
+        model = parallel.DDP(model, "bucketed" if strategy == "zero1" else strategy, bucket_mb=0.02)
+    params = list(model.parameters())
+    optimizer = parallel.ShardedOptimizer(params, type(make(params[:1])), lr=1e-2, eps=1e-3, weight_decay=0.1) \
+        if strategy == "zero1" else make(params)
+    return model, optimizer, part + (loss_of, model.finish_gradient_synchronization)
+
+
+def furthest(state, wanted):
+    assert list(state) == list(wanted), (list(state)[:3], list(wanted)[:3])
+    return max((state[name] - wanted[name]).abs().max().item() for name in wanted)
+
+
+STRATEGIES = (*parallel.DDP.MODES, "zero1", "fsdp", "tp", "fsdp tp")
+
+
+def check_five_steps(rank, size, tmp):
+    gpt2 = dict(bias=True, norm="layer", position="learned", ffn="gelu", d_ff=64)
+    experts = dict(n_experts=3, balance="none", n_shared_experts=1, mtp_depth=1)
+    for strategies, more in ((STRATEGIES, dict()), (STRATEGIES, dict(tie_embeddings=True, n_kv_heads=2, vocab_size=53)),
+                             (STRATEGIES[3:], gpt2), (STRATEGIES[3:], experts)):
+        reference, _, norms = one_process(**more)
+        for strategy in strategies:
+            model, optimizer, rest = wrapped(strategy, seed=rank, **more)      # rank 0's weights must rule
+            got = steps(model, optimizer, range(5), *rest)
+            worst = furthest(parallel.full_state_dict(model.module), reference.state_dict())
+            assert worst < CLOSE, f"{strategy}, {more}: weights are {worst} from one process's"
+            assert torch.allclose(got, norms, rtol=1e-4), f"{strategy}, {more}: norms {got}, one process {norms}"
+
+
+def check_checkpoints_move(rank, size, tmp):
+    """3 steps here, 2 more in one process and by every other strategy on the other number of ranks."""
+    for strategy in ("zero1", "fsdp", "tp"):
+        path = f"{tmp}/{strategy}.pt"
+        model, optimizer, rest = wrapped(strategy, seed=rank)
+        if size == 4:
+            steps(model, optimizer, range(3), *rest)
+            checkpoint_of = parallel.full_state_dict(model.module), parallel.full_optimizer_state(optimizer)
+            if rank == 0:
+                torch.save(checkpoint_of, path)
+        else:
+            for saved in ("zero1", "fsdp", "tp"):
+                weights, state = torch.load(f"{tmp}/{saved}.pt", weights_only=True)
+                model, optimizer, rest = wrapped(strategy, seed=rank)
+                model.module.load_state_dict(parallel.take_state_dict(model.module, weights))
+                optimizer.load_state_dict(parallel.take_optimizer_state(optimizer, state))
+                steps(model, optimizer, range(3, 5), *rest)
+                worst = furthest(parallel.full_state_dict(model.module), one_process()[0].state_dict())
+                assert worst < CLOSE, f"{saved} on 4 ranks, then {strategy} on 2: {worst} from one process's weights"
+
+
+class Odd(torch.nn.Module):
+    """A frozen part, a matrix in two places, one that only even ranks use, one that nobody uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6, bias=False)
+        self.again, self.frozen = torch.nn.Linear(6, 6, bias=False), torch.nn.Linear(6, 3)
+        self.again.weight = self.second.weight
+        self.frozen.requires_grad_(False)
+        self.sometimes, self.never = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+
+    def forward(self, x, sometimes):
+        y = self.frozen(self.again(torch.relu(self.second(torch.relu(self.first(x))))))
+        return y * self.sometimes if sometimes else y
+
+
+def check_odd_modules(rank, size, tmp):
+    x = torch.randn(size, 6, generator=torch.Generator().manual_seed(3))
+    for mode in (*parallel.DDP.MODES, "fsdp"):
+        torch.manual_seed(0)
+        reference = Odd()
+        for i in range(size):                                  # two micro-batches, so that accumulation is seen too
+            for _ in range(2):
+                (reference(x[i:i + 1], i % 2 == 0).square().sum() / size).backward()
+        torch.manual_seed(rank)
+        model = parallel.FSDP(Odd()) if mode == "fsdp" else parallel.DDP(Odd(), mode, bucket_mb=1e-4)
+        assert torch.equal(model.module.frozen.bias, reference.frozen.bias), "frozen parameters come from rank 0"
+        ways = ["add up"] if mode == "fsdp" else ["no_sync", "add up", "finish twice"]
+        for way in ways:
+            model.zero_grad()
+            with model.no_sync() if way == "no_sync" else contextlib.nullcontext():
+                model(x[rank:rank + 1], rank % 2 == 0).square().sum().backward()
+            if way == "finish twice":
+                model.finish_gradient_synchronization()
+            model(x[rank:rank + 1], rank % 2 == 0).square().sum().backward()
+            model.finish_gradient_synchronization()
+            for (name, p), q in zip(model.module.named_parameters(), reference.parameters()):
+                wanted = None if q.grad is None else parallel.take_like(p, q.grad)
+                assert (p.grad is None) == (wanted is None), f"{mode}, {way}: {name}"
+                assert wanted is None or torch.allclose(p.grad, wanted, atol=1e-6), f"{mode}, {way}: {name}"
+
+
+def check_sharded_optimizer(rank, size, tmp):
+    def groups(model):
+        named = list(model.named_parameters())
+        hidden = [p for name, p in named if p.dim() == 2 and name.startswith("layers.")]
+        norms = [p for name, p in named if "ln" in name]
+        return hidden, [{"params": [named[0][1]]}, {"params": norms, "lr": 0.1}], [named[-1][1]]
+
+    for cls in (torch.optim.AdamW, optim.AdamW, torch.optim.Adagrad, optim.Muon):
+        models = ranks_model(), ranks_model()
+        made = []
+        ways = lambda p: cls(p, lr=0.01), lambda p: parallel.ShardedOptimizer(p, cls, lr=0.01)      # noqa: E731
+        for model, make in zip(models, ways):
+            hidden, others, later = groups(model)
+            made.append(make(hidden if cls is optim.Muon else others))
+            if cls is not optim.Muon:
+                made[-1].add_param_group({"params": later, "weight_decay": 0.5})
+        plain, sharded = made
+        assert isinstance(sharded, torch.optim.Optimizer) and sharded.param_groups[0]["lr"] == 0.01
+        for step in range(4):
+            for model, optimizer in zip(models, made):
+                x, y, _ = ragged(step)
+                optimizer.param_groups[0]["lr"] = 0.02 / (step + 1)
+
+                def closure():
+                    model.zero_grad()
+                    loss = model(x, y)[1]
+                    loss.backward()
+                    return loss
+
+                assert optimizer.step(closure).item() > 0
+        worst = furthest(models[1].state_dict(), models[0].state_dict())
+        assert worst < (1e-6 if cls is not optim.Muon else 1e-3), f"{cls}: {worst}"       # Muon's products are bfloat16
+        held = sum(t.numel() for s in sharded.state.values() for t in s.values() if t.dim())
+        largest = max(p.numel() for g in plain.param_groups for p in g["params"])
+        whole = sum(t.numel() for s in plain.state.values() for t in s.values() if t.dim())
+        assert held <= whole / size + 2 * largest and held < whole, f"{cls}: {held} of {whole} on one of {size} ranks"
+        assert sharded.state_dict()["state"].keys() == plain.state_dict()["state"].keys()
+    with pytest.raises(ValueError, match="Muon takes matrices"):       # on every rank, also those that would not own it
+        parallel.ShardedOptimizer([torch.nn.Parameter(torch.ones(3))], optim.Muon)
+
+
+class Matrices(torch.nn.Module):
+    """Sizes that divide by nothing: some ranks of four hold fewer rows, or none."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm = model_module.Embedding(13, 7), model_module.RMSNorm(7)
+        self.layers = torch.nn.ModuleList([torch.nn.Sequential(model_module.Linear(7, 5), torch.nn.Linear(5, 7)),
+                                           torch.nn.Sequential(model_module.Linear(7, 3), torch.nn.Linear(3, 7))])
+        self.head = model_module.Linear(7, 2)
+        self.checkpointing = False
+
+    def forward(self, ids):
+        x = self.norm(self.table(ids))
+        for layer in self.layers:
+            again = functools.partial(torch.utils.checkpoint.checkpoint, layer, use_reentrant=False)
+            x = x + (again if self.checkpointing else layer)(x)
+        return self.head(x).float()
+
+
+def check_fsdp(rank, size, tmp):
+    ids = torch.randint(13, (size, 6), generator=torch.Generator().manual_seed(5))
+    for dtype in (None, torch.bfloat16, torch.float16):
+        for checkpointing in (False, True):
+            torch.manual_seed(0)
+            reference = Matrices()
+            divided = copy.deepcopy(reference)
+            model = parallel.FSDP(divided, compute_dtype=dtype)
+            divided.checkpointing = checkpointing
+            sizes = {name: p.shape for name, p in reference.named_parameters()}
+            for turn in range(3):                              # the second and third know which unit comes next
+                model.zero_grad()
+                with torch.no_grad():
+                    model(ids)
+                model(ids[rank:rank + 1]).square().mean().backward()
+                model.finish_gradient_synchronization()
+            lowered = copy.deepcopy(reference).to(dtype or torch.float32)
+            lowered.norm.float()
+            lowered(ids).square().mean().backward()
+            # Elements of float16 carry 11 bits, of bfloat16 8; sums over 6 positions and 3 layers lose a few of them.
+            tolerance = {None: 1e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
+            for (name, p), q in zip(divided.named_parameters(), lowered.parameters()):
+                wanted = parallel.take_like(p, q.grad.float())
+                assert p.dtype == p.grad.dtype == torch.float32 and p.shape == p.grad.shape, name
+                assert p.dim() == 1 or len(p) <= math.ceil(sizes[name][0] / size), f"{name} is not divided"
+                error = (p.grad - wanted).abs().max().item() / q.grad.abs().max().item() if p.numel() else 0
+                assert error < tolerance, f"{name}, {dtype}, checkpointing {checkpointing}: {error}"
+            assert furthest(model.full_state_dict(), reference.state_dict()) == 0, "nothing has stepped"
+            flats = [flat for unit in model.units for flat in unit.flats.values()]
+            assert not any(flat.untyped_storage().nbytes() for flat in flats), "not freed"
+
+
+def check_vocabulary_parallel(rank, size, tmp):
+    for vocabulary in (3, 10, 17):                             # fewer columns than ranks, and uneven parts
+        logits = torch.randn(4, 5, vocabulary, generator=torch.Generator().manual_seed(1)).mul_(30).requires_grad_()
+        targets = torch.randint(vocabulary, (4, 5), generator=torch.Generator().manual_seed(2))
+        wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        cut = parallel.Cut(2, vocabulary)
+        mine = cut.take(logits.detach()).clone().requires_grad_()
+        loss = parallel.VocabParallelCrossEntropy.apply(mine, targets, cut).mean()
+        loss.backward()
+        wanted.backward()
+        assert torch.allclose(loss, wanted, atol=1e-5) and torch.allclose(mine.grad, cut.take(logits.grad), atol=1e-6)
+    column, row = parallel.ColumnParallelLinear(6, 8), parallel.RowParallelLinear(8, 6)
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    row(torch.relu(column(x))).sum().backward()
+    whole = [parallel.gather_like(layer.weight, layer.weight).requires_grad_() for layer in (column, row)]
+    x_whole = x.detach().clone().requires_grad_()
+    (torch.relu(x_whole @ whole[0].T) @ whole[1].T).sum().backward()
+    assert torch.allclose(x.grad, x_whole.grad, atol=1e-5)
+    for layer, weight in zip((column, row), whole):
+        assert torch.allclose(layer.weight.grad, parallel.take_like(layer.weight, weight.grad), atol=1e-5)
+    with pytest.raises(ValueError, match=f"n_heads=1 cannot be divided among tp={size} ranks"):
+        parallel.tensor_parallel(ranks_model(n_heads=1, n_kv_heads=1))
+
+
+def check_mesh(rank, size, tmp):
+    with pytest.raises(ValueError, match=f"dp=3 x tp=2 = 6 ranks, but {size} are running"):
+        parallel.make_mesh(3, 2)
+    mesh = parallel.make_mesh(size // 2, 2)
+    assert (mesh.dp_rank, mesh.tp_rank) == (rank // 2, rank % 2)
+    assert torch.distributed.get_process_group_ranks(mesh.tp) == [rank // 2 * 2, rank // 2 * 2 + 1]
+
+
+CHECKS = {4: (check_mesh, check_five_steps, check_checkpoints_move, check_fsdp, check_sharded_optimizer,
+              check_vocabulary_parallel),
+          2: (check_five_steps, check_checkpoints_move, check_odd_modules, check_fsdp, check_sharded_optimizer)}
+
+
+def run_rank(rank, size, tmp):
+    """One rank: every check in turn; what each said goes to a file. After a failure the ranks are out of step: end."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=Path(tmp, f"ranks{size}").as_uri(), rank=rank,
+                                         world_size=size, timeout=datetime.timedelta(seconds=60))
+    for check in CHECKS[size]:
+        try:
+            check(rank, size, tmp)
+            said = "passed"
+        except Exception:
+            said = traceback.format_exc()
+        Path(tmp, f"{check.__name__}.{size}.{rank}").write_text(said, encoding="utf-8")
+        if said != "passed":
+            os._exit(1)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)                  # torch 2.13 with gloo sometimes aborts in the interpreter's own exit
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("ranks")
+    for size in CHECKS:
+        started = [torch.multiprocessing.get_context("spawn").Process(target=run_rank, args=(rank, size, str(tmp)))
+                   for rank in range(size)]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(120)
+            process.kill()
+    return tmp
+
+
+@pytest.mark.parametrize("size, check", [(size, check.__name__) for size, checks in CHECKS.items() for check in checks])
+def test_ranks(ranks, size, check):
+    for rank in range(size):
+        file = ranks / f"{check}.{size}.{rank}"
+        assert file.exists(), f"rank {rank} of {size} did not come to an end of {check}"
+        said = file.read_text(encoding="utf-8")
+        assert said == "passed", f"rank {rank} of {size}: {said}"
+
+
+def torchrun(*words, size=2):
+    """(CompletedProcess, seconds) of a torchrun command in this folder."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}",
+               *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent)
+    return done, time.perf_counter() - began
+
+
+def test_a_rank_that_raises_ends_all_with_its_traceback(tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+                      "import parallel, torch\n"
+                      "with parallel.ending():\n"
+                      "    parallel.start()\n"
+                      "    if parallel.world()[0] == 1: raise ArithmeticError('this one')\n"
+                      "    torch.distributed.all_reduce(torch.ones(1))\n", encoding="utf-8")
+    done, seconds = torchrun(script)
+    assert done.returncode and seconds < 30
+    assert "rank 1 failed" in done.stderr and "ArithmeticError: this one" in done.stderr
+
+
+def test_measurements_hold_what_the_formula_predicts(tmp_path):
+    done, _ = torchrun("parallel.py", f"--out_dir={tmp_path}", "--steps=1", "--max_mb=1", "--d_model=64",
+                       "--n_layers=2", "--vocab_size=500", "--context_length=16")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "parallel_cpu_2_ranks.json").read_text(encoding="utf-8"))["strategies"]
+    assert len(rows) == 9 and (tmp_path / "parallel_cpu_2_ranks.png").stat().st_size > 10_000
+    for row in rows:
+        assert abs(row["held_mb"] / row["formula_mb"] - 1) < 0.05, row
+
+
+def test_the_communication_bill_by_hand_and_as_sent(monkeypatch):
+    import accounting
+    config = ModelConfig(**RANKS_MODEL)
+    n, forward = accounting.count_params(config)["total"], accounting.flops_per_token(config, 16)["total"]
+    bill = accounting.communication(config, 100, 4, flops=1e6, link_bytes_per_s=1e3, dtype="float32")
+    assert [bill[name]["bytes"]
+            for name in bill] == [2 * 4 * n * 3 / 4, 3 * 4 * n * 3 / 4, 2 * 4 * 2 * 100 * 32 * 4 * 3 / 4]
+    assert bill["DDP"]["largest"] == 1 + 2 * forward * 100 * 1000 // (8 * n * 1_000_000)
+    # What the strategies hand to torch.distributed, as if there were 4 ranks: a ring sends 3/4 of it, twice for
+    # all-reduce.
+    sent = []
+    monkeypatch.setattr(parallel, "world", lambda group=None: (0, 4))
+    monkeypatch.setattr(parallel, "send", lambda kind, call, *tensors, **more: sent.append((kind, tensors[0].nbytes)))
+    for name, wrapper in (("DDP", parallel.DDP), ("FSDP", parallel.FSDP)):
+        model = wrapper(ranks_model())
+        sent.clear()
+        model(*ragged(0)[:2])[1].backward()
+        model.finish_gradient_synchronization()
+        total = sum((2 if kind == "all-reduce" else 1) * 3 / 4 * size for kind, size in sent)
+        # Padding of uneven rows; vectors, twice in FSDP; the embedding is gathered once, the last unit not again.
+        assert 0.75 * bill[name]["bytes"] < total < 1.05 * bill[name]["bytes"], name
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    reference, _, _ = one_process(which=range(2))
+    for strategy in ("bucketed", "zero1", "fsdp"):
+        model, optimizer, rest = wrapped(strategy, seed=0)
+        steps(model, optimizer, range(2), *rest)
+        assert furthest(parallel.full_state_dict(model.module), reference.state_dict()) < 1e-6
+    monkeypatch.setenv("WORLD_SIZE", "2")                      # torchrun started two, and nobody made the group
+    with pytest.raises(RuntimeError, match="call parallel.start"):
+        parallel.DDP(ranks_model())
+    with pytest.raises(ValueError, match="mode='fast' must be one of naive"):
+        parallel.DDP(ranks_model(), mode="fast")
 
 
 # --- configurator.py and checkpoint.py ---
@@ -1832,6 +2248,35 @@ def test_settings_and_data_that_do_not_fit_are_refused(corpus, tmp_path, trained
     (folder / "meta.json").write_text(json.dumps(meta | {"tokenizer_sha256": "0" * 64}), encoding="utf-8")
     with pytest.raises(ValueError, match="another tokenizer"):
         tiny_run(folder, tmp_path / "other", resume=True, optimizer="muon")
+
+
+def test_train_on_ranks_equals_one_process_and_goes_on_anywhere(corpus, tmp_path):
+    """10 steps, the first 5 on one number of ranks and by one strategy, the rest on another and by another."""
+    config = tmp_path / "config_tiny.py"
+    lines = [f"{key} = {value!r}\n" for key, value in TINY.items() if key != "eval_every"]
+    config.write_text("".join(lines), encoding="utf-8")
+    common = ["train.py", config, f"--data_dir={corpus}"]
+
+    def run(out, size, steps, *flags):
+        words = [*common, f"--out_dir={tmp_path / out}", f"--max_steps={steps}", "--eval_every=5",
+                 "--micro_batch_size=3", "--grad_clip=0.3", *flags]
+        done, _ = torchrun(*words, size=size)
+        assert done.returncode == 0, done.stderr
+        assert "val bits per byte" in done.stdout and done.stdout.count("val perplexity") == 1, "one rank speaks"
+        return train.read_log(tmp_path / out / "log.jsonl")
+
+    straight = tiny_run(corpus, tmp_path / "one", max_steps=10, grad_clip=0.3, eval_every=5)
+    run("two", 2, 5, "--parallel=fsdp")                        # 5 are the warmup: the schedule of the 10 begins alike
+    (tmp_path / "three").mkdir()
+    shutil.copy(tmp_path / "two" / "ckpt.pt", tmp_path / "three" / "ckpt.pt")
+    log = run("two", 2, 10, "--tp=2", "--resume=true")
+    run("three", 3, 10, "--parallel=zero1", "--resume=true")   # 8 sequences on 3 ranks
+    for out in ("two", "three"):
+        for (name, tensor), other in zip(weights(tmp_path / "one").items(), weights(tmp_path / out).values()):
+            torch.testing.assert_close(tensor, other, atol=5e-5, rtol=0, msg=lambda m: f"{out}, {name}: {m}")
+    assert abs([line["val_loss"] for line in log if "val_loss" in line][-1] - straight["val_loss"]) < 1e-4
+    with pytest.raises(ValueError, match="parallel=fsdp cuts matrices and optimizer=muon needs whole ones"):
+        train.TrainConfig(**TINY, parallel="fsdp", optimizer="muon")
 
 
 # --- sample.py ---

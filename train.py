@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 
 import data
+import parallel
 from checkpoint import load_optimizer, load_weights, read_checkpoint, save_checkpoint, load_checkpoint  # noqa: F401
 from configurator import command_line, fail, print_config
 from model import ModelConfig, Transformer, bits_per_byte, token_losses
@@ -74,20 +76,31 @@ class TrainConfig(ModelConfig):
     seed: int = 1337                         # of weights and batches
     device: str | None = None                # cpu, cuda, cuda:1, mps; none = the best there is
     dtype: str | None = None  # float32 | bfloat16 for the matrix products; none = what the device is fast at
+    parallel: str = "ddp"                    # under torchrun: ddp | zero1 | fsdp, what ranks divide; see parallel.py
+    tp: int = 1                              # ranks that share every matrix (tensor parallel); the rest divide the data
     compile: bool | None = None              # torch.compile; none = on CUDA only
 
     def __post_init__(self):
         """Check what is not the model's; ModelConfig checks the rest once the vocabulary is known."""
-        allowed = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd", "constant"), "dtype": (None, *DTYPES)}
+        allowed = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd", "constant"), "dtype": (None, *DTYPES),
+                   "parallel": ("ddp", "zero1", "fsdp")}
         for name, options in allowed.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, options))}")
-        for name in ("batch_tokens", "log_every", "eval_steps", "micro_batch_size", "max_steps", "checkpoint_every"):
+        for name in ("batch_tokens", "log_every", "eval_steps", "micro_batch_size", "max_steps", "checkpoint_every",
+                     "tp"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes={self.max_minutes} must be more than 0")
+        divided = f"parallel={self.parallel}" if self.parallel == "fsdp" else f"tp={self.tp}" if self.tp > 1 else None
+        if divided and self.optimizer == "muon":
+            raise ValueError(f"{divided} cuts matrices and optimizer=muon needs whole ones; choose optimizer=adamw, or "
+                             "parallel=ddp or zero1 with tp=1")
+        if divided and self.compile:
+            raise ValueError(f"{divided} sends from within the forward pass, which compile=true cannot follow; "
+                             "leave one of the two out")
         if self.batch_tokens < self.context_length:
             raise ValueError(f"batch_tokens={self.batch_tokens} is less than one sequence of context_length="
                              f"{self.context_length}")
@@ -198,11 +211,11 @@ def training_flops_per_token(model: Transformer) -> float:
 
 # --- optimizers ---
 
-def make_optimizers(model: Transformer, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Transformer, config: TrainConfig, make) -> list[torch.optim.Optimizer]:
     """One or two optimizers; each group keeps its peak rate as `peak_lr`, which the schedule scales.
 
     Matrices decay, vectors (norm weights) do not: a norm pulled to zero has nothing to win. The embedding is a table
-    of vectors and is not decayed either.
+    of vectors and is not decayed either. make(class, groups, **settings): parallel.Strategy.optimizer.
     """
     hidden, other, vectors = [], [], []
     for name, parameter in model.named_parameters():
@@ -211,11 +224,11 @@ def make_optimizers(model: Transformer, config: TrainConfig) -> list[torch.optim
         (vectors if is_vector else hidden if in_block else other).append(parameter)
     adamw_matrices = other if config.optimizer == "muon" else hidden + other
     groups = [{"params": adamw_matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers = [
-        AdamW([group for group in groups if group["params"]], lr=config.lr, betas=(config.beta1, config.beta2))]
+    groups = [group for group in groups if group["params"]]
+    optimizers = [make(AdamW, groups, lr=config.lr, betas=(config.beta1, config.beta2))]
     if config.optimizer == "muon":
-        optimizers.append(
-            Muon(hidden, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.muon_weight_decay))
+        optimizers.append(make(Muon, hidden, lr=config.muon_lr, momentum=config.momentum,
+                               weight_decay=config.muon_weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -237,19 +250,25 @@ def lr_factor(config: TrainConfig, step: int, total_steps: float) -> float:
 class Run:
     """The state of one training run: everything a checkpoint must bring back, and the steps that change it."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, strategy: parallel.Strategy | None = None):
         self.config = config
-        self.device = pick_device(config.device)
+        self.strategy = strategy or parallel.Strategy(config.parallel, config.tp, config.device)
+        self.device = pick_device(self.strategy.device)
         if self.device == "cpu":
             keep_freed_memory()
-        self.dtype = pick_dtype(config.dtype, self.device)
+        self.dtype = self.strategy.same(pick_dtype(config.dtype, self.device))
         self.meta = data.read_meta(config.data_dir)
         self.splits = {split: data.open_tokens(config.data_dir, split) for split in ("train", "val")}
         vocab_size = check_vocabulary(config, self.meta, self.splits)
         torch.manual_seed(config.seed)
         self.model = Transformer(config.model_config(vocab_size)).to(self.device)
-        self.optimizers = make_optimizers(self.model, config)
-        use_compile = self.device.startswith("cuda") if config.compile is None else config.compile
+        self.n_params = sum(p.numel() for p in self.model.parameters())
+        self.flops_per_token = training_flops_per_token(self.model)
+        # From here on self.model may hold only this rank's part.
+        self.strategy.divide(self.model, None if self.dtype == "float32" else DTYPES[self.dtype])
+        self.cut = config.parallel == "fsdp" or config.tp > 1
+        self.optimizers = make_optimizers(self.model, config, self.strategy.optimizer)
+        use_compile = self.device.startswith("cuda") and not self.cut if config.compile is None else config.compile
         self.forward = torch.compile(self.model) if use_compile else self.model
         self.batches = torch.Generator().manual_seed(config.seed + 1)
         self.sequences = config.batch_tokens // config.context_length
@@ -275,8 +294,9 @@ class Run:
         return self.step / self.progress() if self.step and self.progress() else math.inf
 
     def train_step(self):
-        """One optimizer step over `sequences` sequences; returns (loss, gradient norm, learning rate).
+        """One optimizer step over `sequences` sequences of all ranks; returns (loss, gradient norm, learning rate).
 
+        Every rank draws the whole batch and takes its rows: so the run does not depend on the number of ranks.
         Micro-batches may be ragged: each loss counts by its share of the sequences, so that the sum is the mean over
         all tokens, and not a mean of means.
         """
@@ -288,14 +308,16 @@ class Run:
         inputs, targets = get_batch(self.splits["train"], self.sequences, config.context_length, self.device,
                                     self.batches)
         micro = config.micro_batch_size or self.sequences
-        loss = 0.0
-        for x, y in zip(inputs.split(micro), targets.split(micro)):
+        loss, batches = 0.0, list(self.strategy.micro_batches(inputs, targets, micro))
+        for i, (x, y, share) in enumerate(batches, start=1):
             with self.autocast():
                 _, micro_loss = self.forward(x, y)
-            micro_loss = micro_loss * (len(x) / self.sequences)
-            micro_loss.backward()
+            micro_loss = micro_loss * share
+            self.strategy.backward(micro_loss, last=i == len(batches))
             loss = loss + micro_loss.detach()
-        norm = clip_grad_norm(self.model.parameters(), config.grad_clip)
+        loss = self.strategy.mean(loss)
+        clip = parallel.clip_grad_norm if self.cut else clip_grad_norm
+        norm = clip(self.model.parameters(), config.grad_clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -315,7 +337,7 @@ class Run:
             with self.autocast():
                 total += self.model(*batch)[1].item()
         self.model.train()
-        return total / self.config.eval_steps
+        return self.strategy.same(total / self.config.eval_steps)
 
     def full_loss(self) -> float:
         """Mean loss over the whole validation split, every token predicted with at least half a context before it."""
@@ -332,8 +354,14 @@ class Run:
         return bits_per_byte(loss, self.meta["val_tokens"], self.meta["val_bytes"])
 
     def save(self, name: str = "ckpt.pt") -> None:
+        """Write the whole, undivided state, so that any number of ranks can go on from it; collective."""
+        weights = parallel.full_state_dict(self.model)
+        states = [parallel.full_optimizer_state(optimizer) for optimizer in self.optimizers]
+        if self.strategy.rank:
+            return
         save_checkpoint(
-            self.model, self.optimizers, self.step, Path(self.config.out_dir) / name,
+            weights, [types.SimpleNamespace(state_dict=lambda state=state: state) for state in states], self.step,
+            Path(self.config.out_dir) / name, model_config=asdict(self.model.config),
             train_config=asdict(self.config), tokens=self.step * self.sequences * self.config.context_length,
             rng={"batches": self.batches.get_state(), "torch": torch.get_rng_state()}, data_position=self.step,
             seconds=self.seconds, best_val_loss=self.best_val_loss, tokenizer_sha256=self.tokenizer_sha256)
@@ -345,9 +373,12 @@ class Run:
         if entries.get("tokenizer_sha256") != self.tokenizer_sha256:
             raise ValueError(f"{path} was trained with another tokenizer than {self.config.data_dir} was made with; "
                              "give the data_dir it was trained on, or another out_dir")
-        load_weights(self.model, entries["model"], path)
+        load_weights(self.model, parallel.take_state_dict(self.model, entries["model"]), path)
         peaks = [[group["peak_lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        load_optimizer(self.optimizers, entries["optimizer"], path)
+        states = entries["optimizer"]
+        if isinstance(states, list) and len(states) == len(self.optimizers):      # load_optimizer refuses all else
+            states = [parallel.take_optimizer_state(*pair) for pair in zip(self.optimizers, states)]
+        load_optimizer(self.optimizers, states, path)
         for optimizer, rates in zip(self.optimizers, peaks):  # a rate asked for on resuming wins over the saved one
             for group, rate in zip(optimizer.param_groups, rates):
                 group["peak_lr"] = rate
@@ -359,9 +390,12 @@ class Run:
 # --- the log ---
 
 class Log:
-    """log.jsonl: a header, then a line a logging step or evaluation, flushed line by line."""
+    """log.jsonl: a header, then a line a logging step or evaluation, flushed line by line. out_dir None: nowhere."""
 
     def __init__(self, out_dir, header: dict, resume_step: int | None):
+        if out_dir is None:
+            self.file = open(os.devnull, "w", encoding="utf-8")
+            return
         self.path = Path(out_dir) / "log.jsonl"
         kept = [json.dumps(header)]
         if resume_step is not None and self.path.exists():
@@ -418,7 +452,7 @@ class Stop:
     NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
 
     def __enter__(self):
-        self.signal, self.before = None, {}
+        self.signal, self.agreed, self.before = None, None, {}    # agreed: one that all ranks know of
         for name in self.NAMES:
             with contextlib.suppress(AttributeError, ValueError):    # not on this system; not in the main thread
                 number = getattr(signal, name)
@@ -447,34 +481,39 @@ def main(config: TrainConfig) -> dict:
     """
     if config.max_steps is None and config.max_minutes is None:
         config.max_minutes = DEFAULT_MINUTES
+    strategy = parallel.Strategy(config.parallel, config.tp, config.device)
+    head = strategy.rank == 0              # who prepares, logs, draws and writes; all ranks train and evaluate
     corpus = Path(config.data_dir).name
-    if corpus in data.NAMES and not (Path(config.data_dir) / "meta.json").exists() \
+    if head and corpus in data.NAMES and not (Path(config.data_dir) / "meta.json").exists() \
             and not (Path(config.data_dir) / "train.bin").exists():
         data.prepare(corpus, data_dir=config.data_dir, context_length=config.context_length)
-    run = Run(config)
+    strategy.same(None)                    # nobody goes on before the files are there
+    run = Run(config, strategy)
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     if config.resume:
         run.restore()
-    if run.tokenizer_path.exists():
+    if head and run.tokenizer_path.exists():
         shutil.copyfile(run.tokenizer_path, Path(config.out_dir) / "tokenizer.json")
-    log = Log(config.out_dir, header(run), run.step if config.resume else None)
+    log = Log(config.out_dir if head else None, header(run), run.step if config.resume else None)
     print_start(run)
     with Stop() as stop, contextlib.closing(log.file):
         last_loss = train(run, log, stop)
-        if stop.signal is None:
+        if stop.agreed is None:
             val_loss = run.full_loss()
             bits = run.bits_per_byte(val_loss)
             log.write(step=run.step, seconds=run.seconds, val_loss=val_loss, val_bits_per_byte=bits,
                       split="all of val.bin")
-    plot([config.out_dir], Path(config.out_dir) / "loss.png")
+    if head:
+        plot([config.out_dir], Path(config.out_dir) / "loss.png")
     figures = {"step": run.step, "tokens": run.step * run.sequences * config.context_length, "seconds": run.seconds,
-               "loss": last_loss, "out_dir": config.out_dir, "interrupted": stop.signal}
-    if stop.signal is not None:
+               "loss": last_loss, "out_dir": config.out_dir, "interrupted": stop.agreed}
+    if stop.agreed is not None:
         print(
             f"stopped at step {run.step}, saved. Go on with the same command and --resume=true, or see what it writes: "
             f"python sample.py {config.out_dir}")
         return figures
-    show_samples(config)
+    if head:
+        show_samples(config)
     print(
         f"step {run.step}, {run.seconds:.1f} s of training | val loss {val_loss:.4f} | "
         f"val perplexity {math.exp(val_loss):.2f} | val bits per byte {'n/a' if bits is None else f'{bits:.4f}'}")
@@ -493,14 +532,17 @@ def header(run: Run) -> dict:
 def print_start(run: Run) -> None:
     """What is trained, where, and how a step is made up."""
     config, c = run.config, run.model.config
-    n_params = sum(p.numel() for p in run.model.parameters())
-    micro = min(config.micro_batch_size or run.sequences, run.sequences)
+    n_params, ranks = run.n_params, run.strategy.dp
+    rows = math.ceil(run.sequences / ranks)
+    micro = min(config.micro_batch_size or rows, rows)
     print(
         f"model: {n_params:,} parameters, {c.n_layers} layers of {c.d_model}, vocabulary {c.vocab_size:,}, "
         f"context {c.context_length}")
     print(f"device: {run.device}, {run.dtype}, {torch.get_num_threads()} CPU threads")
     print(f"step: {run.sequences * c.context_length:,} tokens = {run.sequences} sequences of {c.context_length}, "
-          f"{math.ceil(run.sequences / micro)} micro-batches of up to {micro}")
+          f"{math.ceil(rows / micro)} micro-batches of up to {micro}" + (f" on each of {ranks} ranks" * (ranks > 1)))
+    if run.strategy.size > 1:
+        print(f"ranks: {run.strategy.size} = dp {ranks} x tp {config.tp}, parallel={config.parallel}")
     if config.resume:
         print(f"resumed {config.out_dir}/ckpt.pt at step {run.step}, {run.seconds:.1f} s")
         if run.progress() >= 1:
@@ -510,16 +552,18 @@ def print_start(run: Run) -> None:
 def train(run: Run, log: Log, stop: Stop) -> float | None:
     """Step until the run is done or a signal comes; returns the last logged loss."""
     config, last_loss, since = run.config, None, (run.step, run.seconds)
-    peak, flops = peak_flops(run.device, run.dtype), training_flops_per_token(run.model)
+    peak, flops = peak_flops(run.device, run.dtype), run.flops_per_token / run.strategy.size
     step_tokens = run.sequences * config.context_length
     saved_at = None
-    while run.progress() < 1 and stop.signal is None:
+    while run.progress() < 1 and stop.agreed is None:
         began = time.perf_counter()
         loss, norm, lr = run.train_step()
         due = run.step % config.log_every == 0 or run.step == 1
         if due or config.max_minutes:
             loss_value = loss.item()                               # waits for the device, so that the clock is true
-        run.seconds += time.perf_counter() - began
+        # The clock and a signal end a run: all ranks must see the same ones, or some would wait for the rest for ever.
+        run.seconds, caught = run.strategy.largest(run.seconds + time.perf_counter() - began, stop.signal or 0)
+        stop.agreed = int(caught) or None
         if due or run.progress() >= 1:
             last_loss = loss.item()
             stop_if_not_finite(run, last_loss, norm.item(), lr)
@@ -606,4 +650,9 @@ def run_command_line(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command_line(sys.argv[1:])
+    if "RANK" not in os.environ:
+        run_command_line(sys.argv[1:])
+    else:                                  # one of torchrun's: one rank speaks, a failed one ends all
+        with parallel.ending(), open(os.devnull, "w", encoding="utf-8") as nowhere:
+            with contextlib.redirect_stdout(nowhere if os.environ["RANK"] != "0" else sys.stdout):
+                run_command_line(sys.argv[1:])
