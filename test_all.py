@@ -33,7 +33,7 @@ import tokenizers
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")      # read when kernels.py decorates its kernels, so before any import of it
+    os.environ.setdefault("TRITON_INTERPRET", "1")      # read when kernels.py is imported, which model.py does
 
 import bpe
 import checkpoint
@@ -529,12 +529,13 @@ def test_bad_optimizer_settings_are_refused(make):
 
 # --- kernels.py ---
 
-FLASH_CASES = [                    # Tq, Tk, D, query heads a key head, causal, window: every value meets every neighbour
+FLASH_CASES = [                    # Tq, Tk, D, query heads a key head, causal, window
     (1, 1, 16, 1, True, None), (1, 130, 80, 4, True, None), (1, 17, 64, 2, False, None), (7, 7, 80, 2, True, 3),
     (7, 65, 16, 4, False, None), (17, 17, 64, 1, True, None), (17, 7, 32, 2, True, None), (17, 127, 16, 1, True, 17),
     (64, 64, 16, 2, True, 64), (64, 17, 80, 1, True, 7), (64, 130, 32, 4, True, None), (65, 65, 32, 1, True, 17),
-    (65, 64, 64, 4, True, None), (65, 130, 80, 2, False, None), (127, 127, 64, 2, True, 1), (127, 64, 16, 1, False, None),
-    (127, 130, 32, 4, True, 65), (130, 130, 80, 1, True, None), (130, 127, 32, 2, True, 33), (130, 7, 16, 4, True, None)]
+    (65, 64, 64, 4, True, None), (65, 130, 80, 2, False, None), (127, 127, 64, 2, True, 1),
+    (127, 64, 16, 1, False, None), (127, 130, 32, 4, True, 65), (130, 130, 80, 1, True, None),
+    (130, 127, 32, 2, True, 33), (130, 7, 16, 4, True, None)]
 TOLERANCE = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}      # a few roundings at the size of the largest entry
 
 
@@ -564,12 +565,13 @@ def assert_like_float64(function, reference, *inputs, exact=None):
     for i, (a, b) in enumerate(zip(found, right, strict=True)):
         assert a.shape == b.shape and a.isfinite().all(), f"result {i}: shape {tuple(a.shape)}, or not finite"
         error = (a.double() - b).abs().max().item() / max(1.0, b.abs().max().item())
-        assert error < tolerance, f"result {i} of {len(found)}: error {error:.1e} of the largest entry, allowed {tolerance}"
+        assert error < tolerance, f"result {i} of {len(found)}: error {error:.1e}, allowed {tolerance}"
 
 
 def flash_inputs(Tq, Tk, D, group, dtype=None):
     torch.manual_seed(Tq * 1000 + Tk)
-    return (torch.randn(shape).to(dtype or torch.float32) for shape in ((1, 2 * group, Tq, D), (1, 2, Tk, D), (1, 2, Tk, D)))
+    shapes = (1, 2 * group, Tq, D), (1, 2, Tk, D), (1, 2, Tk, D)
+    return (torch.randn(shape).to(dtype or torch.float32) for shape in shapes)
 
 
 def sdpa(q, k, v, is_causal, window):
@@ -602,12 +604,13 @@ def test_flash_attention_strides_and_leading_dimensions(kernels):
     flash = kernels.FlashAttentionTriton.apply
     q, k, v = flash_inputs(17, 17, 16, 2)
     want = flash(q, k, v, True)
-    def strided(x):                                                             # (B, T, H, D) memory, NaN between the heads
+    def strided(x):                                          # (B, T, H, D) memory, NaN between the heads
         room = torch.full((x.shape[0], x.shape[2], x.shape[1], 24), float("nan"))
         return room.transpose(1, 2)[..., 4:20].copy_(x)
     assert torch.equal(flash(strided(q), strided(k), strided(v), True), want)
     assert torch.equal(flash(q[0], k[0], v[0], True), want[0])
-    assert torch.equal(flash(q[:, :, None, None], *(t[:, :, None, None].repeat_interleave(2, 1) for t in (k, v)), True)[:, :, 0, 0], want)
+    k5, v5 = (t[:, :, None, None].repeat_interleave(2, 1) for t in (k, v))
+    assert torch.equal(flash(q[:, :, None, None], k5, v5, True)[:, :, 0, 0], want)
     assert torch.equal(flash(q[0, 0], k[0, 0], v[0, 0], True), want[0, 0])
 
 
@@ -617,7 +620,8 @@ def test_flash_attention_saves_the_log_sum_exp_and_rows_without_keys_are_zero(ke
     o = getattr(kernels, name).apply(q, k, v, True)
     saved = o.grad_fn.saved_tensors
     lse, = [t for t in saved if t.shape == q.shape[:-1]]
-    scores = (q @ k.repeat_interleave(2, 1).mT / 4).masked_fill(~torch.ones(9, 5, dtype=torch.bool).tril(-4), float("-inf"))
+    unseen = ~torch.ones(9, 5, dtype=torch.bool).tril(-4)
+    scores = (q @ k.repeat_interleave(2, 1).mT / 4).masked_fill(unseen, float("-inf"))
     torch.testing.assert_close(lse, scores.logsumexp(-1))
     assert len(saved) == 5, f"{len(saved)} tensors saved; q, k, v, o and L are enough"
     o.sum().backward()
@@ -628,18 +632,20 @@ def test_flash_attention_saves_the_log_sum_exp_and_rows_without_keys_are_zero(ke
 
 def test_flash_attention_never_touches_keys_out_of_sight(kernels):
     q, k, v = flash_inputs(130, 130, 16, 1)
-    k[:, :, 64:] = v[:, :, 64:] = float("nan")                                  # past the diagonal for the first 64 queries
+    k[:, :, 64:] = v[:, :, 64:] = float("nan")               # past the diagonal for the first 64 queries
     assert kernels.flash_attention(q, k, v)[:, :, :64].isfinite().all()
     q, k, v = flash_inputs(130, 130, 16, 1)
-    k[:, :, :64] = v[:, :, :64] = float("nan")                                  # before the window of query 74 on
+    k[:, :, :64] = v[:, :, :64] = float("nan")               # before the window of query 74 on
     assert kernels.flash_attention(q, k, v, window=10)[:, :, 128:].isfinite().all()
 
 
 def test_flash_attention_refuses_what_it_cannot_do(kernels):
     q = torch.zeros(2, 4, 8, 16)
-    for text, arguments in [("257", [torch.zeros(2, 8, 257)] * 3), ("float64", [q.double()] * 3), ("window=0", [q, q, q, True, 0]),
-                            ("is_causal=True", [q, q, q, False, 4]), ("divisor", [q, q[:, :3], q[:, :3]]), ("rank", [q, q[0], q[0]]),
-                            ("head width 16", [q, q[..., :8], q[..., :8]]), ("one floating dtype", [q, q.half(), q.half()])]:
+    for text, arguments in [("257", [torch.zeros(2, 8, 257)] * 3), ("float64", [q.double()] * 3),
+                            ("window=0", [q, q, q, True, 0]), ("is_causal=True", [q, q, q, False, 4]),
+                            ("divisor", [q, q[:, :3], q[:, :3]]), ("rank", [q, q[0], q[0]]),
+                            ("head width 16", [q, q[..., :8], q[..., :8]]),
+                            ("one floating dtype", [q, q.half(), q.half()])]:
         with pytest.raises(ValueError, match=text):
             kernels.FlashAttentionTriton.apply(*arguments)
 
@@ -653,7 +659,7 @@ def test_fused_layers_and_their_gradients_equal_float64(kernels, dtype):
     for shape in ((3, 7, 80), (65, 1), (5, 1000)):
         x, weight, residual = randn(*shape), randn(shape[-1]), randn(*shape)
         assert_like_float64(kernels.rms_norm, lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-5), x, weight)
-        if dtype == "float32":                                                  # in half precision the sum itself is rounded
+        if dtype == "float32":                               # in half precision the sum itself is rounded
             assert_like_float64(lambda x, w, r: kernels.rms_norm(x, w, 1e-6, r),
                                 lambda x, w, r: (F.rms_norm(x + r, x.shape[-1:], w, 1e-6), x + r), x, weight, residual)
         assert_like_float64(kernels.swiglu, lambda g, u: F.silu(g) * u, x, residual)
@@ -668,7 +674,8 @@ def test_fused_layers_and_their_gradients_equal_float64(kernels, dtype):
             return (pairs if interleaved else pairs.mT).flatten(-2)
         return lambda q, k: (rotate(q), rotate(k))
     for interleaved in (False, True):
-        assert_like_float64(lambda q, k: kernels.apply_rope(q, k, angle.cos(), angle.sin(), interleaved), by_complex(interleaved), q, k)
+        assert_like_float64(lambda q, k: kernels.apply_rope(q, k, angle.cos(), angle.sin(), interleaved),
+                            by_complex(interleaved), q, k)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -715,12 +722,13 @@ def test_linear_cross_entropy_never_holds_all_logits(kernels):
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            largest.append(max((t.nbytes for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)), default=0))
+            made = torch.utils._pytree.tree_leaves(out)
+            largest.extend(t.nbytes for t in made if isinstance(t, torch.Tensor))
             return out
     x, weight = torch.randn(64, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
     with Watch():
         kernels.linear_cross_entropy(x, weight, torch.arange(64), chunk_tokens=16).backward()
-    assert max(largest) == 16 * 300 * 4, f"a tensor of {max(largest)} bytes was made; a chunk of logits has {16 * 300 * 4}"
+    assert max(largest) == 16 * 300 * 4, f"a tensor of {max(largest)} bytes; a chunk has {16 * 300 * 4}"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -734,8 +742,10 @@ def test_decode_int8_and_matmul(kernels, dtype):
     for H, K, T, D in ((6, 2, 300, 80), (1, 1, 1, 16), (4, 4, 130, 64)):
         q, k, v = randn(2, H, D), randn(2, K, T, D), randn(2, K, T, D)
         for lengths in (torch.tensor([T, T]), torch.tensor([0, T // 3 + 1])):
-            want = [sdpa(q[b:b + 1, :, None].double(), k[b:b + 1, :, :n].double(), v[b:b + 1, :, :n].double(), False, None)[:, :, 0]
-                    if n else torch.zeros(1, H, D).double() for b, n in enumerate(lengths.tolist())]
+            def alone(b, n):                                 # row b of the batch with its own n keys
+                cache = [t[b:b + 1, :, :n].double() for t in (k, v)]
+                return sdpa(q[b:b + 1, :, None].double(), *cache, False, None)[:, :, 0] if n else torch.zeros(1, H, D)
+            want = [alone(b, n).double() for b, n in enumerate(lengths.tolist())]
             close(kernels.decode_attention(q, k, v, lengths), torch.cat(want))
     weight = torch.randn(100, 70)
     quantised, scale = kernels.quantize_int8(weight)
@@ -753,12 +763,13 @@ def test_kernels_write_every_number_and_read_none_outside(kernels):
     try:
         q, k, v = (t.requires_grad_() for t in flash_inputs(70, 65, 24, 2))
         x, weight = torch.randn(37, 33, requires_grad=True), torch.randn(33, requires_grad=True)
-        outs = [kernels.flash_attention(q, k, v, window=9), kernels.rms_norm(x, weight), kernels.swiglu(x, x), kernels.softmax(x),
-                *kernels.apply_rope(q, q, torch.rand(70, 12), torch.rand(70, 12)),
+        outs = [kernels.flash_attention(q, k, v, window=9), kernels.rms_norm(x, weight), kernels.swiglu(x, x),
+                kernels.softmax(x), *kernels.apply_rope(q, q, torch.rand(70, 12), torch.rand(70, 12)),
                 kernels.cross_entropy(x, torch.arange(37) % 33, reduction="none"),
                 kernels.linear_cross_entropy(x, torch.randn(50, 33), torch.arange(37), chunk_tokens=10)]
         results = [*outs, *torch.autograd.grad([o.sum() for o in outs], [q, k, v, x, weight]),
-                   kernels.decode_attention(q[:, :, 0].detach(), k.detach(), v.detach()), kernels.matmul(x.detach(), x.detach().T)]
+                   kernels.decode_attention(q[:, :, 0].detach(), k.detach(), v.detach()),
+                   kernels.matmul(x.detach(), x.detach().T)]
     finally:
         torch.use_deterministic_algorithms(False)
     for i, result in enumerate(results):
@@ -774,7 +785,8 @@ def test_kernels_import_quietly_and_fall_back_with_one_line(tmp_path):
            "x = torch.randn(4, 16, requires_grad=True)\n" \
            "y = kernels.swiglu(kernels.rms_norm(x, torch.ones(16)), kernels.softmax(x))\n" \
            "kernels.linear_cross_entropy(y, torch.randn(20, 16), torch.arange(4), chunk_tokens=3).backward()\n" \
-           "kernels.decode_attention(q[:, :, 0], q, q); kernels.int8_matvec(x, *kernels.quantize_int8(torch.randn(3, 16)))\n" \
+           "kernels.decode_attention(q[:, :, 0], q, q)\n" \
+           "kernels.int8_matvec(x, *kernels.quantize_int8(torch.randn(3, 16)))\n" \
            "assert x.grad.abs().sum() > 0 and q.grad.abs().sum() > 0"
     (tmp_path / "triton.py").write_text("raise ImportError('hidden')", encoding="utf-8")
     here = os.path.dirname(os.path.abspath(__file__))
@@ -783,7 +795,8 @@ def test_kernels_import_quietly_and_fall_back_with_one_line(tmp_path):
         environment.pop("TRITON_INTERPRET", None)
         if reason != "not installed":
             pytest.importorskip("triton")
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True,
+                              timeout=120)
         lines = done.stdout.splitlines()
         assert done.returncode == 0, done.stderr
         assert lines[0] == "imported" and len(lines) == 2 and reason in lines[1], lines
