@@ -71,11 +71,12 @@ def autotuned(key, small, large):
 
 def fitting(configs, arguments, **constants):
     """The tiles worth timing. R rows of a padded head of D numbers are R x D float32 sums in the warps' registers; past
-    16,384 for 4 warps they spill. IEEE float32 products hold their inputs there too: eight times earlier."""
+    16,384 for 4 warps they spill. IEEE float32 products hold their inputs there too: four times earlier, and compiling
+    what spills takes minutes."""
     exact = constants.get("PRECISION") == "ieee"
     def cost(config):
         rows = max(size for name, size in config.kwargs.items() if name.startswith("BLOCK"))
-        return rows * constants.get("D_PAD", 32) * (8 if exact else 4 / config.num_warps)
+        return rows * constants.get("D_PAD", 64) * (4 if exact else 4 / config.num_warps)
     return [config for config in configs if cost(config) <= 128 * 128] or [min(configs, key=cost)]
 
 
@@ -367,10 +368,10 @@ class FlashAttentionPyTorch(torch.autograd.Function):
 
 QUERY_TILES = [({"BLOCK_Q": q, "BLOCK_K": k}, warps, stages) for q, k, warps, stages in (
     (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3), (128, 32, 4, 3),
-    (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2))]
+    (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1))]
 KEY_TILES = [({"BLOCK_Q": q, "BLOCK_K": k}, warps, stages) for q, k, warps, stages in (
     (128, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3),
-    (64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2))]
+    (64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1))]
 FLASH_KEY = ["T_BUCKET", "D", "CAUSAL", "WINDOW", "PRECISION"]
 NOT_SPECIALIZED = ["heads", "Tq", "Tk", "window"]      # a length of 1 or a multiple of 16 must not mean another kernel
 
