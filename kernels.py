@@ -7,8 +7,8 @@ bound by arithmetic. Attention is a matrix product, a softmax and another produc
 would make it wait for memory; FlashAttention keeps that matrix on the chip, a tile at a time.
 
 In reading order: matmul (tiles, L2 grouping, autotuning: the lesson), FlashAttention-2 in plain PyTorch, then in
-Triton, RMSNorm, SwiGLU, RoPE, softmax, cross entropy, the linear layer fused with it, attention to a cache for one
-new token, and the int8 matrix-vector product of quantised decoding. Below them the table and the benchmarks.
+Triton, RMSNorm, SwiGLU, RoPE, softmax, cross entropy, the linear layer fused with it, attention to a cache for one new
+token, and the int8 matrix-vector product of quantised decoding. Below them the table and the benchmarks.
 
 Where they run: on CUDA; on the CPU through Triton's interpreter when TRITON_INTERPRET=1 is set before this file is
 imported (slow, exact, for tests); elsewhere the PyTorch reference takes over and says so in one line.
@@ -36,15 +36,12 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 try:
     import triton
     import triton.language as tl
+    from triton.language import constexpr              # an argument that a kernel is compiled for: a value, a kernel
 except ImportError:                                    # macOS, Windows: the kernels stay text, the references run
-    triton = None
-
-    class tl:
-        """What the kernels' annotations need to be defined; nothing here runs."""
-        constexpr = float
+    triton, constexpr = None, float
 
 INTERPRET = triton is not None and bool(triton.knobs.runtime.interpret)
-LOG2E = tl.constexpr(math.log2(math.e))                # exp(x) = 2^(x log2 e), and 2^x is one instruction
+LOG2E = constexpr(math.log2(math.e))                   # exp(x) = 2^(x log2 e), and 2^x is one instruction
 
 
 # --- plumbing: decorating, choosing, launching ---
@@ -73,13 +70,13 @@ def autotuned(key, small, large):
 
 
 def fitting(configs, arguments, **constants):
-    """The tiles worth timing. R rows of a padded head of D numbers are R x D float32 sums in the registers of 4 or 8
-    warps;
-    past 16,384 for 4 warps they spill. IEEE float32 products hold their inputs there too, and spill eight times
-    earlier."""
+    """The tiles worth timing. R rows of a padded head of D numbers are R x D float32 sums in the warps' registers; past
+    16,384 for 4 warps they spill. IEEE float32 products hold their inputs there too: four times earlier, and compiling
+    what spills takes minutes."""
+    exact = constants.get("PRECISION") == "ieee"
     def cost(config):
-        width = constants.get("D_PAD", 32) * (8 if constants.get("PRECISION") == "ieee" else 1)
-        return max(v for name, v in config.kwargs.items() if name.startswith("BLOCK")) * width * 4 // config.num_warps
+        rows = max(size for name, size in config.kwargs.items() if name.startswith("BLOCK"))
+        return rows * constants.get("D_PAD", 64) * (4 if exact else 4 / config.num_warps)
     return [config for config in configs if cost(config) <= 128 * 128] or [min(configs, key=cost)]
 
 
@@ -110,8 +107,7 @@ def launch(kernel, grid, x, *arguments, **constants):
 def opaque(fn):
     """fn as a single operator under torch.compile, whose tracer should not look into a launch; else fn itself.
 
-    What shapes fn gives torch.compile learns by calling it with tensors that hold no data, for which `launch` does
-    nothing.
+    What shapes fn gives torch.compile learns by calling it with tensors without data, for which `launch` does nothing.
     """
     operator = torch.library.custom_op(f"kernels::{fn.__name__}", fn, mutates_args=())
     operator.register_fake(fn)
@@ -119,8 +115,7 @@ def opaque(fn):
 
 
 def power_of_2(n: int, least: int = 1) -> int:
-    """The smallest power of two that is at least n and `least`: power_of_2(80) = 128. Triton's tiles have such sides.
-    """
+    """The smallest power of two from n and `least` up: power_of_2(80) = 128. Triton's tiles have such sides."""
     return max(least, 1 << max(int(n) - 1, 0).bit_length())
 
 
@@ -135,8 +130,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 @jit
-def _tile(base, start, stride, count, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-          CHECK: tl.constexpr):
+def _tile(base, start, stride, count, ROWS: constexpr, WIDTH: constexpr, PADDED: constexpr, CHECK: constexpr):
     """Rows start … start + ROWS of a (count, WIDTH) matrix as a (ROWS, PADDED) tile; what lies outside is zero.
 
     The offset of `start` is 64-bit: T x stride passes 2^31 in long contexts. Within the tile 32 bits do.
@@ -154,7 +148,7 @@ def _tile(base, start, stride, count, ROWS: tl.constexpr, WIDTH: tl.constexpr, P
 
 
 @jit
-def _put(base, start, stride, count, value, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def _put(base, start, stride, count, value, ROWS: constexpr, WIDTH: constexpr, PADDED: constexpr):
     """Store the part of a (ROWS, PADDED) tile that lies inside a (count, WIDTH) matrix, in its dtype."""
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
     pointers = base + tl.cast(start, tl.int64) * stride + (row * stride + column)
@@ -162,7 +156,7 @@ def _put(base, start, stride, count, value, ROWS: tl.constexpr, WIDTH: tl.conste
 
 
 @jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
+def _dot(a, b, acc, PRECISION: constexpr):
     """acc + a @ b, summed in float32. See dot_precision for PRECISION."""
     if PRECISION == "upcast":
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
@@ -190,8 +184,8 @@ MATMUL_TILES = [({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages) for 
 
 @autotuned(["M", "N", "K", "PRECISION"], {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32}, MATMUL_TILES)
 @jit
-def _matmul(a, b, c, M, N, K, a_row, a_col, b_row, b_col, c_row, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _matmul(a, b, c, M, N, K, a_row, a_col, b_row, b_col, c_row, PRECISION: constexpr, GROUP: constexpr,
+            BLOCK_M: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr):
     """One program computes one BLOCK_M x BLOCK_N tile of c (M, N) = a (M, K) b (K, N), walking along K.
 
     Programs run in about the order of their numbers. Row by row, a wave of them would read all of b for a few rows of
@@ -253,9 +247,7 @@ def attention_reference(q, k, v, is_causal=False, window=None):
 
 
 def visible(rows, columns, shift, is_causal, window):
-    """Which key each query sees, (len(rows), len(columns)) of bool. `shift` is Tk - Tq: the last query sees the last
-    key.
-    """
+    """Which key each query sees, (rows, columns) of bool. `shift` is Tk - Tq: the last query sees the last key."""
     distance = (rows[:, None] + shift) - columns[None, :]
     seen = torch.ones_like(distance, dtype=torch.bool)
     if is_causal:
@@ -374,20 +366,18 @@ class FlashAttentionPyTorch(torch.autograd.Function):
 
 # --- FlashAttention-2 in Triton ---
 
-QUERY_TILES = [({"BLOCK_Q": q, "BLOCK_K": k}, warps, stages)
-               for q, k, warps, stages in ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2),
-                                           (128, 64, 4, 3), (128, 32, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2),
-                                           (64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2))]
-KEY_TILES = [
-    ({"BLOCK_Q": q, "BLOCK_K": k}, warps, stages)
-    for q, k, warps, stages in ((128, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 2), (128, 64, 8, 3),
-                                (64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2))]
+QUERY_TILES = [({"BLOCK_Q": q, "BLOCK_K": k}, warps, stages) for q, k, warps, stages in (
+    (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3), (128, 32, 4, 3),
+    (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1))]
+KEY_TILES = [({"BLOCK_Q": q, "BLOCK_K": k}, warps, stages) for q, k, warps, stages in (
+    (128, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3),
+    (64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1))]
 FLASH_KEY = ["T_BUCKET", "D", "CAUSAL", "WINDOW", "PRECISION"]
 NOT_SPECIALIZED = ["heads", "Tq", "Tk", "window"]      # a length of 1 or a multiple of 16 must not mean another kernel
 
 
 @jit
-def _seen(query, key, Tk, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+def _seen(query, key, Tk, shift, window, CAUSAL: constexpr, WINDOW: constexpr):
     """Which keys of a tile the queries see; query and key are (R, 1) and (1, C), or the other way round."""
     seen = key < Tk
     if CAUSAL:
@@ -398,8 +388,7 @@ def _seen(query, key, Tk, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.conste
 
 
 @jit
-def _key_range(q0, Tk, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr,
-               BLOCK_K: tl.constexpr):
+def _key_range(q0, Tk, shift, window, CAUSAL: constexpr, WINDOW: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
     """(lo, a, b, hi) for queries q0 … q0 + BLOCK_Q: only the keys from lo to hi are seen by any of them, and those from
     a to b by all of them, so that only the tiles in lo … a and b … hi need a mask."""
     lo, a, hi = 0, 0, Tk
@@ -414,7 +403,13 @@ def _key_range(q0, Tk, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 
 
 @jit
-def _base2(lse, index, count, CHECK: tl.constexpr):
+def _part(part: constexpr, lo, a, b, hi):
+    """(first, last) of part 0, 1 or 2 of the tiles between lo, a, b and hi."""
+    return (lo, a) if part == 0 else ((a, b) if part == 1 else (b, hi))
+
+
+@jit
+def _base2(lse, index, count, CHECK: constexpr):
     """L in base 2 for a tile of queries; 0 for a row that saw no key, so that exp2(-inf - L) is 0 and not NaN."""
     row = tl.load(lse + index, mask=index < count, other=0.0) if CHECK else tl.load(lse + index)
     return tl.where(row == -float("inf"), 0.0, row) * LOG2E
@@ -422,11 +417,11 @@ def _base2(lse, index, count, CHECK: tl.constexpr):
 
 @autotuned(FLASH_KEY, {"BLOCK_Q": 64, "BLOCK_K": 32}, QUERY_TILES)
 @jit(do_not_specialize=NOT_SPECIALIZED)
-def _flash_forward(q, k, v, o, lse, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk, window, scale, T_BUCKET: tl.constexpr,
-                   GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, CAUSAL: tl.constexpr,
-                   WINDOW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """One program: BLOCK_Q queries of one head. q, o (B, H, Tq, D) share strides, k, v (B, K, Tk, D) too; lse (B, H,
-    Tq).
+def _flash_forward(q, k, v, o, lse, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk, window, scale, T_BUCKET: constexpr,
+                   GROUP: constexpr, D: constexpr, D_PAD: constexpr, CAUSAL: constexpr, WINDOW: constexpr,
+                   PRECISION: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
+    """One program: BLOCK_Q queries of one head. q, o (B, H, Tq, D) share strides, so do k, v (B, K, Tk, D);
+    lse is (B, H, Tq).
 
     Programs next to each other work on one head, so that its keys and values are read from memory once and then from
     L2. The longest rows of the causal triangle come first: what finishes last should be short. `scale` holds
@@ -445,8 +440,8 @@ def _flash_forward(q, k, v, o, lse, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk,
     lo, a, b, hi = _key_range(q0, Tk, shift, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_K)
     # Unrolled by the compiler into up to three loops: cut by the window, seen by all (no mask), cut by diagonal or end.
     for part in tl.static_range(0 if WINDOW else 1, 3):
-        for k0 in range(lo if part == 0 else (a if part == 1 else b), a if part == 0 else (b if part == 1 else hi),
-                        BLOCK_K):
+        first, last = _part(part, lo, a, b, hi)
+        for k0 in range(first, last, BLOCK_K):
             k_tile = _tile(k + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, part != 1)
             s = _dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRECISION)
             if part != 1:
@@ -458,13 +453,13 @@ def _flash_forward(q, k, v, o, lse, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk,
             v_tile = _tile(v + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, part != 1)
             acc = _dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)
             l, m = l * shrink + tl.sum(p, axis=1), m_new
-    l_safe = tl.where(l == 0.0, 1.0, l)  # a row without keys: zeros, and L = -inf
+    l_safe = tl.where(l == 0.0, 1.0, l)                                         # a row without keys: 0, L = -inf
     _put(o + q_offset, q0, q_t, Tq, acc / l_safe[:, None], BLOCK_Q, D, D_PAD)
     tl.store(lse + row * Tq + query, (m + tl.log2(l_safe)) / LOG2E, mask=query < Tq)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
-def _flash_delta(o, do, delta, q_b, q_h, q_t, heads, Tq, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_Q: tl.constexpr):
+def _flash_delta(o, do, delta, q_b, q_h, q_t, heads, Tq, D: constexpr, D_PAD: constexpr, BLOCK_Q: constexpr):
     """delta (B, H, Tq) = rowsum(dO ∘ O) = rowsum(dP ∘ P): what the softmax's gradient subtracts from each row of dP."""
     blocks = tl.cdiv(Tq, BLOCK_Q)
     q0, row = tl.program_id(0) % blocks * BLOCK_Q, (tl.program_id(0) // blocks).to(tl.int64)
@@ -477,9 +472,8 @@ def _flash_delta(o, do, delta, q_b, q_h, q_t, heads, Tq, D: tl.constexpr, D_PAD:
 @autotuned(FLASH_KEY, {"BLOCK_Q": 32, "BLOCK_K": 64}, KEY_TILES)
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def _flash_backward_keys(q, k, v, do, lse, delta, dk, dv, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk, window, scale,
-                         T_BUCKET: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-                         CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr,
-                         BLOCK_K: tl.constexpr):
+                         T_BUCKET: constexpr, GROUP: constexpr, D: constexpr, D_PAD: constexpr, CAUSAL: constexpr,
+                         WINDOW: constexpr, PRECISION: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
     """One program: dK and dV of BLOCK_K keys of one key/value head, summed over its query heads in a fixed order.
 
     dV = Pᵀ dO and dK = dSᵀ Q / √D over the queries that see the keys. Scores stand transposed, (keys, queries), so that
@@ -509,15 +503,15 @@ def _flash_backward_keys(q, k, v, do, lse, delta, dk, dv, q_b, q_h, q_t, k_b, k_
         head = key_head * GROUP + member
         q_offset, first = batch * q_b + head * q_h, (batch * heads + head) * Tq
         for part in tl.static_range(0 if CAUSAL else 1, 3):
-            for q0 in range(lo if part == 0 else (a if part == 1 else b), a if part == 0 else (b if part == 1 else hi),
-                            BLOCK_Q):
+            begin, end = _part(part, lo, a, b, hi)
+            for q0 in range(begin, end, BLOCK_Q):
                 query = q0 + tl.arange(0, BLOCK_Q)
                 q_tile = _tile(q + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, part != 1)
                 s = _dot(k_tile, tl.trans(q_tile), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), PRECISION)
                 if part != 1:
                     # Queries past the end need no mask: their rows of q and dO are zero.
-                    s = tl.where(_seen(query[None, :], key[:, None], Tk, shift, window, CAUSAL, WINDOW), s,
-                                 -float("inf"))
+                    seen = _seen(query[None, :], key[:, None], Tk, shift, window, CAUSAL, WINDOW)
+                    s = tl.where(seen, s, -float("inf"))
                 p = tl.exp2(s * scale - _base2(lse + first, query, Tq, part != 1)[None, :])
                 do_tile = _tile(do + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, part != 1)
                 dv_tile = _dot(p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
@@ -531,9 +525,8 @@ def _flash_backward_keys(q, k, v, do, lse, delta, dk, dv, q_b, q_h, q_t, k_b, k_
 @autotuned(FLASH_KEY, {"BLOCK_Q": 64, "BLOCK_K": 32}, QUERY_TILES)
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def _flash_backward_queries(q, k, v, do, lse, delta, dq, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk, window, scale,
-                            T_BUCKET: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-                            CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr,
-                            BLOCK_K: tl.constexpr):
+                            T_BUCKET: constexpr, GROUP: constexpr, D: constexpr, D_PAD: constexpr, CAUSAL: constexpr,
+                            WINDOW: constexpr, PRECISION: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
     """One program: dQ = dS K / √D of BLOCK_Q queries of one head; walks over the keys as the forward pass does."""
     blocks, pid = tl.cdiv(Tq, BLOCK_Q), tl.program_id(0)
     q0 = (blocks - 1 - pid % blocks) * BLOCK_Q
@@ -548,8 +541,8 @@ def _flash_backward_queries(q, k, v, do, lse, delta, dq, q_b, q_h, q_t, k_b, k_h
     dq_tile = tl.zeros((BLOCK_Q, D_PAD), tl.float32)
     lo, a, b, hi = _key_range(q0, Tk, shift, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_K)
     for part in tl.static_range(0 if WINDOW else 1, 3):
-        for k0 in range(lo if part == 0 else (a if part == 1 else b), a if part == 0 else (b if part == 1 else hi),
-                        BLOCK_K):
+        first, last = _part(part, lo, a, b, hi)
+        for k0 in range(first, last, BLOCK_K):
             k_tile = _tile(k + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, part != 1)
             s = _dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRECISION)
             if part != 1:
@@ -575,8 +568,9 @@ def laid_out(x: Tensor, like: Tensor | None = None) -> Tensor:
     """
     if like is None:
         like = torch.empty_like(x, device="meta")
-    return x if x.stride() == like.stride() else torch.empty_strided(like.shape, like.stride(), dtype=x.dtype,
-                                                                     device=x.device).copy_(x)
+    if x.stride() == like.stride():
+        return x
+    return torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def flash_arguments(q, k, is_causal, window):
@@ -598,8 +592,9 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int 
         k4 = laid_out(k4)
         v4 = laid_out(v4, k4)
     o4, (sizes, constants) = torch.empty_like(q4), flash_arguments(q4, k4, is_causal, window)
-    launch(_flash_forward, lambda tile: (-(-q4.shape[2] // tile["BLOCK_Q"]) * q4.shape[0] * q4.shape[1], ), q, q4, k4,
-           v4, o4, lse, *sizes, **constants)
+    B, H, Tq, _ = q4.shape
+    launch(_flash_forward, lambda tile: (-(-Tq // tile["BLOCK_Q"]) * B * H,), q, q4, k4, v4, o4, lse, *sizes,
+           **constants)
     return o4.view(q.shape), lse
 
 
@@ -614,11 +609,11 @@ def flash_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: 
     dq, dk, dv, delta = torch.empty_like(q4), torch.empty_like(k4), torch.empty_like(v4), torch.empty_like(lse)
     (B, H, Tq, D), (_, K, Tk, _) = q4.shape, k4.shape
     sizes, constants = flash_arguments(q4, k4, is_causal, window)
-    launch(_flash_delta, (-(-Tq // 64) * B * H, ), q, o4, do4, delta,
-           *q4.stride()[:3], H, Tq, D=D, D_PAD=constants["D_PAD"], BLOCK_Q=64)
-    launch(_flash_backward_keys, lambda tile: (-(-Tk // tile["BLOCK_K"]) * B * K, ), q, q4, k4, v4, do4, lse, delta, dk,
-           dv, *sizes, **constants)
-    launch(_flash_backward_queries, lambda tile: (-(-Tq // tile["BLOCK_Q"]) * B * H, ), q, q4, k4, v4, do4, lse, delta,
+    launch(_flash_delta, (-(-Tq // 64) * B * H,), q, o4, do4, delta, *q4.stride()[:3], H, Tq, D=D,
+           D_PAD=constants["D_PAD"], BLOCK_Q=64)
+    launch(_flash_backward_keys, lambda tile: (-(-Tk // tile["BLOCK_K"]) * B * K,), q, q4, k4, v4, do4, lse, delta,
+           dk, dv, *sizes, **constants)
+    launch(_flash_backward_queries, lambda tile: (-(-Tq // tile["BLOCK_Q"]) * B * H,), q, q4, k4, v4, do4, lse, delta,
            dq, *sizes, **constants)
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
@@ -643,8 +638,8 @@ class FlashAttentionTriton(torch.autograd.Function):
             raise ValueError(f"head width {q.shape[-1]} is more than 256, the most whose tiles fit in shared memory; "
                              "use more heads, or FlashAttentionPyTorch")
         if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"dtype {q.dtype} must be float32, float16 or bfloat16; FlashAttentionPyTorch takes float64")
+            raise ValueError(f"dtype {q.dtype} must be float32, float16 or bfloat16; "
+                             "FlashAttentionPyTorch takes float64")
         ctx.is_causal, ctx.window, ctx.kernels = is_causal, window, use_triton(q)
         o, lse = (flash_forward if ctx.kernels else flash_forward_tiled)(q, k, v, is_causal, window)
         ctx.save_for_backward(q, k, v, o, lse)
@@ -679,8 +674,8 @@ def rms_norm_reference(x, weight, eps=1e-5, residual=None):
 
 
 @jit(do_not_specialize=["rows"])
-def _rms_forward(x, residual, weight, y, h, rstd, rows, eps, N: tl.constexpr, RESIDUAL: tl.constexpr,
-                 ROWS: tl.constexpr, N_PAD: tl.constexpr):
+def _rms_forward(x, residual, weight, y, h, rstd, rows, eps, N: constexpr, RESIDUAL: constexpr, ROWS: constexpr,
+                 N_PAD: constexpr):
     """ROWS rows a program, each whole in registers. x, residual, y, h (rows, N); weight (N,); rstd (rows,) float32."""
     start = tl.program_id(0) * ROWS
     row = _tile(x, start, N, rows, ROWS, N, N_PAD, True)
@@ -696,8 +691,8 @@ def _rms_forward(x, residual, weight, y, h, rstd, rows, eps, N: tl.constexpr, RE
 
 
 @jit(do_not_specialize=["rows"])
-def _rms_backward(h, weight, rstd, dy, dh, dx, dweight, rows, N: tl.constexpr, RESIDUAL: tl.constexpr,
-                  ROWS: tl.constexpr, N_PAD: tl.constexpr):
+def _rms_backward(h, weight, rstd, dy, dh, dx, dweight, rows, N: constexpr, RESIDUAL: constexpr, ROWS: constexpr,
+                  N_PAD: constexpr):
     """Each program takes every num_programs-th block of rows and sums its share of dweight (programs, N) as it goes."""
     w = _tile(weight, 0, N, 1, 1, N, N_PAD, True).to(tl.float32)
     dw = tl.zeros((N_PAD,), tl.float32)
@@ -739,7 +734,7 @@ def rms_backward(h: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor, dh: Tensor
     # Enough programs to fill the chip, few enough that their partial sums of dweight are nothing.
     programs = min(-(-len(h2) // tile["ROWS"]), 4 * processors(h))
     dx, dweight, dy2 = torch.empty_like(h2), h2.new_empty(programs, h2.shape[1], dtype=torch.float32), rows_of(dy)
-    launch(_rms_backward, (programs, ), h, h2, weight.contiguous(), rstd, dy2, dy2 if dh is None else rows_of(dh), dx,
+    launch(_rms_backward, (programs,), h, h2, weight.contiguous(), rstd, dy2, dy2 if dh is None else rows_of(dh), dx,
            dweight, len(h2), RESIDUAL=dh is not None, **tile)
     return dx.view(h.shape), dweight.sum(0).to(weight.dtype)
 
@@ -762,15 +757,15 @@ class RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None):
     """x / sqrt(mean(x²) + eps) * weight over the last dimension; with a residual (y, h), h = x + residual normed.
 
-    x: (..., N), weight: (N,), N up to 65,536. Inside float32, out x's dtype. Gradient, with u = h rstd and g = dy
-    weight: dh = rstd (g - u mean(g u)) [+ the gradient of h], dweight = sum over rows of dy u. Forward reads and
-    writes x once (2 N elements a row, 4 with a residual), backward 3; about 4 and 10 FLOPs an element: bound by
-    bandwidth by a factor of a hundred. Unfused, a norm reads and writes its row about six times.
+    x: (..., N), weight: (N,), N up to 65,536. Inside float32, out x's dtype. Gradient, u = h rstd and g = dy weight:
+    dh = rstd (g - u mean(g u)) [+ the gradient of h], dweight = sum over rows of dy u.
+    Forward reads and writes x once (2 N elements a row, 4 with a residual), backward 3; about 4 and 10 FLOPs an
+    element: bound by bandwidth by a factor of a hundred. Unfused, a norm reads and writes its row about six times.
     """
     if weight.shape != x.shape[-1:] or x.shape[-1] > 65536 or (residual is not None and residual.shape != x.shape):
-        raise ValueError(
-            f"rms_norm takes x (..., N), weight (N,) with N up to 65536 and a residual like x, not "
-            f"{tuple(x.shape)}, {tuple(weight.shape)}, {None if residual is None else tuple(residual.shape)}")
+        raise ValueError(f"rms_norm takes x (..., N), weight (N,) with N up to 65536 and a residual like x, not "
+                         f"{tuple(x.shape)}, {tuple(weight.shape)}, "
+                         f"{residual if residual is None else tuple(residual.shape)}")
     return (RMSNorm.apply if use_triton(x) else rms_norm_reference)(x, weight, eps, residual)
 
 
@@ -782,7 +777,7 @@ def swiglu_reference(gate, up):
 
 
 @jit
-def _swiglu_forward(gate, up, y, count, BLOCK: tl.constexpr):
+def _swiglu_forward(gate, up, y, count, BLOCK: constexpr):
     """y = gate sigmoid(gate) up over flat arrays of `count` numbers."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + i, mask=i < count, other=0.0).to(tl.float32)
@@ -791,7 +786,7 @@ def _swiglu_forward(gate, up, y, count, BLOCK: tl.constexpr):
 
 
 @jit
-def _swiglu_backward(gate, up, dy, dgate, dup, count, BLOCK: tl.constexpr):
+def _swiglu_backward(gate, up, dy, dgate, dup, count, BLOCK: constexpr):
     """With s = sigmoid(gate): dup = dy gate s;  dgate = dy up s (1 + gate (1 - s))."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + i, mask=i < count, other=0.0).to(tl.float32)
@@ -816,8 +811,8 @@ def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tenso
     """(dgate, dup)."""
     gate, up, dy = gate.contiguous(), up.contiguous(), dy.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    launch(_swiglu_backward, (-(-gate.numel() // 2048), ), gate, gate, up, dy, dgate, dup, gate.numel(), BLOCK=2048,
-           num_warps=8)
+    launch(_swiglu_backward, (-(-gate.numel() // 2048),), gate, gate, up, dy, dgate, dup, gate.numel(),
+           BLOCK=2048, num_warps=8)
     return dgate, dup
 
 
@@ -837,8 +832,8 @@ class SwiGLU(torch.autograd.Function):
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, the middle of the SwiGLU feed-forward layer (2002.05202, eq. 6); two tensors of one shape.
 
-    Forward moves 3 elements for about 6 FLOPs, backward 5 for about 12: bound by bandwidth. Gradient: see
-    _swiglu_backward.
+    Forward moves 3 elements for about 6 FLOPs, backward 5 for about 12: bound by bandwidth.
+    Gradient: see _swiglu_backward.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"swiglu takes two tensors of one shape and dtype, not {tuple(gate.shape)} {gate.dtype} "
@@ -860,8 +855,8 @@ def apply_rope_reference(q, k, cos, sin, interleaved=False):
 
 
 @jit
-def _turn(x, out, cos, sin, x_h, out_h, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, HALF: tl.constexpr,
-          HALF_PAD: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _turn(x, out, cos, sin, x_h, out_h, HEADS: constexpr, HEADS_PAD: constexpr, HALF: constexpr, HALF_PAD: constexpr,
+          INTERLEAVED: constexpr):
     """Rotate all heads of one token: x and out point at its first number, cos and sin (1, HALF_PAD)."""
     head, i = tl.arange(0, HEADS_PAD)[:, None], tl.arange(0, HALF_PAD)[None, :]
     mask, rows = (head < HEADS) & (i < HALF), head.to(tl.int64)
@@ -874,8 +869,8 @@ def _turn(x, out, cos, sin, x_h, out_h, HEADS: tl.constexpr, HEADS_PAD: tl.const
 
 @jit(do_not_specialize=["T"])
 def _rope(q, k, q_out, k_out, cos, sin, q_b, q_h, q_t, k_b, k_h, k_t, qo_b, qo_h, qo_t, ko_b, ko_h, ko_t, cos_b, cos_t,
-          T, H: tl.constexpr, H_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, HALF: tl.constexpr,
-          HALF_PAD: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr):
+          T, H: constexpr, H_PAD: constexpr, K: constexpr, K_PAD: constexpr, HALF: constexpr, HALF_PAD: constexpr,
+          INTERLEAVED: constexpr, INVERSE: constexpr):
     """One program turns q (B, H, T, D) and k (B, K, T, D) of one token. INVERSE turns back: that is the gradient."""
     pid = tl.program_id(0).to(tl.int64)
     batch, t, i = pid // T, pid % T, tl.arange(0, HALF_PAD)[None, :]
@@ -896,8 +891,7 @@ def rope_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool,
     q, k = four(q), four(k)
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     (B, H, T, D), K = q.shape, k.shape[1]
-    launch(_rope, (B * T, ), q, q, k, q_out, k_out, cos, sin,
-           *(s for t in (q, k, q_out, k_out) for s in t.stride()[:3]),
+    launch(_rope, (B * T,), q, q, k, q_out, k_out, cos, sin, *(s for t in (q, k, q_out, k_out) for s in t.stride()[:3]),
            cos.stride(0) if cos.dim() == 3 else 0, cos.stride(-2), T, H=H, H_PAD=power_of_2(H), K=K,
            K_PAD=power_of_2(K), HALF=D // 2, HALF_PAD=power_of_2(D // 2), INTERLEAVED=interleaved, INVERSE=inverse)
     return q_out, k_out
@@ -920,16 +914,15 @@ class RoPE(torch.autograd.Function):
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False):
     """(q, k) with rotary positions (2104.09864, eq. 34) from one launch; both read in place, strided or not.
 
-    q: (B, H, T, D), k: (B, K, T, D), D even. cos, sin: (T, D/2) or (B, T, D/2), float32, as model.rope_tables makes
-    them. Pairs are (i, i + D/2), or (2i, 2i + 1) when interleaved. Moves each element in and out once for 3 FLOPs:
-    bound by bandwidth. Unfused, the halves are cut, multiplied, added and joined in about ten passes.
+    q: (B, H, T, D), k: (B, K, T, D), D even. cos, sin: (T, D/2) or (B, T, D/2), float32, as model.rope_tables makes.
+    Pairs are (i, i + D/2), or (2i, 2i + 1) when interleaved. Moves each element in and out once for 3 FLOPs: bound
+    by bandwidth. Unfused, the halves are cut, multiplied, added and joined in about ten passes.
     """
     tables = (q.shape[-2], q.shape[-1] // 2)
     if q.dim() != 4 or k.dim() != 4 or q.shape[-1] % 2 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) \
             or cos.shape != sin.shape or tuple(cos.shape) not in (tables, (q.shape[0], *tables)):
-        raise ValueError(
-            f"apply_rope takes q (B, H, T, D), k (B, K, T, D), D even, and tables (T, D/2) or (B, T, D/2), not "
-            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(cos.shape)} and {tuple(sin.shape)}")
+        raise ValueError(f"apply_rope takes q (B, H, T, D), k (B, K, T, D), D even, tables ([B,] T, D/2), not "
+                         f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(cos.shape)} and {tuple(sin.shape)}")
     if not use_triton(q):
         return apply_rope_reference(q, k, cos, sin, interleaved)
     return RoPE.apply(q, k, cos.float().contiguous(), sin.float().contiguous(), interleaved)
@@ -944,7 +937,7 @@ def softmax_reference(x):
 
 
 @jit
-def _row_max_sum(x, N, BLOCK: tl.constexpr):
+def _row_max_sum(x, N, BLOCK: constexpr):
     """(max, sum of exp(x - max)) of one row of N numbers in one pass (1805.02867, algorithm 3)."""
     m, l = tl.full((), -float("inf"), tl.float32), tl.zeros((), tl.float32)
     for start in range(0, N, BLOCK):
@@ -958,7 +951,7 @@ def _row_max_sum(x, N, BLOCK: tl.constexpr):
 
 
 @jit
-def _softmax_forward(x, y, N, BLOCK: tl.constexpr):
+def _softmax_forward(x, y, N, BLOCK: constexpr):
     """A row a program: once for max and sum, once to write; the second read comes from cache. x, y (rows, N)."""
     row = tl.program_id(0).to(tl.int64) * N
     m, l = _row_max_sum(x + row, N, BLOCK)
@@ -969,7 +962,7 @@ def _softmax_forward(x, y, N, BLOCK: tl.constexpr):
 
 
 @jit
-def _softmax_backward(y, dy, dx, N, BLOCK: tl.constexpr):
+def _softmax_backward(y, dy, dx, N, BLOCK: constexpr):
     """dx = y (dy - sum(y dy)), a row a program."""
     row = tl.program_id(0).to(tl.int64) * N
     total = tl.zeros((BLOCK,), tl.float32)
@@ -996,7 +989,7 @@ def softmax_rows(x: Tensor, dy: Tensor | None) -> Tensor:
     x2 = rows_of(x)
     out, N = torch.empty_like(x2), x2.shape[1]
     tensors = (x2, out) if dy is None else (x2, rows_of(dy), out)
-    launch(_softmax_forward if dy is None else _softmax_backward, (len(x2), ), x, *tensors, N, BLOCK=row_block(N),
+    launch(_softmax_forward if dy is None else _softmax_backward, (len(x2),), x, *tensors, N, BLOCK=row_block(N),
            num_warps=8)
     return out.view(x.shape)
 
@@ -1031,20 +1024,19 @@ def check_targets(shape, vocab_size, targets, ignore_index, reduction) -> None:
     On CUDA looking at the ids would wait for the device: there such a row's loss is NaN, and nothing is read for it.
     """
     if tuple(targets.shape) != tuple(shape) or targets.is_floating_point():
-        raise ValueError(
-            f"targets must be whole numbers of shape {tuple(shape)}, not {targets.dtype} {tuple(targets.shape)}")
+        raise ValueError(f"targets must be whole numbers of shape {tuple(shape)}, not {targets.dtype} "
+                         f"{tuple(targets.shape)}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r} must be mean, sum or none")
     if not targets.is_cuda and not torch.compiler.is_compiling():
         wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))]
         if wrong.numel():
-            raise IndexError(
-                f"target {int(wrong[0])} is not an id of 0 to {vocab_size - 1}, nor ignore_index={ignore_index}")
+            raise IndexError(f"target {int(wrong[0])} is not an id of 0 to {vocab_size - 1}, nor "
+                             f"ignore_index={ignore_index}")
 
 
 def reduce_losses(losses, targets, ignore_index, reduction):
-    """Losses per token to what was asked for. The mean is over the tokens that count: of none it is NaN, as in torch.
-    """
+    """Losses per token to what was asked for. The mean is over the tokens that count: NaN if none, as in torch."""
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / (targets != ignore_index).sum()
@@ -1059,7 +1051,7 @@ def cross_entropy_reference(logits, targets, ignore_index=-100, reduction="mean"
 
 
 @jit(do_not_specialize=["ignore_index"])
-def _cross_entropy_forward(logits, targets, losses, lse, row_stride, V, ignore_index, BLOCK: tl.constexpr):
+def _cross_entropy_forward(logits, targets, losses, lse, row_stride, V, ignore_index, BLOCK: constexpr):
     """A row a program. logits (N, V), targets (N,), losses and lse (N,) in float32."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
@@ -1072,7 +1064,7 @@ def _cross_entropy_forward(logits, targets, losses, lse, row_stride, V, ignore_i
 
 
 @jit(do_not_specialize=["ignore_index"])
-def _cross_entropy_backward(logits, dlogits, targets, lse, upstream, row_stride, V, ignore_index, BLOCK: tl.constexpr):
+def _cross_entropy_backward(logits, dlogits, targets, lse, upstream, row_stride, V, ignore_index, BLOCK: constexpr):
     """One tile of dlogits = (softmax(logits) - onehot(target)) * upstream[row]; may be written over the logits."""
     tiles = tl.cdiv(V, BLOCK)
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -1109,7 +1101,7 @@ def logits_gradient(logits: Tensor, targets: Tensor, lse: Tensor, upstream: Tens
         grad[torch.arange(len(grad), device=grad.device), targets.masked_fill(~keep, 0)] -= 1
         return out.copy_((grad * upstream[:, None]).masked_fill_(~keep[:, None], 0.0))
     (N, V), block = logits.shape, row_block(logits.shape[1])
-    launch(_cross_entropy_backward, (N * -(-V // block), ), logits, logits, out, targets, lse, upstream,
+    launch(_cross_entropy_backward, (N * -(-V // block),), logits, logits, out, targets, lse, upstream,
            logits.stride(0), V, ignore_index, BLOCK=block, num_warps=8)
     return out
 
@@ -1136,8 +1128,8 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         (x, t, lse), (ignore_index, reduction, overwrite) = ctx.saved_tensors, ctx.options
         if ctx.spent:
-            raise RuntimeError(
-                "cross_entropy(overwrite=True) has put the gradient where the logits were: backward runs once")
+            raise RuntimeError("cross_entropy(overwrite=True) has put the gradient where the logits were: "
+                               "backward runs once")
         ctx.spent = overwrite
         upstream = per_token(grad, t, ignore_index, reduction)
         dlogits = logits_gradient(x, t, lse, upstream, ignore_index, overwrite and not torch.compiler.is_compiling())
@@ -1165,9 +1157,7 @@ def linear_cross_entropy_reference(x, weight, targets, ignore_index=-100, reduct
 
 
 def chunked_losses(x, weight, targets, ignore_index, chunk, upstream):
-    """(losses (N,), dx, dweight) of x (N, C), weight (V, C), `chunk` rows of logits at a time; no gradients without
-    upstream.
-    """
+    """(losses (N,), dx, dweight) of x (N, C), weight (V, C), `chunk` rows of logits at a time; gradients if asked."""
     losses = x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
     dx = None if upstream is None else torch.empty_like(x)
     # Summed over the chunks in float32: a hundred bfloat16 additions would lose the small ones.
@@ -1251,8 +1241,8 @@ def decode_reference(q, k, v, lengths=None):
 
 @jit(do_not_specialize=["K", "splits", "span"])
 def _decode_split(q, k, v, lengths, part, part_lse, q_b, q_h, k_b, k_h, k_t, v_b, v_h, v_t, K, splits, span, scale,
-                  GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-                  PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):
+                  GROUP: constexpr, GROUP_PAD: constexpr, D: constexpr, D_PAD: constexpr, PRECISION: constexpr,
+                  BLOCK_K: constexpr):
     """One program: `span` keys of one key/value head against its GROUP query heads, padded to the 16 rows tl.dot needs.
 
     part (B, H, splits, D) and part_lse (B, H, splits), float32: each share's own softmax, and its weight in base 2.
@@ -1282,7 +1272,7 @@ def _decode_split(q, k, v, lengths, part, part_lse, q_b, q_h, k_b, k_h, k_t, v_b
 
 
 @jit(do_not_specialize=["splits"])
-def _decode_reduce(part, part_lse, o, splits, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr):
+def _decode_reduce(part, part_lse, o, splits, D: constexpr, D_PAD: constexpr, SPLITS_PAD: constexpr):
     """o (B, H, D): the shares of one head added, each weighted by 2^(its lse - the largest)."""
     row = tl.program_id(0).to(tl.int64)
     share = tl.arange(0, SPLITS_PAD)
@@ -1300,20 +1290,19 @@ def decode_attention(q, k, v, lengths=None):
 
     lengths: (B,) of how many keys count in each row of the batch; all of T when not given; 0 gives zeros.
     One query leaves a flash kernel a single tile per head, and most of the chip idle: here the keys are split over
-    enough programs to fill it, each leaves its own softmax, and a second kernel joins them (2311.01282,
-    Flash-Decoding). Bytes: the cache once, 2 B K T D elements, for 4 B H T D FLOPs: H / K a byte in bfloat16: bound
-    by bandwidth.
+    enough programs to fill it, each leaves its own softmax, and a second kernel joins them (2311.01282).
+    Bytes: the cache once, 2 B K T D elements, for 4 B H T D FLOPs: H / K a byte in bfloat16: bound by bandwidth.
     """
-    if q.dim() != 3 or k.dim() != 4 or k.shape != v.shape or q.shape[1] % max(k.shape[1], 1) or k.shape[0] != q.shape[0] \
-            or k.shape[-1] != q.shape[-1] or q.shape[-1] > 256 or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"decode_attention takes q (B, H, D) and k, v (B, K, T, D), H a multiple of K and D at most 256, of "
-            f"one dtype, not {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
+    if q.dim() != 3 or k.dim() != 4 or k.shape != v.shape or q.shape[1] % max(k.shape[1], 1) \
+            or k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1] or q.shape[-1] > 256 \
+            or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"decode_attention takes q (B, H, D) and k, v (B, K, T, D), H a multiple of K, D at most 256, "
+                         f"of one dtype, not {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
     if not use_triton(q):
         return decode_reference(q, k, v, lengths)
     (B, H, D), (_, K, T, _) = q.shape, k.shape
     group, D_PAD = H // K, power_of_2(D, 16)
-    block = max(16, min(32 if INTERPRET else 64, 2**14 // (D_PAD * q.element_size())))  # 16 KB of keys, and of values
+    block = max(16, min(32 if INTERPRET else 64, 2 ** 14 // (D_PAD * q.element_size())))   # 16 KB of keys and of values
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     lengths = torch.full((B,), T, device=q.device, dtype=torch.int32) if lengths is None else lengths.clamp(0, T)
     # Two programs a multiprocessor, each with at least a few tiles to stream.
@@ -1321,12 +1310,10 @@ def decode_attention(q, k, v, lengths=None):
     span = -(-T // (splits * block)) * block
     part = q.new_empty(B, H, splits, D, dtype=torch.float32)
     part_lse, o = part.new_empty(B, H, splits), torch.empty_like(q, memory_format=torch.contiguous_format)
-    launch(_decode_split, (B * K * splits, ), q, q, k, v, lengths, part, part_lse,
-           *q.stride()[:2],
-           *k.stride()[:3],
-           *v.stride()[:3], K, splits, span,
-           math.log2(math.e) / math.sqrt(D), GROUP=group, GROUP_PAD=power_of_2(group, 16), D=D, D_PAD=D_PAD,
-           PRECISION=dot_precision(q), BLOCK_K=block, num_warps=4, num_stages=2)
+    launch(_decode_split, (B * K * splits,), q, q, k, v, lengths, part, part_lse, *q.stride()[:2], *k.stride()[:3],
+           *v.stride()[:3], K, splits, span, math.log2(math.e) / math.sqrt(D), GROUP=group,
+           GROUP_PAD=power_of_2(group, 16), D=D, D_PAD=D_PAD, PRECISION=dot_precision(q), BLOCK_K=block,
+           num_warps=4, num_stages=2)
     launch(_decode_reduce, (B * H,), q, part, part_lse, o, splits, D=D, D_PAD=D_PAD, SPLITS_PAD=power_of_2(splits))
     return o
 
@@ -1344,15 +1331,15 @@ def int8_matvec_reference(x, weight, scale):
 
 
 @jit
-def _int8_matvec(x, weight, scale, y, R, C, blocks, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def _int8_matvec(x, weight, scale, y, R, C, blocks, BLOCK_R: constexpr, BLOCK_C: constexpr):
     """One program: BLOCK_R numbers of y (M, R) from one row of x (M, C). weight (R, C) int8, scale (R,)."""
     row = (tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     m = (tl.program_id(0) // blocks).to(tl.int64)
     acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(0, C, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)
-        w = tl.load(weight + row[:, None] * C + column[None, :], mask=(row[:, None] < R) & (column[None, :] < C),
-                    other=0)
+        mask = (row[:, None] < R) & (column[None, :] < C)
+        w = tl.load(weight + row[:, None] * C + column[None, :], mask=mask, other=0)
         acc += w.to(tl.float32) * tl.load(x + m * C + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
     total = tl.sum(acc, axis=1) * tl.load(scale + row, mask=row < R, other=0.0)
     tl.store(y + m * R + row, total.to(y.dtype.element_ty), mask=row < R)
@@ -1364,16 +1351,15 @@ def int8_matvec(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     weight: (R, C) int8, scale: (R,), from quantize_int8. Reads R C bytes for each row of x and does 2 R C FLOPs: bound
     by bandwidth, and so twice as fast as bfloat16 at best. Many rows at once belong in a matrix product.
     """
-    if weight.dtype != torch.int8 or weight.dim(
-    ) != 2 or scale.shape != weight.shape[:1] or x.shape[-1:] != weight.shape[1:]:
-        raise ValueError(
-            f"int8_matvec takes x (..., C), int8 weight (R, C), scale (R,), not {tuple(x.shape)}, {weight.dtype} "
-            f"{tuple(weight.shape)} and {tuple(scale.shape)}")
+    if weight.dtype != torch.int8 or weight.dim() != 2 or scale.shape != weight.shape[:1] \
+            or x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"int8_matvec takes x (..., C), int8 weight (R, C), scale (R,), not {tuple(x.shape)}, "
+                         f"{weight.dtype} {tuple(weight.shape)} and {tuple(scale.shape)}")
     if not use_triton(x):
         return int8_matvec_reference(x, weight, scale)
     x2, (R, C) = rows_of(x), weight.shape
     y, rows = x.new_empty(len(x2), R), 16
-    launch(_int8_matvec, (len(x2) * -(-R // rows), ), x, x2, weight.contiguous(), scale, y, R, C, -(-R // rows),
+    launch(_int8_matvec, (len(x2) * -(-R // rows),), x, x2, weight.contiguous(), scale, y, R, C, -(-R // rows),
            BLOCK_R=rows, BLOCK_C=min(power_of_2(C), 512), num_warps=4)
     return y.view(*x.shape[:-1], R)
 
@@ -1401,8 +1387,7 @@ class Work:
 
 
 def workloads(device, dtype, T=130, D=64, B=1, H=4, K=2, C=256, V=1000):
-    """Every kernel at T tokens: attention with B sequences and H heads of D, layers of width C, V ids. Random inputs.
-    """
+    """Every kernel at T tokens: attention of B sequences and H heads of D, layers of width C, V ids. Random inputs."""
     generator, e = torch.Generator(device).manual_seed(0), dtype.itemsize
     def randn(*shape):
         return torch.randn(shape, generator=generator, device=device).to(dtype)
@@ -1419,11 +1404,12 @@ def workloads(device, dtype, T=130, D=64, B=1, H=4, K=2, C=256, V=1000):
     logits, targets = randn(T, V), torch.randint(V, (T,), generator=generator, device=device)
     angles = torch.rand(T, D // 2, generator=generator, device=device)
     quantised, scale = quantize_int8(head.float())
-    pairs, qkvo, n, z = B * H * T * T / 2, B * T * D * (2 * H + 2 * K) * e, T * C * e, T * V * e
+    pairs, qkvo, n, z = B * H * T * T / 2, 2 * B * T * D * (H + K) * e, T * C * e, T * V * e
+    qk = B * T * D * (H + K)
     return [
         Work("attention", flash_attention, lambda q, k, v: attention_reference(q, k, v, True), (q, k, v), 3,
-             both(4 * D * pairs, 10 * D * pairs), both(qkvo, 2 * qkvo), flash=backend("FLASH_ATTENTION"),
-             cudnn=backend("CUDNN_ATTENTION")),
+             both(4 * D * pairs, 10 * D * pairs), both(qkvo, 2 * qkvo),
+             flash=backend("FLASH_ATTENTION"), cudnn=backend("CUDNN_ATTENTION")),
         Work("rms_norm", rms_norm, rms_norm_reference, (x, weight), 2, both(4 * T * C, 10 * T * C), both(2 * n, 3 * n),
              torch=lambda x, w: torch.nn.functional.rms_norm(x, w.shape, w, 1e-5)),
         Work("rms_norm+residual", lambda x, w, r: rms_norm(x, w, 1e-5, r),
@@ -1431,14 +1417,13 @@ def workloads(device, dtype, T=130, D=64, B=1, H=4, K=2, C=256, V=1000):
              both(4 * n, 4 * n)),
         Work("swiglu", swiglu, swiglu_reference, (x, y), 2, both(6 * T * C, 12 * T * C), both(3 * n, 5 * n)),
         Work("rope", apply_rope, apply_rope_reference, (q, k, angles.cos(), angles.sin()), 2,
-             both(3 * B * T * D * (H + K), 3 * B * T * D * (H + K)),
-             both(2 * B * T * D * (H + K) * e, 2 * B * T * D * (H + K) * e)),
-        Work("softmax", softmax, softmax_reference, (logits, ), 1, both(5 * T * V, 4 * T * V), both(2 * z, 3 * z),
+             both(3 * qk, 3 * qk), both(2 * qk * e, 2 * qk * e)),
+        Work("softmax", softmax, softmax_reference, (logits,), 1, both(5 * T * V, 4 * T * V), both(2 * z, 3 * z),
              torch=lambda x: torch.softmax(x, dim=-1)),
         Work("cross_entropy", cross_entropy, cross_entropy_reference, (logits, targets), 1, both(5 * T * V, 5 * T * V),
              both(z, 2 * z), torch=torch.nn.functional.cross_entropy),
         Work("linear+cross_entropy",
-             lambda x, w, t: linear_cross_entropy(x, w, t, chunk_tokens=min(T, 48) if INTERPRET else None),
+             lambda x, w, t: linear_cross_entropy(x, w, t, chunk_tokens=48 if INTERPRET else None),
              linear_cross_entropy_reference, (x, head, targets), 2, both(2 * T * V * C, 4 * T * V * C),
              both(n + V * C * e, 2 * n + 2 * V * C * e)),
         Work("decode", decode_attention, decode_reference, (q[:, :, 0], k, v), 0, (4 * B * H * T * D, None),
@@ -1449,13 +1434,10 @@ def workloads(device, dtype, T=130, D=64, B=1, H=4, K=2, C=256, V=1000):
 
 
 def check(device) -> None:
-    """Print every kernel's largest error against its reference in float64, beside that of the reference in its own
-    dtype.
-    """
-    print(
-        f"largest error against float64, relative to the largest entry (at least 1), on {device}"
-        f"{' through the interpreter' if INTERPRET else ''}\n{'':22}{'dtype':10}{'forward':>9}{'backward':>9}   reference itself"
-    )
+    """Print every kernel's largest error against its reference in float64, beside that of the reference itself."""
+    print(f"largest error against float64, relative to the largest entry (at least 1), on {device}"
+          f"{' through the interpreter' if INTERPRET else ''}\n"
+          f"{'':22}{'dtype':10}{'forward':>9}{'backward':>9}   reference in that dtype")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for work in workloads(device, dtype):
             right = work.run(work.reference, [x.double() if x.is_floating_point() else x for x in work.inputs])
@@ -1519,9 +1501,7 @@ def measure(work, backend, function, backward, peaks) -> dict:
 
 
 def benchmark(tokens, only, out) -> None:
-    """Time every kernel over `tokens` in bfloat16 and write kernels.csv, kernels.json and kernels.png to the folder
-    out.
-    """
+    """Time every kernel over `tokens` in bfloat16; kernels.csv, kernels.json and kernels.png go to the folder out."""
     import csv
     import datetime
     import json
@@ -1531,22 +1511,20 @@ def benchmark(tokens, only, out) -> None:
                          text=True)
     about = dict(card=torch.cuda.get_device_name(), driver=smi.stdout.split()[0] if smi.stdout else "unknown",
                  torch=torch.__version__, triton=triton.__version__, date=datetime.date.today().isoformat(),
-                 dtype="bfloat16", command=" ".join(["python kernels.py", *sys.argv[1:]]), peak_tflops=peaks[0] / 1e12,
-                 peak_gb_per_s=peaks[1] / 1e9)
+                 dtype="bfloat16", command=" ".join(["python kernels.py", *sys.argv[1:]]),
+                 peak_tflops=peaks[0] / 1e12, peak_gb_per_s=peaks[1] / 1e9)
     print(about, flush=True)
     os.makedirs(out, exist_ok=True)
-    columns = [
-        "kernel", "pass", "tokens", "D", "backend", "ms", "tflops", "gb_per_s", "flops_per_byte", "share_of_roof",
-        "peak_mb", "why"]
+    columns = ["kernel", "pass", "tokens", "D", "backend", "ms", "tflops", "gb_per_s", "flops_per_byte",
+               "share_of_roof", "peak_mb", "why"]
     for D, T in ((D, T) for D in (64, 128) for T in tokens):
-        # 16,384 tokens or one sequence, 2,048 numbers wide, as the papers of FlashAttention measure; GPT-2's
-        # vocabulary.
+        # 16,384 tokens or one sequence, 2,048 wide, as the papers of FlashAttention measure; GPT-2's vocabulary.
         for work in workloads("cuda", torch.bfloat16, T, D, max(1, 16384 // T), 2048 // D, 2048 // D, 2048, 50304):
             if (D == 128 and work.name not in ("attention", "rope", "decode")) or (only and work.name not in only):
                 continue
             torch._dynamo.reset()
-            functions = {
-                "ours": work.ours, "eager": work.reference, "compile": torch.compile(work.reference), **work.fused}
+            functions = {"ours": work.ours, "eager": work.reference, "compile": torch.compile(work.reference),
+                         **work.fused}
             for backward in (False, True)[:1 + bool(work.wanted)]:
                 for backend, function in functions.items():
                     rows.append(row := measure(work, backend, function, backward, peaks) | dict(tokens=T, D=D))
@@ -1564,9 +1542,7 @@ def benchmark(tokens, only, out) -> None:
 
 
 def draw(rows, about, path) -> None:
-    """Attention's speed over the length, and the roofline: each kernel a dot at its longest input, under the two
-    limits.
-    """
+    """Attention's speed over the length; the roofline: each kernel a dot at its longest input, under the two limits."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -1576,33 +1552,31 @@ def draw(rows, about, path) -> None:
         for line in dict.fromkeys((r["backend"], r["pass"]) for r in done):
             points = [(r["tokens"], r["tflops"]) for r in done
                       if (r["backend"], r["pass"], r["kernel"], r["D"]) == (*line, "attention", D)]
-            axis.plot(*zip(*points) if points else ([], []), "o-" if line[1] == "forward" else "s--",
-                      label=" ".join(line))
-        axis.set(xscale="log", xlabel="tokens in a sequence", ylabel="TFLOP/s",
-                 title=f"causal attention, bfloat16, D = {D}")
+            if points:
+                axis.plot(*zip(*points), "o-" if line[1] == "forward" else "s--", label=" ".join(line))
+        axis.set(xscale="log", xlabel="tokens in a sequence", ylabel="TFLOP/s", title=f"causal attention, D = {D}")
         axis.legend(fontsize=7)
     intensity, roof = [2.0 ** i for i in range(-2, 16)], axes[2]
-    roof.plot(intensity, [min(about["peak_tflops"], x * about["peak_gb_per_s"] / 1e3) for x in intensity], "k-",
-              label="measured roof")
+    limit = [min(about["peak_tflops"], x * about["peak_gb_per_s"] / 1e3) for x in intensity]
+    roof.plot(intensity, limit, "k-", label="measured roof")
     for name in dict.fromkeys(r["kernel"] for r in done):
         last = [r for r in done if r["kernel"] == name and r["backend"] == "ours" and r["pass"] == "forward"]
         if last:
             roof.plot(last[-1]["flops_per_byte"], last[-1]["tflops"], "o", label=name)
     roof.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s", title="roofline, forward passes")
     roof.legend(fontsize=7)
-    figure.suptitle(
-        f"{about['card']}, driver {about['driver']}, torch {about['torch']}, triton {about['triton']}, {about['date']}: "
-        f"{about['command']}", fontsize=9)
+    figure.suptitle(f"{about['card']}, driver {about['driver']}, torch {about['torch']}, triton {about['triton']}, "
+                    f"{about['date']}: {about['command']}", fontsize=9)
     figure.savefig(path, dpi=120)
 
 
 def profile(argv) -> None:
-    """Time one training step of a config by phase, then by region under torch.profiler; writes trace.json to its
-    out_dir.
+    """Time one training step of a config by phase, then by region under torch.profiler; trace.json goes to its out_dir.
 
-    Random tokens stand for the data, and the step is one micro-batch, not compiled: the regions are modules, and a
-    compiled model has none. A forward operation belongs to the module it runs in, a backward one to the module of the
-    forward operation that it differentiates, which autograd's sequence numbers tell.
+    Random tokens stand for the data (vocab_size ids, GPT-2's 50,304 when the config leaves that to its data), and the
+    step is one micro-batch, not compiled: the regions are modules, and a compiled model has none.
+    A forward operation belongs to the module it runs in, a backward one to that of the forward operation which it
+    differentiates: autograd's sequence numbers tell.
     """
     import statistics
     import time
@@ -1648,15 +1622,15 @@ def profile(argv) -> None:
         return [b - a for a, b in zip(marks, [*marks[1:], clock()])]
 
     times = [step() for _ in range(13)][3:]                                     # the first three warm up
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {size[0]} x {size[1]} tokens, {dtype}, {device}\n"
-        f"{'':14}{'mean ms':>9}{'std ms':>8}   over 10 steps after 3")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {vocab_size:,} ids, {size[0]} x {size[1]} "
+          f"tokens, {dtype}, {device}\n"
+          f"{'':14}{'mean ms':>9}{'std ms':>8}   over 10 steps after 3")
     for name, column in zip(("forward", "backward", "optimizer"), zip(*times)):
         print(f"{name:14}{statistics.mean(column):9.2f}{statistics.stdev(column):8.2f}")
     for path, module in model.named_modules():
         name = path.split(".")[-1]
-        kind = {"attn": "attention", "ffn": "feed-forward",
-                "lm_head": "loss"}.get(name, "norm" if name.startswith("ln") else None)
+        kind = {"attn": "attention", "ffn": "feed-forward", "lm_head": "loss", "ln_final": "norm", "ln1": "norm",
+                "ln2": "norm"}.get(name)
         if kind:
             module.forward = region(kind, module.forward)
     for name in ("cross_entropy", "linear_cross_entropy"):
@@ -1705,18 +1679,16 @@ def main(argv) -> None:
     if argv[:1] == ["profile"]:
         return profile(argv[1:])
     import argparse
-    parser = argparse.ArgumentParser(
-        prog="python kernels.py", description=__doc__.splitlines()[0],
-        epilog="python kernels.py profile config_x.py [--key=value …] profiles a training step")
-    parser.add_argument("--tokens", default="512,1024,2048,4096,8192,16384,32768,65536",
-                        help="lengths to time, on CUDA")
+    parser = argparse.ArgumentParser(prog="python kernels.py", description=__doc__.splitlines()[0],
+                                     epilog="python kernels.py profile config_x.py profiles a training step")
+    parser.add_argument("--tokens", default="512,1024,2048,4096,8192,16384,32768,65536", help="lengths to time")
     parser.add_argument("--only", default="", help="kernels to time, by name; all when empty")
     parser.add_argument("--out", default="results", help="folder for kernels.csv, kernels.json and kernels.png")
     options = parser.parse_args(argv)
     check("cuda" if torch.cuda.is_available() else "cpu")
     if torch.cuda.is_available():
-        benchmark([int(n) for n in options.tokens.split(",")],
-                  options.only.split(",") if options.only else [], options.out)
+        benchmark([int(n) for n in options.tokens.split(",")], [name for name in options.only.split(",") if name],
+                  options.out)
     else:
         print("left out: times, memory and roofline, which need a CUDA device")
 
