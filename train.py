@@ -158,10 +158,10 @@ def pick_device(wanted: str | None) -> str:
 
 
 def matmul_flops(device: str, dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP/s of a square matrix product, the best of a few: the yardstick for MFU where no data sheet is at hand."""
+    """FLOP/s of a square matrix product, the best of twenty (others may use the machine too): the yardstick for MFU where no data sheet is at hand."""
     a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
     best = math.inf
-    for _ in range(6):
+    for _ in range(20):
         start = time.perf_counter()
         torch.mm(a, b)
         best = min(best, time.perf_counter() - start)
