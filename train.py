@@ -158,7 +158,10 @@ def pick_device(wanted: str | None) -> str:
 
 
 def matmul_flops(device: str, dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP/s of a square matrix product, the best of twenty (others may use the machine too): the yardstick for MFU where no data sheet is at hand."""
+    """FLOP/s of a square matrix product: the yardstick for MFU where no data sheet is at hand.
+
+    The best of twenty, because others may use the machine too.
+    """
     a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
     best = math.inf
     for _ in range(20):
@@ -180,13 +183,27 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def matmul_cpu_seconds(dtype: torch.dtype, size: int = 512) -> float:
+    """CPU time of some square matrix products on one thread: unlike the clock, it does not ask who else is running."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.mm(a, b)
+    start = time.thread_time()
+    for _ in range(20):
+        torch.mm(a, b)
+    seconds = time.thread_time() - start
+    torch.set_num_threads(threads)
+    return seconds
+
+
 def pick_dtype(wanted: str | None, device: str) -> str:
     """bfloat16 where it is native (Ampere and later; CPUs with AMX or AVX512-BF16, which is measured), else float32."""
     if wanted is not None:
         return wanted
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if device == "cpu" and matmul_flops(device, torch.bfloat16, 512) > 1.5 * matmul_flops(device, torch.float32, 512):
+    if device == "cpu" and matmul_cpu_seconds(torch.bfloat16) < matmul_cpu_seconds(torch.float32) / 1.5:
         return "bfloat16"
     return "float32"
 
