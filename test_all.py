@@ -988,12 +988,14 @@ class Odd(torch.nn.Module):
         self.sometimes, self.never = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
 
     def forward(self, x, sometimes):
-        y = self.frozen(self.again(torch.relu(self.second(torch.relu(self.first(x))))))
+        y = self.frozen(self.again(torch.relu(self.first(torch.relu(self.second(x))))))
         return y * self.sometimes if sometimes else y
 
 
 def check_odd_modules(rank, size, tmp):
     x = torch.randn(size, 6, generator=torch.Generator().manual_seed(3))
+    sent, send = [], parallel.send
+    parallel.send = lambda kind, *args, **more: (sent.append(kind), send(kind, *args, **more))[1]
     for mode in (*parallel.DDP.MODES, "fsdp"):
         torch.manual_seed(0)
         reference = Odd()
@@ -1006,16 +1008,21 @@ def check_odd_modules(rank, size, tmp):
         ways = ["add up"] if mode == "fsdp" else ["no_sync", "add up", "finish twice"]
         for way in ways:
             model.zero_grad()
+            sent.clear()
             with model.no_sync() if way == "no_sync" else contextlib.nullcontext():
                 model(x[rank:rank + 1], rank % 2 == 0).square().sum().backward()
+            assert way != "no_sync" or not sent, f"{mode}: sent {sent} under no_sync"
             if way == "finish twice":
                 model.finish_gradient_synchronization()
             model(x[rank:rank + 1], rank % 2 == 0).square().sum().backward()
             model.finish_gradient_synchronization()
+            # Twice the two trained matrices: the one in two places waits until backward has been at both.
+            assert mode != "fsdp" or sent.count("reduce-scatter") == 4, sent
             for (name, p), q in zip(model.module.named_parameters(), reference.parameters()):
                 wanted = None if q.grad is None else parallel.take_like(p, q.grad)
                 assert (p.grad is None) == (wanted is None), f"{mode}, {way}: {name}"
                 assert wanted is None or torch.allclose(p.grad, wanted, atol=1e-6), f"{mode}, {way}: {name}"
+    parallel.send = send
 
 
 def check_sharded_optimizer(rank, size, tmp):
