@@ -287,7 +287,10 @@ def fast(function, simple, *arguments):
     """`function`, a torch.autograd.Function, when run line by line; `simple` under torch.compile, which fuses it
     itself.
     """
-    return simple(*arguments) if torch.compiler.is_compiling() else function.apply(*arguments)
+    # For one new token the fixed cost of an autograd.Function is more than the arithmetic.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() and arguments[0].numel() < 2 ** 14:
+        return simple(*arguments)
+    return function.apply(*arguments)
 
 
 class CrossEntropy(torch.autograd.Function):
