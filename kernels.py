@@ -1573,7 +1573,7 @@ def draw(rows, about, path) -> None:
 def profile(argv) -> None:
     """Time one training step of a config by phase, then by region under torch.profiler; trace.json goes to its out_dir.
 
-    Random tokens stand for the data (vocab_size ids, GPT-2's 50,304 when the config leaves that to its data), and the
+    Random tokens stand for the data (GPT-2's 50,304 ids where neither the config nor the data says how many), and the
     step is one micro-batch, not compiled: the regions are modules, and a compiled model has none.
     A forward operation belongs to the module it runs in, a backward one to that of the forward operation which it
     differentiates: autograd's sequence numbers tell.
@@ -1586,7 +1586,8 @@ def profile(argv) -> None:
     _, _, config, _ = command_line(train.TrainConfig, argv, "python kernels.py profile config_x.py [--key=value …]")
     device = train.pick_device(config.device)
     dtype = train.DTYPES[train.pick_dtype(config.dtype, device)]
-    on_gpu, vocab_size = device.startswith("cuda"), config.vocab_size or 50304
+    meta = train.data.read_meta(config.data_dir) if os.path.isdir(config.data_dir) else {}
+    on_gpu, vocab_size = device.startswith("cuda"), config.vocab_size or meta.get("vocab_size") or 50304
     model = model_file.Transformer(config.model_config(vocab_size)).to(device)
     optimizers = train.make_optimizers(model, config)
     size = (config.micro_batch_size or config.batch_tokens // config.context_length, config.context_length)

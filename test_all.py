@@ -819,8 +819,26 @@ def test_decode_int8_and_matmul(kernels, dtype):
         close(kernels.matmul(a, b), a.double() @ b.double())
 
 
-def test_kernels_write_every_number_and_read_none_outside(kernels):
-    # Fresh memory holds NaN in this mode, so that a number left unwritten, or read from beyond an edge, spreads.
+def test_kernels_write_every_number_and_nothing_outside(kernels, monkeypatch):
+    launch, pad, wall = kernels.launch, 64, {torch.int64: 1 << 40, torch.int32: 1 << 30, torch.int8: 77}
+    def walled(kernel, grid, x, *arguments, **constants):
+        """The launch on copies that stand between two walls of NaN, which reads would spread and writes would breach."""
+        rooms = {}
+        def move(t):
+            key = (t.data_ptr(), t.shape, t.stride())
+            if key not in rooms:
+                span = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride()))
+                room = torch.full((span + 2 * pad,), wall.get(t.dtype, float("nan")), dtype=t.dtype)
+                rooms[key] = t, room, room.as_strided(t.shape, t.stride(), pad).copy_(t)
+            return rooms[key][2]
+        launch(kernel, grid, x, *(move(t) if isinstance(t, torch.Tensor) else t for t in arguments), **constants)
+        for t, room, inside in rooms.values():
+            for side in (room[:pad], room[-pad:]):
+                breached = ~side.isnan() if t.is_floating_point() else side != wall[t.dtype]
+                assert not breached.any(), f"{kernel} wrote outside a tensor of shape {tuple(t.shape)}"
+            t.data.copy_(inside)
+    monkeypatch.setattr(kernels, "launch", walled)
+    # Fresh memory holds NaN in this mode, so that a number left unwritten spreads as well.
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         q, k, v = (t.requires_grad_() for t in flash_inputs(70, 65, 24, 2))
