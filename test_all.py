@@ -1214,6 +1214,17 @@ def test_ranks(ranks, size, check):
         assert said == "passed", f"rank {rank} of {size}: {said}"
 
 
+@pytest.mark.parametrize("saved", ["zero1", "fsdp", "tp"])
+def test_a_checkpoint_of_four_ranks_goes_on_in_one_process(ranks, saved):
+    weights, state = torch.load(ranks / f"{saved}.pt", weights_only=True)
+    model = ranks_model(seed=9)
+    optimizer = adamw(model.parameters())
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    steps(model, optimizer, range(3, 5), clip=optim.clip_grad_norm)
+    assert furthest(model.state_dict(), one_process()[0].state_dict()) < CLOSE
+
+
 def torchrun(*words, size=2):
     """(CompletedProcess, seconds) of a torchrun command in this folder."""
     began = time.perf_counter()
@@ -1244,6 +1255,7 @@ def test_measurements_hold_what_the_formula_predicts(tmp_path):
     assert len(rows) == 9 and (tmp_path / "parallel_cpu_2_ranks.png").stat().st_size > 10_000
     for row in rows:
         assert abs(row["held_mb"] / row["formula_mb"] - 1) < 0.05, row
+        assert abs(row["kept_mb"] / row["kept_formula_mb"] - 1) < 0.05, row
 
 
 def test_the_communication_bill_by_hand_and_as_sent(monkeypatch):
