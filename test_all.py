@@ -1812,7 +1812,7 @@ def test_gpt2_xl_bill_of_the_handout():
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_bills_are_what_the_model_does(switch, monkeypatch):
-    """Parameters and forward FLOPs exactly, backward FLOPs and kept activations within 1.5 %."""
+    """Parameters and forward FLOPs exactly, backward FLOPs within 1 %, kept activations within 1.5 %."""
     from accounting import activation_bytes, active_params, count_params, flops_per_token
     from torch.utils.flop_counter import FlopCounterMode
     big = dict(d_model=128, d_ff=320, context_length=64, vocab_size=512)
@@ -1820,8 +1820,7 @@ def test_bills_are_what_the_model_does(switch, monkeypatch):
     counts = count_params(model.config)
     assert counts["total"] == sum(p.numel() for p in model.parameters()) == sum(counts.values()) - counts["total"]
     assert (active_params(model.config) == counts["total"]) == (switch not in ("moe", "moe bias", "mtp"))
-    for training, tolerance in ((False, 1e-9), (True,
-                                                0.015)):  # a head for a further token has fewer positions than tokens
+    for training, tolerance in ((False, 1e-9), (True, 0.01)):
         with FlopCounterMode(display=False) as counter:
             loss = model.train(training)(ids(2, 64), ids(2, 64))[1]
             if training:
