@@ -268,7 +268,7 @@ def weight_files(folder) -> dict:
         try:
             with safe_open(file, "pt") as tensors:
                 where |= dict.fromkeys(tensors.keys(), file)
-        except Exception as error:  # a damaged header raises safetensors' own error, which is no subclass of anything useful
+        except Exception as error: # safetensors has its own error, which is no subclass of anything useful
             raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
     return where
 

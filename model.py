@@ -44,16 +44,16 @@ class ModelConfig:
     d_model: int = 512               # width of the residual stream
     n_layers: int = 4                # blocks
     n_heads: int = 16                # query heads
-    n_kv_heads: int | None = None  # key/value heads: none = n_heads (MHA), fewer = GQA (2305.13245), 1 = MQA (1911.02150)
+    n_kv_heads: int | None = None  # key/value heads; none = n_heads (MHA); fewer: GQA (2305.13245); 1: MQA (1911.02150)
     head_dim: int | None = None      # width of a head; none = d_model / n_heads
-    d_ff: int | None = None  # width of the feed-forward layer; none = 8/3 d_model (swiglu; a multiple of 64) or 4 d_model
+    d_ff: int | None = None  # width of the feed-forward layer; none = 8/3 d_model (swiglu; multiple of 64) or 4 d_model
     norm: str = "rms"                # rms (1910.07467) | layer (1607.06450) | none
     norm_eps: float = 1e-5           # inside the norms' root
     norm_position: str = "pre"       # pre (2002.04745) | post (the sum is normed, 1706.03762; then no final norm)
     qk_norm: bool = False            # RMSNorm over each head's query and key (2010.04245, 2302.05442)
     position: str = "rope"  # rope (2104.09864) | learned (GPT-2) | sinusoidal (1706.03762, 3.5) | none (2305.19466)
     rope_theta: float = 10_000.0     # base of the rotary frequencies
-    rope_interleaved: bool = False  # rotate pairs (2i, 2i+1) as in the paper instead of (i, i + D/2) as in Llama's files
+    rope_interleaved: bool = False  # rotate pairs (2i, 2i+1) as the paper does instead of (i, i + D/2) as Llama's files
     rope_scaling: str = "none"  # none | linear (2306.15595) | llama3 (2407.21783): RoPE stretched to longer contexts
     rope_factor: float = 1.0         # rope_scaling: how many times longer
     rope_low_freq: float = 1.0       # llama3: wavelengths over rope_original_context / this are stretched in full
@@ -127,14 +127,14 @@ class ModelConfig:
             (self.logit_softcap is not None
              and self.logit_softcap <= 0, f"logit_softcap={self.logit_softcap} must be above 0, or none"),
             (self.rope_scaling != "none" and (self.position != "rope" or self.rope_factor < 1),
-             f"rope_scaling={self.rope_scaling} needs position=rope and rope_factor of at least 1, not {self.rope_factor}"
+             f"rope_scaling={self.rope_scaling} needs position=rope and rope_factor >= 1, not {self.rope_factor}"
              ),
             (self.rope_scaling == "none"
              and self.rope_factor != 1, f"rope_factor={self.rope_factor} needs rope_scaling=linear or llama3"),
             (self.rope_scaling == "llama3" and not 0 < self.rope_low_freq < self.rope_high_freq,
              f"rope_low_freq={self.rope_low_freq} must be above 0 and below rope_high_freq={self.rope_high_freq}"),
             (mla and (self.position != "rope" or self.qk_norm or self.n_kv_heads != self.n_heads or self.qkv_bias),
-             "attention=mla needs position=rope and takes neither qk_norm, qkv_bias nor n_kv_heads: its latent replaces them"
+             "attention=mla needs position=rope and no qk_norm, qkv_bias or n_kv_heads: its latent replaces them"
              ),
             (mla and self.attention_backend == "triton",
              "attention_backend=triton has no attention=mla, whose keys and values differ in width; use sdpa"),
@@ -786,7 +786,8 @@ def attend(config: ModelConfig, q, k, v, mask, causal: bool, window: int | None)
         return flash_attention(q, k, v, True, window)
     if H != K and T == 1 and mask is None:  # one query a head: the group becomes time
         return attend(config, q.view(B, K, H // K, D), k, v, None, False, None).view(B, H, 1, -1)
-    if config.attention_backend == "sdpa" and causal and T <= SHORT_CONTEXT and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+    short_bf16 = q.dtype == torch.bfloat16 and q.device.type == "cpu" and T <= SHORT_CONTEXT
+    if config.attention_backend == "sdpa" and causal and short_bf16:
         return short_attention(q, k, v)
     if config.attention_backend != "naive":
         return nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=H != K)

@@ -1147,7 +1147,7 @@ def live_storages() -> dict:
     """
     gc.collect()
     tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-    tensors = [getattr(x, "_local_tensor", x) for x in tensors]                    # a DTensor is a cover around its part
+    tensors = [getattr(x, "_local_tensor", x) for x in tensors]           # a DTensor is a cover around its part
     tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
     return {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
 
@@ -1248,7 +1248,7 @@ def report(config: BenchConfig, device, bandwidth, rows) -> str:
               f"{config.batch_size} x {config.context_length} tokens per rank, float32, AdamW",
               f"step: median of {config.steps} taken in turns; sending, waiting, hidden: one more, traced",
               "MB held: weights, gradients, moments; MB kept: activations, from forward to backward", "",
-              "strategy            step ms   fastest   sending   waiting  hidden   MB held   formula   MB kept   formula"]
+              f"{'strategy':<20}step ms   fastest   sending   waiting  hidden   MB held   formula   MB kept   formula"]
     for r in rows:
         hidden = "    n/a" if r["hidden"] is None else f"{100 * r['hidden']:>5.0f} %"
         lines.append(f"{r['name']:<18}{r['ms']:>9.1f}{r['fastest_ms']:>10.1f}{r['sending_ms']:>10.1f}"
