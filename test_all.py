@@ -856,6 +856,19 @@ def test_kernels_write_every_number_and_nothing_outside(kernels, monkeypatch):
         assert result.isfinite().all(), f"result {i} has numbers that nobody wrote"
 
 
+def test_profile_of_a_training_step_by_region(tmp_path, capsys, monkeypatch):
+    import kernels
+    monkeypatch.setattr(model_module, "cross_entropy", model_module.cross_entropy)      # which it wraps: put back after
+    kernels.main(["profile", f"--out_dir={tmp_path}", f"--data_dir={tmp_path}/none", "--d_model=32", "--n_layers=2",
+                  "--n_heads=2", "--vocab_size=50", "--context_length=16", "--batch_tokens=64", "--device=cpu"])
+    said = capsys.readouterr().out
+    shares = dict(re.findall(r"^(attention|feed-forward|norm|loss|optimizer|other|idle) .* ([\d.]+)%$", said, re.M))
+    assert len(shares) == 7 and 95 < sum(map(float, shares.values())) < 105, said
+    assert all(float(shares[name]) > 0 for name in ("attention", "feed-forward", "norm", "loss", "optimizer")), said
+    assert any(event.get("name") == "attention" for event in json.loads(
+        (tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"])
+
+
 def test_kernels_import_quietly_and_fall_back_with_one_line(tmp_path):
     code = "import torch, kernels\n" \
            "assert not torch.cuda.is_initialized()\n" \
