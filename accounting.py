@@ -172,6 +172,8 @@ def activation_bytes(config: ModelConfig, T: int, dtype: str = "float32") -> int
         per_token += 2 * _norm_bytes(c, C, stream, low) + _attention_bytes(c, low) + _ffn_bytes(c, low)
     per_token += c.mtp_depth * (2 * _norm_bytes(c, C, stream, 0) + 2 * C * low)
     logits = c.vocab_size * low + 4 + (0 if c.logit_softcap is None else c.vocab_size * low)
+    if c.fused_loss:
+        logits = C * low             # only the gradient with respect to the head's input, made at once
     # Every depth of multi-token prediction has its own final norm and logits.
     per_token += (1 + c.mtp_depth) * (logits +
                                       (_norm_bytes(c, C, stream, low) if c.norm_position == "pre" else C * low))

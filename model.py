@@ -81,6 +81,7 @@ class ModelConfig:
     mtp_depth: int = 0  # further tokens predicted in training by extra heads (DeepSeek-V3, 2412.19437, 2.2)
     mtp_weight: float = 0.3          # weight of their mean loss in the training loss
     attention_backend: str = "sdpa"  # naive (ours, to read) | sdpa (torch's fused one) | triton (ours, kernels.py)
+    fused_loss: bool = False         # train by kernels.linear_cross_entropy: logits in chunks, never whole (2410.10989)
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -126,6 +127,8 @@ class ModelConfig:
              f"window_pattern={self.window_pattern!r} needs sliding_window, the number of positions to see"),
             (self.logit_softcap is not None
              and self.logit_softcap <= 0, f"logit_softcap={self.logit_softcap} must be above 0, or none"),
+            (self.fused_loss and self.logit_softcap is not None,
+             "fused_loss=true never has the logits that logit_softcap bends; choose one"),
             (self.rope_scaling != "none" and (self.position != "rope" or self.rope_factor < 1),
              f"rope_scaling={self.rope_scaling} needs position=rope and rope_factor >= 1, not {self.rope_factor}"
              ),
@@ -962,15 +965,15 @@ class Transformer(nn.Module):
     def forward(self, tokens, targets=None, cache=None):
         """tokens: (B, T) ids; targets: (B, T) ids, the same sequence one step on.
 
-        Returns logits (B, T, V), or (logits, loss). With a cache, tokens follow what it holds and are added to it, and
-        the logits are those of the given tokens. Raises ValueError for a sequence longer than the context.
+        Returns logits (B, T, V), or (logits, loss); with fused_loss in training (None, loss). With a cache, tokens
+        follow what it holds and are added to it, and the logits are those of the given tokens. Raises ValueError for a
+        sequence longer than the context.
         """
         plan = self.plan(tokens, cache)
         x = self.hidden(tokens, cache, plan)
-        logits = self.head(x)
         if targets is None:
-            return logits
-        loss = cross_entropy(logits, targets)
+            return self.head(x)
+        logits, loss = self.head_loss(x, targets)
         return logits, self.training_loss(loss, x, targets, plan) if self.training else loss
 
     def plan(self, tokens, cache=None) -> Plan:
@@ -1003,6 +1006,14 @@ class Transformer(nn.Module):
         logits, cap = self.lm_head(lowered(self.ln_final(x))), self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def head_loss(self, x, targets):
+        """(logits, their mean cross entropy) of a residual stream; with fused_loss in training (None, the same)."""
+        if self.config.fused_loss and self.training:
+            from kernels import linear_cross_entropy
+            return None, linear_cross_entropy(lowered(self.ln_final(x)), self.lm_head.weight, targets)
+        logits = self.head(x)
+        return logits, cross_entropy(logits, targets)
+
     def training_loss(self, loss, x, targets, plan):
         """`loss`, the cross entropy, and the weighted losses of the switches that have one; each noted in
         self.losses.
@@ -1013,7 +1024,7 @@ class Transformer(nn.Module):
             for k, future in enumerate(self.mtp, start=1):
                 # x[:, i] has seen tokens up to i; with token i+k = targets[i+k-1] it predicts targets[i+k].
                 x = future(x[:, :T - k], self.token_embeddings(targets[:, k - 1:T - 1]))
-                depths.append(cross_entropy(self.head(x), targets[:, k:]))
+                depths.append(self.head_loss(x, targets[:, k:])[1])
             parts["mtp"] = sum(depths) / c.mtp_depth                            # eq. 25
             loss = loss + c.mtp_weight * parts["mtp"]
         if c.n_experts and c.balance == "loss":

@@ -996,9 +996,12 @@ class Strategy:
 
     def divide(self, model: nn.Module, dtype=None) -> None:
         """Make `model`, in place, this rank's part. dtype: what FSDP computes in."""
+        fsdp = self.name == "fsdp"
+        if model.config.fused_loss and (fsdp or self.size > self.dp):
+            raise ValueError("fused_loss=true reads the head's whole matrix, which fsdp and tp divide; use ddp or "
+                             "zero1, or fused_loss=false")
         if self.size > self.dp:
             tensor_parallel(model, self.mesh.tp)
-        fsdp = self.name == "fsdp"
         self.wrapper = FSDP(model, dtype, self.mesh.dp) if fsdp else DDP(model, group=self.mesh.dp)
 
     def optimizer(self, cls, params, **kwargs):

@@ -1757,6 +1757,21 @@ def test_multi_token_prediction_by_hand_and_as_a_draft():
         toy().draft(hidden.float(), targets)
 
 
+@pytest.mark.parametrize("switch", ["plain", "tied", "mtp", "2017"])
+def test_fused_loss_is_the_loss_without_the_logits(switch):
+    plain, fused = toy(switch), toy(switch, fused_loss=True)
+    tokens, targets = ids(2, 7), ids(2, 7, seed=2)
+    (_, want), (logits, loss) = (model.train()(tokens, targets) for model in (plain, fused))
+    want.backward()
+    loss.backward()
+    assert logits is None and torch.allclose(loss, want, atol=1e-6)
+    for (name, p), q in zip(fused.named_parameters(), plain.parameters()):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6), f"{name}: {(p.grad - q.grad).abs().max()}"
+    assert torch.equal(fused.eval()(tokens, targets)[0], plain.eval()(tokens))
+    with pytest.raises(ValueError, match="fsdp and tp divide"):
+        parallel.Strategy("fsdp").divide(fused)
+
+
 @pytest.mark.parametrize("settings, words",
                          [(dict(norm="batch"), "norm='batch'"), (dict(n_kv_heads=3), "n_kv_heads=3"),
                           (dict(d_model=50), "d_model=50"), (dict(head_dim=7), "7 must be even"),
@@ -1766,7 +1781,8 @@ def test_multi_token_prediction_by_hand_and_as_a_draft():
                           (dict(attention="mla", attention_backend="triton"), "triton has no attention=mla"),
                           (dict(n_shared_experts=1), "need n_experts"),
                           (dict(n_experts=2, n_experts_per_token=3), "n_experts=2"),
-                          (dict(logit_softcap=-1.0), "logit_softcap=-1.0"), (dict(rope_factor=2.0), "rope_scaling"),
+                          (dict(logit_softcap=-1.0), "logit_softcap=-1.0"),
+                          (dict(fused_loss=True, logit_softcap=1.0), "never has the logits"), (dict(rope_factor=2.0), "rope_scaling"),
                           (dict(kv_lora_rank=8), "attention=mla"), (dict(n_layers=0), "n_layers=0"),
                           (dict(rope_scaling="llama3", rope_low_freq=5.0), "rope_low_freq=5.0"),
                           (dict(mtp_depth=24), "mtp_depth=24"), (dict(n_heads=2.0), "n_heads=2.0")])
