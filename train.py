@@ -4,6 +4,7 @@
     python train.py config_tinystories.py --max_minutes=60     another corpus and model, same code
     python train.py --resume=true                              go on from out/shakespeare/ckpt.pt
     python train.py plot out/a out/b                           losses of several runs in one picture
+    python train.py sweep lr=1e-3,3e-3 seed=1,2,3 --max_steps=500 --out_dir=out/rates      a grid; table and plot of it
 
 The loop is nanoGPT's idea of one: draw a batch, forward, backward, clip, step, and now and then evaluate, log and save.
 Three departures. The step is configured in tokens (`batch_tokens`); micro-batches follow from it. A run may be limited
@@ -14,17 +15,21 @@ Papers: Kaplan 2020 (2001.08361) for the shape of it, Chowdhery 2022 (PaLM, 2204
 """
 import contextlib
 import ctypes
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 import types
-from dataclasses import asdict, dataclass, fields
+import typing
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +38,7 @@ import torch
 import data
 import parallel
 from checkpoint import load_optimizer, load_weights, read_checkpoint, save_checkpoint, load_checkpoint  # noqa: F401
-from configurator import command_line, fail, print_config
+from configurator import coerce, command_line, fail, nearest, print_config
 from model import ModelConfig, Transformer, bits_per_byte, token_losses
 from optim import AdamW, Muon, clip_grad_norm, cosine_schedule, wsd_schedule
 
@@ -575,6 +580,10 @@ def train(run: Run, log: Log, stop: Stop) -> float | None:
     while run.progress() < 1 and stop.agreed is None:
         began = time.perf_counter()
         loss, norm, lr = run.train_step()
+        bad = not (math.isfinite(loss.item()) and math.isfinite(norm.item()))
+        if bad:
+            log.write(step=run.step, diverged=lr, seconds=run.seconds)
+            stop_if_not_finite(run, loss.item(), norm.item(), lr)
         due = run.step % config.log_every == 0 or run.step == 1
         if due or config.max_minutes:
             loss_value = loss.item()                               # waits for the device, so that the clock is true
@@ -640,15 +649,152 @@ def show_samples(config: TrainConfig) -> None:
         f"      python train.py --resume=true --max_minutes=10        (train it on; plot in {config.out_dir}/loss.png)")
 
 
+# --- sweep ---
+
+def grid(words: list[str]) -> list[dict]:
+    """The settings of each point that words such as `lr=1e-3,3e-3` and `seed=1,2` span; the last word moves fastest."""
+    hints, axes = typing.get_type_hints(TrainConfig), []
+    for word in words:
+        key, equals, values = word.partition("=")
+        key = {"learning_rate": "lr"}.get(key, key)
+        if not equals or key not in hints or key in ("out_dir", "resume"):
+            raise ValueError(f"{word!r} spans no axis of a sweep; write key=a,b with a setting of train.py as key."
+                             f"{nearest(key, hints)} --help lists them all")
+        axes.append([(key, coerce(key, value, hints[key])) for value in values.split(",")])
+    return [dict(point) for point in itertools.product(*axes)]
+
+
+def sweep(config: TrainConfig, words: list[str]) -> int | None:
+    """Train every point of the grid, one after the other, each in its own folder below config.out_dir; then draw up all.
+
+    A point that is finished or diverged is not run again, one that was interrupted goes on. Without words only the
+    table is made, of all runs below out_dir: several sweeps into one folder share it. Returns the signal that stopped
+    it, or None. Raises ValueError when a point's folder holds a run with other settings.
+    """
+    if config.max_steps is None and config.max_minutes is None:
+        config.max_minutes = DEFAULT_MINUTES
+    for point in grid(words) if words else []:
+        name = re.sub(r"[^\w.+=,-]", "_", ",".join(f"{key}={value}" for key, value in point.items()))
+        folder = Path(config.out_dir) / name
+        one = replace(config, **point, out_dir=folder.as_posix(), num_samples=0, resume=(folder / "ckpt.pt").exists())
+        log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
+        for key, value in asdict(one).items() if log else ():
+            if key != "resume" and log[0]["config"].get(key, value) != value:
+                raise ValueError(f"{folder} holds a run with {key}={log[0]['config'][key]}, now it is {value}; give "
+                                 "another --out_dir, or delete that folder")
+        if log and ("split" in log[-1] or "diverged" in log[-1]):
+            print(f"{folder}: done before")
+            continue
+        print(f"\n{folder}:")
+        try:
+            interrupted = main(one)["interrupted"]
+        except FloatingPointError as error:
+            print(error)
+            continue
+        if interrupted is not None:
+            return interrupted
+    rows = sweep_rows(config.out_dir)
+    target = Path(config.out_dir) / "sweep.json"
+    target.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    table = sweep_table(rows)
+    target.with_suffix(".txt").write_text(table, encoding="utf-8")
+    plot_sweep(rows, target.with_suffix(".png"))
+    print(f"\n{table}\n{target.with_suffix('.png')}")
+
+
+def sweep_rows(out_dir) -> list[dict]:
+    """One dict for each setting among the runs below out_dir, best first, diverged last; seeds of it side by side.
+
+    Raises ValueError when no run there has ended.
+    """
+    rows = {}
+    for path in sorted(Path(out_dir).glob("*/log.jsonl")):
+        log = read_log(path)
+        parts = [part for part in path.parent.name.split(",") if not part.startswith("seed=")]
+        if log and ("split" in log[-1] or "diverged" in log[-1]):
+            row = rows.setdefault(",".join(parts) or "as configured", {"seeds": [], "scores": [], "diverged": []})
+            row["seeds"].append(log[0]["seed"])
+            if "diverged" in log[-1]:
+                row["diverged"].append(log[-1]["step"])
+            else:
+                bits, losses = log[-1]["val_bits_per_byte"], [line["loss"] for line in log if "loss" in line]
+                row["scores"].append(log[-1]["val_loss"] if bits is None else bits)
+                row |= {"measure": "nats per token" if bits is None else "bits per byte", "steps": log[-1]["step"],
+                        "tokens": log[-1]["step"] * log[0]["config"]["batch_tokens"], "seconds": log[-1]["seconds"],
+                        "train_loss": losses[-1]}
+    if not rows:
+        raise ValueError(f"no run below {out_dir} has ended; give the axes of a sweep, such as lr=1e-3,3e-3")
+    for setting, row in rows.items():
+        scores = row["scores"]
+        row |= {"setting": setting, "mean": statistics.mean(scores) if scores else None,
+                "spread": statistics.stdev(scores) if len(scores) > 1 else None}
+    return sorted(rows.values(), key=lambda row: math.inf if row["mean"] is None else row["mean"])
+
+
+def sweep_table(rows: list[dict]) -> str:
+    """The rows as text; spread is the standard deviation over the seeds."""
+    width = max(len(row["setting"]) for row in rows)
+    measure = next((row["measure"] for row in rows if row["scores"]), "bits per byte")
+    lines = [f"{'setting':<{width}}  {measure}   spread  seeds  train loss   steps      tokens  seconds"]
+    for row in rows:
+        line = f"{row['setting']:<{width}}  "
+        if row["scores"]:
+            spread = "-" if row["spread"] is None else f"{row['spread']:.4f}"
+            line += (f"{row['mean']:>{len(measure)}.4f}  {spread:>7}  {len(row['scores']):>5}  {row['train_loss']:>10.4f}  "
+                     f"{row['steps']:>6,}  {row['tokens']:>10,}  {row['seconds']:>7.0f}")
+        lines.append((line + "".join(f"  diverged at step {step}" for step in row["diverged"])).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def plot_sweep(rows: list[dict], path) -> None:
+    """Every run's score as a dot and their mean: over the first setting where it is a number, else a line a setting."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [row for row in rows if row["scores"]]
+    figure, axis = plt.subplots(figsize=(7.5, max(3.0, 1.5 + 0.3 * len(rows))), layout="constrained")
+    firsts = [row["setting"].split(",")[0].partition("=") for row in rows]
+    try:
+        points = sorted((float(value), row["setting"].split(",", 1)[1:], row) for (_, _, value), row in zip(firsts, rows))
+        numeric = len({key for key, _, _ in firsts}) == 1 and len(points) > 1
+    except (ValueError, TypeError):
+        numeric = False
+    measure = rows[0]["measure"] if rows else ""
+    if numeric:
+        xs = [x for x, _, _ in points]
+        # Settings that were varied along (steps with the batch) belong to the axis; real second axes make lines.
+        single = len(set(xs)) == len(xs)
+        for rest in [None] if single else sorted({str(rest) for _, rest, _ in points}):
+            line = [(x, row) for x, other, row in points if single or str(other) == rest]
+            drawn, = axis.plot([x for x, _ in line], [row["mean"] for _, row in line], label=rest)
+            for x, row in line:
+                axis.plot([x] * len(row["scores"]), row["scores"], ".", color=drawn.get_color())
+        axis.set(xlabel=firsts[0][0], ylabel=f"validation, {measure}", xscale="log" if xs[-1] > 8 * xs[0] > 0 else "linear")
+        if not single:
+            axis.legend()
+    else:
+        for y, row in enumerate(reversed(rows)):
+            axis.plot(row["scores"], [y] * len(row["scores"]), "o", alpha=0.5, color="C0")
+            axis.plot(row["mean"], y, "|", markersize=14, color="C1")
+        axis.set(yticks=range(len(rows)), yticklabels=[row["setting"] for row in reversed(rows)],
+                 xlabel=f"validation, {measure}")
+    lost = [row for row in rows if row["diverged"]]
+    figure.suptitle(f"python train.py sweep --out_dir={Path(path).parent.as_posix()}"
+                    + f"   ({len(lost)} diverged, not drawn)" * bool(lost), fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 USAGE = f"""usage: python train.py [config_x.py] [--key=value …]      train ({DEFAULT_CONFIG} when no config is given)
-       python train.py plot OUT_DIR … [--out_dir=FOLDER]   draw the losses of runs to FOLDER/loss.png"""
+       python train.py plot OUT_DIR … [--out_dir=FOLDER]   draw the losses of runs to FOLDER/loss.png
+       python train.py sweep [config_x.py] key=a,b … [--key=value …]   train a grid below out_dir; table and plot of it"""
 
 
 def run_command_line(argv: list[str]) -> None:
     """What `python train.py ARGV` does; a mistake exits with 2, a run that a signal stopped with 128 + its number."""
     if not any(word.endswith(".py") for word in argv) and "plot" not in argv[:1]:
-        argv = [str(Path(__file__).with_name(DEFAULT_CONFIG)), *argv]
-    verb, files, config, sources = command_line(TrainConfig, argv, USAGE, verbs=("plot",))
+        argv = [*argv, str(Path(__file__).with_name(DEFAULT_CONFIG))]
+    verb, files, config, sources = command_line(TrainConfig, argv, USAGE, verbs=("plot", "sweep"))
     if verb is None and files:
         fail(f"{files[0]!r} is neither a setting (--key=value), a config_*.py nor a verb. {USAGE}")
     try:
@@ -656,10 +802,11 @@ def run_command_line(argv: list[str]) -> None:
             target = Path(config.out_dir if sources["out_dir"] == "flag" else files[0]) / "loss.png"
             plot(files, target)
             return print(target)
-        if sources["max_steps"] == "flag" and sources["max_minutes"] != "flag":
+        by_steps = sources["max_steps"] == "flag" or any(word.startswith("max_steps=") for word in files)
+        if by_steps and sources["max_minutes"] != "flag":
             config.max_minutes = None  # asked for steps: a time limit from the file is not meant
         print_config(config, sources)
-        interrupted = main(config)["interrupted"]
+        interrupted = sweep(config, files) if verb == "sweep" else main(config)["interrupted"]
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
     if interrupted is not None:
