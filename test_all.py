@@ -2321,6 +2321,34 @@ def test_settings_and_data_that_do_not_fit_are_refused(corpus, tmp_path, trained
         tiny_run(folder, tmp_path / "other", resume=True, optimizer="muon")
 
 
+def test_distillation_by_hand_and_a_teacher_that_stays_as_it_is(corpus, tmp_path, trained):
+    student, teacher = torch.tensor([[0.0, 0.0]], requires_grad=True), torch.tensor([[2 * math.log(3), 0.0]],
+                                                                                   requires_grad=True)
+    loss = train.distillation_loss(student, teacher, temperature=2.0)      # softmax(teacher / 2) = 3/4, 1/4
+    assert loss.item() == pytest.approx(4 * (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)))
+    loss.backward()
+    torch.testing.assert_close(student.grad, 2 * torch.tensor([[0.5 - 0.75, 0.5 - 0.25]]))       # T (p_student - p_teacher)
+    assert teacher.grad is None
+    config = train.TrainConfig(**TINY | dict(data_dir=str(corpus), out_dir=str(tmp_path), max_steps=3, d_model=16,
+                                             teacher=str(trained[0]), teacher_weight=2.0, micro_batch_size=3))
+    run = train.Run(config)
+    before = {name: tensor.clone() for name, tensor in run.teacher.state_dict().items()}
+    run.train_step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.teacher.state_dict().items())
+    assert not run.teacher.training and all(p.grad is None for p in run.teacher.parameters())
+    plain = train.Run(dataclasses.replace(config, teacher=None))
+    plain.train_step()
+    assert any(not torch.equal(a, b) for a, b in zip(run.model.parameters(), plain.model.parameters()))
+    foreign = shutil.copytree(trained[0], tmp_path / "foreign")
+    entries = torch.load(foreign / "ckpt.pt", weights_only=True) | {"tokenizer_sha256": "0" * 64}
+    torch.save(entries, foreign / "ckpt.pt")
+    (foreign / "tokenizer.json").unlink()
+    for more, words in (({"teacher": str(foreign)}, "another tokenizer"), ({"context_length": 64}, "context_length=32"),
+                        ({"teacher_temperature": 0.0}, "teacher_temperature=0.0")):
+        with pytest.raises(ValueError, match=words):
+            train.Run(dataclasses.replace(config, **more))
+
+
 def test_train_on_ranks_equals_one_process_and_goes_on_anywhere(corpus, tmp_path):
     """10 steps, the first 5 on one number of ranks and by one strategy, the rest on another and by another."""
     config = tmp_path / "config_tiny.py"

@@ -37,7 +37,8 @@ import torch
 
 import data
 import parallel
-from checkpoint import load_optimizer, load_weights, read_checkpoint, save_checkpoint, load_checkpoint  # noqa: F401
+from checkpoint import (load_checkpoint, load_model, load_optimizer, load_weights, read_checkpoint,  # noqa: F401
+                        save_checkpoint)
 from configurator import coerce, command_line, fail, nearest, print_config
 from model import ModelConfig, Transformer, bits_per_byte, token_losses
 from optim import AdamW, Muon, clip_grad_norm, cosine_schedule, wsd_schedule
@@ -76,6 +77,9 @@ class TrainConfig(ModelConfig):
     eval_steps: int = 20                     # batches of an evaluation during training
     log_every: int = 20                      # steps between log lines
     checkpoint_every: int | None = None      # steps between checkpoints; none = at every evaluation
+    teacher: str | None = None               # OUT_DIR of a trained model to learn from besides the text (distillation)
+    teacher_weight: float = 1.0              # weight of the divergence from the teacher in the training loss
+    teacher_temperature: float = 2.0         # logits of both are divided by this for it
     num_samples: int = 0                     # texts that sample.py writes at the end
     resume: bool = False                     # go on from OUT_DIR/ckpt.pt
     seed: int = 1337                         # of weights and batches
@@ -106,6 +110,9 @@ class TrainConfig(ModelConfig):
         if divided and self.compile:
             raise ValueError(f"{divided} sends from within the forward pass, which compile=true cannot follow; "
                              "leave one of the two out")
+        if self.teacher and not (self.teacher_weight > 0 and self.teacher_temperature > 0 and self.tp == 1):
+            raise ValueError(f"teacher needs teacher_weight={self.teacher_weight} and teacher_temperature="
+                             f"{self.teacher_temperature} above 0, and whole logits: tp={self.tp} must be 1")
         if self.batch_tokens < self.context_length:
             raise ValueError(f"batch_tokens={self.batch_tokens} is less than one sequence of context_length="
                              f"{self.context_length}")
@@ -146,6 +153,36 @@ def check_vocabulary(config: TrainConfig, meta: dict, splits: dict) -> int:
             f"{config.data_dir} holds id {largest}, but vocab_size is {vocab_size}; the tokens were made with "
             "another tokenizer: prepare them again, or leave vocab_size to the data")
     return vocab_size
+
+
+# --- distillation ---
+
+def distillation_loss(logits, teacher_logits, temperature: float = 1.0):
+    """T² KL(teacher || student) of the distributions softmax(logits / T), nats per token; a scalar (1503.02531, sec. 2).
+
+    logits, teacher_logits: (..., V). T² keeps the gradient's size the same for every temperature; a small student is
+    asked for the teacher's doubts as well as for its choice. No gradient flows to the teacher.
+    """
+    student, teacher = (x.float() / temperature for x in (logits, teacher_logits.detach()))
+    student = student - student.logsumexp(dim=-1, keepdim=True)
+    teacher = teacher - teacher.logsumexp(dim=-1, keepdim=True)
+    return temperature ** 2 * (teacher.exp() * (teacher - student)).sum(dim=-1).mean()
+
+
+def load_teacher(config: TrainConfig, vocab_size: int, tokenizer_sha256: str | None, device: str) -> Transformer:
+    """The model of config.teacher, frozen. Raises ValueError when it reads other ids or shorter texts than the student.
+    """
+    theirs = read_checkpoint(Path(config.teacher) / "ckpt.pt").get("tokenizer_sha256")
+    model = load_model(config.teacher, device)[0].requires_grad_(False)
+    if theirs != tokenizer_sha256 or model.config.vocab_size != vocab_size:
+        raise ValueError(
+            f"teacher={config.teacher} was trained with another tokenizer (SHA-256 {str(theirs)[:12]}, vocabulary "
+            f"{model.config.vocab_size:,}) than {config.data_dir} was made with ({str(tokenizer_sha256)[:12]}, "
+            f"{vocab_size:,}); its logits mean other ids. Give a teacher trained on this data")
+    if model.config.context_length < config.context_length:
+        raise ValueError(f"teacher={config.teacher} has context_length={model.config.context_length}, the student "
+                         f"{config.context_length}; give the student no longer one")
+    return model
 
 
 # --- the machine ---
@@ -297,6 +334,7 @@ class Run:
         self.step, self.seconds, self.best_val_loss = 0, 0.0, math.inf
         self.tokenizer_path = Path(config.data_dir) / "tokenizer.json"
         self.tokenizer_sha256 = self.meta.get("tokenizer_sha256")
+        self.teacher = load_teacher(config, vocab_size, self.tokenizer_sha256, self.device) if config.teacher else None
 
     def autocast(self):
         if self.dtype == "float32":
@@ -333,7 +371,12 @@ class Run:
         loss, batches = 0.0, list(self.strategy.micro_batches(inputs, targets, micro))
         for i, (x, y, share) in enumerate(batches, start=1):
             with self.autocast():
-                _, micro_loss = self.forward(x, y)
+                logits, micro_loss = self.forward(x, y)
+                if self.teacher is not None:
+                    with torch.no_grad():
+                        wanted = self.teacher(x)
+                    micro_loss = micro_loss + config.teacher_weight * distillation_loss(logits, wanted,
+                                                                                        config.teacher_temperature)
             micro_loss = micro_loss * share
             self.strategy.backward(micro_loss, last=i == len(batches))
             loss = loss + micro_loss.detach()
