@@ -477,6 +477,28 @@ def test_adamw_state_moves_to_torch_and_back():
     torch.testing.assert_close(ours[0], theirs[0], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("ours, theirs", [
+    (lambda p: optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+    (lambda p: optim.AdaGrad(p, lr=0.1), lambda p: torch.optim.Adagrad(p, lr=0.1)),
+    (lambda p: optim.RMSProp(p, lr=0.1, beta=0.9), lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.9))])
+def test_the_steps_towards_adam_follow_torch(ours, theirs):
+    mine, others = copies([(5, 7), (3,)])
+    a, b = ours(mine), theirs(others)
+    for _ in range(50):
+        for p, q in zip(mine, others):
+            p.grad, q.grad = p.detach() - 0.5, q.detach() - 0.5
+        a.step()
+        b.step()
+    for p, q in zip(mine, others):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-5)             # sqrt and division, 50 float32 steps
+    before, a.param_groups[0]["weight_decay"] = mine[0].detach().clone(), 0.5
+    for p in mine:
+        p.grad = torch.zeros_like(p)
+    a.state.clear()
+    a.step()
+    torch.testing.assert_close(mine[0], before * (1 - 0.1 * 0.5))          # decay is decoupled: no gradient goes in
+
+
 def test_parameters_without_gradient_stay():
     p, q = torch.ones(2, 2, requires_grad=True), torch.ones(2, 2, requires_grad=True)
     p.grad = torch.ones(2, 2)
@@ -525,10 +547,12 @@ def test_clipping_is_global_and_skips_missing_gradients():
     before = a.grad.clone()
     optim.clip_grad_norm([a, b, c], 10.0)
     assert torch.equal(a.grad, before) and c.grad is None
+    b.grad = torch.tensor([0.0, math.inf])
+    assert optim.clip_grad_norm([a, b], 1.0).item() == math.inf and torch.equal(a.grad, before)
 
 
 @pytest.mark.parametrize("make", [lambda p: optim.AdamW(p, lr=-1), lambda p: optim.AdamW(p, betas=(1.0, 0.9)),
-                                  lambda p: optim.Muon(p, momentum=1.5)])
+                                  lambda p: optim.Muon(p, momentum=1.5), lambda p: optim.RMSProp(p, beta=1.0)])
 def test_bad_optimizer_settings_are_refused(make):
     with pytest.raises(ValueError, match="must be"):
         make([torch.zeros(2, 2, requires_grad=True)])
