@@ -2285,26 +2285,102 @@ def test_ragged_micro_batches_equal_one_batch(corpus, tmp_path):
                                    msg=lambda m: f"{name}: {m}")  # Adam divides rounding by |g|
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_interrupted_run_equals_a_straight_one_bit_for_bit(corpus, tmp_path, optimizer):
-    tiny_run(corpus, tmp_path / "straight", optimizer=optimizer)
-    tiny_run(corpus, tmp_path / "broken", optimizer=optimizer, checkpoint_every=13, max_steps=30)
+@pytest.mark.parametrize("more", [{"optimizer": "adamw"}, {"optimizer": "muon", "loader": "epochs"},
+                                  {"optimizer": "sgd", "dtype": "float16"}], ids=str)
+def test_an_interrupted_run_equals_a_straight_one_bit_for_bit(corpus, tmp_path, more, monkeypatch):
+    monkeypatch.setattr(train.LossScaler, "GROW_EVERY", 9)                # so that the scale's own state matters, too
+    tiny_run(corpus, tmp_path / "straight", **more)
+    tiny_run(corpus, tmp_path / "broken", checkpoint_every=13, **more)
     # What a kill after step 17 leaves: the checkpoint of step 13, and a log that is ahead of it.
-    tiny_run(corpus, tmp_path / "first", optimizer=optimizer, checkpoint_every=13)
+    tiny_run(corpus, tmp_path / "first", checkpoint_every=13, **more)
     run = train.Run(
-        train.TrainConfig(
-            **TINY
-            | {"data_dir": str(corpus), "out_dir": str(tmp_path / "first"), "max_steps": 30, "optimizer": optimizer}))
+        train.TrainConfig(**TINY | {"data_dir": str(corpus), "out_dir": str(tmp_path / "first"), "max_steps": 30} | more))
     while run.step < 13:
         run.train_step()
     run.save()
-    tiny_run(corpus, tmp_path / "first", optimizer=optimizer, resume=True)
+    tiny_run(corpus, tmp_path / "first", resume=True, **more)
     for name, tensor in weights(tmp_path / "straight").items():
         assert torch.equal(tensor, weights(tmp_path / "first")[name]), name
         assert torch.equal(tensor, weights(tmp_path / "broken")[name]), f"checkpoints changed the run: {name}"
     losses = [[(line["step"], line["loss"]) for line in train.read_log(tmp_path / name / "log.jsonl") if "loss" in line]
               for name in ("straight", "first")]
     assert losses[0] == losses[1]
+
+
+def test_epochs_show_every_window_once_and_the_thread_changes_nothing():
+    tokens, draw = np.arange(101, dtype=np.uint16), functools.partial(train.Loader, device="cpu", seed=3)
+    loader = draw(tokens, "epochs", 4, 10)                                # 10 windows of 10: 5 batches are 2 epochs
+    batches = [loader.next() for _ in range(10)]
+    starts = torch.cat([x[:, 0] for x, _ in batches])
+    assert all(sorted(epoch.tolist()) == list(range(0, 100, 10)) for epoch in starts.split(10))
+    assert not torch.equal(starts[:10], starts[10:20]) and all(torch.equal(x + 1, y) for x, y in batches)
+    generator, loader = torch.Generator().manual_seed(3), draw(tokens, "random", 4, 10)
+    for _ in range(5):
+        expected, (x, _) = train.get_batch(tokens, 4, 10, "cpu", generator)[0], loader.next()
+        assert torch.equal(x, expected) and torch.equal(loader.state, generator.get_state())
+
+
+def test_recomputed_activations_change_no_bit(corpus, tmp_path):
+    grads = []
+    for switch in (False, True):
+        run = train.Run(train.TrainConfig(**TINY, data_dir=str(corpus), out_dir=str(tmp_path), max_steps=1,
+                                          activation_checkpointing=switch))
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            logits, loss = run.model(*run.loader.next())
+        loss.backward()
+        grads.append([loss, sum(kept), *(p.grad for p in run.model.parameters())])
+    assert grads[1].pop(1) < grads[0].pop(1) / 2
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale(corpus, tmp_path, capsys):
+    common = dict(TINY, data_dir=str(corpus), out_dir=str(tmp_path), max_steps=9)
+
+    def step(run, gradient):
+        before = [p.detach().clone() for p in run.model.parameters()]
+        handle = run.model.ln_final.weight.register_hook(lambda g: torch.full_like(g, gradient))
+        run.train_step()
+        handle.remove()
+        return all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
+
+    half = train.Run(train.TrainConfig(**common | {"dtype": "float16"}))
+    scale = half.scaler.scale
+    assert step(half, math.inf) and half.scaler.scale == scale / 2 and half.skipped == 0
+    assert not step(half, 1.0) and half.scaler.scale == scale / 2
+    half.save()
+    assert checkpoint.read_checkpoint(tmp_path / "ckpt.pt")["scaler"] == {"scale": scale / 2, "good": 1}
+    single = train.Run(train.TrainConfig(**common, skip_bad_steps=True))
+    single.train_step()
+    assert step(single, math.nan) and single.skipped == 1 and not step(single, 1.0)
+    assert "step 2, learning rate" in (out := capsys.readouterr().out) and "gradients: ln_final.weight nan" in out
+    with pytest.raises(FloatingPointError, match="ln_final.weight inf.*last good state is .*ckpt.pt"):
+        step(train.Run(train.TrainConfig(**common)), math.inf)
+
+
+def test_a_sweep_draws_up_seeds_survives_divergence_and_goes_on(corpus, tmp_path, capsys):
+    config = train.TrainConfig(**TINY | {"data_dir": str(corpus), "out_dir": str(tmp_path), "max_steps": 6, "grad_clip": 1e9})
+    train.sweep(config, ["learning_rate=1e-3,1e6", "n_layers=1,2", "seed=1,2"])
+    out = capsys.readouterr().out
+    rows = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
+    assert [row["setting"] for row in rows[:2]] == sorted(["lr=0.001,n_layers=1", "lr=0.001,n_layers=2"],
+                                                          key=[row["setting"] for row in rows].index)
+    for row in rows[:2]:
+        assert row["seeds"] == [1, 2] and row["mean"] == pytest.approx(sum(row["scores"]) / 2)
+        assert row["spread"] == pytest.approx(abs(row["scores"][0] - row["scores"][1]) / 2 ** 0.5)
+    assert rows[2]["diverged"] and "diverged at step" in (tmp_path / "sweep.txt").read_text(encoding="utf-8")
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG" and out.count("val perplexity") == 4
+    folder = tmp_path / "lr=0.001,n_layers=1,seed=1"
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "log.jsonl").write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")            # killed before its end
+    train.sweep(config, ["lr=1e-3,1e6", "n_layers=1,2", "seed=1,2"])
+    assert (out := capsys.readouterr().out).count("done before") == 7 and "resumed" in out
+    assert json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8")) == rows
+    for words, message in ((["sede=1"], "Did you mean seed"), (["lr"], "spans no axis")):
+        with pytest.raises(ValueError, match=message):
+            train.sweep(config, words)
+    with pytest.raises(ValueError, match="holds a run with n_heads=2, now it is 1"):
+        train.sweep(dataclasses.replace(config, n_heads=1), ["lr=1e-3", "n_layers=1", "seed=1"])
 
 
 def test_how_often_one_evaluates_changes_nothing(corpus, tmp_path):
@@ -2328,7 +2404,7 @@ def test_a_diverged_run_stops_and_says_where(corpus, tmp_path):
 
 
 def test_settings_and_data_that_do_not_fit_are_refused(corpus, tmp_path, trained):
-    for more, words in (({"optimizer": "sgd"}, "optimizer='sgd'"), ({"batch_tokens": 16}, "less than one sequence"),
+    for more, words in (({"optimizer": "adam"}, "optimizer='adam'"), ({"batch_tokens": 16}, "less than one sequence"),
                         ({"max_minutes": -1.0}, "max_minutes=-1.0"), ({"vocab_size": 100}, "holds id"),
                         ({"device": "cuda:99"}, "cuda:99"), ({"n_heads": 5}, "not a multiple")):
         with pytest.raises(ValueError, match=words):
@@ -2557,8 +2633,24 @@ def test_from_a_text_file_to_samples_by_commands(tmp_path):
     assert done.returncode == 0 and (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG", done.stderr
 
 
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_a_kill_inside_a_checkpoint_write_leaves_a_whole_one(tmp_path):
+    code = ("import sys, torch, checkpoint\nfor step in range(10**6):\n    checkpoint.save_checkpoint("
+            "{'w': torch.full((2_000_000,), float(step))}, None, step, sys.argv[1])")
+    for attempt in range(3):
+        process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "ckpt.pt"], cwd=Path(__file__).parent)
+        while not (tmp_path / "ckpt.pt").exists() or not (tmp_path / "ckpt.pt.tmp").exists():
+            assert process.poll() is None
+        process.kill()
+        process.wait()
+        assert (tmp_path / "ckpt.pt.tmp").exists() or attempt, "the kill came between two writes"
+        entries = checkpoint.read_checkpoint(tmp_path / "ckpt.pt")
+        assert (entries["model"]["w"] == entries["step"]).all()
+        (tmp_path / "ckpt.pt").unlink()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends signals as a terminal and a scheduler do")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
 def test_a_run_that_is_stopped_goes_on(corpus, tmp_path, number):
     command = [
         sys.executable,

@@ -15,6 +15,7 @@ Papers: Kaplan 2020 (2001.08361) for the shape of it, Chowdhery 2022 (PaLM, 2204
 """
 import contextlib
 import ctypes
+import functools
 import itertools
 import json
 import math
@@ -29,25 +30,28 @@ import sys
 import time
 import types
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint as recompute
 
+import accounting
 import data
+import optim
 import parallel
 from checkpoint import (load_checkpoint, load_model, load_optimizer, load_weights, read_checkpoint,  # noqa: F401
                         save_checkpoint)
 from configurator import coerce, command_line, fail, nearest, print_config
 from model import ModelConfig, Transformer, bits_per_byte, token_losses
-from optim import AdamW, Muon, clip_grad_norm, cosine_schedule, wsd_schedule
 
 DEFAULT_CONFIG = "config_shakespeare.py"
 DEFAULT_MINUTES = 2.0                    # when neither max_steps nor max_minutes is given
-# Peak dense bfloat16 FLOP/s of the GPUs people train on, from NVIDIA's data sheets (without sparsity).
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BAD_IN_A_ROW = 10                        # bad steps that skip_bad_steps takes for accidents; more are a divergence
+OTHERS = {"sgd": optim.SGD, "adagrad": optim.AdaGrad, "rmsprop": optim.RMSProp}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -60,19 +64,21 @@ class TrainConfig(ModelConfig):
     max_minutes: float | None = None         # stop after so much training, evaluation and checkpoints not counted
     batch_tokens: int = 8192                 # tokens per optimizer step
     micro_batch_size: int | None = None      # sequences per forward pass; none = the whole step at once
-    optimizer: str = "adamw"                 # adamw | muon (muon for the hidden matrices, adamw for the rest)
-    lr: float = 1e-3                         # adamw's peak learning rate
+    loader: str = "random"                   # random windows | epochs (side by side, each once, shuffled anew each time)
+    optimizer: str = "adamw"                 # adamw | muon (for hidden matrices, adamw for the rest) | sgd | adagrad | rmsprop
+    lr: float = 1e-3                         # peak learning rate of all but muon
     muon_lr: float = 0.02                    # muon's peak learning rate
-    weight_decay: float = 0.1                # of adamw, for matrices
+    weight_decay: float = 0.1                # of matrices, but for muon's
     muon_weight_decay: float = 0.0           # of muon
     beta1: float = 0.9                       # adamw's decay of the first moment
-    beta2: float = 0.95                      # adamw's decay of the second moment
-    momentum: float = 0.95                   # muon's
+    beta2: float = 0.95                      # adamw's and rmsprop's decay of the second moment
+    momentum: float = 0.95                   # muon's and sgd's
     schedule: str = "cosine"                 # cosine | wsd | constant, after the warmup
     warmup_steps: int = 50                   # learning rate rises linearly from 0 over these
     decay_fraction: float = 0.3              # wsd: the last part of the run, in which the rate falls linearly
     min_lr_factor: float = 0.1               # the rate ends at this share of its peak
     grad_clip: float = 1.0                   # largest global gradient norm
+    skip_bad_steps: bool = False             # leave out a step whose loss or gradient is not finite instead of stopping
     eval_every: int = 200                    # steps between evaluations; 0 = only at the end
     eval_steps: int = 20                     # batches of an evaluation during training
     log_every: int = 20                      # steps between log lines
@@ -84,15 +90,16 @@ class TrainConfig(ModelConfig):
     resume: bool = False                     # go on from OUT_DIR/ckpt.pt
     seed: int = 1337                         # of weights and batches
     device: str | None = None                # cpu, cuda, cuda:1, mps; none = the best there is
-    dtype: str | None = None  # float32 | bfloat16 for the matrix products; none = what the device is fast at
+    dtype: str | None = None  # float32 | bfloat16 | float16 of the matrix products; none = what the device is fast at
+    activation_checkpointing: bool = False   # keep only each block's input for backward and compute the rest again
     parallel: str = "ddp"                    # under torchrun: ddp | zero1 | fsdp, what ranks divide; see parallel.py
     tp: int = 1                              # ranks that share every matrix (tensor parallel); the rest divide the data
     compile: bool | None = None              # torch.compile; none = on CUDA only
 
     def __post_init__(self):
         """Check what is not the model's; ModelConfig checks the rest once the vocabulary is known."""
-        allowed = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd", "constant"), "dtype": (None, *DTYPES),
-                   "parallel": ("ddp", "zero1", "fsdp")}
+        allowed = {"optimizer": ("adamw", "muon", *OTHERS), "schedule": ("cosine", "wsd", "constant"),
+                   "dtype": (None, *DTYPES), "parallel": ("ddp", "zero1", "fsdp"), "loader": ("random", "epochs")}
         for name, options in allowed.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, options))}")
@@ -130,17 +137,67 @@ def get_batch(tokens, batch_size: int, context_length: int, device, generator=No
     tokens: (n,) ids, a NumPy array or memory map. The starts are uniform over 0 … n - context_length - 1, all of which
     leave room for the target one further on. Raises ValueError when there is none.
     """
-    n_starts = len(tokens) - context_length
-    if n_starts < 1:
+    check_length(tokens, context_length)
+    starts = torch.randint(len(tokens) - context_length, (batch_size,), generator=generator).numpy()
+    return windows(tokens, starts, context_length, device)
+
+
+def check_length(tokens, context_length: int) -> None:
+    if len(tokens) <= context_length:
         raise ValueError(f"{len(tokens)} tokens are too few for windows of {context_length} and the token after; "
                          "give more data or a shorter context_length")
-    starts = torch.randint(n_starts, (batch_size, 1), generator=generator).numpy()
-    windows = torch.from_numpy(tokens[starts + np.arange(context_length + 1)].astype(np.int64))
-    if torch.device(device).type == "cuda":
-        windows = windows.pin_memory().to(device, non_blocking=True)
-    else:
-        windows = windows.to(device)
-    return windows[:, :-1], windows[:, 1:]
+
+
+def windows(tokens, starts: np.ndarray, context_length: int, device):
+    """(inputs, targets) of the windows that begin at `starts`."""
+    ids = torch.from_numpy(tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int64))
+    # From pinned memory the copy runs beside the GPU's arithmetic.
+    ids = ids.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else ids.to(device)
+    return ids[:, :-1], ids[:, 1:]
+
+
+class Loader:
+    """The training batches, in an order fixed by the seed: a thread makes the next one while this one is computed.
+
+    order: random | epochs, see TrainConfig.loader. `position` (in sequences) and `state` (of the random windows'
+    generator) are those of the batches handed out, whatever the thread has made since.
+    """
+
+    def __init__(self, tokens, order: str, sequences: int, context_length: int, device, seed: int):
+        check_length(tokens, context_length)
+        self.tokens, self.order, self.sequences, self.seed = tokens, order, sequences, seed
+        self.shape, self.n_windows = (context_length, device), (len(tokens) - 1) // context_length
+        self.thread, self.coming, self.epoch = ThreadPoolExecutor(1), None, None
+        self.generator = torch.Generator()
+        self.go_to(0, self.generator.manual_seed(seed).get_state())
+
+    def go_to(self, position: int, state: torch.Tensor) -> None:
+        if self.coming is not None:
+            self.coming.result()                                   # it moves the generator, too
+        self.generator.set_state(state)
+        self.position, self.state, self.coming = position, state, None
+
+    def next(self):
+        batch, self.state = (self.coming or self.thread.submit(self.draw, self.position)).result()
+        self.position += self.sequences
+        self.coming = self.thread.submit(self.draw, self.position)
+        return batch
+
+    def draw(self, position: int):
+        """(batch, state of the generator after it)."""
+        if self.order == "random":
+            batch = get_batch(self.tokens, self.sequences, *self.shape, self.generator)
+        else:
+            places = np.arange(position, position + self.sequences)
+            chosen = [self.shuffled(epoch)[places[places // self.n_windows == epoch] % self.n_windows]
+                      for epoch in np.unique(places // self.n_windows).tolist()]
+            batch = windows(self.tokens, np.concatenate(chosen) * self.shape[0], *self.shape)
+        return batch, self.generator.get_state()
+
+    def shuffled(self, epoch: int) -> np.ndarray:
+        if self.epoch != epoch:
+            self.epoch, self.order_of_epoch = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n_windows)
+        return self.order_of_epoch
 
 
 def check_vocabulary(config: TrainConfig, meta: dict, splits: dict) -> int:
@@ -199,18 +256,16 @@ def pick_device(wanted: str | None) -> str:
     return wanted
 
 
-def matmul_flops(device: str, dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP/s of a square matrix product: the yardstick for MFU where no data sheet is at hand.
-
-    The best of twenty, because others may use the machine too.
-    """
+def matmul_flops(device: str, dtype: torch.dtype, size: int = 1024, clock=time.perf_counter, products: int = 1) -> float:
+    """FLOP/s of a square matrix product, the best of twenty tries because others may use the machine too."""
     a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
     best = math.inf
     for _ in range(20):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size ** 3 / best
+        start = clock()
+        for _ in range(products):
+            torch.mm(a, b)
+        best = min(best, clock() - start)
+    return 2 * size ** 3 * products / best
 
 
 def keep_freed_memory() -> None:
@@ -225,53 +280,38 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def matmul_cpu_seconds(dtype: torch.dtype, size: int = 512) -> float:
-    """CPU time of some square matrix products on one thread: unlike the clock, it does not ask who else is running."""
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.mm(a, b)
-    start = time.thread_time()
-    for _ in range(20):
-        torch.mm(a, b)
-    seconds = time.thread_time() - start
-    torch.set_num_threads(threads)
-    return seconds
-
-
 def pick_dtype(wanted: str | None, device: str) -> str:
-    """bfloat16 where it is native (Ampere and later; CPUs with AMX or AVX512-BF16, which is measured), else float32."""
+    """bfloat16 where it is native (Ampere and later; CPUs with AMX or AVX512-BF16, which is measured), float16 on older
+    CUDA, else float32.
+    """
     if wanted is not None:
         return wanted
     if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if device == "cpu" and matmul_cpu_seconds(torch.bfloat16) < matmul_cpu_seconds(torch.float32) / 1.5:
-        return "bfloat16"
-    return "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device != "cpu":
+        return "float32"
+    # CPU time on one thread: unlike the clock, it does not ask who else is running. Four, as its tick may be coarse.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    low, full = (matmul_flops("cpu", dtype, 512, time.thread_time, 4) for dtype in (torch.bfloat16, torch.float32))
+    torch.set_num_threads(threads)
+    return "bfloat16" if low > 1.5 * full else "float32"
 
 
 def peak_flops(device: str, dtype: str) -> float | None:
     """FLOP/s that MFU is a share of: the data sheet's on a known GPU, a measured product on a CPU, None elsewhere."""
     if device == "cpu":
-        return matmul_flops(device, DTYPES[dtype])
-    if device.startswith("cuda") and dtype == "bfloat16":
+        return matmul_flops(device, DTYPES[dtype]) if dtype != "float16" else None
+    if device.startswith("cuda") and dtype != "float32":
         name = torch.cuda.get_device_name(device)
-        return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+        return next((chip.flops for key, chip in accounting.DEVICES.items() if key in name), None)
     return None
-
-
-def training_flops_per_token(model: Transformer) -> float:
-    """6 N + 12 L H D T, N the parameters of matrix products (2204.02311, appendix B): forward and backward."""
-    c = model.config
-    n = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and name != "token_embeddings.weight")
-    n += c.vocab_size * c.d_model if c.tie_embeddings else 0
-    return 6 * n + 12 * c.n_layers * c.n_heads * c.head_dim * c.context_length
 
 
 # --- optimizers ---
 
-def make_optimizers(model: Transformer, config: TrainConfig, make) -> list[torch.optim.Optimizer]:
-    """One or two optimizers; each group keeps its peak rate as `peak_lr`, which the schedule scales.
+def make_optimizers(model: Transformer, config: TrainConfig, make=lambda cls, groups, **settings: cls(groups, **settings)):
+    """One or two optimizers in a list; each group keeps its peak rate as `peak_lr`, which the schedule scales.
 
     Matrices decay, vectors (norm weights) do not: a norm pulled to zero has nothing to win. The embedding is a table
     of vectors and is not decayed either. make(class, groups, **settings): parallel.Strategy.optimizer.
@@ -281,12 +321,13 @@ def make_optimizers(model: Transformer, config: TrainConfig, make) -> list[torch
         in_block = ".attn." in name or ".ffn." in name
         is_vector = parameter.dim() < 2 or "embeddings" in name
         (vectors if is_vector else hidden if in_block else other).append(parameter)
-    adamw_matrices = other if config.optimizer == "muon" else hidden + other
-    groups = [{"params": adamw_matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    optimizers = [make(AdamW, groups, lr=config.lr, betas=(config.beta1, config.beta2))]
+    matrices = other if config.optimizer == "muon" else hidden + other
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    settings = {"sgd": {"momentum": config.momentum}, "rmsprop": {"beta": config.beta2}, "adagrad": {}}
+    optimizers = [make(OTHERS.get(config.optimizer, optim.AdamW), [group for group in groups if group["params"]],
+                       lr=config.lr, **settings.get(config.optimizer, {"betas": (config.beta1, config.beta2)}))]
     if config.optimizer == "muon":
-        optimizers.append(make(Muon, hidden, lr=config.muon_lr, momentum=config.momentum,
+        optimizers.append(make(optim.Muon, hidden, lr=config.muon_lr, momentum=config.momentum,
                                weight_decay=config.muon_weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -294,17 +335,56 @@ def make_optimizers(model: Transformer, config: TrainConfig, make) -> list[torch
     return optimizers
 
 
+def parameter_table(model: Transformer, optimizers: list, lr: float) -> str:
+    """A line for all parameters of one shape that are treated alike; `*` stands for every layer's number."""
+    names = {id(p): re.sub(r"\.\d+", ".*", name.removesuffix(".weight")) for name, p in model.named_parameters()}
+    rows = {}
+    for optimizer in optimizers:
+        kind = type(getattr(optimizer, "local", optimizer)).__name__             # local: what ZeRO-1 divides
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                shape = " x ".join(f"{n:,}" for n in parallel.full_shape(p))
+                treated = f"{kind:<8}  {group['peak_lr'] / lr:>9.3g}  {group['weight_decay']:>5g}"
+                rows.setdefault((shape, treated), []).append(names[id(p)])
+    lines = [f"{'shape':<16} {'count':>5}  optimizer  lr factor  decay  parameters (lr factor: of lr={lr:g})"]
+    for (shape, treated), found in rows.items():
+        kinds = list(dict.fromkeys(found))
+        same = [a.rpartition(".")[0] == b.rpartition(".")[0] for a, b in zip(kinds, ["", *kinds])]
+        shown = ", ".join(name.rpartition(".")[2] if repeat else name for name, repeat in zip(kinds, same))
+        lines.append(f"{shape:<16} {len(found):>5}  {treated.replace('  ', '   ', 1)}  {shown}")
+    return "\n".join(lines)
+
+
 def lr_factor(config: TrainConfig, step: int, total_steps: float) -> float:
     """The learning rate at `step` (from 1) of a run of total_steps, as a share of its peak."""
     warmup = config.warmup_steps
     if config.schedule == "cosine":
-        return cosine_schedule(step, 1.0, config.min_lr_factor, warmup, total_steps)
+        return optim.cosine_schedule(step, 1.0, config.min_lr_factor, warmup, total_steps)
     decay = total_steps * config.decay_fraction if config.schedule == "wsd" else 0
     end = math.inf if config.schedule == "constant" else max(total_steps - decay - warmup, 0)
-    return wsd_schedule(step, 1.0, config.min_lr_factor, warmup, end, max(decay, 1))
+    return optim.wsd_schedule(step, 1.0, config.min_lr_factor, warmup, end, max(decay, 1))
 
 
 # --- the run ---
+
+class LossScaler:
+    """float16 has no numbers below 6e-8: the loss is multiplied by a scale before backward (1710.03740, section 3.2).
+
+    Gradients that overflow cost the step and halve the scale, 2,000 good steps double it. A scale of 1 does nothing.
+    """
+
+    GROW_EVERY = 2000
+
+    def __init__(self, scale: float):
+        self.scale, self.good = scale, 0
+
+    def update(self, good: bool) -> None:
+        self.good = self.good + 1 if good else 0
+        if self.scale > 1 and not good:
+            self.scale /= 2
+        elif self.scale > 1 and self.good % self.GROW_EVERY == 0:
+            self.scale *= 2
+
 
 class Run:
     """The state of one training run: everything a checkpoint must bring back, and the steps that change it."""
@@ -321,17 +401,23 @@ class Run:
         vocab_size = check_vocabulary(config, self.meta, self.splits)
         torch.manual_seed(config.seed)
         self.model = Transformer(config.model_config(vocab_size)).to(self.device)
+        if config.activation_checkpointing:
+            for block in self.model.layers:
+                block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
         self.n_params = sum(p.numel() for p in self.model.parameters())
-        self.flops_per_token = training_flops_per_token(self.model)
+        self.flops_per_token = accounting.flops_per_token(self.model.config, config.context_length, True)["total"]
         # From here on self.model may hold only this rank's part.
         self.strategy.divide(self.model, None if self.dtype == "float32" else DTYPES[self.dtype])
         self.cut = config.parallel == "fsdp" or config.tp > 1
         self.optimizers = make_optimizers(self.model, config, self.strategy.optimizer)
         use_compile = self.device.startswith("cuda") and not self.cut if config.compile is None else config.compile
         self.forward = torch.compile(self.model) if use_compile else self.model
-        self.batches = torch.Generator().manual_seed(config.seed + 1)
         self.sequences = config.batch_tokens // config.context_length
+        self.loader = Loader(self.splits["train"], config.loader, self.sequences, config.context_length, self.device,
+                             config.seed + 1)
         self.step, self.seconds, self.best_val_loss = 0, 0.0, math.inf
+        self.scaler = LossScaler(2.0 ** 16 if self.dtype == "float16" else 1.0)
+        self.skipped = self.bad_in_a_row = 0
         self.tokenizer_path = Path(config.data_dir) / "tokenizer.json"
         self.tokenizer_sha256 = self.meta.get("tokenizer_sha256")
         self.teacher = load_teacher(config, vocab_size, self.tokenizer_sha256, self.device) if config.teacher else None
@@ -365,8 +451,7 @@ class Run:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-        inputs, targets = get_batch(self.splits["train"], self.sequences, config.context_length, self.device,
-                                    self.batches)
+        inputs, targets = self.loader.next()
         micro = config.micro_batch_size or self.sequences
         loss, batches = 0.0, list(self.strategy.micro_batches(inputs, targets, micro))
         for i, (x, y, share) in enumerate(batches, start=1):
@@ -378,39 +463,88 @@ class Run:
                     micro_loss = micro_loss + config.teacher_weight * distillation_loss(logits, wanted,
                                                                                         config.teacher_temperature)
             micro_loss = micro_loss * share
-            self.strategy.backward(micro_loss, last=i == len(batches))
+            self.strategy.backward(micro_loss * self.scaler.scale, last=i == len(batches))
             loss = loss + micro_loss.detach()
         loss = self.strategy.mean(loss)
-        clip = parallel.clip_grad_norm if self.cut else clip_grad_norm
+        if self.scaler.scale != 1:
+            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / self.scaler.scale)
+        clip = parallel.clip_grad_norm if self.cut else optim.clip_grad_norm
         norm = clip(self.model.parameters(), config.grad_clip)
+        self.step += 1
+        # Asking waits for the device, once a step; in return a bad step is known before it has touched a weight.
+        if self.is_good(loss.item(), norm.item(), config.lr * factor):
+            for optimizer in self.optimizers:
+                optimizer.step()
         for optimizer in self.optimizers:
-            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if config.n_experts and config.balance == "bias":
             self.model.balance_experts()
-        self.step += 1
         return loss, norm, config.lr * factor
+
+    def is_good(self, loss: float, norm: float, lr: float) -> bool:
+        """Whether the step may be taken. Raises FloatingPointError when it may not and no setting allows to skip it."""
+        good = math.isfinite(loss) and math.isfinite(norm)
+        overflow = self.scaler.scale > 1 and math.isfinite(loss)
+        self.scaler.update(good)
+        if good or overflow:
+            self.bad_in_a_row = 0
+            return good
+        self.bad_in_a_row += 1
+        grads = {name: p.grad.abs().max().item() for name, p in self.model.named_parameters() if p.grad is not None}
+        largest = sorted(grads, key=lambda name: grads[name] if math.isfinite(grads[name]) else math.inf)[:-4:-1]
+        message = (f"loss {loss} and gradient norm {norm} at step {self.step}, learning rate {lr:.2e}; largest gradients: "
+                   + ", ".join(f"{name} {grads[name]:.2g}" for name in largest))
+        if self.config.skip_bad_steps and self.bad_in_a_row <= BAD_IN_A_ROW:
+            self.skipped += 1
+            print(f"skipped: {message}", flush=True)
+            return False
+        saved = Path(self.config.out_dir) / "ckpt.pt"
+        raise FloatingPointError(
+            f"{message}: the run has diverged. " + (f"The last good state is {saved}. " if saved.exists() else "Nothing was "
+            "saved yet. ") + "Lower --lr (or --muon_lr), raise --warmup_steps, or leave out single bad steps: "
+            "--skip_bad_steps=true")
 
     @torch.no_grad()
     def estimate_loss(self) -> float:
         """Mean loss over eval_steps validation batches, the same ones every time, from their own generator."""
         self.model.eval()
         generator, total = torch.Generator().manual_seed(self.config.seed + 2), 0.0
-        size = self.config.micro_batch_size or self.sequences
-        for _ in range(self.config.eval_steps):
+        size, (rank, ranks) = self.config.micro_batch_size or self.sequences, self.eval_ranks
+        for i in range(self.config.eval_steps):
             batch = get_batch(self.splits["val"], size, self.config.context_length, self.device, generator)
-            with self.autocast():
-                total += self.model(*batch)[1].item()
+            if i % ranks == rank:
+                with self.autocast():
+                    total += self.model(*batch)[1].item()
         self.model.train()
-        return self.strategy.same(total / self.config.eval_steps)
+        return self.over_ranks(total) / self.config.eval_steps
 
     def full_loss(self) -> float:
         """Mean loss over the whole validation split, every token predicted with at least half a context before it."""
         self.model.eval()
-        with self.autocast():
-            losses = token_losses(self.model, self.splits["val"])
+        tokens, context, (rank, ranks) = self.splits["val"], self.config.context_length, self.eval_ranks
+        stride = max(1, context // 2)
+        n_windows = max(0, -(-(len(tokens) - 1 - context) // stride)) + 1      # as token_losses lays them
+        first, end = n_windows * rank // ranks, n_windows * (rank + 1) // ranks
+        total = 0.0
+        if first < end:
+            mine = tokens[first * stride:len(tokens) if end == n_windows else (end - 1) * stride + context + 1]
+            with self.autocast():
+                losses = token_losses(self.model, mine, stride)
+            total = losses[context - stride if first else 0:].double().sum().item()
         self.model.train()
-        return losses.double().mean().item()
+        return self.over_ranks(total) / (len(tokens) - 1)
+
+    @property
+    def eval_ranks(self) -> tuple[int, int]:
+        """(own number, number) of those who share an evaluation; under FSDP a forward takes all, so everyone does all."""
+        return (0, 1) if self.config.parallel == "fsdp" else (self.strategy.mesh.dp_rank, self.strategy.dp)
+
+    def over_ranks(self, total: float) -> float:
+        """The sum of all shares of an evaluation, the same on every rank."""
+        if self.eval_ranks[1] > 1:
+            device = self.device if self.device.startswith("cuda") else "cpu"
+            total = self.strategy.dp * self.strategy.mean(torch.tensor(total, dtype=torch.float64, device=device)).item()
+        return self.strategy.same(total)
 
     def bits_per_byte(self, loss: float) -> float | None:
         """Nats per token as bits per byte of text, which does not depend on the tokenizer; None without meta.json."""
@@ -428,8 +562,9 @@ class Run:
             weights, [types.SimpleNamespace(state_dict=lambda state=state: state) for state in states], self.step,
             Path(self.config.out_dir) / name, model_config=asdict(self.model.config),
             train_config=asdict(self.config), tokens=self.step * self.sequences * self.config.context_length,
-            rng={"batches": self.batches.get_state(), "torch": torch.get_rng_state()}, data_position=self.step,
-            seconds=self.seconds, best_val_loss=self.best_val_loss, tokenizer_sha256=self.tokenizer_sha256)
+            rng={"batches": self.loader.state, "torch": torch.get_rng_state()}, data_position=self.loader.position,
+            scaler=vars(self.scaler), skipped=self.skipped, seconds=self.seconds, best_val_loss=self.best_val_loss,
+            tokenizer_sha256=self.tokenizer_sha256)
 
     def restore(self) -> None:
         """Become the run that OUT_DIR/ckpt.pt holds. Raises ValueError naming the file when it does not fit."""
@@ -447,9 +582,12 @@ class Run:
         for optimizer, rates in zip(self.optimizers, peaks):  # a rate asked for on resuming wins over the saved one
             for group, rate in zip(optimizer.param_groups, rates):
                 group["peak_lr"] = rate
-        self.batches.set_state(entries["rng"]["batches"].cpu())
+        self.loader.go_to(entries["data_position"], entries["rng"]["batches"].cpu())
         torch.set_rng_state(entries["rng"]["torch"].cpu())
         self.step, self.seconds, self.best_val_loss = entries["step"], entries["seconds"], entries["best_val_loss"]
+        self.skipped = entries.get("skipped", 0)
+        if self.dtype == "float16":
+            vars(self.scaler).update(entries.get("scaler", {}))
 
 
 # --- the log ---
@@ -489,25 +627,24 @@ def read_log(path) -> list[dict]:
 
 
 def plot(out_dirs, path) -> None:
-    """Draw training and validation loss of one or several runs, against steps and against seconds, to a PNG file."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    """Draw losses and learning rate of one or several runs, against steps and against seconds, to a PNG file."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(3, 1))
     for number, out_dir in enumerate(out_dirs):
         log = read_log(Path(out_dir) / "log.jsonl")
-        for key, style in (("loss", dict(alpha=0.4, linewidth=1)), ("val_loss", dict(marker="o", markersize=3))):
+        for key, row, name, style in (("loss", 0, "train", {"alpha": 0.4}), ("lr", 1, None, {}),
+                                      ("val_loss", 0, "validation", {"marker": "o", "markersize": 3})):
             lines = [line for line in log if key in line]
-            for axis, x in zip(axes, ("step", "seconds")):
-                label = f"{Path(out_dir).name} {'train' if key == 'loss' else 'validation'}"
-                axis.plot([line[x] for line in lines], [line[key] for line in lines], color=f"C{number}", label=label,
-                          **style)
-    axes[0].set(xlabel="step", ylabel="loss, nats per token")
-    axes[1].set(xlabel="training time, seconds")
-    axes[0].legend()
+            for axis, x in zip(axes[row], ("step", "seconds")):
+                axis.plot([line[x] for line in lines], [line[key] for line in lines], color=f"C{number}", linewidth=1,
+                          label=name and f"{Path(out_dir).name} {name}", **style)
+    axes[0, 0].set(ylabel="loss, nats per token")
+    axes[0, 0].legend()
+    axes[1, 0].set(xlabel="step", ylabel="learning rate")
+    axes[1, 1].set(xlabel="training time, seconds")
     figure.suptitle("python train.py plot " + " ".join(str(out_dir) for out_dir in out_dirs), fontsize=9)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # --- main ---
@@ -606,6 +743,7 @@ def print_start(run: Run) -> None:
     print(f"device: {run.device}, {run.dtype}, {torch.get_num_threads()} CPU threads")
     print(f"step: {run.sequences * c.context_length:,} tokens = {run.sequences} sequences of {c.context_length}, "
           f"{math.ceil(rows / micro)} micro-batches of up to {micro}" + (f" on each of {ranks} ranks" * (ranks > 1)))
+    print(parameter_table(run.model, run.optimizers, config.lr))
     if run.strategy.size > 1:
         print(f"ranks: {run.strategy.size} = dp {ranks} x tp {config.tp}, parallel={config.parallel}")
     if config.resume:
@@ -618,29 +756,31 @@ def train(run: Run, log: Log, stop: Stop) -> float | None:
     """Step until the run is done or a signal comes; returns the last logged loss."""
     config, last_loss, since = run.config, None, (run.step, run.seconds)
     peak, flops = peak_flops(run.device, run.dtype), run.flops_per_token / run.strategy.size
+    if peak:
+        print(f"mfu: share of {peak / 1e12:.3g} TFLOP/s"
+              + (" a device" if run.device != "cpu" else ", a matrix product measured just now"))
     step_tokens = run.sequences * config.context_length
     saved_at = None
     while run.progress() < 1 and stop.agreed is None:
         began = time.perf_counter()
-        loss, norm, lr = run.train_step()
-        bad = not (math.isfinite(loss.item()) and math.isfinite(norm.item()))
-        if bad:
-            log.write(step=run.step, diverged=lr, seconds=run.seconds)
-            stop_if_not_finite(run, loss.item(), norm.item(), lr)
+        try:
+            loss, norm, lr = run.train_step()
+        except FloatingPointError:
+            log.write(step=run.step, diverged=True, seconds=run.seconds)
+            raise
         due = run.step % config.log_every == 0 or run.step == 1
-        if due or config.max_minutes:
-            loss_value = loss.item()                               # waits for the device, so that the clock is true
         # The clock and a signal end a run: all ranks must see the same ones, or some would wait for the rest for ever.
         run.seconds, caught = run.strategy.largest(run.seconds + time.perf_counter() - began, stop.signal or 0)
         stop.agreed = int(caught) or None
         if due or run.progress() >= 1:
             last_loss = loss.item()
-            stop_if_not_finite(run, last_loss, norm.item(), lr)
             ms = 1000 * (run.seconds - since[1]) / (run.step - since[0])
             mfu = flops * step_tokens / ms * 1000 / peak if peak else None
             since = (run.step, run.seconds)
             log.write(step=run.step, loss=last_loss, lr=lr, norm=norm.item(), ms=ms,
-                      tokens_per_s=1000 * step_tokens / ms, mfu=mfu, seconds=run.seconds)
+                      tokens_per_s=1000 * step_tokens / ms, mfu=mfu, seconds=run.seconds,
+                      **{"skipped": run.skipped} if run.skipped else {},
+                      **{"loss_scale": run.scaler.scale} if run.dtype == "float16" else {})
             print_step(run, last_loss, lr, norm.item(), ms, 1000 * step_tokens / ms, mfu)
         if config.eval_every and run.step % config.eval_every == 0 and run.progress() < 1:
             val_loss = run.estimate_loss()
@@ -651,6 +791,8 @@ def train(run: Run, log: Log, stop: Stop) -> float | None:
             if val_loss < run.best_val_loss:
                 run.best_val_loss = val_loss
                 run.save("best.pt")
+            if run.strategy.rank == 0:
+                plot([config.out_dir], Path(config.out_dir) / "loss.png")
         every = config.checkpoint_every or config.eval_every
         if every and run.step % every == 0:
             run.save()
@@ -667,15 +809,6 @@ def print_step(run: Run, loss, lr, norm, ms, tokens_per_s, mfu) -> None:
         f"{run.step:>6}/{total} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {ms:.0f} ms | "
         f"{tokens_per_s:,.0f} tok/s | mfu {'n/a' if mfu is None else f'{100 * mfu:.1f} %'} | eta {left:.0f} s",
         flush=True)
-
-
-def stop_if_not_finite(run: Run, loss: float, norm: float, lr: float) -> None:
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    raise FloatingPointError(
-        f"loss {loss} and gradient norm {norm} at step {run.step}, learning rate {lr:.2e}: the run has "
-        f"diverged. The last good state is {run.config.out_dir}/ckpt.pt, if one was saved; "
-        "lower --lr (or --muon_lr), or raise --warmup_steps")
 
 
 def show_samples(config: TrainConfig) -> None:
