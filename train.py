@@ -16,7 +16,6 @@ Papers: Kaplan 2020 (2001.08361) for the shape of it, Chowdhery 2022 (PaLM, 2204
 import contextlib
 import ctypes
 import functools
-import itertools
 import json
 import math
 import os
@@ -28,8 +27,6 @@ import statistics
 import subprocess
 import sys
 import time
-import types
-import typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -43,8 +40,8 @@ import data
 import optim
 import parallel
 from checkpoint import (load_checkpoint, load_model, load_optimizer, load_weights, read_checkpoint,  # noqa: F401
-                        save_checkpoint)
-from configurator import coerce, command_line, fail, nearest, print_config
+                        save_checkpoint, write_atomically)
+from configurator import command_line, fail, grid, print_config
 from model import ModelConfig, Transformer, bits_per_byte, token_losses
 
 DEFAULT_CONFIG = "config_shakespeare.py"
@@ -64,8 +61,8 @@ class TrainConfig(ModelConfig):
     max_minutes: float | None = None         # stop after so much training, evaluation and checkpoints not counted
     batch_tokens: int = 8192                 # tokens per optimizer step
     micro_batch_size: int | None = None      # sequences per forward pass; none = the whole step at once
-    loader: str = "random"                   # random windows | epochs (side by side, each once, shuffled anew each time)
-    optimizer: str = "adamw"                 # adamw | muon (for hidden matrices, adamw for the rest) | sgd | adagrad | rmsprop
+    loader: str = "random"                   # random windows | epochs (windows side by side, shuffled anew each epoch)
+    optimizer: str = "adamw"                 # adamw | muon (for matrices in blocks) | sgd | adagrad | rmsprop
     lr: float = 1e-3                         # peak learning rate of all but muon
     muon_lr: float = 0.02                    # muon's peak learning rate
     weight_decay: float = 0.1                # of matrices, but for muon's
@@ -103,26 +100,26 @@ class TrainConfig(ModelConfig):
         for name, options in allowed.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, options))}")
-        for name in ("batch_tokens", "log_every", "eval_steps", "micro_batch_size", "max_steps", "checkpoint_every",
-                     "tp"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ValueError(f"max_minutes={self.max_minutes} must be more than 0")
+        for name in "batch_tokens log_every eval_steps micro_batch_size max_steps checkpoint_every tp".split():
+            if (getattr(self, name) or 1) < 1 or getattr(self, name) == 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         divided = f"parallel={self.parallel}" if self.parallel == "fsdp" else f"tp={self.tp}" if self.tp > 1 else None
-        if divided and self.optimizer == "muon":
-            raise ValueError(f"{divided} cuts matrices and optimizer=muon needs whole ones; choose optimizer=adamw, or "
-                             "parallel=ddp or zero1 with tp=1")
-        if divided and self.compile:
-            raise ValueError(f"{divided} sends from within the forward pass, which compile=true cannot follow; "
-                             "leave one of the two out")
-        if self.teacher and not (self.teacher_weight > 0 and self.teacher_temperature > 0 and self.tp == 1):
-            raise ValueError(f"teacher needs teacher_weight={self.teacher_weight} and teacher_temperature="
-                             f"{self.teacher_temperature} above 0, and whole logits: tp={self.tp} must be 1")
-        if self.batch_tokens < self.context_length:
-            raise ValueError(f"batch_tokens={self.batch_tokens} is less than one sequence of context_length="
-                             f"{self.context_length}")
+        for wrong, message in (
+            (not (self.max_minutes or 1) > 0, f"max_minutes={self.max_minutes} must be more than 0"),
+            (divided and self.optimizer == "muon", f"{divided} cuts matrices and optimizer=muon needs whole ones; "
+             "choose optimizer=adamw, or parallel=ddp or zero1 with tp=1"),
+            (divided and self.compile, f"{divided} sends from within the forward pass, which compile=true cannot "
+             "follow; leave one of the two out"),
+            (not self.teacher_weight > 0, f"teacher_weight={self.teacher_weight} must be above 0"),
+            (not self.teacher_temperature > 0, f"teacher_temperature={self.teacher_temperature} must be above 0"),
+            (self.teacher and self.tp > 1, f"tp={self.tp} cuts the logits, which a teacher needs whole; leave one out"),
+            (self.batch_tokens < self.context_length,
+             f"batch_tokens={self.batch_tokens} is less than one sequence of context_length={self.context_length}"),
+        ):
+            if wrong:
+                raise ValueError(message)
+        if self.max_steps is None and self.max_minutes is None:
+            self.max_minutes = DEFAULT_MINUTES
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         values = {field.name: getattr(self, field.name) for field in fields(ModelConfig)}
@@ -131,25 +128,17 @@ class TrainConfig(ModelConfig):
 
 # --- batches ---
 
-def get_batch(tokens, batch_size: int, context_length: int, device, generator=None):
+def get_batch(tokens, batch_size: int, context_length: int, device, generator=None, starts=None):
     """Random windows of a long sequence of ids: (inputs, targets), each (batch_size, context_length) int64 on `device`.
 
     tokens: (n,) ids, a NumPy array or memory map. The starts are uniform over 0 … n - context_length - 1, all of which
-    leave room for the target one further on. Raises ValueError when there is none.
+    leave room for the target one further on; or those given. Raises ValueError when there is no room for one.
     """
-    check_length(tokens, context_length)
-    starts = torch.randint(len(tokens) - context_length, (batch_size,), generator=generator).numpy()
-    return windows(tokens, starts, context_length, device)
-
-
-def check_length(tokens, context_length: int) -> None:
     if len(tokens) <= context_length:
         raise ValueError(f"{len(tokens)} tokens are too few for windows of {context_length} and the token after; "
                          "give more data or a shorter context_length")
-
-
-def windows(tokens, starts: np.ndarray, context_length: int, device):
-    """(inputs, targets) of the windows that begin at `starts`."""
+    if starts is None:
+        starts = torch.randint(len(tokens) - context_length, (batch_size,), generator=generator).numpy()
     ids = torch.from_numpy(tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int64))
     # From pinned memory the copy runs beside the GPU's arithmetic.
     ids = ids.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else ids.to(device)
@@ -164,40 +153,28 @@ class Loader:
     """
 
     def __init__(self, tokens, order: str, sequences: int, context_length: int, device, seed: int):
-        check_length(tokens, context_length)
-        self.tokens, self.order, self.sequences, self.seed = tokens, order, sequences, seed
-        self.shape, self.n_windows = (context_length, device), (len(tokens) - 1) // context_length
-        self.thread, self.coming, self.epoch = ThreadPoolExecutor(1), None, None
-        self.generator = torch.Generator()
-        self.go_to(0, self.generator.manual_seed(seed).get_state())
-
-    def go_to(self, position: int, state: torch.Tensor) -> None:
-        if self.coming is not None:
-            self.coming.result()                                   # it moves the generator, too
-        self.generator.set_state(state)
-        self.position, self.state, self.coming = position, state, None
+        self.tokens, self.order, self.seed = tokens, order, seed
+        self.shape = sequences, context_length, device
+        self.n_windows = max(1, (len(tokens) - 1) // context_length)
+        self.thread, self.coming = ThreadPoolExecutor(1), None
+        self.generator = torch.Generator().manual_seed(seed)
+        self.position, self.state = 0, self.generator.get_state()
+        self.shuffled = functools.lru_cache(2)(
+            lambda epoch: np.random.default_rng((seed, epoch)).permutation(self.n_windows))
 
     def next(self):
         batch, self.state = (self.coming or self.thread.submit(self.draw, self.position)).result()
-        self.position += self.sequences
+        self.position += self.shape[0]
         self.coming = self.thread.submit(self.draw, self.position)
         return batch
 
     def draw(self, position: int):
         """(batch, state of the generator after it)."""
-        if self.order == "random":
-            batch = get_batch(self.tokens, self.sequences, *self.shape, self.generator)
-        else:
-            places = np.arange(position, position + self.sequences)
-            chosen = [self.shuffled(epoch)[places[places // self.n_windows == epoch] % self.n_windows]
-                      for epoch in np.unique(places // self.n_windows).tolist()]
-            batch = windows(self.tokens, np.concatenate(chosen) * self.shape[0], *self.shape)
-        return batch, self.generator.get_state()
-
-    def shuffled(self, epoch: int) -> np.ndarray:
-        if self.epoch != epoch:
-            self.epoch, self.order_of_epoch = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n_windows)
-        return self.order_of_epoch
+        starts = None
+        if self.order == "epochs":
+            places = [divmod(place, self.n_windows) for place in range(position, position + self.shape[0])]
+            starts = np.array([self.shuffled(epoch)[i] * self.shape[1] for epoch, i in places])
+        return get_batch(self.tokens, *self.shape, self.generator, starts), self.generator.get_state()
 
 
 def check_vocabulary(config: TrainConfig, meta: dict, splits: dict) -> int:
@@ -215,7 +192,7 @@ def check_vocabulary(config: TrainConfig, meta: dict, splits: dict) -> int:
 # --- distillation ---
 
 def distillation_loss(logits, teacher_logits, temperature: float = 1.0):
-    """T² KL(teacher || student) of the distributions softmax(logits / T), nats per token; a scalar (1503.02531, sec. 2).
+    """T² KL(teacher || student) of softmax(logits / T), in nats per token; a scalar (1503.02531, section 2).
 
     logits, teacher_logits: (..., V). T² keeps the gradient's size the same for every temperature; a small student is
     asked for the teacher's doubts as well as for its choice. No gradient flows to the teacher.
@@ -227,8 +204,7 @@ def distillation_loss(logits, teacher_logits, temperature: float = 1.0):
 
 
 def load_teacher(config: TrainConfig, vocab_size: int, tokenizer_sha256: str | None, device: str) -> Transformer:
-    """The model of config.teacher, frozen. Raises ValueError when it reads other ids or shorter texts than the student.
-    """
+    """The model of config.teacher, frozen. Raises ValueError when it reads other ids than the student."""
     theirs = read_checkpoint(Path(config.teacher) / "ckpt.pt").get("tokenizer_sha256")
     model = load_model(config.teacher, device)[0].requires_grad_(False)
     if theirs != tokenizer_sha256 or model.config.vocab_size != vocab_size:
@@ -236,9 +212,6 @@ def load_teacher(config: TrainConfig, vocab_size: int, tokenizer_sha256: str | N
             f"teacher={config.teacher} was trained with another tokenizer (SHA-256 {str(theirs)[:12]}, vocabulary "
             f"{model.config.vocab_size:,}) than {config.data_dir} was made with ({str(tokenizer_sha256)[:12]}, "
             f"{vocab_size:,}); its logits mean other ids. Give a teacher trained on this data")
-    if model.config.context_length < config.context_length:
-        raise ValueError(f"teacher={config.teacher} has context_length={model.config.context_length}, the student "
-                         f"{config.context_length}; give the student no longer one")
     return model
 
 
@@ -256,7 +229,7 @@ def pick_device(wanted: str | None) -> str:
     return wanted
 
 
-def matmul_flops(device: str, dtype: torch.dtype, size: int = 1024, clock=time.perf_counter, products: int = 1) -> float:
+def matmul_flops(device: str, dtype: torch.dtype, size=1024, clock=time.perf_counter, products=1) -> float:
     """FLOP/s of a square matrix product, the best of twenty tries because others may use the machine too."""
     a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
     best = math.inf
@@ -281,9 +254,7 @@ def keep_freed_memory() -> None:
 
 
 def pick_dtype(wanted: str | None, device: str) -> str:
-    """bfloat16 where it is native (Ampere and later; CPUs with AMX or AVX512-BF16, which is measured), float16 on older
-    CUDA, else float32.
-    """
+    """bfloat16 where it is native (Ampere and later; CPUs: measured), float16 on older CUDA, else float32."""
     if wanted is not None:
         return wanted
     if device.startswith("cuda"):
@@ -310,7 +281,7 @@ def peak_flops(device: str, dtype: str) -> float | None:
 
 # --- optimizers ---
 
-def make_optimizers(model: Transformer, config: TrainConfig, make=lambda cls, groups, **settings: cls(groups, **settings)):
+def make_optimizers(model: Transformer, config: TrainConfig, make=lambda cls, groups, **more: cls(groups, **more)):
     """One or two optimizers in a list; each group keeps its peak rate as `peak_lr`, which the schedule scales.
 
     Matrices decay, vectors (norm weights) do not: a norm pulled to zero has nothing to win. The embedding is a table
@@ -335,24 +306,25 @@ def make_optimizers(model: Transformer, config: TrainConfig, make=lambda cls, gr
     return optimizers
 
 
-def parameter_table(model: Transformer, optimizers: list, lr: float) -> str:
-    """A line for all parameters of one shape that are treated alike; `*` stands for every layer's number."""
+def print_parameters(model: Transformer, optimizers: list, lr: float) -> None:
+    """A line for all parameters of one shape that are treated alike, with their learning rate as a factor of `lr`."""
     names = {id(p): re.sub(r"\.\d+", ".*", name.removesuffix(".weight")) for name, p in model.named_parameters()}
-    rows = {}
+    found = {}
     for optimizer in optimizers:
         kind = type(getattr(optimizer, "local", optimizer)).__name__             # local: what ZeRO-1 divides
         for group in optimizer.param_groups:
+            treated = kind, f"{group['peak_lr'] / lr:.3g}", f"{group['weight_decay']:g}"
             for p in group["params"]:
-                shape = " x ".join(f"{n:,}" for n in parallel.full_shape(p))
-                treated = f"{kind:<8}  {group['peak_lr'] / lr:>9.3g}  {group['weight_decay']:>5g}"
-                rows.setdefault((shape, treated), []).append(names[id(p)])
-    lines = [f"{'shape':<16} {'count':>5}  optimizer  lr factor  decay  parameters (lr factor: of lr={lr:g})"]
-    for (shape, treated), found in rows.items():
-        kinds = list(dict.fromkeys(found))
-        same = [a.rpartition(".")[0] == b.rpartition(".")[0] for a, b in zip(kinds, ["", *kinds])]
-        shown = ", ".join(name.rpartition(".")[2] if repeat else name for name, repeat in zip(kinds, same))
-        lines.append(f"{shape:<16} {len(found):>5}  {treated.replace('  ', '   ', 1)}  {shown}")
-    return "\n".join(lines)
+                found.setdefault((tuple(parallel.full_shape(p)), treated), []).append(names[id(p)])
+    rows = []
+    for (shape, treated), same in found.items():
+        shown, before = "", None                                                 # a path is written once for many
+        for path, dot, word in (name.rpartition(".") for name in dict.fromkeys(same)):
+            shown += ", " * bool(shown) + (word if path == before else path + dot + word)
+            before = path
+        rows.append([shown, str(shape), len(same), *treated])
+    accounting.table(f"peak learning rates as factors of lr={lr:g}:",
+                     ["parameters (* = every layer)", "shape", "count", "optimizer", "factor", "decay"], rows)
 
 
 def lr_factor(config: TrainConfig, step: int, total_steps: float) -> float:
@@ -367,27 +339,9 @@ def lr_factor(config: TrainConfig, step: int, total_steps: float) -> float:
 
 # --- the run ---
 
-class LossScaler:
-    """float16 has no numbers below 6e-8: the loss is multiplied by a scale before backward (1710.03740, section 3.2).
-
-    Gradients that overflow cost the step and halve the scale, 2,000 good steps double it. A scale of 1 does nothing.
-    """
-
-    GROW_EVERY = 2000
-
-    def __init__(self, scale: float):
-        self.scale, self.good = scale, 0
-
-    def update(self, good: bool) -> None:
-        self.good = self.good + 1 if good else 0
-        if self.scale > 1 and not good:
-            self.scale /= 2
-        elif self.scale > 1 and self.good % self.GROW_EVERY == 0:
-            self.scale *= 2
-
-
 class Run:
     """The state of one training run: everything a checkpoint must bring back, and the steps that change it."""
+    GROW_EVERY = 2000                          # good steps after which loss_scale doubles
 
     def __init__(self, config: TrainConfig, strategy: parallel.Strategy | None = None):
         self.config = config
@@ -416,9 +370,10 @@ class Run:
         self.loader = Loader(self.splits["train"], config.loader, self.sequences, config.context_length, self.device,
                              config.seed + 1)
         self.step, self.seconds, self.best_val_loss = 0, 0.0, math.inf
-        self.scaler = LossScaler(2.0 ** 16 if self.dtype == "float16" else 1.0)
+        # float16 has no numbers below 6e-8: the loss is scaled up before backward (1710.03740, section 3.2), for the
+        # others by 1. A gradient that overflows costs the step and halves the scale, GROW_EVERY good steps double it.
+        self.loss_scale, self.good_steps = 2.0 ** 16 if self.dtype == "float16" else 1.0, 0
         self.skipped = self.bad_in_a_row = 0
-        self.tokenizer_path = Path(config.data_dir) / "tokenizer.json"
         self.tokenizer_sha256 = self.meta.get("tokenizer_sha256")
         self.teacher = load_teacher(config, vocab_size, self.tokenizer_sha256, self.device) if config.teacher else None
 
@@ -463,11 +418,11 @@ class Run:
                     micro_loss = micro_loss + config.teacher_weight * distillation_loss(logits, wanted,
                                                                                         config.teacher_temperature)
             micro_loss = micro_loss * share
-            self.strategy.backward(micro_loss * self.scaler.scale, last=i == len(batches))
+            self.strategy.backward(micro_loss * self.loss_scale, last=i == len(batches))
             loss = loss + micro_loss.detach()
         loss = self.strategy.mean(loss)
-        if self.scaler.scale != 1:
-            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / self.scaler.scale)
+        if self.loss_scale != 1:
+            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / self.loss_scale)
         clip = parallel.clip_grad_norm if self.cut else optim.clip_grad_norm
         norm = clip(self.model.parameters(), config.grad_clip)
         self.step += 1
@@ -484,67 +439,46 @@ class Run:
     def is_good(self, loss: float, norm: float, lr: float) -> bool:
         """Whether the step may be taken. Raises FloatingPointError when it may not and no setting allows to skip it."""
         good = math.isfinite(loss) and math.isfinite(norm)
-        overflow = self.scaler.scale > 1 and math.isfinite(loss)
-        self.scaler.update(good)
-        if good or overflow:
-            self.bad_in_a_row = 0
+        self.good_steps = self.good_steps + 1 if good else 0
+        overflow = self.loss_scale > 1 and math.isfinite(loss) and not good
+        if self.loss_scale > 1:
+            self.loss_scale *= 0.5 if overflow else 2 if good and self.good_steps % self.GROW_EVERY == 0 else 1
+        self.bad_in_a_row = 0 if good or overflow else self.bad_in_a_row + 1
+        if not self.bad_in_a_row:
             return good
-        self.bad_in_a_row += 1
-        grads = {name: p.grad.abs().max().item() for name, p in self.model.named_parameters() if p.grad is not None}
-        largest = sorted(grads, key=lambda name: grads[name] if math.isfinite(grads[name]) else math.inf)[:-4:-1]
-        message = (f"loss {loss} and gradient norm {norm} at step {self.step}, learning rate {lr:.2e}; largest gradients: "
-                   + ", ".join(f"{name} {grads[name]:.2g}" for name in largest))
+        sizes = {name: p.grad.abs().max().item() for name, p in self.model.named_parameters() if p.grad is not None}
+        largest = sorted(sizes, key=lambda name: sizes[name] if math.isfinite(sizes[name]) else math.inf)[:-4:-1]
+        message = (f"loss {loss} and gradient norm {norm} at step {self.step}, learning rate {lr:.2e}; largest "
+                   "gradients: " + ", ".join(f"{name} {sizes[name]:.2g}" for name in largest))
         if self.config.skip_bad_steps and self.bad_in_a_row <= BAD_IN_A_ROW:
             self.skipped += 1
             print(f"skipped: {message}", flush=True)
             return False
         saved = Path(self.config.out_dir) / "ckpt.pt"
         raise FloatingPointError(
-            f"{message}: the run has diverged. " + (f"The last good state is {saved}. " if saved.exists() else "Nothing was "
-            "saved yet. ") + "Lower --lr (or --muon_lr), raise --warmup_steps, or leave out single bad steps: "
-            "--skip_bad_steps=true")
+            f"{message}: the run has diverged. The last good state is {saved if saved.exists() else 'not saved yet'}; "
+            "lower --lr (or --muon_lr), raise --warmup_steps, or skip single bad steps with --skip_bad_steps=true")
 
     @torch.no_grad()
     def estimate_loss(self) -> float:
         """Mean loss over eval_steps validation batches, the same ones every time, from their own generator."""
         self.model.eval()
         generator, total = torch.Generator().manual_seed(self.config.seed + 2), 0.0
-        size, (rank, ranks) = self.config.micro_batch_size or self.sequences, self.eval_ranks
-        for i in range(self.config.eval_steps):
+        size = self.config.micro_batch_size or self.sequences
+        for _ in range(self.config.eval_steps):
             batch = get_batch(self.splits["val"], size, self.config.context_length, self.device, generator)
-            if i % ranks == rank:
-                with self.autocast():
-                    total += self.model(*batch)[1].item()
+            with self.autocast():
+                total += self.model(*batch)[1].item()
         self.model.train()
-        return self.over_ranks(total) / self.config.eval_steps
+        return self.strategy.same(total / self.config.eval_steps)
 
     def full_loss(self) -> float:
         """Mean loss over the whole validation split, every token predicted with at least half a context before it."""
         self.model.eval()
-        tokens, context, (rank, ranks) = self.splits["val"], self.config.context_length, self.eval_ranks
-        stride = max(1, context // 2)
-        n_windows = max(0, -(-(len(tokens) - 1 - context) // stride)) + 1      # as token_losses lays them
-        first, end = n_windows * rank // ranks, n_windows * (rank + 1) // ranks
-        total = 0.0
-        if first < end:
-            mine = tokens[first * stride:len(tokens) if end == n_windows else (end - 1) * stride + context + 1]
-            with self.autocast():
-                losses = token_losses(self.model, mine, stride)
-            total = losses[context - stride if first else 0:].double().sum().item()
+        with self.autocast():
+            losses = token_losses(self.model, self.splits["val"])
         self.model.train()
-        return self.over_ranks(total) / (len(tokens) - 1)
-
-    @property
-    def eval_ranks(self) -> tuple[int, int]:
-        """(own number, number) of those who share an evaluation; under FSDP a forward takes all, so everyone does all."""
-        return (0, 1) if self.config.parallel == "fsdp" else (self.strategy.mesh.dp_rank, self.strategy.dp)
-
-    def over_ranks(self, total: float) -> float:
-        """The sum of all shares of an evaluation, the same on every rank."""
-        if self.eval_ranks[1] > 1:
-            device = self.device if self.device.startswith("cuda") else "cpu"
-            total = self.strategy.dp * self.strategy.mean(torch.tensor(total, dtype=torch.float64, device=device)).item()
-        return self.strategy.same(total)
+        return losses.double().mean().item()
 
     def bits_per_byte(self, loss: float) -> float | None:
         """Nats per token as bits per byte of text, which does not depend on the tokenizer; None without meta.json."""
@@ -559,12 +493,11 @@ class Run:
         if self.strategy.rank:
             return
         save_checkpoint(
-            weights, [types.SimpleNamespace(state_dict=lambda state=state: state) for state in states], self.step,
-            Path(self.config.out_dir) / name, model_config=asdict(self.model.config),
+            weights, states, self.step, Path(self.config.out_dir) / name, model_config=asdict(self.model.config),
             train_config=asdict(self.config), tokens=self.step * self.sequences * self.config.context_length,
             rng={"batches": self.loader.state, "torch": torch.get_rng_state()}, data_position=self.loader.position,
-            scaler=vars(self.scaler), skipped=self.skipped, seconds=self.seconds, best_val_loss=self.best_val_loss,
-            tokenizer_sha256=self.tokenizer_sha256)
+            loss_scale=self.loss_scale, good_steps=self.good_steps, skipped=self.skipped, seconds=self.seconds,
+            best_val_loss=self.best_val_loss, tokenizer_sha256=self.tokenizer_sha256)
 
     def restore(self) -> None:
         """Become the run that OUT_DIR/ckpt.pt holds. Raises ValueError naming the file when it does not fit."""
@@ -582,37 +515,31 @@ class Run:
         for optimizer, rates in zip(self.optimizers, peaks):  # a rate asked for on resuming wins over the saved one
             for group, rate in zip(optimizer.param_groups, rates):
                 group["peak_lr"] = rate
-        self.loader.go_to(entries["data_position"], entries["rng"]["batches"].cpu())
+        self.loader.position, self.loader.state = entries["data_position"], entries["rng"]["batches"].cpu()
+        self.loader.generator.set_state(self.loader.state)
         torch.set_rng_state(entries["rng"]["torch"].cpu())
-        self.step, self.seconds, self.best_val_loss = entries["step"], entries["seconds"], entries["best_val_loss"]
-        self.skipped = entries.get("skipped", 0)
+        for name in ("step", "seconds", "best_val_loss", "good_steps", "skipped"):
+            setattr(self, name, entries.get(name, 0))
         if self.dtype == "float16":
-            vars(self.scaler).update(entries.get("scaler", {}))
+            self.loss_scale = entries.get("loss_scale", self.loss_scale)
 
 
 # --- the log ---
 
-class Log:
-    """log.jsonl: a header, then a line a logging step or evaluation, flushed line by line. out_dir None: nowhere."""
+def open_log(out_dir, header: dict, resume_step: int | None):
+    """log.jsonl, open for further lines: a header, then a line a logging step or evaluation. out_dir None: nowhere."""
+    if out_dir is None:
+        return open(os.devnull, "w", encoding="utf-8")
+    path, kept = Path(out_dir) / "log.jsonl", [header]
+    if resume_step is not None and path.exists():
+        # Lines past the checkpoint were written by steps that will be taken again.
+        kept = [line for line in read_log(path) if line.get("step", 0) <= resume_step] or kept
+    write_atomically(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
+    return open(path, "a", encoding="utf-8", buffering=1)                     # a line is on its way when it is written
 
-    def __init__(self, out_dir, header: dict, resume_step: int | None):
-        if out_dir is None:
-            self.file = open(os.devnull, "w", encoding="utf-8")
-            return
-        self.path = Path(out_dir) / "log.jsonl"
-        kept = [json.dumps(header)]
-        if resume_step is not None and self.path.exists():
-            # Lines past the checkpoint were written by steps that will be taken again.
-            lines = read_log(self.path)
-            kept = [json.dumps(line) for line in lines if line.get("step", 0) <= resume_step] or kept
-        temporary = self.path.with_name("log.jsonl.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
-        self.file = open(self.path, "a", encoding="utf-8")
 
-    def write(self, **entry) -> None:
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
+def write(log, run, **entry) -> None:
+    print(json.dumps({"step": run.step, "seconds": run.seconds} | entry), file=log)
 
 
 def read_log(path) -> list[dict]:
@@ -639,10 +566,10 @@ def plot(out_dirs, path) -> None:
             for axis, x in zip(axes[row], ("step", "seconds")):
                 axis.plot([line[x] for line in lines], [line[key] for line in lines], color=f"C{number}", linewidth=1,
                           label=name and f"{Path(out_dir).name} {name}", **style)
-    axes[0, 0].set(ylabel="loss, nats per token")
+    axes[0, 0].set_ylabel("loss, nats per token")
     axes[0, 0].legend()
     axes[1, 0].set(xlabel="step", ylabel="learning rate")
-    axes[1, 1].set(xlabel="training time, seconds")
+    axes[1, 1].set_xlabel("training time, seconds")
     figure.suptitle("python train.py plot " + " ".join(str(out_dir) for out_dir in out_dirs), fontsize=9)
     figure.savefig(path, dpi=110)
 
@@ -651,26 +578,22 @@ def plot(out_dirs, path) -> None:
 
 class Stop:
     """Turns the first Ctrl-C, SIGTERM or (Slurm's warning) SIGUSR1 into a flag; a second one acts at once."""
-    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
 
     def __enter__(self):
         self.signal, self.agreed, self.before = None, None, {}    # agreed: one that all ranks know of
-        for name in self.NAMES:
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
             with contextlib.suppress(AttributeError, ValueError):    # not on this system; not in the main thread
-                number = getattr(signal, name)
-                self.before[number] = signal.signal(number, self.catch)
+                self.before[getattr(signal, name)] = signal.signal(getattr(signal, name), self.catch)
         return self
 
     def catch(self, number, frame):
         self.signal = number
-        for caught, handler in self.before.items():
-            signal.signal(caught, handler)
+        self.__exit__()
         print(f"\n{signal.Signals(number).name}: saving after this step", flush=True)
 
     def __exit__(self, *_):
-        if self.signal is None:
-            for caught, handler in self.before.items():
-                signal.signal(caught, handler)
+        while self.before:
+            signal.signal(*self.before.popitem())
 
 
 def main(config: TrainConfig) -> dict:
@@ -681,38 +604,33 @@ def main(config: TrainConfig) -> dict:
     Raises ValueError or OSError for settings, data or a checkpoint that cannot be used, FloatingPointError when the
     loss is no longer a number.
     """
-    if config.max_steps is None and config.max_minutes is None:
-        config.max_minutes = DEFAULT_MINUTES
     strategy = parallel.Strategy(config.parallel, config.tp, config.device)
     head = strategy.rank == 0              # who prepares, logs, draws and writes; all ranks train and evaluate
-    corpus = Path(config.data_dir).name
-    if head and corpus in data.NAMES and not (Path(config.data_dir) / "meta.json").exists() \
-            and not (Path(config.data_dir) / "train.bin").exists():
-        data.prepare(corpus, data_dir=config.data_dir, context_length=config.context_length)
+    folder, out = Path(config.data_dir), Path(config.out_dir)
+    if head and folder.name in data.NAMES and not any((folder / name).exists() for name in ("meta.json", "train.bin")):
+        data.prepare(folder.name, data_dir=folder, context_length=config.context_length)
     strategy.same(None)                    # nobody goes on before the files are there
     run = Run(config, strategy)
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     if config.resume:
         run.restore()
-    if head and run.tokenizer_path.exists():
-        shutil.copyfile(run.tokenizer_path, Path(config.out_dir) / "tokenizer.json")
-    log = Log(config.out_dir if head else None, header(run), run.step if config.resume else None)
+    if head and (folder / "tokenizer.json").exists():
+        shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
+    log = open_log(out if head else None, header(run), run.step if config.resume else None)
     print_start(run)
-    with Stop() as stop, contextlib.closing(log.file):
+    with Stop() as stop, log:
         last_loss = train(run, log, stop)
         if stop.agreed is None:
             val_loss = run.full_loss()
             bits = run.bits_per_byte(val_loss)
-            log.write(step=run.step, seconds=run.seconds, val_loss=val_loss, val_bits_per_byte=bits,
-                      split="all of val.bin")
+            write(log, run, val_loss=val_loss, val_bits_per_byte=bits, split="all of val.bin")
     if head:
-        plot([config.out_dir], Path(config.out_dir) / "loss.png")
+        plot([out], out / "loss.png")
     figures = {"step": run.step, "tokens": run.step * run.sequences * config.context_length, "seconds": run.seconds,
                "loss": last_loss, "out_dir": config.out_dir, "interrupted": stop.agreed}
     if stop.agreed is not None:
-        print(
-            f"stopped at step {run.step}, saved. Go on with the same command and --resume=true, or see what it writes: "
-            f"python sample.py {config.out_dir}")
+        print(f"stopped at step {run.step}, saved. Go on with the same command and --resume=true, or see what it "
+              f"writes: python sample.py {config.out_dir}")
         return figures
     if head:
         show_samples(config)
@@ -724,26 +642,25 @@ def main(config: TrainConfig) -> dict:
 
 def header(run: Run) -> dict:
     """What a reader of the log needs to repeat the run."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent) \
-        if shutil.which("git") else None
-    return {"commit": commit.stdout.strip() if commit and commit.returncode == 0 else None, "torch": torch.__version__,
+    here, commit = Path(__file__).parent, None
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
+    return {"commit": commit or None, "torch": torch.__version__,
             "python": platform.python_version(), "device": run.device, "dtype": run.dtype, "seed": run.config.seed,
             "config": asdict(run.config), "model_config": asdict(run.model.config)}
 
 
 def print_start(run: Run) -> None:
     """What is trained, where, and how a step is made up."""
-    config, c = run.config, run.model.config
-    n_params, ranks = run.n_params, run.strategy.dp
+    config, c, ranks = run.config, run.model.config, run.strategy.dp
     rows = math.ceil(run.sequences / ranks)
     micro = min(config.micro_batch_size or rows, rows)
-    print(
-        f"model: {n_params:,} parameters, {c.n_layers} layers of {c.d_model}, vocabulary {c.vocab_size:,}, "
-        f"context {c.context_length}")
-    print(f"device: {run.device}, {run.dtype}, {torch.get_num_threads()} CPU threads")
-    print(f"step: {run.sequences * c.context_length:,} tokens = {run.sequences} sequences of {c.context_length}, "
+    print(f"model: {run.n_params:,} parameters, {c.n_layers} layers of {c.d_model}, vocabulary {c.vocab_size:,}, "
+          f"context {c.context_length}\n"
+          f"device: {run.device}, {run.dtype}, {torch.get_num_threads()} CPU threads\n"
+          f"step: {run.sequences * c.context_length:,} tokens = {run.sequences} sequences of {c.context_length}, "
           f"{math.ceil(rows / micro)} micro-batches of up to {micro}" + (f" on each of {ranks} ranks" * (ranks > 1)))
-    print(parameter_table(run.model, run.optimizers, config.lr))
+    print_parameters(run.model, run.optimizers, config.lr)
     if run.strategy.size > 1:
         print(f"ranks: {run.strategy.size} = dp {ranks} x tp {config.tp}, parallel={config.parallel}")
     if config.resume:
@@ -752,21 +669,20 @@ def print_start(run: Run) -> None:
             print("that run is at its end; give a larger --max_steps or --max_minutes to train it further")
 
 
-def train(run: Run, log: Log, stop: Stop) -> float | None:
+def train(run: Run, log, stop: Stop) -> float | None:
     """Step until the run is done or a signal comes; returns the last logged loss."""
     config, last_loss, since = run.config, None, (run.step, run.seconds)
     peak, flops = peak_flops(run.device, run.dtype), run.flops_per_token / run.strategy.size
     if peak:
-        print(f"mfu: share of {peak / 1e12:.3g} TFLOP/s"
-              + (" a device" if run.device != "cpu" else ", a matrix product measured just now"))
-    step_tokens = run.sequences * config.context_length
-    saved_at = None
+        source = "measured just now on a matrix product" if run.device == "cpu" else "by the data sheet"
+        print(f"mfu is of {peak / 1e12:.3g} TFLOP/s a rank, {source}")
+    step_tokens, saved_at, out = run.sequences * config.context_length, None, Path(config.out_dir)
     while run.progress() < 1 and stop.agreed is None:
         began = time.perf_counter()
         try:
             loss, norm, lr = run.train_step()
         except FloatingPointError:
-            log.write(step=run.step, diverged=True, seconds=run.seconds)
+            write(log, run, diverged=True)
             raise
         due = run.step % config.log_every == 0 or run.step == 1
         # The clock and a signal end a run: all ranks must see the same ones, or some would wait for the rest for ever.
@@ -777,22 +693,24 @@ def train(run: Run, log: Log, stop: Stop) -> float | None:
             ms = 1000 * (run.seconds - since[1]) / (run.step - since[0])
             mfu = flops * step_tokens / ms * 1000 / peak if peak else None
             since = (run.step, run.seconds)
-            log.write(step=run.step, loss=last_loss, lr=lr, norm=norm.item(), ms=ms,
-                      tokens_per_s=1000 * step_tokens / ms, mfu=mfu, seconds=run.seconds,
-                      **{"skipped": run.skipped} if run.skipped else {},
-                      **{"loss_scale": run.scaler.scale} if run.dtype == "float16" else {})
-            print_step(run, last_loss, lr, norm.item(), ms, 1000 * step_tokens / ms, mfu)
+            extra = {"loss_scale": run.loss_scale} if run.dtype == "float16" else {}
+            write(log, run, loss=last_loss, lr=lr, norm=norm.item(), ms=ms, tokens_per_s=1000 * step_tokens / ms, mfu=mfu,
+                  skipped=run.skipped, **extra)
+            print(f"{run.step:>6}/{config.max_steps or round(run.total_steps())} | loss {last_loss:.4f} | "
+                  f"lr {lr:.2e} | norm {norm:.2f} | {ms:.0f} ms | {1000 * step_tokens / ms:,.0f} tok/s | "
+                  f"mfu {'n/a' if mfu is None else f'{100 * mfu:.1f} %'} | "
+                  f"eta {max(run.seconds * (1 / run.progress() - 1), 0):.0f} s", flush=True)
         if config.eval_every and run.step % config.eval_every == 0 and run.progress() < 1:
             val_loss = run.estimate_loss()
             bits = run.bits_per_byte(val_loss)
-            log.write(step=run.step, seconds=run.seconds, val_loss=val_loss, val_bits_per_byte=bits)
+            write(log, run, val_loss=val_loss, val_bits_per_byte=bits)
             print(f"{run.step:>6} | val loss {val_loss:.4f}" + (f" | val bits per byte {bits:.4f}" if bits else ""),
                   flush=True)
             if val_loss < run.best_val_loss:
                 run.best_val_loss = val_loss
                 run.save("best.pt")
             if run.strategy.rank == 0:
-                plot([config.out_dir], Path(config.out_dir) / "loss.png")
+                plot([out], out / "loss.png")
         every = config.checkpoint_every or config.eval_every
         if every and run.step % every == 0:
             run.save()
@@ -800,15 +718,6 @@ def train(run: Run, log: Log, stop: Stop) -> float | None:
     if saved_at != run.step:
         run.save()
     return last_loss
-
-
-def print_step(run: Run, loss, lr, norm, ms, tokens_per_s, mfu) -> None:
-    left = run.seconds * (1 / run.progress() - 1) if run.step and run.progress() else math.nan
-    total = run.config.max_steps or round(run.total_steps())
-    print(
-        f"{run.step:>6}/{total} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {ms:.0f} ms | "
-        f"{tokens_per_s:,.0f} tok/s | mfu {'n/a' if mfu is None else f'{100 * mfu:.1f} %'} | eta {left:.0f} s",
-        flush=True)
 
 
 def show_samples(config: TrainConfig) -> None:
@@ -827,143 +736,99 @@ def show_samples(config: TrainConfig) -> None:
 
 # --- sweep ---
 
-def grid(words: list[str]) -> list[dict]:
-    """The settings of each point that words such as `lr=1e-3,3e-3` and `seed=1,2` span; the last word moves fastest."""
-    hints, axes = typing.get_type_hints(TrainConfig), []
-    for word in words:
-        key, equals, values = word.partition("=")
-        key = {"learning_rate": "lr"}.get(key, key)
-        if not equals or key not in hints or key in ("out_dir", "resume"):
-            raise ValueError(f"{word!r} spans no axis of a sweep; write key=a,b with a setting of train.py as key."
-                             f"{nearest(key, hints)} --help lists them all")
-        axes.append([(key, coerce(key, value, hints[key])) for value in values.split(",")])
-    return [dict(point) for point in itertools.product(*axes)]
-
-
 def sweep(config: TrainConfig, words: list[str]) -> int | None:
-    """Train every point of the grid, one after the other, each in its own folder below config.out_dir; then draw up all.
+    """Train the points of the grid one by one, each in its own folder below config.out_dir; then draw up all of them.
 
     A point that is finished or diverged is not run again, one that was interrupted goes on. Without words only the
-    table is made, of all runs below out_dir: several sweeps into one folder share it. Returns the signal that stopped
-    it, or None. Raises ValueError when a point's folder holds a run with other settings.
+    table is made: several sweeps into one folder share it. Returns the signal that stopped it, or None.
+    Raises ValueError when a point's folder holds a run with other settings.
     """
-    if config.max_steps is None and config.max_minutes is None:
-        config.max_minutes = DEFAULT_MINUTES
-    for point in grid(words) if words else []:
-        name = re.sub(r"[^\w.+=,-]", "_", ",".join(f"{key}={value}" for key, value in point.items()))
-        folder = Path(config.out_dir) / name
+    for point in grid(TrainConfig, words) if words else []:
+        folder = Path(config.out_dir) / re.sub(r"[^\w.+=,-]", "_", ",".join(f"{k}={v}" for k, v in point.items()))
         one = replace(config, **point, out_dir=folder.as_posix(), num_samples=0, resume=(folder / "ckpt.pt").exists())
         log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
         for key, value in asdict(one).items() if log else ():
-            if key != "resume" and log[0]["config"].get(key, value) != value:
+            if key not in ("resume", "out_dir") and log[0]["config"].get(key, value) != value:
                 raise ValueError(f"{folder} holds a run with {key}={log[0]['config'][key]}, now it is {value}; give "
                                  "another --out_dir, or delete that folder")
-        if log and ("split" in log[-1] or "diverged" in log[-1]):
-            print(f"{folder}: done before")
-            continue
-        print(f"\n{folder}:")
+        print(f"\n{folder}:" + " done before" * ended(log))
         try:
-            interrupted = main(one)["interrupted"]
+            if not ended(log) and (interrupted := main(one)["interrupted"]) is not None:
+                return interrupted
         except FloatingPointError as error:
             print(error)
-            continue
-        if interrupted is not None:
-            return interrupted
-    rows = sweep_rows(config.out_dir)
-    target = Path(config.out_dir) / "sweep.json"
+    target, rows = Path(config.out_dir) / "sweep.json", sweep_rows(config.out_dir)
     target.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    table = sweep_table(rows)
-    target.with_suffix(".txt").write_text(table, encoding="utf-8")
+    with open(target.with_suffix(".txt"), "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        print_sweep(rows)
+    print_sweep(rows)
     plot_sweep(rows, target.with_suffix(".png"))
-    print(f"\n{table}\n{target.with_suffix('.png')}")
+    print(f"\n{target.with_suffix('.png')}")
+
+
+def ended(log: list[dict]) -> bool:
+    return bool(log) and ("split" in log[-1] or "diverged" in log[-1])
 
 
 def sweep_rows(out_dir) -> list[dict]:
-    """One dict for each setting among the runs below out_dir, best first, diverged last; seeds of it side by side.
+    """One dict for each setting among the runs below out_dir, its seeds side by side; best first, diverged last.
 
     Raises ValueError when no run there has ended.
     """
     rows = {}
     for path in sorted(Path(out_dir).glob("*/log.jsonl")):
-        log = read_log(path)
-        parts = [part for part in path.parent.name.split(",") if not part.startswith("seed=")]
-        if log and ("split" in log[-1] or "diverged" in log[-1]):
-            row = rows.setdefault(",".join(parts) or "as configured", {"seeds": [], "scores": [], "diverged": []})
-            row["seeds"].append(log[0]["seed"])
-            if "diverged" in log[-1]:
-                row["diverged"].append(log[-1]["step"])
+        log, parts = read_log(path), path.parent.name.split(",")
+        if ended(log):
+            setting = ",".join(part for part in parts if not part.startswith("seed=")) or "as configured"
+            row = rows.setdefault(setting, {"setting": setting, "scores": {}, "diverged": {}, "mean": None})
+            seed, last, tokens = log[0]["seed"], log[-1], log[-1]["step"] * log[0]["config"]["batch_tokens"]
+            losses = [line["loss"] for line in log if "loss" in line]
+            row |= {"steps": last["step"], "tokens": tokens, "seconds": last["seconds"],
+                    "train_loss": losses[-1] if losses else None}
+            if "diverged" in last:
+                row["diverged"][seed] = last["step"]
             else:
-                bits, losses = log[-1]["val_bits_per_byte"], [line["loss"] for line in log if "loss" in line]
-                row["scores"].append(log[-1]["val_loss"] if bits is None else bits)
-                row |= {"measure": "nats per token" if bits is None else "bits per byte", "steps": log[-1]["step"],
-                        "tokens": log[-1]["step"] * log[0]["config"]["batch_tokens"], "seconds": log[-1]["seconds"],
-                        "train_loss": losses[-1]}
+                row["scores"][seed] = last["val_bits_per_byte"] or last["val_loss"]
+                row |= {"measure": "bits per byte" if last["val_bits_per_byte"] else "nats per token"}
+                scores = row["scores"].values()
+                row["mean"] = statistics.mean(scores)
+                row["spread"] = statistics.stdev(scores) if len(scores) > 1 else None
     if not rows:
         raise ValueError(f"no run below {out_dir} has ended; give the axes of a sweep, such as lr=1e-3,3e-3")
-    for setting, row in rows.items():
-        scores = row["scores"]
-        row |= {"setting": setting, "mean": statistics.mean(scores) if scores else None,
-                "spread": statistics.stdev(scores) if len(scores) > 1 else None}
-    return sorted(rows.values(), key=lambda row: math.inf if row["mean"] is None else row["mean"])
+    return sorted(rows.values(), key=lambda row: row["mean"] or math.inf)
 
 
-def sweep_table(rows: list[dict]) -> str:
-    """The rows as text; spread is the standard deviation over the seeds."""
-    width = max(len(row["setting"]) for row in rows)
-    measure = next((row["measure"] for row in rows if row["scores"]), "bits per byte")
-    lines = [f"{'setting':<{width}}  {measure}   spread  seeds  train loss   steps      tokens  seconds"]
+def print_sweep(rows: list[dict]) -> None:
+    cells = []
     for row in rows:
-        line = f"{row['setting']:<{width}}  "
-        if row["scores"]:
-            spread = "-" if row["spread"] is None else f"{row['spread']:.4f}"
-            line += (f"{row['mean']:>{len(measure)}.4f}  {spread:>7}  {len(row['scores']):>5}  {row['train_loss']:>10.4f}  "
-                     f"{row['steps']:>6,}  {row['tokens']:>10,}  {row['seconds']:>7.0f}")
-        lines.append((line + "".join(f"  diverged at step {step}" for step in row["diverged"])).rstrip())
-    return "\n".join(lines) + "\n"
+        scored, train_loss = bool(row["scores"]), row["train_loss"]
+        numbers = [f"{row['mean']:.4f}" if scored else "-", f"{row['spread']:.4f}" if row.get("spread") else "-",
+                   len(row["scores"]), "-" if train_loss is None else f"{train_loss:.4f}"]
+        lost = ", ".join(f"seed {seed} diverged at step {step}" for seed, step in row["diverged"].items())
+        cells.append([row["setting"], *numbers, row["steps"], row["tokens"], round(row["seconds"]), lost])
+    accounting.table(
+        "spread: standard deviation over the seeds; train: last logged loss",
+        ["setting", rows[0].get("measure", ""), "spread", "seeds", "train", "steps", "tokens", "seconds", ""], cells)
 
 
 def plot_sweep(rows: list[dict], path) -> None:
-    """Every run's score as a dot and their mean: over the first setting where it is a number, else a line a setting."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    rows = [row for row in rows if row["scores"]]
-    figure, axis = plt.subplots(figsize=(7.5, max(3.0, 1.5 + 0.3 * len(rows))), layout="constrained")
-    firsts = [row["setting"].split(",")[0].partition("=") for row in rows]
-    try:
-        points = sorted((float(value), row["setting"].split(",", 1)[1:], row) for (_, _, value), row in zip(firsts, rows))
-        numeric = len({key for key, _, _ in firsts}) == 1 and len(points) > 1
-    except (ValueError, TypeError):
-        numeric = False
-    measure = rows[0]["measure"] if rows else ""
-    if numeric:
-        xs = [x for x, _, _ in points]
-        # Settings that were varied along (steps with the batch) belong to the axis; real second axes make lines.
-        single = len(set(xs)) == len(xs)
-        for rest in [None] if single else sorted({str(rest) for _, rest, _ in points}):
-            line = [(x, row) for x, other, row in points if single or str(other) == rest]
-            drawn, = axis.plot([x for x, _ in line], [row["mean"] for _, row in line], label=rest)
-            for x, row in line:
-                axis.plot([x] * len(row["scores"]), row["scores"], ".", color=drawn.get_color())
-        axis.set(xlabel=firsts[0][0], ylabel=f"validation, {measure}", xscale="log" if xs[-1] > 8 * xs[0] > 0 else "linear")
-        if not single:
-            axis.legend()
-    else:
-        for y, row in enumerate(reversed(rows)):
-            axis.plot(row["scores"], [y] * len(row["scores"]), "o", alpha=0.5, color="C0")
-            axis.plot(row["mean"], y, "|", markersize=14, color="C1")
-        axis.set(yticks=range(len(rows)), yticklabels=[row["setting"] for row in reversed(rows)],
-                 xlabel=f"validation, {measure}")
-    lost = [row for row in rows if row["diverged"]]
-    figure.suptitle(f"python train.py sweep --out_dir={Path(path).parent.as_posix()}"
-                    + f"   ({len(lost)} diverged, not drawn)" * bool(lost), fontsize=9)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    """Every run's score as a dot and each setting's mean as a bar; by the settings' numbers, or else best first."""
+    from matplotlib.figure import Figure
+    rows = sorted((row for row in rows if row["scores"]), reverse=True,
+                  key=lambda row: [float(number) for number in re.findall(r"=([-+.\de]+)(?=,|$)", row["setting"])])
+    axis = Figure(figsize=(7.5, 1.5 + 0.35 * len(rows)), layout="constrained").subplots()
+    for y, row in enumerate(rows):
+        axis.plot(list(row["scores"].values()), [y] * len(row["scores"]), "o", alpha=0.5, color="C0")
+        axis.plot(row["mean"], y, "|", markersize=14, color="C1")
+        axis.set_xlabel("validation, " + row["measure"])
+    axis.set(yticks=range(len(rows)), yticklabels=[row["setting"] for row in rows])
+    axis.set_title(f"python train.py sweep --out_dir={Path(path).parent.as_posix()}", fontsize=9)
+    axis.figure.savefig(path, dpi=110)
 
 
 USAGE = f"""usage: python train.py [config_x.py] [--key=value …]      train ({DEFAULT_CONFIG} when no config is given)
        python train.py plot OUT_DIR … [--out_dir=FOLDER]   draw the losses of runs to FOLDER/loss.png
-       python train.py sweep [config_x.py] key=a,b … [--key=value …]   train a grid below out_dir; table and plot of it"""
+       python train.py sweep [config_x.py] key=a,b …       train a grid; table and plot of all runs below out_dir"""
 
 
 def run_command_line(argv: list[str]) -> None:
