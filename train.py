@@ -110,6 +110,8 @@ class TrainConfig(ModelConfig):
              "choose optimizer=adamw, or parallel=ddp or zero1 with tp=1"),
             (divided and self.compile, f"{divided} sends from within the forward pass, which compile=true cannot "
              "follow; leave one of the two out"),
+            (self.parallel == "fsdp" and self.activation_checkpointing, "parallel=fsdp lets weights go after each layer, "
+             "which activation_checkpointing=true would need again; leave one of the two out"),
             (not self.teacher_weight > 0, f"teacher_weight={self.teacher_weight} must be above 0"),
             (not self.teacher_temperature > 0, f"teacher_temperature={self.teacher_temperature} must be above 0"),
             (self.teacher and self.tp > 1, f"tp={self.tp} cuts the logits, which a teacher needs whole; leave one out"),
@@ -694,8 +696,8 @@ def train(run: Run, log, stop: Stop) -> float | None:
             mfu = flops * step_tokens / ms * 1000 / peak if peak else None
             since = (run.step, run.seconds)
             extra = {"loss_scale": run.loss_scale} if run.dtype == "float16" else {}
-            write(log, run, loss=last_loss, lr=lr, norm=norm.item(), ms=ms, tokens_per_s=1000 * step_tokens / ms, mfu=mfu,
-                  skipped=run.skipped, **extra)
+            write(log, run, loss=last_loss, lr=lr, norm=norm.item(), ms=ms, tokens_per_s=1000 * step_tokens / ms,
+                  mfu=mfu, skipped=run.skipped, **extra)
             print(f"{run.step:>6}/{config.max_steps or round(run.total_steps())} | loss {last_loss:.4f} | "
                   f"lr {lr:.2e} | norm {norm:.2f} | {ms:.0f} ms | {1000 * step_tokens / ms:,.0f} tok/s | "
                   f"mfu {'n/a' if mfu is None else f'{100 * mfu:.1f} %'} | "
