@@ -477,6 +477,28 @@ def test_adamw_state_moves_to_torch_and_back():
     torch.testing.assert_close(ours[0], theirs[0], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("ours, theirs", [
+    (lambda p: optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+    (lambda p: optim.AdaGrad(p, lr=0.1), lambda p: torch.optim.Adagrad(p, lr=0.1)),
+    (lambda p: optim.RMSProp(p, lr=0.1, beta=0.9), lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.9))])
+def test_the_steps_towards_adam_follow_torch(ours, theirs):
+    mine, others = copies([(5, 7), (3,)])
+    a, b = ours(mine), theirs(others)
+    for _ in range(50):
+        for p, q in zip(mine, others):
+            p.grad, q.grad = p.detach() - 0.5, q.detach() - 0.5
+        a.step()
+        b.step()
+    for p, q in zip(mine, others):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-5)             # sqrt and division, 50 float32 steps
+    before, a.param_groups[0]["weight_decay"] = mine[0].detach().clone(), 0.5
+    for p in mine:
+        p.grad = torch.zeros_like(p)
+    a.state.clear()
+    a.step()
+    torch.testing.assert_close(mine[0], before * (1 - 0.1 * 0.5))          # decay is decoupled: no gradient goes in
+
+
 def test_parameters_without_gradient_stay():
     p, q = torch.ones(2, 2, requires_grad=True), torch.ones(2, 2, requires_grad=True)
     p.grad = torch.ones(2, 2)
@@ -525,10 +547,12 @@ def test_clipping_is_global_and_skips_missing_gradients():
     before = a.grad.clone()
     optim.clip_grad_norm([a, b, c], 10.0)
     assert torch.equal(a.grad, before) and c.grad is None
+    b.grad = torch.tensor([0.0, math.inf])
+    assert optim.clip_grad_norm([a, b], 1.0).item() == math.inf and torch.equal(a.grad, before)
 
 
 @pytest.mark.parametrize("make", [lambda p: optim.AdamW(p, lr=-1), lambda p: optim.AdamW(p, betas=(1.0, 0.9)),
-                                  lambda p: optim.Muon(p, momentum=1.5)])
+                                  lambda p: optim.Muon(p, momentum=1.5), lambda p: optim.RMSProp(p, beta=1.0)])
 def test_bad_optimizer_settings_are_refused(make):
     with pytest.raises(ValueError, match="must be"):
         make([torch.zeros(2, 2, requires_grad=True)])
@@ -2301,26 +2325,103 @@ def test_ragged_micro_batches_equal_one_batch(corpus, tmp_path):
                                    msg=lambda m: f"{name}: {m}")  # Adam divides rounding by |g|
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_interrupted_run_equals_a_straight_one_bit_for_bit(corpus, tmp_path, optimizer):
-    tiny_run(corpus, tmp_path / "straight", optimizer=optimizer)
-    tiny_run(corpus, tmp_path / "broken", optimizer=optimizer, checkpoint_every=13, max_steps=30)
+@pytest.mark.parametrize("more", [{"optimizer": "adamw"}, {"optimizer": "muon", "loader": "epochs"},
+                                  {"optimizer": "sgd", "dtype": "float16"}], ids=str)
+def test_an_interrupted_run_equals_a_straight_one_bit_for_bit(corpus, tmp_path, more, monkeypatch):
+    monkeypatch.setattr(train.Run, "GROW_EVERY", 9)                       # so that the scale's own state matters, too
+    tiny_run(corpus, tmp_path / "straight", **more)
+    tiny_run(corpus, tmp_path / "broken", checkpoint_every=13, **more)
     # What a kill after step 17 leaves: the checkpoint of step 13, and a log that is ahead of it.
-    tiny_run(corpus, tmp_path / "first", optimizer=optimizer, checkpoint_every=13)
+    tiny_run(corpus, tmp_path / "first", checkpoint_every=13, **more)
     run = train.Run(
-        train.TrainConfig(
-            **TINY
-            | {"data_dir": str(corpus), "out_dir": str(tmp_path / "first"), "max_steps": 30, "optimizer": optimizer}))
+        train.TrainConfig(**TINY | {"data_dir": str(corpus), "out_dir": str(tmp_path / "first"), "max_steps": 30} | more))
     while run.step < 13:
         run.train_step()
     run.save()
-    tiny_run(corpus, tmp_path / "first", optimizer=optimizer, resume=True)
+    tiny_run(corpus, tmp_path / "first", resume=True, **more)
     for name, tensor in weights(tmp_path / "straight").items():
         assert torch.equal(tensor, weights(tmp_path / "first")[name]), name
         assert torch.equal(tensor, weights(tmp_path / "broken")[name]), f"checkpoints changed the run: {name}"
     losses = [[(line["step"], line["loss"]) for line in train.read_log(tmp_path / name / "log.jsonl") if "loss" in line]
               for name in ("straight", "first")]
     assert losses[0] == losses[1]
+
+
+def test_epochs_show_every_window_once_and_the_thread_changes_nothing():
+    tokens, draw = np.arange(101, dtype=np.uint16), functools.partial(train.Loader, device="cpu", seed=3)
+    loader = draw(tokens, "epochs", 4, 10)                                # 10 windows of 10: 5 batches are 2 epochs
+    batches = [loader.next() for _ in range(10)]
+    starts = torch.cat([x[:, 0] for x, _ in batches])
+    assert all(sorted(epoch.tolist()) == list(range(0, 100, 10)) for epoch in starts.split(10))
+    assert not torch.equal(starts[:10], starts[10:20]) and all(torch.equal(x + 1, y) for x, y in batches)
+    generator, loader = torch.Generator().manual_seed(3), draw(tokens, "random", 4, 10)
+    for _ in range(5):
+        expected, (x, _) = train.get_batch(tokens, 4, 10, "cpu", generator)[0], loader.next()
+        assert torch.equal(x, expected) and torch.equal(loader.state, generator.get_state())
+
+
+def test_recomputed_activations_change_no_bit(corpus, tmp_path):
+    grads = []
+    for switch in (False, True):
+        run = train.Run(train.TrainConfig(**TINY, data_dir=str(corpus), out_dir=str(tmp_path), max_steps=1,
+                                          activation_checkpointing=switch))
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            logits, loss = run.model(*run.loader.next())
+        loss.backward()
+        grads.append([loss, sum(kept), *(p.grad for p in run.model.parameters())])
+    assert grads[1].pop(1) < grads[0].pop(1) / 2
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale(corpus, tmp_path, capsys):
+    common = dict(TINY, data_dir=str(corpus), out_dir=str(tmp_path), max_steps=9)
+
+    def step(run, gradient):
+        before = [p.detach().clone() for p in run.model.parameters()]
+        handle = run.model.ln_final.weight.register_hook(lambda g: torch.full_like(g, gradient))
+        run.train_step()
+        handle.remove()
+        return all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
+
+    half = train.Run(train.TrainConfig(**common | {"dtype": "float16"}))
+    scale = half.loss_scale
+    assert step(half, math.inf) and half.loss_scale == scale / 2 and half.skipped == 0
+    assert not step(half, 1.0) and half.loss_scale == scale / 2
+    half.save()
+    entries = checkpoint.read_checkpoint(tmp_path / "ckpt.pt")
+    assert entries["loss_scale"] == scale / 2 and entries["good_steps"] == 1
+    single = train.Run(train.TrainConfig(**common, skip_bad_steps=True))
+    single.train_step()
+    assert step(single, math.nan) and single.skipped == 1 and not step(single, 1.0)
+    assert "step 2, learning rate" in (out := capsys.readouterr().out) and "gradients: ln_final.weight nan" in out
+    with pytest.raises(FloatingPointError, match="ln_final.weight inf.*last good state is .*ckpt.pt"):
+        step(train.Run(train.TrainConfig(**common)), math.inf)
+
+
+def test_a_sweep_draws_up_seeds_survives_divergence_and_goes_on(corpus, tmp_path, capsys):
+    config = train.TrainConfig(**TINY | {"data_dir": str(corpus), "out_dir": str(tmp_path), "max_steps": 6, "grad_clip": 1e9})
+    train.sweep(config, ["learning_rate=1e-3,1e6", "n_layers=1,2", "seed=1,2"])
+    out = capsys.readouterr().out
+    rows = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
+    assert [row["setting"] for row in rows[:2]] == sorted(["lr=0.001,n_layers=1", "lr=0.001,n_layers=2"],
+                                                          key=[row["setting"] for row in rows].index)
+    for row in rows[:2]:
+        assert list(row["scores"]) == ["1", "2"] and row["mean"] == pytest.approx(sum(row["scores"].values()) / 2)
+        assert row["spread"] == pytest.approx(abs(row["scores"]["1"] - row["scores"]["2"]) / 2 ** 0.5)
+    assert rows[2]["diverged"] and "diverged at step" in (tmp_path / "sweep.txt").read_text(encoding="utf-8")
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG" and out.count("val perplexity") == 4
+    folder = tmp_path / "lr=0.001,n_layers=1,seed=1"
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "log.jsonl").write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")            # killed before its end
+    train.sweep(config, ["lr=1e-3,1e6", "n_layers=1,2", "seed=1,2"])
+    assert (out := capsys.readouterr().out).count("done before") == 7 and "resumed" in out
+    assert json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8")) == rows
+    for words, message in ((["sede=1"], "Did you mean seed"), (["lr"], "spans no axis")):
+        with pytest.raises(ValueError, match=message):
+            train.sweep(config, words)
+    with pytest.raises(ValueError, match="holds a run with n_heads=2, now it is 1"):
+        train.sweep(dataclasses.replace(config, n_heads=1), ["lr=1e-3", "n_layers=1", "seed=1"])
 
 
 def test_how_often_one_evaluates_changes_nothing(corpus, tmp_path):
@@ -2344,7 +2445,7 @@ def test_a_diverged_run_stops_and_says_where(corpus, tmp_path):
 
 
 def test_settings_and_data_that_do_not_fit_are_refused(corpus, tmp_path, trained):
-    for more, words in (({"optimizer": "sgd"}, "optimizer='sgd'"), ({"batch_tokens": 16}, "less than one sequence"),
+    for more, words in (({"optimizer": "adam"}, "optimizer='adam'"), ({"batch_tokens": 16}, "less than one sequence"),
                         ({"max_minutes": -1.0}, "max_minutes=-1.0"), ({"vocab_size": 100}, "holds id"),
                         ({"device": "cuda:99"}, "cuda:99"), ({"n_heads": 5}, "not a multiple")):
         with pytest.raises(ValueError, match=words):
@@ -2359,6 +2460,33 @@ def test_settings_and_data_that_do_not_fit_are_refused(corpus, tmp_path, trained
     (folder / "meta.json").write_text(json.dumps(meta | {"tokenizer_sha256": "0" * 64}), encoding="utf-8")
     with pytest.raises(ValueError, match="another tokenizer"):
         tiny_run(folder, tmp_path / "other", resume=True, optimizer="muon")
+
+
+def test_distillation_by_hand_and_a_teacher_that_stays_as_it_is(corpus, tmp_path, trained):
+    student, teacher = torch.tensor([[0.0, 0.0]], requires_grad=True), torch.tensor([[2 * math.log(3), 0.0]],
+                                                                                   requires_grad=True)
+    loss = train.distillation_loss(student, teacher, temperature=2.0)      # softmax(teacher / 2) = 3/4, 1/4
+    assert loss.item() == pytest.approx(4 * (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)))
+    loss.backward()
+    torch.testing.assert_close(student.grad, 2 * torch.tensor([[0.5 - 0.75, 0.5 - 0.25]]))       # T (p_student - p_teacher)
+    assert teacher.grad is None
+    config = train.TrainConfig(**TINY | dict(data_dir=str(corpus), out_dir=str(tmp_path), max_steps=3, d_model=16,
+                                             teacher=str(trained[0]), teacher_weight=2.0, micro_batch_size=3))
+    run = train.Run(config)
+    before = {name: tensor.clone() for name, tensor in run.teacher.state_dict().items()}
+    run.train_step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.teacher.state_dict().items())
+    assert not run.teacher.training and all(p.grad is None for p in run.teacher.parameters())
+    plain = train.Run(dataclasses.replace(config, teacher=None))
+    plain.train_step()
+    assert any(not torch.equal(a, b) for a, b in zip(run.model.parameters(), plain.model.parameters()))
+    foreign = shutil.copytree(trained[0], tmp_path / "foreign")
+    entries = torch.load(foreign / "ckpt.pt", weights_only=True) | {"tokenizer_sha256": "0" * 64}
+    torch.save(entries, foreign / "ckpt.pt")
+    (foreign / "tokenizer.json").unlink()
+    for more, words in (({"teacher": str(foreign)}, "another tokenizer"), ({"teacher_temperature": 0.0}, "ture=0.0")):
+        with pytest.raises(ValueError, match=words):
+            train.Run(dataclasses.replace(config, **more))
 
 
 def test_train_on_ranks_equals_one_process_and_goes_on_anywhere(corpus, tmp_path):
@@ -2547,8 +2675,24 @@ def test_from_a_text_file_to_samples_by_commands(tmp_path):
     assert done.returncode == 0 and (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG", done.stderr
 
 
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_a_kill_inside_a_checkpoint_write_leaves_a_whole_one(tmp_path):
+    code = ("import sys, torch, checkpoint\nfor step in range(10**6):\n    checkpoint.save_checkpoint("
+            "{'w': torch.full((2_000_000,), float(step))}, None, step, sys.argv[1])")
+    for attempt in range(3):
+        process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "ckpt.pt"], cwd=Path(__file__).parent)
+        while not (tmp_path / "ckpt.pt").exists() or not (tmp_path / "ckpt.pt.tmp").exists():
+            assert process.poll() is None
+        process.kill()
+        process.wait()
+        assert (tmp_path / "ckpt.pt.tmp").exists() or attempt, "the kill came between two writes"
+        entries = checkpoint.read_checkpoint(tmp_path / "ckpt.pt")
+        assert (entries["model"]["w"] == entries["step"]).all()
+        (tmp_path / "ckpt.pt").unlink()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends signals as a terminal and a scheduler do")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
 def test_a_run_that_is_stopped_goes_on(corpus, tmp_path, number):
     command = [
         sys.executable,
