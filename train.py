@@ -114,6 +114,8 @@ class TrainConfig(ModelConfig):
              "which activation_checkpointing=true would need again; leave one of the two out"),
             (not self.teacher_weight > 0, f"teacher_weight={self.teacher_weight} must be above 0"),
             (not self.teacher_temperature > 0, f"teacher_temperature={self.teacher_temperature} must be above 0"),
+            (self.teacher and self.fused_loss, "fused_loss=true never has the logits that a teacher is compared with; "
+             "leave one out"),
             (self.teacher and self.tp > 1, f"tp={self.tp} cuts the logits, which a teacher needs whole; leave one out"),
             (self.batch_tokens < self.context_length,
              f"batch_tokens={self.batch_tokens} is less than one sequence of context_length={self.context_length}"),
