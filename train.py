@@ -846,7 +846,7 @@ def run_command_line(argv: list[str]) -> None:
             plot(files, target)
             return print(target)
         by_steps = sources["max_steps"] == "flag" or any(word.startswith("max_steps=") for word in files)
-        if by_steps and sources["max_minutes"] != "flag":
+        if by_steps and not re.search(r"--max_minutes=\d", " ".join(argv)):
             config.max_minutes = None  # asked for steps: a time limit from the file is not meant
         print_config(config, sources)
         interrupted = sweep(config, files) if verb == "sweep" else main(config)["interrupted"]
