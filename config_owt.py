@@ -6,10 +6,10 @@ steps and lr 0.02, QK-norm, last matrices starting at 0, a linear decay to 0 ove
 runs (github.com/KellerJordan/modded-nanogpt). AdamW's lr 3e-3 for embeddings and head, 131,072 tokens a step and
 warmup 300: ours, a guess from the small model of config_shakespeare.py, not swept at this size.
 Bill: 84.9 million parameters in the blocks + 24.6 million in the head = 109.5 million in matrix products; 714 MFLOP
-a token by 6 N + 12 L d T; at an assumed MFU of 40 % of 989 TFLOP/s 554,000 tokens a second, so 88 minutes are 2.93 billion
-tokens, 22,300 steps and 2.1e18 FLOP. Assumed, not measured: it has not been run. The clock decides, not the number
-of steps, and max_minutes leaves two minutes for evaluation. Best known on this board: 3.08 nats per token after 90 minutes
-of one H100 (AdamW and Muon entries), 3.035 after 45 of one B200.
+a token by 6 N + 12 L d T; at an assumed MFU of 40 % of 989 TFLOP/s 554,000 tokens a second, so 88 minutes are 2.93
+billion tokens, 22,300 steps and 2.1e18 FLOP. Assumed, not measured: it has not been run. The clock decides, not the
+number of steps, and max_minutes leaves two minutes for evaluation. Best known on this board: 3.08 nats per token after
+90 minutes of one H100 (AdamW and Muon entries), 3.035 after 45 of one B200.
 """
 data_dir = "data/owt"
 out_dir = "out/owt"

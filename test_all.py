@@ -2307,13 +2307,14 @@ def test_an_interrupted_run_equals_a_straight_one_bit_for_bit(corpus, tmp_path, 
 
 
 def test_epochs_show_every_window_once_and_the_thread_changes_nothing():
-    tokens, draw = np.arange(101, dtype=np.uint16), functools.partial(train.Loader, device="cpu", seed=3)
-    loader = draw(tokens, "epochs", 4, 10)                                # 10 windows of 10: 5 batches are 2 epochs
+    tokens, config = np.arange(101, dtype=np.uint16), train.TrainConfig(seed=2, context_length=10, loader="epochs")
+    loader = train.Loader(tokens, config, 4, "cpu")                       # 10 windows of 10: 5 batches are 2 epochs
     batches = [loader.next() for _ in range(10)]
     starts = torch.cat([x[:, 0] for x, _ in batches])
     assert all(sorted(epoch.tolist()) == list(range(0, 100, 10)) for epoch in starts.split(10))
     assert not torch.equal(starts[:10], starts[10:20]) and all(torch.equal(x + 1, y) for x, y in batches)
-    generator, loader = torch.Generator().manual_seed(3), draw(tokens, "random", 4, 10)
+    generator = torch.Generator().manual_seed(3)
+    loader = train.Loader(tokens, dataclasses.replace(config, loader="random"), 4, "cpu")
     for _ in range(5):
         expected, (x, _) = train.get_batch(tokens, 4, 10, "cpu", generator)[0], loader.next()
         assert torch.equal(x, expected) and torch.equal(loader.state, generator.get_state())
@@ -2426,7 +2427,7 @@ def test_distillation_by_hand_and_a_teacher_that_stays_as_it_is(corpus, tmp_path
     loss = train.distillation_loss(student, teacher, temperature=2.0)      # softmax(teacher / 2) = 3/4, 1/4
     assert loss.item() == pytest.approx(4 * (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)))
     loss.backward()
-    torch.testing.assert_close(student.grad, torch.tensor([[-0.5, 0.5]]))                        # T (p_student - p_teacher)
+    torch.testing.assert_close(student.grad, torch.tensor([[-0.5, 0.5]]))         # T (p_student - p_teacher)
     assert teacher.grad is None
     config = train.TrainConfig(**TINY | dict(data_dir=str(corpus), out_dir=str(tmp_path), max_steps=3, d_model=16,
                                              teacher=str(trained[0]), teacher_weight=2.0, micro_batch_size=3))
