@@ -2636,8 +2636,9 @@ def test_a_kill_inside_a_checkpoint_write_leaves_a_whole_one(tmp_path):
     code = ("import sys, torch, checkpoint\nfor step in range(10**6):\n    checkpoint.save_checkpoint("
             "{'w': torch.full((8_000_000,), float(step))}, None, step, sys.argv[1])")
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "ckpt.pt"], cwd=Path(__file__).parent)
+    deadline = time.monotonic() + 100
     while not (tmp_path / "ckpt.pt").exists() or not (tmp_path / "ckpt.pt.tmp").exists():
-        assert process.poll() is None
+        assert process.poll() is None and time.monotonic() < deadline
     process.kill()
     process.wait()
     entries = checkpoint.read_checkpoint(tmp_path / "ckpt.pt")
