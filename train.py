@@ -110,8 +110,8 @@ class TrainConfig(ModelConfig):
              "choose optimizer=adamw, or parallel=ddp or zero1 with tp=1"),
             (divided and self.compile, f"{divided} sends from within the forward pass, which compile=true cannot "
              "follow; leave one of the two out"),
-            (self.parallel == "fsdp" and self.activation_checkpointing, "parallel=fsdp lets weights go after each layer, "
-             "which activation_checkpointing=true would need again; leave one of the two out"),
+            (self.parallel == "fsdp" and self.activation_checkpointing, "parallel=fsdp lets weights go after a layer "
+             "and activation_checkpointing=true needs them again; leave one of the two out"),
             (not self.teacher_weight > 0, f"teacher_weight={self.teacher_weight} must be above 0"),
             (not self.teacher_temperature > 0, f"teacher_temperature={self.teacher_temperature} must be above 0"),
             (self.teacher and self.fused_loss, "fused_loss=true never has the logits that a teacher is compared with; "
@@ -152,19 +152,19 @@ def get_batch(tokens, batch_size: int, context_length: int, device, generator=No
 class Loader:
     """The training batches, in an order fixed by the seed: a thread makes the next one while this one is computed.
 
-    order: random | epochs, see TrainConfig.loader. `position` (in sequences) and `state` (of the random windows'
-    generator) are those of the batches handed out, whatever the thread has made since.
+    `position` (in sequences) and `state` (of the random windows' generator) are those of the batches handed out,
+    whatever the thread has made since.
     """
 
-    def __init__(self, tokens, order: str, sequences: int, context_length: int, device, seed: int):
-        self.tokens, self.order, self.seed = tokens, order, seed
-        self.shape = sequences, context_length, device
-        self.n_windows = max(1, (len(tokens) - 1) // context_length)
+    def __init__(self, tokens, config: TrainConfig, sequences: int, device):
+        self.tokens, self.epochs, self.seed = tokens, config.loader == "epochs", config.seed + 1
+        self.shape = sequences, config.context_length, device
+        self.n_windows = max(1, (len(tokens) - 1) // config.context_length)
         self.thread, self.coming = ThreadPoolExecutor(1), None
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(self.seed)
         self.position, self.state = 0, self.generator.get_state()
         self.shuffled = functools.lru_cache(2)(
-            lambda epoch: np.random.default_rng((seed, epoch)).permutation(self.n_windows))
+            lambda epoch: np.random.default_rng((self.seed, epoch)).permutation(self.n_windows))
 
     def next(self):
         batch, self.state = (self.coming or self.thread.submit(self.draw, self.position)).result()
@@ -175,7 +175,7 @@ class Loader:
     def draw(self, position: int):
         """(batch, state of the generator after it)."""
         starts = None
-        if self.order == "epochs":
+        if self.epochs:
             places = [divmod(place, self.n_windows) for place in range(position, position + self.shape[0])]
             starts = np.array([self.shuffled(epoch)[i] * self.shape[1] for epoch, i in places])
         return get_batch(self.tokens, *self.shape, self.generator, starts), self.generator.get_state()
@@ -187,9 +187,8 @@ def check_vocabulary(config: TrainConfig, meta: dict, splits: dict) -> int:
     largest = max(int(ids[i:i + step].max()) for ids in splits.values() for i in range(0, len(ids), step))
     vocab_size = config.vocab_size or meta.get("vocab_size") or (largest // 64 + 1) * 64
     if largest >= vocab_size:
-        raise ValueError(
-            f"{config.data_dir} holds id {largest}, but vocab_size is {vocab_size}; the tokens were made with "
-            "another tokenizer: prepare them again, or leave vocab_size to the data")
+        raise ValueError(f"{config.data_dir} holds id {largest}, but vocab_size is {vocab_size}; the tokens were made "
+                         "with another tokenizer: prepare them again, or leave vocab_size to the data")
     return vocab_size
 
 
@@ -198,8 +197,7 @@ def check_vocabulary(config: TrainConfig, meta: dict, splits: dict) -> int:
 def distillation_loss(logits, teacher_logits, temperature: float = 1.0):
     """T² KL(teacher || student) of softmax(logits / T), in nats per token; a scalar (1503.02531, section 2).
 
-    logits, teacher_logits: (..., V). T² keeps the gradient's size the same for every temperature; a small student is
-    asked for the teacher's doubts as well as for its choice. No gradient flows to the teacher.
+    logits, teacher_logits: (..., V). T² keeps the gradient's size the same for every T. None flows to the teacher.
     """
     student, teacher = (x.float() / temperature for x in (logits, teacher_logits.detach()))
     student = student - student.logsumexp(dim=-1, keepdim=True)
@@ -228,8 +226,8 @@ def pick_device(wanted: str | None) -> str:
     try:
         torch.empty(1, device=wanted)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"device={wanted!r} cannot be used here ({str(error).splitlines()[0]}); try --device=cpu") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={wanted!r} cannot be used here ({reason}); try --device=cpu") from None
     return wanted
 
 
@@ -246,10 +244,8 @@ def matmul_flops(device: str, dtype: torch.dtype, size=1024, clock=time.perf_cou
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks instead of handing them back to the kernel; elsewhere this does nothing.
-
-    On a CPU every step frees and asks again for the same hundred megabytes, and each time the kernel would map them
-    page by page: a fifth of the step of the default model.
+    """Let glibc keep large freed blocks: each step asks for the same hundred megabytes again, and mapping them anew
+    page by page took a fifth of the default model's step. Elsewhere this does nothing.
     """
     if platform.libc_ver()[0] == "glibc":
         libc, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6"), -1, -3       # the numbers are malloc.h's
@@ -371,8 +367,7 @@ class Run:
         use_compile = self.device.startswith("cuda") and not self.cut if config.compile is None else config.compile
         self.forward = torch.compile(self.model) if use_compile else self.model
         self.sequences = config.batch_tokens // config.context_length
-        self.loader = Loader(self.splits["train"], config.loader, self.sequences, config.context_length, self.device,
-                             config.seed + 1)
+        self.loader = Loader(self.splits["train"], config, self.sequences, self.device)
         self.step, self.seconds, self.best_val_loss = 0, 0.0, math.inf
         # float16 has no numbers below 6e-8: the loss is scaled up before backward (1710.03740, section 3.2), for the
         # others by 1. A gradient that overflows costs the step and halves the scale, GROW_EVERY good steps double it.
@@ -382,9 +377,8 @@ class Run:
         self.teacher = load_teacher(config, vocab_size, self.tokenizer_sha256, self.device) if config.teacher else None
 
     def autocast(self):
-        if self.dtype == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.split(":")[0], DTYPES[self.dtype])
+        kind, dtype = self.device.split(":")[0], DTYPES[self.dtype]
+        return torch.autocast(kind, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
     def progress(self) -> float:
         """Share of the run that is done, by steps or by the clock, whichever is further."""
@@ -401,9 +395,8 @@ class Run:
     def train_step(self):
         """One optimizer step over `sequences` sequences of all ranks; returns (loss, gradient norm, learning rate).
 
-        Every rank draws the whole batch and takes its rows: so the run does not depend on the number of ranks.
-        Micro-batches may be ragged: each loss counts by its share of the sequences, so that the sum is the mean over
-        all tokens, and not a mean of means.
+        Every rank draws the whole batch and takes its rows: so the run does not depend on the number of ranks. Each
+        micro-batch counts by its share of the sequences, also a ragged one: no mean of means.
         """
         config = self.config
         factor = lr_factor(config, self.step + 1, self.total_steps())
@@ -486,9 +479,8 @@ class Run:
 
     def bits_per_byte(self, loss: float) -> float | None:
         """Nats per token as bits per byte of text, which does not depend on the tokenizer; None without meta.json."""
-        if "val_bytes" not in self.meta:
-            return None
-        return bits_per_byte(loss, self.meta["val_tokens"], self.meta["val_bytes"])
+        known = "val_bytes" in self.meta
+        return bits_per_byte(loss, self.meta["val_tokens"], self.meta["val_bytes"]) if known else None
 
     def save(self, name: str = "ckpt.pt") -> None:
         """Write the whole, undivided state, so that any number of ranks can go on from it; collective."""
@@ -638,9 +630,8 @@ def main(config: TrainConfig) -> dict:
         return figures
     if head:
         show_samples(config)
-    print(
-        f"step {run.step}, {run.seconds:.1f} s of training | val loss {val_loss:.4f} | "
-        f"val perplexity {math.exp(val_loss):.2f} | val bits per byte {'n/a' if bits is None else f'{bits:.4f}'}")
+    print(f"step {run.step}, {run.seconds:.1f} s of training | val loss {val_loss:.4f} | "
+          f"val perplexity {math.exp(val_loss):.2f} | val bits per byte {'n/a' if bits is None else f'{bits:.4f}'}")
     return figures | {"val_loss": val_loss, "val_bits_per_byte": bits}
 
 
@@ -708,8 +699,8 @@ def train(run: Run, log, stop: Stop) -> float | None:
             val_loss = run.estimate_loss()
             bits = run.bits_per_byte(val_loss)
             write(log, run, val_loss=val_loss, val_bits_per_byte=bits)
-            print(f"{run.step:>6} | val loss {val_loss:.4f}" + (f" | val bits per byte {bits:.4f}" if bits else ""),
-                  flush=True)
+            in_bits = f" | val bits per byte {bits:.4f}" if bits else ""
+            print(f"{run.step:>6} | val loss {val_loss:.4f}{in_bits}", flush=True)
             if val_loss < run.best_val_loss:
                 run.best_val_loss = val_loss
                 run.save("best.pt")
@@ -729,13 +720,11 @@ def show_samples(config: TrainConfig) -> None:
     if not config.num_samples:
         return
     sys.stdout.flush()
-    script = Path(__file__).with_name("sample.py")
     flags = f"--num_samples={config.num_samples} --seed={config.seed} --max_new_tokens=100".split()
-    subprocess.run([sys.executable, str(script), config.out_dir, *flags], check=True)
-    print(
-        f"\nnext: python sample.py {config.out_dir} --prompt='ROMEO' --temperature=0.8\n"
-        f"      python evaluate.py {config.out_dir}\n"
-        f"      python train.py --resume=true --max_minutes=10        (train it on; plot in {config.out_dir}/loss.png)")
+    subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), config.out_dir, *flags], check=True)
+    print(f"\nnext: python sample.py {config.out_dir} --prompt='ROMEO' --temperature=0.8\n"
+          f"      python evaluate.py {config.out_dir}\n"
+          f"      python train.py --resume=true --max_minutes=10        (train it on; plot: {config.out_dir}/loss.png)")
 
 
 # --- sweep ---
@@ -745,7 +734,7 @@ def sweep(config: TrainConfig, words: list[str]) -> int | None:
 
     A point that is finished or diverged is not run again, one that was interrupted goes on. Without words only the
     table is made: several sweeps into one folder share it. Returns the signal that stopped it, or None.
-    Raises ValueError when a point's folder holds a run with other settings.
+    Raises ValueError when a folder holds a run with other settings, or no run has ended.
     """
     for point in grid(TrainConfig, words) if words else []:
         folder = Path(config.out_dir) / re.sub(r"[^\w.+=,-]", "_", ",".join(f"{k}={v}" for k, v in point.items()))
@@ -761,6 +750,8 @@ def sweep(config: TrainConfig, words: list[str]) -> int | None:
                 return interrupted
         except FloatingPointError as error:
             print(error)
+    if os.environ.get("RANK", "0") != "0":
+        return None                        # one of torchrun's ranks draws up for all
     target, rows = Path(config.out_dir) / "sweep.json", sweep_rows(config.out_dir)
     target.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     with open(target.with_suffix(".txt"), "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
@@ -775,28 +766,23 @@ def ended(log: list[dict]) -> bool:
 
 
 def sweep_rows(out_dir) -> list[dict]:
-    """One dict for each setting among the runs below out_dir, its seeds side by side; best first, diverged last.
-
-    Raises ValueError when no run there has ended.
-    """
+    """One dict for each setting among the runs below out_dir, its seeds side by side; best first, diverged last."""
     rows = {}
     for path in sorted(Path(out_dir).glob("*/log.jsonl")):
         log, parts = read_log(path), path.parent.name.split(",")
         if ended(log):
             setting = ",".join(part for part in parts if not part.startswith("seed=")) or "as configured"
-            row = rows.setdefault(setting, {"setting": setting, "scores": {}, "diverged": {}, "mean": None})
-            seed, last, tokens = log[0]["seed"], log[-1], log[-1]["step"] * log[0]["config"]["batch_tokens"]
-            losses = [line["loss"] for line in log if "loss" in line]
-            row |= {"steps": last["step"], "tokens": tokens, "seconds": last["seconds"],
-                    "train_loss": losses[-1] if losses else None}
+            row = rows.setdefault(setting, dict(setting=setting, mean=None, spread=None, scores={}, diverged={}))
+            last, scores = log[-1], row["scores"]
+            row |= {"steps": last["step"], "tokens": last["step"] * log[0]["config"]["batch_tokens"],
+                    "seconds": last["seconds"]}
             if "diverged" in last:
-                row["diverged"][seed] = last["step"]
+                row["diverged"][log[0]["seed"]] = last["step"]
             else:
-                row["scores"][seed] = last["val_bits_per_byte"] or last["val_loss"]
-                row |= {"measure": "bits per byte" if last["val_bits_per_byte"] else "nats per token"}
-                scores = row["scores"].values()
-                row["mean"] = statistics.mean(scores)
-                row["spread"] = statistics.stdev(scores) if len(scores) > 1 else None
+                scores[log[0]["seed"]] = last["val_bits_per_byte"] or last["val_loss"]
+                row |= {"measure": "bits per byte" if last["val_bits_per_byte"] else "nats per token",
+                        "mean": statistics.mean(scores.values())}
+                row["spread"] = statistics.stdev(scores.values()) if len(scores) > 1 else None
     if not rows:
         raise ValueError(f"no run below {out_dir} has ended; give the axes of a sweep, such as lr=1e-3,3e-3")
     return sorted(rows.values(), key=lambda row: row["mean"] or math.inf)
@@ -805,14 +791,11 @@ def sweep_rows(out_dir) -> list[dict]:
 def print_sweep(rows: list[dict]) -> None:
     cells = []
     for row in rows:
-        scored, train_loss = bool(row["scores"]), row["train_loss"]
-        numbers = [f"{row['mean']:.4f}" if scored else "-", f"{row['spread']:.4f}" if row.get("spread") else "-",
-                   len(row["scores"]), "-" if train_loss is None else f"{train_loss:.4f}"]
+        numbers = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("mean", "spread")] + [len(row["scores"])]
         lost = ", ".join(f"seed {seed} diverged at step {step}" for seed, step in row["diverged"].items())
         cells.append([row["setting"], *numbers, row["steps"], row["tokens"], round(row["seconds"]), lost])
-    accounting.table(
-        "spread: standard deviation over the seeds; train: last logged loss",
-        ["setting", rows[0].get("measure", ""), "spread", "seeds", "train", "steps", "tokens", "seconds", ""], cells)
+    header = ["setting", rows[0].get("measure", ""), "spread", "seeds", "steps", "tokens", "seconds", ""]
+    accounting.table("spread: standard deviation over the seeds", header, cells)
 
 
 def plot_sweep(rows: list[dict], path) -> None:
@@ -848,7 +831,7 @@ def run_command_line(argv: list[str]) -> None:
             plot(files, target)
             return print(target)
         by_steps = sources["max_steps"] == "flag" or any(word.startswith("max_steps=") for word in files)
-        if by_steps and sources["max_minutes"] != "flag":
+        if by_steps and not re.search(r"--max_minutes=\d", " ".join(argv)):
             config.max_minutes = None  # asked for steps: a time limit from the file is not meant
         print_config(config, sources)
         interrupted = sweep(config, files) if verb == "sweep" else main(config)["interrupted"]
