@@ -44,8 +44,12 @@ def save_checkpoint(model, optimizer, step: int, path, **more) -> None:
 
     model: a module (compiled or wrapped is fine) or a state dict. optimizer: one optimizer, a list of them or of their
     state dicts, or None.
-    more: the other entries of the format, plain containers and tensors only. Raises OSError naming the path.
+    more: the other entries of the format, plain containers and tensors only. Raises OSError naming the path, ValueError
+    for a model that parallel.py has divided: one rank's part is no checkpoint.
     """
+    if not isinstance(model, dict) and any(getattr(p, "cuts", None) for p in model.parameters()):
+        raise ValueError(f"{path}: this model holds one rank's part of its matrices; call parallel.full_state_dict(model) "
+                         "on every rank and save what it returns on one")
     weights = model if isinstance(model, dict) else bare(model).state_dict()
     if isinstance(optimizer, (list, tuple)):
         state = [one if isinstance(one, dict) else one.state_dict() for one in optimizer]
@@ -76,8 +80,13 @@ def read_checkpoint(path, map_location="cpu") -> dict:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} cannot be read as a checkpoint of tensors and plain containers ({reason}); "
                          "it is cut short or was not written by save_checkpoint") from error
-    if not isinstance(entries, dict) or not {"model", "step"} <= entries.keys():
-        raise ValueError(f"{path} is not a checkpoint: it must hold a dict with 'model' and 'step'")
+    if not isinstance(entries, dict) or not isinstance(entries.get("model"), dict) \
+            or not all(torch.is_tensor(tensor) for tensor in entries["model"].values()):
+        raise ValueError(f"{path} is not a checkpoint: it must hold a dict with 'model', tensors by name, and 'step'")
+    if not all(isinstance(entries.get(key, FORMAT_VERSION), int) for key in ("step", "format_version")) \
+            or "step" not in entries:
+        raise ValueError(f"{path}: step {entries.get('step')!r} and format_version {entries.get('format_version')!r} "
+                         "must be whole numbers")
     if entries.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format_version {entries['format_version']}, this code reads up to {FORMAT_VERSION}")
@@ -111,7 +120,7 @@ def load_optimizer(optimizer, state, path) -> None:
     for one, saved in zip(optimizers, states):
         try:
             one.load_state_dict(saved)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: the optimizer state does not fit this {type(one).__name__}: {error}") from error
 
 
@@ -144,7 +153,7 @@ def load_model(out_dir, device="cpu", name: str = "ckpt.pt"):
         raise ValueError(f"{path} has no model_config; it was not written by train.py")
     try:
         model = Transformer(ModelConfig(**entries["model_config"]))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its model_config does not fit this version of model.py: {error}") from error
     load_weights(model, entries["model"], path)
     tokenizer, tokenizer_path = None, path.with_name("tokenizer.json")

@@ -291,6 +291,7 @@ def tokenize(folder, vocab_size: int, source: str, context_length: int = 128, wo
     Raises ValueError when a split has no room for one context and the token after it.
     """
     folder = Path(folder)
+    (folder / "meta.json").unlink(missing_ok=True)             # a folder that has one is complete
     tokenizer = Tokenizer(*train_bpe(folder / "train.txt", vocab_size, [SEPARATOR], workers=workers), [SEPARATOR])
     tokenizer.save(folder / "tokenizer.json")
     meta = {"dtype": "uint16" if tokenizer.vocab_size <= 65_536 else "uint32", "vocab_size": tokenizer.vocab_size,

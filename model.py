@@ -21,6 +21,7 @@ The loss of `model(tokens, targets)` is the mean next-token cross entropy. In tr
 of load balancing and of multi-token prediction are added, each once, with the weights of the config; `model.losses`
 holds the parts.
 """
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -202,6 +203,8 @@ def softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
 
     The maximum is subtracted first: the ratio stays the same and exp() cannot overflow.
     """
+    if not x.numel():
+        return x                                                                # the maximum of nothing is an error
     exponentials = torch.exp(x - x.amax(dim=dim, keepdim=True))
     return exponentials / exponentials.sum(dim=dim, keepdim=True)
 
@@ -349,7 +352,7 @@ class FastRMSNorm(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         g, n = wide(grad), wide(x) * r
         gn = g * n
-        dweight = gn.sum(dim=tuple(range(gn.dim() - 1)))
+        dweight = gn.reshape(-1, gn.shape[-1]).sum(dim=0)
         inner = gn.mul_(weight).mean(dim=-1, keepdim=True)
         dx = torch.mul(g, weight, out=gn).addcmul_(n, inner, value=-1).mul_(r)
         return dx.to(x.dtype), dweight.to(weight.dtype), None
@@ -433,7 +436,8 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(truncated_normal((vocab_size, d_model), std=1.0))
 
     def forward(self, tokens):                                                  # (...) -> (..., C)
-        return self.weight[tokens]
+        # weight[tokens], but a negative id is an error and not a row from the end.
+        return self.weight.index_select(0, tokens.reshape(-1)).view(*tokens.shape, self.weight.shape[1])
 
 
 class RMSNorm(nn.Module):
@@ -635,6 +639,7 @@ class KVCache:
         self.starts = [0] * len(slots)             # the position in slot 0 of each layer
         self.device = torch.device(device)
         self._rows = [0] * batch_size              # positions held by each row
+        self._alone = {}                           # the same for layers that are called one by one
         self._count()
 
     def _count(self) -> None:
@@ -660,7 +665,7 @@ class KVCache:
             if window is not None and start > max(0, min(lengths) - window + 1):
                 raise ValueError(f"cannot go back to {min(lengths)} positions: a layer with a window of {window} has "
                                  f"dropped those before {start}; start again from an empty cache")
-        self._rows = lengths
+        self._rows, self._alone = lengths, {}
         self._count()
 
     def positions(self, n_new: int) -> torch.Tensor:
@@ -715,7 +720,19 @@ class KVCache:
 
     def advance(self, n_new: int) -> None:
         """Count n_new tokens as cached, after every layer has stored them."""
-        self._rows = [n + n_new for n in self._rows]
+        self._rows, self._alone = [n + n_new for n in self._rows], {}
+        self._count()
+
+    @contextlib.contextmanager
+    def alone(self, layer: int, n_new: int):
+        """Around a layer called by itself: it counts its own positions, and the cache those that all layers have."""
+        shared, mine = self._rows, self._alone.get(layer, self._rows)
+        self._rows = mine
+        self._count()
+        yield
+        self._alone[layer] = [n + n_new for n in mine]
+        every = [self._alone.get(i, shared) for i in range(len(self.k))]
+        self._rows = [min(rows) for rows in zip(*every)]
         self._count()
 
 
@@ -756,6 +773,25 @@ class Plan:
 
 
 # --- attention ---
+
+class Layer(nn.Module):
+    """Attention, or a block with it: what looks at other positions. The window is the config's for this layer."""
+
+    def __init__(self, config: ModelConfig, layer: int = 0, window: int | None | str = "config"):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.window = config.windows[layer] if window == "config" else window
+
+    def forward(self, x, positions=None, cache=None, plan=None):
+        """x: (B, T, C) -> (B, T, C). positions: (T,) or (B, T), counted on from the cache when not given.
+
+        plan: what the layers share, when the caller has it already; Transformer makes it once for all layers.
+        """
+        if plan is not None:
+            return self.run(x, cache, plan)
+        with contextlib.nullcontext() if cache is None else cache.alone(self.layer, x.shape[1]):
+            return self.run(x, cache, Plan(self.config, x, positions, cache, (self.window,)))
+
 
 SHORT_CONTEXT = 512                  # positions up to which three batched products beat torch's fused kernel on a CPU
 
@@ -801,13 +837,12 @@ def attend(config: ModelConfig, q, k, v, mask, causal: bool, window: int | None)
     return attention(q, k, v, mask)
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Causal self-attention, H query heads over K key/value heads."""
 
-    def __init__(self, config: ModelConfig, layer: int = 0, window: int | None = None):
-        super().__init__()
+    def __init__(self, config: ModelConfig, layer: int = 0, window: int | None | str = "config"):
+        super().__init__(config, layer, window)
         c, bias = config, config.bias or config.qkv_bias
-        self.config, self.layer, self.window = c, layer, window
         self.q_proj = Linear(c.d_model, c.n_heads * c.head_dim, bias)
         self.k_proj = Linear(c.d_model, c.n_kv_heads * c.head_dim, bias)
         self.v_proj = Linear(c.d_model, c.n_kv_heads * c.head_dim, bias)
@@ -817,13 +852,8 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
 
-    def forward(self, x, positions=None, cache=None, plan=None):
-        """x: (B, T, C) -> (B, T, C). positions: (T,) or (B, T), counted on from the cache when not given.
-
-        plan: what the layers share, when the caller has it already; Transformer makes it once for all layers.
-        """
+    def run(self, x, cache, plan):
         c, (B, T, C) = self.config, x.shape
-        plan = plan or Plan(c, x, positions, cache, (self.window,))
         x = lowered(x)
         q = self.q_proj(x).view(B, T, c.n_heads, c.head_dim)  # heads last but one: contiguous for norm and RoPE
         k = self.k_proj(x).view(B, T, c.n_kv_heads, c.head_dim)
@@ -838,22 +868,21 @@ class Attention(nn.Module):
             k, v = (k, v) if plan.fresh else stored
         mask = plan.masks[self.window]
         y = attend(c, q, k, v, mask, plan.fresh and mask is None, self.window)  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, c.n_heads * c.head_dim))
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(Layer):
     """Multi-head latent attention (DeepSeek-V2, 2405.04434, section 2.1 and appendix C).
 
     Keys and values are grown from one narrow latent, which alone is cached; a further key, shared by all heads, carries
     RoPE, since a rotated latent could no longer be grown afterwards.
     """
 
-    def __init__(self, config: ModelConfig, layer: int = 0, window: int | None = None):
-        super().__init__()
+    def __init__(self, config: ModelConfig, layer: int = 0, window: int | None | str = "config"):
+        super().__init__(config, layer, window)
         c = config
-        self.config, self.layer, self.window = c, layer, window
-        q_width, queries = c.d_model if c.q_lora_rank is None else c.q_lora_rank, c.n_heads * (c.head_dim +
-                                                                                               c.rope_head_dim)
+        q_width = c.d_model if c.q_lora_rank is None else c.q_lora_rank
+        queries = c.n_heads * (c.head_dim + c.rope_head_dim)
         if c.q_lora_rank is not None:
             self.q_down_proj, self.q_norm = Linear(c.d_model, q_width, c.bias), RMSNorm(q_width, c.norm_eps)
         self.q_proj = Linear(q_width, queries)
@@ -864,11 +893,9 @@ class LatentAttention(nn.Module):
         if c.zero_init:
             nn.init.zeros_(self.o_proj.weight)
 
-    def forward(self, x, positions=None, cache=None, plan=None):
-        """x: (B, T, C) -> (B, T, C), as Attention."""
+    def run(self, x, cache, plan):
         c, (B, T, C) = self.config, x.shape
         D, R, P = c.head_dim, c.kv_lora_rank, c.rope_head_dim
-        plan = plan or Plan(c, x, positions, cache, (self.window,))
         x = lowered(x)
         q = self.q_proj(x if c.q_lora_rank is None else self.q_norm(self.q_down_proj(x))).view(B, T, c.n_heads, D + P)
         latent, k_rope = self.kv_down_proj(x).unsqueeze(2).split((R, P), dim=-1)  # (B, T, 1, R), (B, T, 1, P)
@@ -894,30 +921,29 @@ class LatentAttention(nn.Module):
             up_k, up_v = self.kv_up_proj.weight.to(q.dtype).view(c.n_heads, 2 * D, R).chunk(2, dim=1)  # (H, D, R) each
             q = torch.cat((q @ up_k, q_rope), dim=-1) * math.sqrt((R + P) / (D + P))  # the scale is still √(D+P)
             y = attend(c, q, torch.cat((latent, k_rope), dim=-1), latent, mask, causal, None) @ up_v.transpose(1, 2)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, c.n_heads * D))
 
 
 # --- the model ---
 
-class Block(nn.Module):
+class Block(Layer):
     """x + attn(ln1(x)), then x + ffn(ln2(x)): pre-norm leaves the residual stream untouched end to end (2002.04745).
 
     Post-norm, the original: ln1(x + attn(x)), then ln2(x + ffn(x)).
     """
 
-    def __init__(self, config: ModelConfig, layer: int = 0, window: int | None = None):
-        super().__init__()
+    def __init__(self, config: ModelConfig, layer: int = 0, window: int | None | str = "config"):
+        super().__init__(config, layer, window)
         self.ln1, self.ln2 = make_norm(config), make_norm(config)
         self.attn = (LatentAttention if config.attention == "mla" else Attention)(config, layer, window)
         self.ffn = MixtureOfExperts(config) if config.n_experts else feed_forward(config, config.d_ff)
-        self.post, self.config = config.norm_position == "post", config
+        self.post = config.norm_position == "post"
 
-    def forward(self, x, positions=None, cache=None, plan=None):
-        plan = plan or Plan(self.config, x, positions, cache, (self.attn.window,))
+    def run(self, x, cache, plan):
         if self.post:
-            x = self.ln1(x + self.attn(x, positions, cache, plan))
+            x = self.ln1(x + self.attn(x, None, cache, plan))
             return self.ln2(x + self.feed(x, plan))
-        x = x + self.attn(self.ln1(x), positions, cache, plan)
+        x = x + self.attn(self.ln1(x), None, cache, plan)
         return x + self.feed(self.ln2(x), plan)
 
     def feed(self, x, plan):
@@ -935,7 +961,7 @@ class FutureToken(nn.Module):
         super().__init__()
         self.hidden_norm, self.token_norm = (RMSNorm(config.d_model, config.norm_eps) for _ in range(2))
         self.proj = Linear(2 * config.d_model, config.d_model)
-        self.block = Block(config)
+        self.block = Block(config, window=None)
 
     def forward(self, hidden, embedded, cache=None, plan=None):
         both = torch.cat((self.hidden_norm(hidden), self.token_norm(embedded)), dim=-1)
@@ -951,7 +977,7 @@ class Transformer(nn.Module):
         self.token_embeddings = Embedding(config.vocab_size, config.d_model)
         if config.position == "learned":
             self.position_embeddings = Embedding(config.context_length, config.d_model)
-        self.layers = nn.ModuleList(Block(config, layer, window) for layer, window in enumerate(config.windows))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.ln_final = nn.Identity() if config.norm_position == "post" else make_norm(config)
         self.lm_head = Linear(config.d_model, config.vocab_size)
         if config.tie_embeddings:
@@ -977,6 +1003,8 @@ class Transformer(nn.Module):
         return logits, self.training_loss(loss, x, targets, plan) if self.training else loss
 
     def plan(self, tokens, cache=None) -> Plan:
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)} must be (B, T): for one sequence add tokens[None]")
         c, T, past = self.config, tokens.shape[-1], cache.length if cache else 0
         limit = cache.max_length if cache else c.context_length
         if c.position == "learned":
@@ -1089,6 +1117,8 @@ def token_losses(model, tokens, stride: int | None = None, batch_size: int = 16)
     if len(tokens) < 2 or not 1 <= stride <= context:
         raise ValueError(
             f"{len(tokens)} tokens and stride {stride}: needs at least 2 tokens and a stride of 1 to {context}")
+    if isinstance(tokens, (list, tuple)):
+        tokens = torch.tensor(tokens)
     device, last = next(model.parameters()).device, len(tokens) - 1
     losses = torch.empty(last)
     # A window starting at s predicts s+1 … s+context; the last one is moved back so that it is whole as well.

@@ -122,7 +122,7 @@ class AdamW(_Optimizer):
         torch._foreach_div_(denominators, [math.sqrt(1 - beta2 ** t) for t in steps])
         torch._foreach_add_(denominators, group["eps"])
         torch._foreach_mul_(denominators, [1 - beta1 ** t for t in steps])
-        torch._foreach_addcdiv_(params, m, denominators, -group["lr"])
+        torch._foreach_addcdiv_(params, m, denominators, -float(group["lr"]))        # a tensor, as torch's may be
         self.decay(group, params)
 
 
@@ -220,9 +220,14 @@ def clip_grad_norm(params, max_norm: float, eps: float = 1e-6) -> torch.Tensor:
 
     One norm over all tensors, so that the direction of the step is kept; parameters without a gradient are left out.
     Returns the norm before clipping, a float32 scalar tensor (0 when there is no gradient); where it is not finite the
-    gradients stay as they are, to be looked at.
+    gradients stay as they are, to be looked at. Parameters that parallel.py has cut go to its own version, which sums
+    over the ranks: then it is collective.
     """
-    grads = [p.grad for p in ([params] if isinstance(params, torch.Tensor) else params) if p.grad is not None]
+    params = [params] if isinstance(params, torch.Tensor) else list(params)
+    if any(getattr(p, "cuts", None) for p in params):
+        import parallel                  # here: only whoever has cut parameters has loaded it already
+        return parallel.clip_grad_norm(params, max_norm, eps)
+    grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         return torch.tensor(0.0)
     norms = torch._foreach_norm(grads)

@@ -470,6 +470,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self.local is None:
             self.local = self.make([dict(group)])
             self.state = self.local.state
+            self.defaults.update(self.local.defaults)          # schedulers look there
         else:
             self.local.add_param_group(dict(group))
         mine = self.local.param_groups[-1]
@@ -556,7 +557,7 @@ class Unit:
             if not any(p.dim() > 1 for p in own.values()):
                 continue
             # Backward of a table lookup needs the gradient only, not the table.
-            self.lookup &= "Embedding" in type(owner).__name__
+            self.lookup &= type(owner).__name__ == "Embedding"                     # torch's and model.py's
             for name, p in own.items():
                 if p.dim() > 1:
                     self.slots.append((owner, name, p))
@@ -565,8 +566,9 @@ class Unit:
                 elif self.dtype is not None:        # a bias beside a matrix computes in its dtype
                     self.casts.append((owner, name, p))
             if self.dtype is not None:
-                owner.register_forward_pre_hook(lambda module, args: tuple(
-                    x.to(self.dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in args))
+                owner.register_forward_pre_hook(lambda module, args, named: torch.utils._pytree.tree_map(
+                    lambda x: x.to(self.dtype) if torch.is_tensor(x) and x.is_floating_point() else x, (args, named)),
+                    with_kwargs=True)
 
     def _cut(self, p) -> None:
         cut = Cut(0, p.shape[0], self.group)
@@ -644,7 +646,8 @@ class FSDP(nn.Module):
     it still computes, given up after it, gathered again before its backward, one ahead too; its gradients travel while
     the next unit's backward computes. The last unit is kept: its backward comes at once. Each backward sends, so
     micro-batches add up without more ado. Works under activation checkpointing of whole units. All ranks must run the
-    same modules in the same order. Rank 0's parameters go to all ranks here.
+    same modules in the same order. Rank 0's parameters go to all ranks here. A matrix is whole only inside the forward
+    of the module that owns it: a parent that reads `child.weight` by itself would read this rank's rows.
     Source: 1910.02054, section 5.3; 2304.11277.
     """
 

@@ -50,7 +50,7 @@ import optim
 import parallel
 import sample
 import train
-from model import ModelConfig, Transformer
+from model import Block, ModelConfig, RMSNorm, Transformer
 
 torch.set_num_threads(1)                 # the models here are tiny: a second thread would cost more than it brings
 
@@ -1582,6 +1582,37 @@ def test_cache_gives_the_logits_of_the_full_forward(switch):
         assert (model(tokens[:, 10:], cache=cache) - full[:, 10:]).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("switch", ["plain", "window", "mla"])
+def test_layers_called_alone_count_their_own_positions(switch):
+    """Attention and Block without a Transformer around them: config's window, and a cache for each to go on with."""
+    model, x = toy(switch), torch.randn(2, 9, TOY["d_model"])
+    for kind in (type(model.layers[0].attn), Block):
+        layers = [kind(model.config, layer) for layer in range(model.config.n_layers)]
+        assert [layer.window for layer in layers] == list(model.config.windows)
+        whole, cache, parts = x, model.new_cache(2), []
+        for layer in layers:
+            whole = layer(whole)
+        for part in x.split([4, 1, 4], dim=1):
+            for layer in layers:
+                part = layer(part, None, cache)
+            parts.append(part)
+        assert cache.length == 9 and torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5)
+
+
+def test_odd_inputs_of_the_model():
+    norm = RMSNorm(8)
+    norm(torch.randn(8, requires_grad=True)).sum().backward()
+    assert norm.weight.grad.shape == (8,)
+    model = toy().eval()
+    assert model(ids(2, 0)).shape == (2, 0, TOY["vocab_size"]) and model(ids(0, 3)).shape == (0, 3, TOY["vocab_size"])
+    assert not model_module.attention(*(torch.ones(2, n, 4) for n in (3, 0, 0))).any()
+    with pytest.raises(IndexError):
+        model(torch.tensor([[-1]]))
+    with pytest.raises(ValueError, match="must be .B, T."):
+        model(ids(5))
+    assert torch.equal(model_module.token_losses(model, ids(9)), model_module.token_losses(model, ids(9).tolist()))
+
+
 def test_sliding_windows_keep_bounded_memory_and_refuse_what_they_dropped():
     model = toy("all windows").eval()
     cache = model.new_cache(1, max_length=10_000)
@@ -2441,6 +2472,24 @@ def test_the_clock_ends_a_run_and_its_schedule(corpus, tmp_path):
 def test_a_diverged_run_stops_and_says_where(corpus, tmp_path):
     with pytest.raises(FloatingPointError, match=r"step \d+, learning rate .*diverged"):
         tiny_run(corpus, tmp_path / "wild", lr=1e6, grad_clip=1e9, max_steps=200, log_every=1)
+
+
+def test_token_files_alone_train_and_say_that_no_text_can_be_written(corpus, tmp_path, capsys):
+    for split in ("train", "val"):
+        shutil.copy(Path(corpus) / f"{split}.bin", tmp_path)
+    (tmp_path / "out").mkdir()
+    shutil.copy(Path(corpus) / "tokenizer.json", tmp_path / "out")               # of a run that was there before
+    figures = tiny_run(tmp_path, tmp_path / "out", max_steps=2, num_samples=2)
+    said = capsys.readouterr().out
+    assert "no samples" in said and said.splitlines()[-1].endswith("val bits per byte n/a")
+    assert figures["val_bits_per_byte"] is None and checkpoint.load_model(tmp_path / "out")[1] is None
+
+
+def test_files_of_two_preparations_are_refused(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "data")
+    np.arange(300, dtype=np.uint16).tofile(tmp_path / "data" / "val.bin")
+    with pytest.raises(ValueError, match="of two preparations"):
+        tiny_run(tmp_path / "data", tmp_path, max_steps=2)
 
 
 def test_settings_and_data_that_do_not_fit_are_refused(corpus, tmp_path, trained):

@@ -106,6 +106,11 @@ class TrainConfig(ModelConfig):
         divided = f"parallel={self.parallel}" if self.parallel == "fsdp" else f"tp={self.tp}" if self.tp > 1 else None
         for wrong, message in (
             (not (self.max_minutes or 1) > 0, f"max_minutes={self.max_minutes} must be more than 0"),
+            (not self.grad_clip > 0, f"grad_clip={self.grad_clip} must be above 0; inf clips nothing"),
+            (min(self.warmup_steps, self.eval_every, self.num_samples) < 0, f"warmup_steps={self.warmup_steps}, eval_every="
+             f"{self.eval_every} and num_samples={self.num_samples} must be at least 0"),
+            (not (0 <= self.min_lr_factor <= 1 and 0 <= self.decay_fraction <= 1),
+             f"min_lr_factor={self.min_lr_factor} and decay_fraction={self.decay_fraction} must be from 0 to 1"),
             (divided and self.optimizer == "muon", f"{divided} cuts matrices and optimizer=muon needs whole ones; "
              "choose optimizer=adamw, or parallel=ddp or zero1 with tp=1"),
             (divided and self.compile, f"{divided} sends from within the forward pass, which compile=true cannot "
@@ -135,7 +140,7 @@ class TrainConfig(ModelConfig):
 def get_batch(tokens, batch_size: int, context_length: int, device, generator=None, starts=None):
     """Random windows of a long sequence of ids: (inputs, targets), each (batch_size, context_length) int64 on `device`.
 
-    tokens: (n,) ids, a NumPy array or memory map. The starts are uniform over 0 … n - context_length - 1, all of which
+    tokens: (n,) ids, a NumPy array, a memory map, a list or a tensor on the CPU. The starts are uniform over 0 … n - context_length - 1, all of which
     leave room for the target one further on; or those given. Raises ValueError when there is no room for one.
     """
     if len(tokens) <= context_length:
@@ -143,10 +148,12 @@ def get_batch(tokens, batch_size: int, context_length: int, device, generator=No
                          "give more data or a shorter context_length")
     if starts is None:
         starts = torch.randint(len(tokens) - context_length, (batch_size,), generator=generator).numpy()
+    tokens = tokens if isinstance(tokens, np.ndarray) else np.asarray(tokens)
     ids = torch.from_numpy(tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int64))
-    # From pinned memory the copy runs beside the GPU's arithmetic.
-    ids = ids.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else ids.to(device)
-    return ids[:, :-1], ids[:, 1:]
+    if torch.device(device).type == "cuda" and torch.cuda.is_available():
+        ids = ids.pin_memory()                     # from there the copy runs beside the GPU's arithmetic
+    ids = ids.to(device, non_blocking=True)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 class Loader:
@@ -352,6 +359,13 @@ class Run:
         self.dtype = self.strategy.same(pick_dtype(config.dtype, self.device))
         self.meta = data.read_meta(config.data_dir)
         self.splits = {split: data.open_tokens(config.data_dir, split) for split in ("train", "val")}
+        for split, tokens in self.splits.items():
+            if self.meta.get(f"{split}_tokens", len(tokens)) != len(tokens):
+                raise ValueError(f"{config.data_dir}/{split}.bin has {len(tokens):,} tokens, its meta.json says "
+                                 f"{self.meta[f'{split}_tokens']:,}: they are of two preparations; run data.py prepare again")
+            if len(tokens) <= config.context_length:
+                raise ValueError(f"{config.data_dir}/{split}.bin has {len(tokens):,} tokens, too few for one window of "
+                                 f"context_length={config.context_length} and the token after; give more text, or less")
         vocab_size = check_vocabulary(config, self.meta, self.splits)
         torch.manual_seed(config.seed)
         self.model = Transformer(config.model_config(vocab_size)).to(self.device)
@@ -601,9 +615,12 @@ def main(config: TrainConfig) -> dict:
     loss is no longer a number.
     """
     strategy = parallel.Strategy(config.parallel, config.tp, config.device)
+    pick_device(strategy.device), config.model_config(config.vocab_size or 256)    # mistakes, before hours of preparing
     head = strategy.rank == 0              # who prepares, logs, draws and writes; all ranks train and evaluate
     folder, out = Path(config.data_dir), Path(config.out_dir)
-    if head and folder.name in data.NAMES and not any((folder / name).exists() for name in ("meta.json", "train.bin")):
+    # Token files without either were made by somebody else, as nanoGPT's; with a tokenizer alone, prepare was cut short.
+    theirs = (folder / "train.bin").exists() and not (folder / "tokenizer.json").exists()
+    if head and folder.name in data.NAMES and not theirs and not (folder / "meta.json").exists():
         data.prepare(folder.name, data_dir=folder, context_length=config.context_length)
     strategy.same(None)                    # nobody goes on before the files are there
     run = Run(config, strategy)
@@ -612,6 +629,8 @@ def main(config: TrainConfig) -> dict:
         run.restore()
     if head and (folder / "tokenizer.json").exists():
         shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
+    elif head and not config.resume:
+        (out / "tokenizer.json").unlink(missing_ok=True)       # of another run that was here before
     log = open_log(out if head else None, header(run), run.step if config.resume else None)
     print_start(run)
     with Stop() as stop, log:
@@ -628,8 +647,10 @@ def main(config: TrainConfig) -> dict:
         print(f"stopped at step {run.step}, saved. Go on with the same command and --resume=true, or see what it "
               f"writes: python sample.py {config.out_dir}")
         return figures
-    if head:
+    if head and (out / "tokenizer.json").exists():
         show_samples(config)
+    elif head and config.num_samples:
+        print(f"no samples: {folder} has no tokenizer.json to write text with")
     print(f"step {run.step}, {run.seconds:.1f} s of training | val loss {val_loss:.4f} | "
           f"val perplexity {math.exp(val_loss):.2f} | val bits per byte {'n/a' if bits is None else f'{bits:.4f}'}")
     return figures | {"val_loss": val_loss, "val_bits_per_byte": bits}
@@ -827,6 +848,8 @@ def run_command_line(argv: list[str]) -> None:
         fail(f"{files[0]!r} is neither a setting (--key=value), a config_*.py nor a verb. {USAGE}")
     try:
         if verb == "plot":
+            if not files:
+                raise ValueError("plot needs the folders of the runs: python train.py plot out/a out/b")
             target = Path(config.out_dir if sources["out_dir"] == "flag" else files[0]) / "loss.png"
             plot(files, target)
             return print(target)
