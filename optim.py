@@ -133,14 +133,14 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     singular vectors is far below the noise of a gradient.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16()
+    x = matrices.bfloat16().flatten(0, -3) if matrices.dim() > 2 else matrices.bfloat16()[None]
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x                                       # A is then the smaller of the two Gram matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)  # all singular values at most 1, with room for rounding
-    for _ in range(steps):
+    for _ in range(steps):                                        # baddbmm adds beta times its first argument
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape)
 
 
 class Muon(_Optimizer):
