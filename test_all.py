@@ -2241,6 +2241,120 @@ def test_nanogpt_token_files_load_as_they_are(tmp_path):
             data.open_tokens(tmp_path, split)
 
 
+def warc_record(address, body: bytes, lie: int = 0, kind=b"text/html", status=b"200 OK") -> bytes:
+    """One response as it stands in a WARC file; `lie` is added to the length in its header."""
+    http = b"HTTP/1.1 %s\r\nContent-Type: %s\r\n\r\n%s" % (status, kind, body)
+    return (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {address}\r\nContent-Type: application/http; "
+            f"msgtype=response\r\nContent-Length: {len(http) + lie}\r\n\r\n").encode() + http + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bytes])
+def test_a_damaged_archive_gives_what_can_be_read(tmp_path, pack):
+    page, good = b"<p>" + os.urandom(400).hex().encode(), {}
+    def read(*members):
+        (tmp_path / "x.warc").write_bytes(b"".join(members))
+        counts = Counter()
+        return "".join(a[-1] for a, body, html in data.read_archive(tmp_path / "x.warc", counts) if html), dict(counts)
+    good = {i: pack(warc_record(f"http://a/{i}", page)) for i in range(4)}
+    assert read(*good.values()) == ("0123", {}) and read() == ("", {}) and read(b"no archive" * 50)[1] == {"damaged": 1}
+    assert read(good[0], good[1][:-40]) == ("0", {"truncated": 1})
+    assert read(good[0], pack(warc_record("x", page, kind=b"image/png")), pack(warc_record("x", page, status=b"404 No")),
+                good[3]) == ("03", {"no page": 2})
+    for lie in (-50, 10, 50):
+        assert read(good[0], pack(warc_record("http://a/1", page, lie)), *list(good.values())[2:]) == (
+            "023", {"wrong length": 1})
+    broken = good[1][:300] + bytes(50) + good[1][350:] if pack is gzip.compress else b""
+    assert read(good[0], broken, good[2], good[3])[0] == ("023" if broken else "023")
+
+
+def test_text_of_pages_in_any_encoding(monkeypatch):
+    page = "<html><head><title>t</title></head><body><p>Ein “Café” für 5 €</p><script>x()</script></body></html>"
+    assert {data.extract_text(page.encode(code)) for code in ("utf-8", "utf-8-sig", "cp1252")} == {"Ein “Café” für 5 €"}
+    assert data.extract_text("<p>привет мир, как дела".encode("koi8-r")) == "привет мир, как дела"
+    assert data.extract_text(b"") == ""
+
+
+def hanging(page):
+    """For the child process of the next test."""
+    import os
+    import time
+    if page == b"hang":
+        time.sleep(60)
+    if page == b"die":
+        os._exit(1)
+    return page.decode("utf-8")
+
+
+def test_a_page_that_hangs_or_kills_its_parser_costs_one_page():
+    with data.Extractor(hanging, seconds=0.5) as extract:
+        answers = [extract(page) for page in (b"a", b"hang", b"b", b"die", b"\xff", b"c" * 10**6)]
+    assert answers == [("a", ""), (None, "too slow"), ("b", ""), (None, "crashed"), (None, "not parsed"),
+                       ("c" * 10**6, "")]
+
+
+@pytest.mark.parametrize("text, language", [("This is a short text in English.", "en"), ("欢迎来到\n我们的网站", "zh"),
+                                            ("Das ist ein kurzer Text auf Deutsch.", "de"), ("", "und")])
+def test_languages(text, language):
+    code, score = data.identify_language(text)
+    assert code == language and (0.5 < score <= 1 or not text)
+
+
+E, P, I = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||"
+
+
+@pytest.mark.parametrize("mask, text, masked, n", [
+    (data.mask_emails, f"To a.b+c@x-y.co.uk, {E} and 'q@z.org'. Not a@b or @c.", f"To {E}, {E} and '{E}'. Not a@b or @c.", 2),
+    (data.mask_emails, "邮箱bob@x.com请", f"邮箱{E}请", 1),
+    (data.mask_phone_numbers, f"2831823829 (283)-182-3829 (283) 182 3829, 283-182-3829. {P} +1 283.182.3829",
+     f"{P} {P} {P}, {P}. {P} {P}", 5),
+    (data.mask_phone_numbers, "28318238291 and 3.2831823829 and 283-18-3829", None, 0),
+    (data.mask_ips, f"192.0.2.146. {I} (10.0.0.255:80)", f"{I}. {I} ({I}:80)", 2),
+    (data.mask_ips, "256.1.1.1 and 1.2.3.4.5 and v1.2.3.4", None, 0)])
+def test_masks(mask, text, masked, n):
+    assert mask(text) == (masked or text, n) and mask(mask(text)[0]) == (masked or text, 0)
+
+
+@pytest.mark.parametrize("text, keep", [
+    ("word " * 49, False), ("word " * 50, True), ("word " * 100_000, True), ("word " * 100_001, False),
+    ("word. -- " * 49, False), ("aa " * 99, False), ("aaa, " * 99, True), ("a" * 10 + " ", None), ("a" * 11 + " ", None),
+    ("word " * 80 + "1234 " * 20, True), ("word " * 79 + "1234 " * 21, False), ("word\n" * 70 + "word...\n" * 30, True),
+    ("word\n" * 69 + "word …\n" * 31, False)])
+def test_gopher(text, keep):
+    if keep is None:
+        text, keep = text * 60, len(text) == 11
+    assert data.gopher_filter(text) is keep
+
+
+def repetition(text):
+    words = data.normalize(text)
+    return data.repetition_reason(text, data.hash_words(words), np.array([len(word) for word in words], dtype=np.int64))
+
+
+def test_repetition_rules_against_counting_by_hand():
+    rng = random.Random(0)
+    prose = " ".join(f"{rng.choice('abcdefgh')}{i}" for i in range(1000))
+    assert repetition(prose) == "" and repetition("") == ""
+    assert "lines are duplicates" in repetition("\n".join(["a"] * 5 + list("bcdef")))
+    for n, count in ((2, 150), (3, 100), (5, 2)):
+        run = [[f"w{i}" for i in range(n if n < 5 else 60)]] * count
+        rest = [[f"x{i}"] for i in range(900)]
+        mixed = rest[:10] + [piece for pair in zip(run, rest[10:]) for piece in pair] + rest[10 + count:]
+        words = [word for piece in mixed for word in piece]
+        for limit in range(2, 11):
+            grams = Counter(tuple(words[i:i + limit]) for i in range(len(words) - limit + 1))
+            if limit < 5:
+                gram, times = max(grams.items(), key=lambda pair: (pair[1], sum(map(len, pair[0]))))
+                share = times * sum(map(len, gram)) * (times > 1)
+            else:
+                held = {j for i in range(len(words) - limit + 1) if grams[tuple(words[i:i + limit])] > 1
+                        for j in range(i, i + limit)}
+                share = sum(len(words[j]) for j in held)
+            share /= sum(map(len, words))
+            if share > data.TOP_NGRAM_SHARE.get(limit, 0.20 - 0.01 * limit):
+                break
+        assert f"{limit}-gram" in repetition(" ".join(words)) and f"{share:.0%}" in repetition(" ".join(words))
+
+
 # --- train.py ---
 
 TINY = dict(context_length=32, d_model=32, n_layers=2, n_heads=2, batch_tokens=8 * 32, warmup_steps=5, eval_every=10,
