@@ -42,7 +42,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import regex
 from tqdm import tqdm
 
 from bpe import Tokenizer, train_bpe
@@ -69,7 +68,7 @@ NAMES = ("shakespeare", *HOSTED)
 
 MAX_PAGE_BYTES, MAX_SECONDS = 20_000_000, 10     # a page larger, or longer in the parser, is dropped and counted
 RECORD_STARTS = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"WARC/1.")         # a gzip member, a zstd frame, a plain record
-LANGUAGE_CHARS, MODEL_CHARS = 1000, 20_000       # how much of a text the language model and the classifiers read
+LANGUAGE_CHARS, MODEL_CHARS = 500, 20_000       # how much of a text the language model and the classifiers read
 MAX_CACHED_WORDS = 1 << 18                       # about 40 MB of words and their hashes
 MIN_UPDATES = 2000                               # of a classifier: fewer texts are shown more often
 ODD = np.uint64(0x9E3779B97F4A7C15)              # 2^64 over the golden ratio: odd, its bits irregular
@@ -80,7 +79,6 @@ EVALUATION_WORDS = 13                            # a run of so many words from a
 # What the labels of known models call the thing they look for; ours say `positive`.
 MODELS = {"hate": ("positive", "toxic", "hate"), "adult": ("positive", "nsfw", "adult"),
           "quality": ("positive", "hq", "wiki", "high")}
-_NO_PUNCTUATION = dict.fromkeys(map(ord, string.punctuation + "“”‘’«»–—…•·、。，！？："))
 
 
 @dataclass
@@ -623,15 +621,19 @@ _hashes = _Hashes()
 _FOLD = bytes.maketrans(string.ascii_uppercase.encode() + bytes(range(32)), string.ascii_lowercase.encode() + b" " * 32)
 
 
+@functools.lru_cache(4096)
+def _fold(run: str) -> str:
+    run = unicodedata.normalize("NFD", run.lower())
+    return "".join(" " if c.isspace() else c for c in run if unicodedata.category(c)[0] not in "PSM")
+
+
 def normalize(text: str) -> list[bytes]:
     """The words of a text for comparison: lower case, no punctuation, no accents (NFD), any white space between.
 
     >>> normalize("The  Café's\\nDOOR!")
     [b'the', b'cafes', b'door']
     """
-    if not text.isascii():
-        text = regex.sub(r"[\p{P}\p{S}\p{M}]+", "", unicodedata.normalize("NFD", text.lower()))
-        text = " ".join(text.split())
+    text = text if text.isascii() else re.sub(r"[^\x00-\x7f]+", lambda run: _fold(run[0]), text)
     return text.encode("utf-8", "replace").translate(_FOLD, string.punctuation.encode()).split()
 
 
@@ -671,7 +673,10 @@ def gopher_filter(text: str) -> bool:
 
 def gopher_reason(text: str) -> str:
     """The first of Gopher's quality rules that the text breaks, in words, or an empty string."""
-    words = text.translate(_NO_PUNCTUATION).split()
+    plain = text
+    for mark in "" if text.isascii() else "“”‘’«»–—…•·、。，！？：":
+        plain = plain.replace(mark, "")
+    words = plain.encode("utf-8", "replace").translate(None, string.punctuation.encode()).decode("utf-8").split()
     if not 50 <= len(words) <= 100_000:
         return f"{len(words)} words, not 50 to 100,000"
     mean = sum(map(len, words)) / len(words)
@@ -681,7 +686,9 @@ def gopher_reason(text: str) -> str:
     ellipses = sum(line.endswith(("...", "…")) for line in lines)
     if ellipses > 0.3 * len(lines):
         return f"{ellipses} of {len(lines)} lines end in an ellipsis, over 30 %"
-    tokens, lettered = len(text.split()), sum(word.isalpha() or any(map(str.isalpha, word)) for word in words)
+    tokens, lettered = len(text.split()), sum(map(str.isalpha, words))
+    if lettered < 0.8 * tokens:            # few are letters alone: count those with one letter
+        lettered = sum(any(map(str.isalpha, word)) for word in words)
     if lettered < 0.8 * tokens:
         return f"{lettered} of {tokens} words have a letter, under 80 %"
     return ""
@@ -729,6 +736,8 @@ def repetition_reason(text: str, hashes: np.ndarray, lengths: np.ndarray) -> str
             share = lengths[np.cumsum(steps[:-1]) > 0].sum() / total
             if share > (limit := 0.20 - 0.01 * n):
                 return f"duplicated {n}-grams hold {share:.0%} of the text, over {limit:.0%}"
+            if share <= 0.10:              # longer ones stand within these, and no limit is lower
+                break
     return ""
 
 
