@@ -28,6 +28,7 @@ import traceback
 import tracemalloc
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -2353,6 +2354,151 @@ def test_repetition_rules_against_counting_by_hand():
             if share > data.TOP_NGRAM_SHARE.get(limit, 0.20 - 0.01 * limit):
                 break
         assert f"{limit}-gram" in repetition(" ".join(words)) and f"{share:.0%}" in repetition(" ".join(words))
+
+
+def test_signatures_agree_as_often_as_the_sets(tmp_path):
+    assert data.signature_similarity(np.array([1, 2, 3, 2]), np.array([5, 2, 3, 4])) == 2 / 4
+    one, two = (data.hash_words([b"%d" % i for i in numbers]) for numbers in ([1, 2, 3, 2], [5, 2, 3, 4]))
+    assert data.jaccard(np.unique(one), np.unique(two)) == 2 / 5            # {2, 3} of {1, 2, 3, 4, 5}
+    rng, n = np.random.default_rng(0), 300
+    for s in (0.5, 0.7, 0.8, 0.9):                                        # pairs of sets with exactly this similarity
+        shared, alone = round(100 * 2 * s / (1 + s)), round(100 * (1 - s) / (1 + s))
+        sets = [rng.integers(0, 1 << 63, shared + 2 * alone, dtype=np.uint64) for _ in range(n)]
+        pairs = [part for one in sets for part in (one[:shared + alone], one[alone:])]
+        true = shared / (shared + 2 * alone)
+        signatures = np.stack([data.minhash(part, 128) for part in pairs])
+        estimate = (signatures[::2] == signatures[1::2]).mean()
+        assert abs(estimate - true) < 4 * (true * (1 - true) / 128 / n) ** 0.5, (s, estimate)
+        found = data.near_duplicates([signatures[:99], signatures[99:]], lambda i: f"text {i // 2}", 16, 5, 1.0)
+        chance = 1 - (1 - true ** 8) ** 16
+        assert abs(len(found) / n - chance) < 4 * (chance * (1 - chance) / n) ** 0.5 + 1e-9, (s, len(found) / n, chance)
+        assert all(sorted(pair) == [min(pair), min(pair) + 1] and min(pair) % 2 == 0 for pair in found)
+
+
+def test_near_duplicates_leave_one_file_of_each_cluster(tmp_path):
+    words = random.Random(0).choices([f"word{i}" for i in range(500)], k=200)
+    texts = {"a": " ".join(words), "b": " ".join(words), "c": "Über,\n\n".join(["A", *words[:3]]).upper() + " ".join(words[3:]),
+             "d": " ".join(words[:100]), "e": "", "f": "", "g": " ".join(words[::-1])}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    kept = set()
+    for seed in range(6):
+        out = tmp_path / f"out{seed}"
+        clusters = data.dedup_minhash([tmp_path / name for name in texts], 100, 20, 5, 0.8, out, seed=seed)
+        left = {path.name for path in out.iterdir()}
+        assert left >= set("defg") and len(left & set("abc")) == 1 and len(left) == 5, left
+        assert [sorted(Path(path).name for path in cluster) for cluster in clusters] == [list("abc")]
+        assert Path(clusters[0][0]).name in left and (out / "e").read_bytes() == b""
+        kept |= left & set("abc")
+    assert len(kept) > 1                                                  # the seed chooses
+    with pytest.raises(ValueError, match="num_hashes=100 is no multiple of num_bands=30"):
+        data.dedup_minhash([tmp_path / "a"], 100, 30, 5, 0.8, tmp_path / "out")
+    with pytest.raises(ValueError, match="share a name|more than once"):
+        data.dedup_minhash([tmp_path / "a", tmp_path / "out0" / ".." / "a"], 100, 20, 5, 0.8, tmp_path / "out")
+
+
+def test_lines_that_stand_more_than_once_go(tmp_path):
+    texts = {"a": b"only a\nmenu\r\nlast", "b": b"menu\nonly b\xff\nlast\n", "c": b"", "d": b"twice\ntwice\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
+    paths = [tmp_path / name for name in texts]
+    assert data.dedup_lines(paths, tmp_path / "all") == 6 and data.dedup_lines(paths, tmp_path / "first", keep_first=True) == 3
+    left = {folder: [(tmp_path / folder / name).read_bytes() for name in texts] for folder in ("all", "first")}
+    assert left == {"all": [b"only a\n", b"only b\xff\n", b"", b""],
+                    "first": [texts["a"], b"only b\xff\n", b"", b"twice\n"]}
+
+
+def test_classifier_learns_reports_and_comes_back(tmp_path):
+    rng = random.Random(0)
+    for name, words in (("good", "theory light field proof energy"), ("bad", "buy casino cheap pills win")):
+        lines = [" ".join(rng.choices(words.split() + ["the", "of", "and"], k=12)) for _ in range(60)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines), encoding="utf-8")
+    done = python("data.py", "classify", "train", "--positive=good.txt", "--negative=bad.txt", "--out=m.npz", cwd=tmp_path)
+    report = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))
+    assert done.returncode == 0 and report["held_out"] == 12 and report["accuracy"] == 1.0, done.stderr
+    assert sum(row["texts"] for row in report["calibration"]) == 12
+    model = data.Classifier.load(tmp_path / "m.npz")
+    assert model.predict("a proof of the theory")[0] == "positive" and model.predict("win the casino")[1] > 0.9
+    again = data.Classifier(bits=10).train(["one two", "three four"], ["x", "y"])
+    assert again.predict("one\ntwo")[0] == "x" and again.predict("")[1] == 0.5
+    for bad, words in ((lambda: again.train(["a"], ["x"]), "two kinds"), (lambda: data.Classifier().predict("a"), "not trained"),
+                       (lambda: data.Classifier.load(tmp_path / "m.json"), "m.json")):
+        with pytest.raises(ValueError, match=words):
+            bad()
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    """Three WARC files of English pages, one in four of them with something that a rule is there for."""
+    folder, rng = tmp_path_factory.mktemp("warc"), random.Random(0)
+    english = (Path(__file__).parent / "README.md").read_text(encoding="utf-8").split()
+    english = [word for word in english if word.isalpha()]
+    pages = [". ".join(" ".join(rng.choices(english, k=12)) + "\n" for _ in range(15)) for _ in range(48)]
+    for i in range(0, 48, 8):
+        pages[i] = pages[i + 1] + " changed"
+        pages[i + 2] = ["欢迎来到我们的网站。" * 30, "too short", "the same again " * 60, english[0] + " " + " ".join(english[40:160]),
+                        "", "mail a@b.com or 283-182-3829 from 10.0.0.1. " + pages[i + 2]][i // 8]
+    records = [gzip.compress(warc_record(f"http://x/{i}", ("<p>" + page.replace("\n", "<p>")).encode()))
+               for i, page in enumerate(pages)]
+    for i in range(3):
+        (folder / f"{i}.warc.gz").write_bytes(b"".join(records[i::3]) + records[0][:-20] * (i == 2))
+    (folder / "evaluation.txt").write_text(" ".join(english[50:90]), encoding="utf-8")
+    return folder
+
+
+def curated(archives, out, **more):
+    report = data.curate([archives / "*.warc.gz"], out, vocab_size=300, evaluation=str(archives / "evaluation.txt"), **more)
+    return report, {path.relative_to(out).as_posix(): path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
+
+
+def test_curate_counts_resumes_and_gives_the_same_bytes_by_any_executor(archives, tmp_path):
+    report, files = curated(archives, tmp_path / "1", workers=1)
+    funnel = {step: documents for step, (documents, _) in report["funnel"].items()}
+    assert list(funnel.values()) == [48, 47, 46, 45, 44, 43, 38, 38] and report["damage"] == {"truncated": 1, "no text": 1}
+    assert list(funnel) == ["archive", "text", "language", "gopher", "repetition", "evaluation", "near duplicates", "lines"]
+    assert report["contaminated"] == ["http://x/26"] and set(report["masked"].values()) == {1}
+    assert report["clusters"]["number"] == 5 and b"repetition: dropped" in files["report.html"]
+    assert {"train.bin", "val.bin", "meta.json", "report.json"} <= files.keys()
+    assert curated(archives, tmp_path / "4", workers=4)[1] == files
+    with ThreadPoolExecutor(2) as threads:
+        assert curated(archives, tmp_path / "threads", executor=threads)[1] == files
+    before = (tmp_path / "4" / "counts" / "0.warc.gz.json").stat().st_mtime_ns
+    for name in ("counts/1.warc.gz.json", "documents.jsonl", "train.bin", "report.json"):      # as after a kill
+        (tmp_path / "4" / name).unlink()
+    assert curated(archives, tmp_path / "4")[1] == files
+    assert (tmp_path / "4" / "counts" / "0.warc.gz.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="other settings"):
+        curated(archives, tmp_path / "4", seed=1)
+    with pytest.raises(FileNotFoundError, match="none.warc"):
+        data.curate(["none.warc"], tmp_path / "x")
+
+
+def test_curate_on_a_dask_cluster(archives, tmp_path):
+    distributed = pytest.importorskip("distributed", reason="dask.distributed is not installed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        assert curated(archives, tmp_path / "dask", scheduler=cluster.scheduler_address)[1] == curated(
+            archives, tmp_path / "1")[1]
+
+
+def test_crawl_fetches_and_checks(server, archives, tmp_path, monkeypatch):
+    files = {f"crawl-data/CC-MAIN-2025-18/warc.paths.gz": gzip.compress(b"a/0.warc.gz\na/1.warc.gz\na/2.warc.gz\n")}
+    files |= {f"a/{i}.warc.gz": (archives / f"{i}.warc.gz").read_bytes() for i in range(3)}
+    serve = Flaky.do_GET
+
+    def do_GET(self):
+        Flaky.content = files[self.path[1:]]
+        serve(self)
+    monkeypatch.setattr(Flaky, "do_GET", do_GET)
+    Flaky.cut = 3000                                                      # every download breaks and goes on
+    config = data.CrawlConfig(segments=2, out=str(tmp_path), base_url=server)
+    found = data.crawl("CC-MAIN-2025-18", config)
+    assert [path.name for path in found] == ["0.warc.gz", "1.warc.gz"] and found[0].read_bytes() == files["a/0.warc.gz"]
+    n = len(Flaky.ranges)
+    assert data.crawl("CC-MAIN-2025-18", config) == found and len(Flaky.ranges) == n
+    with pytest.raises(OSError, match="came damaged"):
+        data.crawl("CC-MAIN-2025-18", dataclasses.replace(config, segments=3))
+    with pytest.raises(ValueError, match="give a name like"):
+        data.crawl("CC-2025", config)
 
 
 # --- train.py ---

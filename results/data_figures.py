@@ -176,7 +176,8 @@ def mix(folder: str, out: Path) -> None:
     data.curate([f"{out}/part-*.warc.gz"], out / "job", quality=f"{out}/quality.npz", vocab_size=None)
     clean = [json.loads(line)["text"] for line in (out / "job" / "documents.jsonl").open(encoding="utf-8")]
     raw = [data.extract_text(page.encode(), True) for page in mixed]
-    val = [text for text in (data.extract_text(page.encode(), True) for page in held_out) if data.gopher_filter(text)]
+    val = [text for text in (data.extract_text(page.encode(), True) for page in held_out)
+           if data.gopher_filter(text) and data.identify_language(text)[0] == "en"]     # a fifth of the manual is not
     for name, texts in (("raw", raw), ("curated", clean)):
         (out / name).mkdir(exist_ok=True)
         rng.shuffle(texts)
