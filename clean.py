@@ -41,6 +41,7 @@ from checkpoint import write_atomically
 
 MAX_PAGE_BYTES, MAX_SECONDS = 20_000_000, 10     # a page larger, or longer in the parser, is dropped and counted
 RECORD_STARTS = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"WARC/1.")         # a gzip member, a zstd frame, a plain record
+TICKS = 20                                       # a page's time is counted in twentieths
 LANGUAGE_CHARS, MODEL_CHARS = 500, 20_000       # how much of a text the language model and the classifiers read
 MAX_CACHED_WORDS = 1 << 18                       # about 40 MB of words and their hashes
 MIN_UPDATES = 2000                               # of a classifier: fewer texts are shown more often
@@ -151,16 +152,16 @@ def _serve(function, *arguments) -> None:
 
 
 class Extractor:
-    """Calls `function(page, *arguments)` in a child process, which a page that takes too long is killed with.
+    """Answers `send(page)` by `receive()`, from a child process that calls `function(page, *arguments)`.
 
-    Extraction runs in C and cannot be interrupted from within; the child can be killed and costs 50 ms to replace. It
-    runs the source of three functions and nothing else, so it starts without this script's imports, on any platform.
+    Extraction runs in C and cannot be interrupted from within. The child is killed together with a page that takes too
+    long, and replaced in 50 ms: it runs the source of three functions, without this script's imports, on any platform.
     """
 
     def __init__(self, function=extract_text, arguments=(), seconds: float = MAX_SECONDS):
         self._code = "\n".join(map(inspect.getsource, (need, function, _serve))) \
             + f"\n_serve({function.__name__}, *{arguments!r})"
-        self.seconds, self._child, self._deadline = seconds, None, None
+        self._tick, self._ticks_left, self._child = seconds / TICKS, None, None
         self._lock, self._closed = threading.Lock(), threading.Event()
 
     def __enter__(self):
@@ -172,45 +173,63 @@ class Extractor:
         self._stop()
 
     def _watch(self) -> None:
-        while not self._closed.wait(self.seconds / 20):
+        # Ticks of this thread, not the clock: a job that is stopped and continued has not used up a page's time.
+        while not self._closed.wait(self._tick):
             with self._lock:
-                if self._deadline and time.monotonic() > self._deadline:
-                    self._child.kill()
-                    self._deadline = None
+                if self._ticks_left is not None:
+                    self._ticks_left -= 1
+                    if self._ticks_left == 0:
+                        self._child.kill()
 
     def _stop(self) -> None:
         if self._child:
             self._child.kill()
             for pipe in (self._child.stdin, self._child.stdout):
-                with contextlib.suppress(BrokenPipeError):
+                with contextlib.suppress(OSError):                    # unsent bytes for a child that is gone
                     pipe.close()
             self._child.wait()
             self._child = None
 
-    def __call__(self, page: bytes) -> tuple[str | None, str]:
-        """(text, ""), or (None, reason)."""
+    def send(self, page: bytes) -> None:
         if self._child is None:
             self._child = subprocess.Popen([sys.executable, "-c", self._code], stdin=subprocess.PIPE,
                                            stdout=subprocess.PIPE)
         with self._lock:
-            self._deadline = time.monotonic() + self.seconds
-        text, whole = b"", False
-        try:
+            self._ticks_left = TICKS
+        with contextlib.suppress(OSError):                            # a child that is gone: receive() will see it
             self._child.stdin.write(len(page).to_bytes(8, "little") + page)
             self._child.stdin.flush()
-            if head := self._child.stdout.read(8):
-                text = self._child.stdout.read(length := int.from_bytes(head, "little"))
-                whole = len(text) == length
-        except BrokenPipeError:
-            pass                           # the child is gone: below, as one that went while it worked
+
+    def receive(self) -> tuple[str | None, str]:
+        """(text, ""), or (None, reason)."""
+        head = self._child.stdout.read(8)
+        length = int.from_bytes(head, "little")
+        text = self._child.stdout.read(length) if head else b""
         with self._lock:
-            killed, self._deadline = self._deadline is None, None
-        if killed or not whole:
+            left, self._ticks_left = self._ticks_left, None
+        if left <= 0 or not head or len(text) < length:
             self._stop()                   # the next page gets a new child
-            return None, "too slow" if killed else "crashed"
-        if text[:1] == b"\0":
-            return None, "not parsed"
-        return text.decode("utf-8"), ""
+            return None, "too slow" if left <= 0 else "crashed"
+        return (None, "not parsed") if text[:1] == b"\0" else (text.decode("utf-8"), "")
+
+
+def texts_of(pages, extract: Extractor):
+    """(address, bytes of the page, text or None, reason) for pages of read_archive, in their order.
+
+    The child works on the next page while the caller judges this one: on two cores, the rules cost no time.
+    """
+    sent = None
+    for address, content, is_html in pages:
+        answer = extract.receive() if sent else ()
+        if is_html:
+            extract.send(content)
+        if sent:
+            yield *sent, *answer
+        sent = (address, len(content)) if is_html else None
+        if not is_html:
+            yield address, len(content), content.decode("utf-8", "replace"), ""
+    if sent:
+        yield *sent, *extract.receive()
 
 
 @functools.cache
@@ -366,8 +385,8 @@ def gopher_reason(text: str) -> str:
     if ellipses > 0.3 * len(lines):
         return f"{ellipses} of {len(lines)} lines end in an ellipsis, over 30 %"
     tokens, lettered = len(text.split()), sum(map(str.isalpha, words))
-    if lettered < 0.8 * tokens:            # few are letters alone: count those with one letter
-        lettered = sum(any(map(str.isalpha, word)) for word in words)
+    if lettered < 0.8 * tokens:            # few are letters alone: look for one letter in each of the others
+        lettered += sum(any(map(str.isalpha, word)) for word in words if not word.isalpha())
     if lettered < 0.8 * tokens:
         return f"{lettered} of {tokens} words have a letter, under 80 %"
     return ""
@@ -673,7 +692,7 @@ def near_duplicates(signatures, text_of, num_bands: int, ngrams: int, threshold:
     return [members for _, members in sorted(clusters.items())]
 
 
-def _blocks(rows, size: int = 1024):
+def blocks_of(rows, size: int = 1024):
     """Arrays of up to `size` rows from an iterable of rows."""
     while block := list(itertools.islice(rows, size)):
         yield np.stack(block)
@@ -692,7 +711,7 @@ def dedup_minhash(paths, num_hashes: int, num_bands: int, ngrams: int, threshold
     def text_of(i: int) -> str:
         return Path(paths[i]).read_text(encoding="utf-8", errors="replace")
     rows = (minhash(shingles_of(text_of(i), ngrams), num_hashes, seed) for i in range(len(paths)))
-    clusters = near_duplicates(_blocks(rows), text_of, num_bands, ngrams, threshold, seed)
+    clusters = near_duplicates(blocks_of(rows), text_of, num_bands, ngrams, threshold, seed)
     gone = {i for cluster in clusters for i in cluster[1:]}
     for i, (path, target) in enumerate(zip(paths, targets)):
         if i not in gone:

@@ -39,10 +39,10 @@ from tqdm import tqdm
 from bpe import Tokenizer, train_bpe
 from checkpoint import sha256, write_atomically
 from clean import (  # noqa: F401 - some only so that they can be had from here
-    Classifier, Extractor, check_bands, dedup_lines, dedup_minhash, duplicate_lines, extract_text, gopher_filter,
-    gopher_reason, hash_ngrams, hash_words, identify_language, jaccard, load_classifier, mask_emails, mask_ips,
-    mask_phone_numbers, minhash, near_duplicates, need, normalize, output_names, read_archive, repetition_reason,
-    signature_similarity)
+    Classifier, Extractor, blocks_of, check_bands, dedup_lines, dedup_minhash, duplicate_lines, extract_text,
+    gopher_filter, gopher_reason, hash_ngrams, hash_words, identify_language, jaccard, load_classifier, mask_emails,
+    mask_ips, mask_phone_numbers, minhash, near_duplicates, need, normalize, output_names, read_archive,
+    repetition_reason, signature_similarity, texts_of)
 from configurator import command_line, fail
 
 SEPARATOR = "<|endoftext|>"
@@ -454,10 +454,9 @@ def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
         return not reason
 
     def write(file) -> None:
-        for address, content, is_html in read_archive(path, damage):
+        for address, n_bytes, text, reason in texts_of(read_archive(path, damage), extract):
             funnel["archive"][0] += 1
-            funnel["archive"][1] += len(content)
-            text, reason = extract(content) if is_html else (content.decode("utf-8", "replace"), "")
+            funnel["archive"][1] += n_bytes
             document, reason = Document(text or ""), reason or "no text" * (not (text or "").strip())
             page = document, len(document.text.encode("utf-8")), address
             if not passes("text", *page, reason):
