@@ -515,10 +515,13 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def load_classifier(path: str):
-    """A function text -> (label, probability) from a file of ours or a fastText .bin (Dolma's, DCLM's)."""
+    """(function text -> (label, probability), its labels) from a file of ours or a fastText .bin (Dolma's, DCLM's)."""
     if Path(path).suffix in (".bin", ".ftz"):
-        return functools.partial(_predict, load_fasttext(path))
-    return Classifier.load(path).predict
+        model = load_fasttext(path)
+        labels = [label.removeprefix("__label__") for label in model.predict("a", k=-1)[0]]
+        return functools.partial(_predict, model), labels
+    ours = Classifier.load(path)
+    return ours.predict, ours.labels
 
 
 # --- numbers that do not fit in memory ---
@@ -665,7 +668,7 @@ def near_duplicates(signatures, text_of, num_bands: int, ngrams: int, threshold:
         spill = Spill(folder, 64)
         for block in signatures:
             full = np.flatnonzero((block != NO_SHINGLE).any(axis=1))  # a document without words is like no other
-            bands = block[full].astype(np.uint64).reshape(len(full), num_bands, -1)
+            bands = block[full].astype(np.uint64).reshape(len(full), num_bands, block.shape[1] // num_bands)
             number = np.broadcast_to(np.arange(num_bands, dtype=np.uint64), bands.shape[:2])
             keys = hash_rows([number, *np.moveaxis(bands, 2, 0)])     # (documents, b): equal places of equal bands only
             spill.add(keys.ravel(), np.repeat(n + full, num_bands))

@@ -389,10 +389,10 @@ class CurateConfig:
 
 
 class Document:
-    """A text and, computed once when a rule asks, its words as numbers."""
+    """A text and, computed once when a rule asks, its words as numbers; what classifiers said of it."""
 
     def __init__(self, text: str):
-        self.text = text
+        self.text, self.scores = text, {}
 
     @functools.cached_property
     def words(self) -> tuple[np.ndarray, np.ndarray]:
@@ -409,7 +409,11 @@ def _rules(config: CurateConfig, out: Path) -> dict:
         rules["repetition"] = lambda document: repetition_reason(document.text, *document.words)
     for name in MODELS:
         if getattr(config, name):
-            rules[name] = functools.partial(_model_reason, name, load_classifier(getattr(config, name)), config)
+            predict, labels = load_classifier(getattr(config, name))
+            if not set(labels) & set(MODELS[name]):
+                raise ValueError(f"{getattr(config, name)} gives {', '.join(map(str, labels[:5]))}; a model for {name} "
+                                 f"must have one of the labels {', '.join(MODELS[name])}")
+            rules[name] = functools.partial(_model_reason, name, predict, config)
     if config.evaluation:
         known = np.load(out / "evaluation.npy", mmap_mode="r")
 
@@ -423,7 +427,7 @@ def _rules(config: CurateConfig, out: Path) -> dict:
 
 def _model_reason(name: str, predict, config: CurateConfig, document: Document) -> str:
     """Why a classifier wants the document dropped. A label of MODELS[name], or `positive`, is what the model is for."""
-    label, score = predict(document.text)
+    document.scores[name] = label, score = predict(document.text)
     p = score if label in MODELS[name] else 1 - score
     drop = p < config.quality_threshold if name == "quality" else p >= config.harm_threshold
     return f"{label} {score:.3f}" if drop else ""
@@ -476,7 +480,8 @@ def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
             if failed:
                 continue
             lengths[1 << max(len(document.words[0]).bit_length() - 1, 0)] += 1
-            line = {"id": address, "language": language, "score": round(score, 4), "text": document.text}
+            line = {"id": address, "language": language, "score": round(score, 4), **document.scores,
+                    "text": document.text}
             file.write(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
             if config.num_hashes:
                 rows.append(minhash(hash_ngrams(document.words[0], config.ngrams), config.num_hashes, config.seed))
@@ -505,10 +510,10 @@ def curate(paths, out_dir="data/crawl", *, executor=None, **settings) -> dict:
     """
     config, out = CurateConfig(out=str(out_dir), **settings), Path(out_dir)
     paths = sorted({found for path in map(str, paths) for found in glob.glob(path) or [path]}, key=os.path.basename)
+    if missing := [path for path in paths if not Path(path).is_file()] or not paths and ["given"]:
+        raise FileNotFoundError(f"no archive {missing[0]}; give WARC or WET files, or a pattern that finds some")
     output_names(paths, out / "shards")
     (out / "counts").mkdir(exist_ok=True)
-    if missing := [path for path in paths if not Path(path).is_file()] or not paths and ["(none given)"]:
-        raise FileNotFoundError(f"no archive {missing[0]}; give WARC or WET files, or a pattern that finds some")
     if config.num_hashes:
         check_bands(config.num_hashes, config.num_bands, config.ngrams, config.threshold)
     if config.lines not in ("all", "first", None):
@@ -517,7 +522,7 @@ def curate(paths, out_dir="data/crawl", *, executor=None, **settings) -> dict:
     chosen["files"] = {name: sha256(name) for key in (*MODELS, "evaluation")
                        for name in (getattr(config, key) or "").split(",") if name}
     begun, now = out / "settings.json", json.dumps(chosen, indent=1, sort_keys=True)
-    if begun.exists() and begun.read_text(encoding="utf-8") != now:
+    if begun.exists() and begun.read_text(encoding="utf-8") != now and any((out / "counts").iterdir()):
         raise ValueError(f"{out} was begun with other settings ({begun}); give another --out, or delete the folder")
     write_atomically(begun, lambda file: file.write(now.encode()))
     if config.evaluation:

