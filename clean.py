@@ -518,7 +518,7 @@ def load_classifier(path: str):
     """(function text -> (label, probability), its labels) from a file of ours or a fastText .bin (Dolma's, DCLM's)."""
     if Path(path).suffix in (".bin", ".ftz"):
         model = load_fasttext(path)
-        labels = [label.removeprefix("__label__") for label in model.predict("a", k=-1)[0]]
+        labels = [label.removeprefix("__label__") for label in model.predict("a", k=-1, threshold=-1.0)[0]]
         return functools.partial(_predict, model), labels
     ours = Classifier.load(path)
     return ours.predict, ours.labels
