@@ -73,9 +73,8 @@ def read_archive(path, counts: Counter):
     with open(path, "rb") as file:
         if not os.path.getsize(path):
             return
-        magic = next((m for m in RECORD_STARTS if file.read(len(m)) == m or file.seek(0)), RECORD_STARTS[-1])
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw:
-            start = 0
+            magic, start = next((m for m in RECORD_STARTS if raw[:len(m)] == m), RECORD_STARTS[-1]), 0
             while start >= 0:
                 file.seek(start)
                 held = None                # a page waits for the next header: only then is its own length proved right
@@ -101,7 +100,7 @@ def read_archive(path, counts: Counter):
 
 def _page(record, counts: Counter):
     """(address, bytes, is_html), or None for what is no page, is too large or is cut short."""
-    address, is_html = record.headers.get("WARC-Target-URI") or record.record_id, record.is_http
+    address, is_html = record.headers.get("WARC-Target-URI") or record.record_id or "", record.is_http
     if is_html:
         status, kind = record.http_headers.status_code, record.http_content_type
         if status != 200 or "html" not in (kind or "html"):

@@ -585,14 +585,17 @@ def _merge(counts: list[dict]) -> dict:
 
 def _curate_collection(shards: list[Path], out: Path, config: CurateConfig, report: dict) -> None:
     """Near duplicates, lines that occur again, order and tokens: what needs all documents at once. Fills `report`."""
-    places = [(shard, at) for shard in shards for at in _line_starts(shard)]
+    starts = [_line_starts(shard) for shard in shards]                # 8 bytes a document
+    ends = np.cumsum([len(some) for some in starts])
+    n = int(ends[-1])
 
     def read(i: int) -> dict:
-        return _read_at(*places[i])
-    keep = np.ones(len(places), dtype=bool)
+        shard = int(np.searchsorted(ends, i, side="right"))
+        return _read_at(shards[shard], int(starts[shard][i - ends[shard]]))          # from the end of the shard's own
+    keep = np.ones(n, dtype=bool)
     if config.num_hashes:
-        print(f"{out}: {len(places):,} documents; on disk {len(places) * config.num_hashes * 4 / 1e6:,.1f} MB of "
-              f"signatures, {len(places) * config.num_bands * 16 / 1e6:,.1f} MB of bands")
+        print(f"{out}: {n:,} documents; on disk {n * config.num_hashes * 4 / 1e6:,.1f} MB of signatures, "
+              f"{n * config.num_bands * 16 / 1e6:,.1f} MB of bands")
         blocks = (rows[i:i + 4096] for shard in shards for rows in [np.load(shard.with_suffix(".npy"), mmap_mode="r")]
                   for i in range(0, len(rows), 4096))
         clusters = near_duplicates(blocks, lambda i: read(i)["text"], config.num_bands, config.ngrams, config.threshold,
@@ -605,7 +608,7 @@ def _curate_collection(shards: list[Path], out: Path, config: CurateConfig, repo
         report["clusters"] = {"number": len(clusters), "examples": [
             [[read(i)["id"], read(i)["text"][:EXCERPT_CHARS]] for i in cluster[:SAMPLES]] for cluster in largest]}
         report["funnel"]["near duplicates"] = [0, 0]
-    kept, starts, at = np.flatnonzero(keep), [], 0
+    kept, written, at = np.flatnonzero(keep), [], 0
     if config.lines:
         pieces = (b"".join(read(i)["text"].encode("utf-8") + b"\n" for i in kept[j:j + 256]).split(b"\n")[:-1]
                   for j in range(0, len(kept), 256))
@@ -626,14 +629,14 @@ def _curate_collection(shards: list[Path], out: Path, config: CurateConfig, repo
                 if not document["text"] or config.gopher and gopher_reason(document["text"]):
                     continue               # what is left must still be a document
                 _add(report["funnel"]["lines"], document["text"])
-            starts.append(file.tell())
+            written.append(file.tell())
             file.write(json.dumps(document, ensure_ascii=False).encode("utf-8") + b"\n")
     write_atomically(out / "documents.jsonl", write)
-    order = np.random.default_rng(config.seed).permutation(len(starts))
+    order = np.random.default_rng(config.seed).permutation(len(written))
     if config.vocab_size:
         write_atomically(out / "corpus.txt", lambda file: file.writelines(
             # A page that spells the separator must not end a document.
-            _read_at(out / "documents.jsonl", starts[i])["text"].replace(SEPARATOR, "<| endoftext |>").encode("utf-8")
+            _read_at(out / "documents.jsonl", written[i])["text"].replace(SEPARATOR, "<| endoftext |>").encode("utf-8")
             + SEPARATOR.encode() for i in order))
         try:
             meta = prepare(out / "corpus.txt", config.vocab_size, out, workers=config.workers)
@@ -648,9 +651,9 @@ def _add(total: list, text: str) -> None:
     total[1] += len(text.encode("utf-8"))
 
 
-def _line_starts(path: Path) -> list[int]:
+def _line_starts(path: Path) -> np.ndarray:
     with open(path, "rb") as file:
-        return list(itertools.accumulate(map(len, file), initial=0))[:-1]
+        return np.fromiter(itertools.accumulate(map(len, file), initial=0), dtype=np.int64)[:-1]
 
 
 def _read_at(path: Path, at: int) -> dict:
