@@ -77,12 +77,12 @@ def read_archive(path, counts: Counter):
             magic, start = next((m for m in RECORD_STARTS if raw[:len(m)] == m), RECORD_STARTS[-1]), 0
             while start >= 0:
                 file.seek(start)
-                held = None                # a page waits for the next header: only then is its own length proved right
+                held, moved = None, start == 0     # a page waits for the next header, which proves its own length right
                 try:
                     for record in warc.ArchiveIterator(file, record_types=kinds, auto_decode="all"):
                         if held:
                             yield held
-                        start, held = record.stream_pos, None
+                        start, held, moved = record.stream_pos, None, True
                         held = _page(record, counts)
                     if held:
                         yield held
@@ -91,7 +91,7 @@ def read_archive(path, counts: Counter):
                     # A header that does not parse right after a page: the length of that page was wrong.
                     if held and "decompress" not in str(error):
                         counts["wrong length"] += 1
-                    else:
+                    elif moved:                    # a new try that got nowhere is still in the same damage
                         counts["damaged"] += 1
                         if held:
                             yield held

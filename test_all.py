@@ -2265,7 +2265,7 @@ def test_a_damaged_archive_gives_what_can_be_read(tmp_path, pack, monkeypatch):
     assert read(a, *others, d) == ("03", {"no page": 2})
     for lie in (-50, 10, 50):
         assert read(a, pack(warc_record("http://a/1", page, lie)), c, d) == ("023", {"wrong length": 1})
-    assert pack is bytes or read(a, b[:300] + bytes(50) + b[350:], c, d)[0] == "023"
+    assert pack is bytes or read(a, b[:300] + bytes(50) + b[350:], c, d) == ("023", {"damaged": 1})
     monkeypatch.setattr(clean, "MAX_PAGE_BYTES", len(page) - 1)
     assert read(a, b) == ("", {"too large": 2})
 
