@@ -2275,7 +2275,7 @@ def hanging(page):
     import os
     import time
     if page == b"hang":
-        time.sleep(60)
+        time.sleep(10**4)
     if page == b"die":
         os._exit(1)
     return page.decode("utf-8")
@@ -2306,7 +2306,7 @@ E, P, I = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||"
     (data.mask_emails, "邮箱bob@x.com请", f"邮箱{E}请", 1),
     (data.mask_phone_numbers, f"2831823829 (283)-182-3829 (283) 182 3829, 283-182-3829. {P} +1 283.182.3829",
      f"{P} {P} {P}, {P}. {P} {P}", 5),
-    (data.mask_phone_numbers, "28318238291 and 3.2831823829 and 283-18-3829", None, 0),
+    (data.mask_phone_numbers, "28318238291 and 3.2831823829 and 2831823829.5 and 283-18-3829", None, 0),
     (data.mask_ips, f"192.0.2.146. {I} (10.0.0.255:80)", f"{I}. {I} ({I}:80)", 2),
     (data.mask_ips, "256.1.1.1 and 1.2.3.4.5 and v1.2.3.4", None, 0)])
 def test_masks(mask, text, masked, n):
@@ -2317,7 +2317,7 @@ def test_masks(mask, text, masked, n):
     ("word " * 49, False), ("word " * 50, True), ("word " * 100_000, True), ("word " * 100_001, False),
     ("word. -- " * 49, False), ("aa " * 99, False), ("aaa, " * 99, True), ("aaaaaaaaaa " * 60, True),
     ("aaaaaaaaaaa " * 60, False), ("word " * 80 + "1234 " * 20, True), ("word " * 79 + "1234 " * 21, False),
-    ("word\n" * 70 + "word...\n" * 30, True), ("word\n" * 69 + "word …\n" * 31, False)])
+    ("word\n" * 70 + "word...\n" * 30, True), ("word\n" * 69 + "word…\n" * 31, False)])
 def test_gopher(text, keep):
     assert data.gopher_filter(text) is keep
 
