@@ -379,10 +379,11 @@ def gopher_reason(text: str) -> str:
     mean = sum(map(len, words)) / len(words)
     if not 3 <= mean <= 10:
         return f"mean word length {mean:.2f}, not 3 to 10"
-    lines = [line for line in map(str.rstrip, text.split("\n")) if line]
-    ellipses = sum(line.endswith(("...", "…")) for line in lines)
-    if ellipses > 0.3 * len(lines):
-        return f"{ellipses} of {len(lines)} lines end in an ellipsis, over 30 %"
+    if "..." in text or "…" in text:
+        lines = [line for line in map(str.rstrip, text.split("\n")) if line]
+        ellipses = sum(line.endswith(("...", "…")) for line in lines)
+        if ellipses > 0.3 * len(lines):
+            return f"{ellipses} of {len(lines)} lines end in an ellipsis, over 30 %"
     tokens, lettered = len(text.split()), sum(map(str.isalpha, words))
     if lettered < 0.8 * tokens:            # few are letters alone: look for one letter in each of the others
         lettered += sum(any(map(str.isalpha, word)) for word in words if not word.isalpha())

@@ -2261,6 +2261,8 @@ def test_a_damaged_archive_gives_what_can_be_read(tmp_path, pack, monkeypatch):
     a, b, c, d = (pack(warc_record(f"http://a/{i}", page)) for i in range(4))
     assert read(a, b, c, d) == ("0123", {}) and read() == ("", {}) and read(b"no archive" * 50) == ("", {"damaged": 1})
     assert read(a, b[:-40]) == ("0", {"truncated": 1}) and read(a, bytes(99), c, d)[0][-2:] == "23"
+    wet = pack(b"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: w\r\nContent-Length: 4\r\n\r\ntext\r\n\r\n")
+    assert read(a, wet, d) == ("0w3", {})
     others = pack(warc_record("x", page, kind=b"image/png")), pack(warc_record("x", page, status=b"404 No"))
     assert read(a, *others, d) == ("03", {"no page": 2})
     for lie in (-50, 10, 50):
@@ -2272,13 +2274,9 @@ def test_a_damaged_archive_gives_what_can_be_read(tmp_path, pack, monkeypatch):
 
 def hanging(page):
     """For the child process of the next test."""
-    import os
-    import time
     if page == b"hang":
-        time.sleep(10**4)
-    if page == b"die":
-        os._exit(1)
-    return page.decode("utf-8")
+        __import__("time").sleep(10**4)
+    return page.decode("utf-8") if page != b"die" else __import__("os")._exit(1)
 
 
 def test_a_page_that_hangs_or_kills_its_parser_costs_one_page():
@@ -2351,8 +2349,7 @@ def test_signatures_agree_as_often_as_the_sets():
     rng, n = np.random.default_rng(0), 300
     for s in (0.5, 0.7, 0.8, 0.9):                                        # pairs of sets with nearly this similarity
         shared, alone = round(200 * s / (1 + s)), round(100 * (1 - s) / (1 + s))
-        sets = [rng.integers(0, 1 << 63, shared + 2 * alone, dtype=np.uint64) for _ in range(n)]
-        true = shared / (shared + 2 * alone)
+        sets, true = rng.integers(0, 1 << 63, (n, shared + 2 * alone), dtype=np.uint64), shared / (shared + 2 * alone)
         signatures = np.stack([data.minhash(part, 128) for one in sets for part in (one[:shared + alone], one[alone:])])
         estimate = (signatures[::2] == signatures[1::2]).mean()
         assert abs(estimate - true) < 4 * (true * (1 - true) / 128 / n) ** 0.5, (s, estimate)      # four sigma, seeded
