@@ -19,6 +19,7 @@ lines go, and the rest is shuffled and tokenized. Left out: dedup against an ear
 """
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import glob
 import gzip
@@ -563,6 +564,8 @@ def _curate_files(paths, out: Path, config: CurateConfig, executor) -> None:
         elif executor is None and todo:
             executor = stack.enter_context(concurrent.futures.ProcessPoolExecutor(config.workers))
         # By absolute paths: a worker on another machine, or of an older cluster, need not stand in this folder.
+        config = dataclasses.replace(config, **{key: os.path.abspath(getattr(config, key)) for key in MODELS
+                                                if getattr(config, key)})
         jobs = [executor.submit(curate_file, os.path.abspath(path), os.path.abspath(out), config) for path in todo]
         documents, started = 0, time.time()
         try:
@@ -634,8 +637,12 @@ def _curate_collection(shards: list[Path], out: Path, config: CurateConfig, repo
                 text = "\n".join(line for line, goes in zip(lines, drop[at:at + len(lines)]) if not goes)
                 at += len(lines)
                 document["text"] = re.sub(r"\n{3,}", "\n\n", text).strip()
-                if not document["text"] or config.gopher and gopher_reason(document["text"]):
-                    continue               # what is left must still be a document
+                # What is left must still be a document.
+                reason = gopher_reason(document["text"]) if config.gopher else "nothing left" * (not document["text"])
+                _sample(report["samples"], f"lines: {'dropped' if reason else 'kept'}", config.seed, document["id"],
+                        reason, text)
+                if reason:
+                    continue
                 _add(report["funnel"]["lines"], document["text"])
             written.append(file.tell())
             file.write(json.dumps(document, ensure_ascii=False).encode("utf-8") + b"\n")
