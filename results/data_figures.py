@@ -114,7 +114,8 @@ def minhash(which: str = "both") -> None:
             found += bool(index.query(one))
             index.insert(i, one)
     seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{which:<10} {len(texts):,} documents, {sum(map(len, texts)) / len(texts):.0f} bytes each: {seconds:6.1f} s ({signed:.1f} s of it signatures), {found:,} duplicates, "
+    print(f"{which:<10} {len(texts):,} documents, {sum(map(len, texts)) / len(texts):.0f} bytes each: "
+          f"{seconds:6.1f} s ({signed:.1f} s of it signatures), {found:,} duplicates, "
           f"peak {peak:,.0f} MB, of which {before:,.0f} MB are the texts and the imports", flush=True)
 
 
@@ -211,9 +212,9 @@ def filter_pays(folder: str, out: str) -> None:
             if not (run / "final.json").exists():
                 figures = train.main(train.TrainConfig(
                     data_dir=str(out / name), out_dir=str(run), max_steps=400, context_length=256, d_model=128,
-                    n_layers=4, n_heads=2, qk_norm=True, zero_init=True, batch_tokens=2048, optimizer="muon", lr=8e-3, muon_lr=0.03,
-                    schedule="wsd", decay_fraction=0.7, min_lr_factor=0.02, eval_every=50, eval_steps=10, log_every=50,
-                    seed=seed, device="cpu", dtype="float32"))
+                    n_layers=4, n_heads=2, qk_norm=True, zero_init=True, batch_tokens=2048, optimizer="muon", lr=8e-3,
+                    muon_lr=0.03, schedule="wsd", decay_fraction=0.7, min_lr_factor=0.02, eval_every=50, eval_steps=10,
+                    log_every=50, seed=seed, device="cpu", dtype="float32"))
                 (run / "final.json").write_text(json.dumps(figures, default=str), encoding="utf-8")
             final = json.loads((run / "final.json").read_text(encoding="utf-8"))
             lines.append(f"{name:<8} seed {seed}: {final['tokens']:,} tokens, held-out clean text "
