@@ -29,7 +29,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import unicodedata
 import zipfile
 from collections import Counter
@@ -42,7 +41,7 @@ from checkpoint import write_atomically
 MAX_PAGE_BYTES, MAX_SECONDS = 20_000_000, 10     # a page larger, or longer in the parser, is dropped and counted
 RECORD_STARTS = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"WARC/1.")         # a gzip member, a zstd frame, a plain record
 TICKS = 20                                       # a page's time is counted in twentieths
-LANGUAGE_CHARS, MODEL_CHARS = 500, 20_000       # how much of a text the language model and the classifiers read
+LANGUAGE_CHARS, MODEL_CHARS = 500, 20_000        # how much of a text the language model and the classifiers read
 MAX_CACHED_WORDS = 1 << 18                       # about 40 MB of words and their hashes
 MIN_UPDATES = 2000                               # of a classifier: fewer texts are shown more often
 ODD = np.uint64(0x9E3779B97F4A7C15)              # 2^64 over the golden ratio: odd, its bits irregular
@@ -154,7 +153,7 @@ class Extractor:
     """Answers `send(page)` by `receive()`, from a child process that calls `function(page, *arguments)`.
 
     Extraction runs in C and cannot be interrupted from within. The child is killed together with a page that takes too
-    long, and replaced in 50 ms: it runs the source of three functions, without this script's imports, on any platform.
+    long, and replaced in 0.1 s: it runs the source of three functions, without this script's imports, on any platform.
     """
 
     def __init__(self, function=extract_text, arguments=(), seconds: float = MAX_SECONDS):
@@ -215,7 +214,7 @@ class Extractor:
 def texts_of(pages, extract: Extractor):
     """(address, bytes of the page, text or None, reason) for pages of read_archive, in their order.
 
-    The child works on the next page while the caller judges this one: on two cores, the rules cost no time.
+    The child works on the next page while the caller judges this one, on another core where there is one.
     """
     sent = None
     for address, content, is_html in pages:
