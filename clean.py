@@ -578,6 +578,11 @@ def duplicate_lines(documents, keep_first: bool = False, keep_blank: bool = Fals
     return drop
 
 
+def listed(paths) -> list:
+    """One path as a list of one; any other iterable as a list."""
+    return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+
+
 def output_names(paths, out_dir) -> list[Path]:
     """Where each file goes: its own name in out_dir. Raises ValueError when two inputs share a name."""
     names = [Path(path).name for path in paths]
@@ -595,6 +600,7 @@ def dedup_lines(paths, out_dir, *, keep_first: bool = False) -> int:
     keep_first: the first of equal lines stays. A line's end is not part of it. Bytes are compared: any encoding will
     do. A file left with no line is an empty file. Raises ValueError when two files have the same name.
     """
+    paths = listed(paths)
     targets = output_names(paths, out_dir)
 
     def lines_of(path):
@@ -708,6 +714,7 @@ def dedup_minhash(paths, num_hashes: int, num_bands: int, ngrams: int, threshold
     from which two files are the same. Returns the clusters as lists of paths, the kept one first.
     """
     check_bands(num_hashes, num_bands, ngrams, threshold)
+    paths = listed(paths)
     targets = output_names(paths, out_dir)
 
     def text_of(i: int) -> str:
