@@ -48,8 +48,8 @@ from bpe import Tokenizer, train_bpe
 from checkpoint import sha256, write_atomically
 from clean import (  # noqa: F401 - some only so that they can be had from here
     Classifier, Extractor, blocks_of, check_bands, dedup_lines, dedup_minhash, duplicate_lines, extract_text,
-    gopher_filter, gopher_reason, hash_ngrams, hash_words, identify_language, jaccard, listed, load_classifier, mask_emails,
-    mask_ips, mask_phone_numbers, minhash, near_duplicates, need, normalize, output_names, read_archive,
+    gopher_filter, gopher_reason, hash_ngrams, hash_words, identify_language, jaccard, listed, load_classifier,
+    mask_emails, mask_ips, mask_phone_numbers, minhash, near_duplicates, need, normalize, output_names, read_archive,
     repetition_reason, signature_similarity, texts_of)
 from configurator import command_line, fail
 
@@ -518,7 +518,8 @@ def curate(paths, out_dir="data/crawl", *, executor=None, **settings) -> dict:
     Raises ValueError for settings that cannot work, or that are not those the folder was begun with.
     """
     config, out = CurateConfig(out=str(out_dir), **settings), Path(out_dir)
-    paths = sorted({found for path in map(str, listed(paths)) for found in glob.glob(path) or [path]}, key=os.path.basename)
+    paths = {found for path in map(str, listed(paths)) for found in glob.glob(path) or [path]}
+    paths = sorted(paths, key=os.path.basename)
     if missing := [path for path in paths if not Path(path).is_file()] or not paths and ["given"]:
         raise FileNotFoundError(f"no archive {missing[0]}; give WARC or WET files, or a pattern that finds some")
     output_names(paths, out / "shards")
