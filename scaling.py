@@ -564,21 +564,21 @@ class Explorer:
         self.settings = fit_settings(self.api.runs)
 
     def isoflops(self) -> None:
-        """Seven sizes at each of five budgets, a factor 1.8 apart, around the minimum that the budget before had."""
-        best = 1e6
-        for flops in (1e15, 3e15, 6e15, 1e16, 3e16):
+        """Seven sizes at each of four budgets, a factor 1.8 apart, around the minimum that the budget before had."""
+        best = 1.5e6
+        for flops in (3e15, 6e15, 1e16, 3e16):
             rung = round(math.log(best / 1e5, 1.8))
             here = [self.run(1e5 * 1.8 ** max(i, 2), flops) for i in range(rung - 3, rung + 4)]
             self.runs += here
             best = 1.6 * min(here, key=lambda run: run["loss"])["n_params"]
 
     def most_useful(self, left: float) -> tuple | None:
-        """(N, C) of the run, for half of what is left at most, that makes the prediction at the target surest.
+        """(N, C) of the run, of those that what is left pays for, that makes the prediction at the target surest.
 
         In linear theory the parameters have covariance S = s^2 (J'J)^-1, J the gradients of ln L at the runs so far;
         a new row j lowers the variance of the target's ln L, g' S g, by (g' S j)^2 / (1 + j' S j).
         """
-        options = np.array([(n, c) for c in QUERY_FLOPS if 3e16 <= c <= left / 2 for n in np.geomspace(1e6, 3e8, 30)])
+        options = np.array([(n, c) for c in QUERY_FLOPS if 3e16 <= c <= left for n in np.geomspace(1e6, 3e8, 30)])
         if not len(options):
             return None
         fit, (x, y, _, _) = fit_parametric(self.runs, resamples=0), columns(self.runs, "the design")
