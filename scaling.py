@@ -142,34 +142,14 @@ def power_law(log_x, log_y) -> tuple:
     return log_y.mean(-1) - slope * log_x.mean(), slope
 
 
-def saturating_law(log_x, y) -> tuple:
-    """(E, ln k, g) of y = E + k x^-g by least squares with E >= 0. y: (S, n), every row a fit of its own.
-
-    For a given g the rest is linear, so g is all there is to search for: on a grid, then on finer ones.
-    """
-    centred, rows = log_x - log_x.mean(), np.arange(len(y))
-    low, high = np.full(len(y), 0.005), np.full(len(y), 1.5)
-    for _ in range(5):
-        g = np.linspace(low, high, 40).T                                     # (S, 40)
-        basis = np.exp(-g[:, :, None] * centred)                             # (S, 40, n)
-        spread = basis - basis.mean(-1, keepdims=True)
-        k = (spread * y[:, None]).sum(-1) / (spread ** 2).sum(-1)
-        e = np.maximum(y.mean(-1)[:, None] - k * basis.mean(-1), 1e-9)
-        k = np.maximum(((y[:, None] - e[..., None]) * basis).sum(-1) / (basis ** 2).sum(-1), 1e-9)
-        best = ((y[:, None] - e[..., None] - k[..., None] * basis) ** 2).sum(-1).argmin(1)
-        e, k, found, step = e[rows, best], k[rows, best], g[rows, best], (high - low) / 39
-        low, high = np.maximum(found - step, 1e-3), found + step
-    return e, np.log(k) + found * log_x.mean(), found
-
-
-def fit_minima(method: str, log_c, log_n, loss, all_log_c) -> Fit:
-    """The law whose best models are N = n0 C^a with the given losses. log_c (m,); log_n, loss (S, m)."""
+def fit_minima(method: str, log_c, log_n, log_loss, all_log_c) -> Fit:
+    """The law whose best models are N = n0 C^a with the given losses. log_c (m,); log_n, log_loss (S, m)."""
     n0, a = power_law(log_c, log_n)
-    e, log_k, gamma = saturating_law(log_c, loss)
     a = np.clip(a, 0.05, 0.95)
-    alpha, beta = gamma / a, gamma / (1 - a)
-    log_a, log_b = log_k + np.log(1 - (1 - a)) + alpha * n0, log_k + np.log(1 - a) - beta * (n0 + math.log(6))
-    return make_fit(method, np.stack([log_a, alpha, log_b, beta, np.log(e)], 1), all_log_c)
+    # L = E + k C^-gamma is the same kind of law with its second term switched off, here by least squares.
+    log_k, gamma, _, _, log_e = law_fit(log_c, 0 * log_c, log_loss, huber=1.0, second=-700.0).T
+    log_a, log_b = np.log(a) + log_k + gamma / a * n0, np.log(1 - a) + log_k - gamma / (1 - a) * (n0 + math.log(6))
+    return make_fit(method, np.stack([log_a, gamma / a, log_b, gamma / (1 - a), log_e], 1), all_log_c)
 
 
 # --- 1. the envelope of training curves ---
@@ -198,7 +178,7 @@ def fit_envelope(runs: list[dict], seed: int = 0) -> Fit:
         c, p = power_law(middle, y)
         rest = (y - c - p * middle) * math.sqrt(len(y) / (len(y) - 2))
         samples.append(np.vstack([y, c + p * middle + rng.choice(rest, (RESAMPLES, len(y)))]))
-    return fit_minima("envelope", middle, samples[0], np.exp(samples[1]), log_c)
+    return fit_minima("envelope", middle, *samples, log_c)
 
 
 # --- 2. IsoFLOP ---
@@ -231,7 +211,7 @@ def fit_isoflop(runs: list[dict], method: str = "parabola", seed: int = 0) -> Fi
         where.append(centre + (u[y.argmin(1)] if argmin else vertex))
         lowest.append(y.min(1) if argmin else p0 + p1 * vertex + p2 * vertex ** 2)
     return fit_minima(f"isoflop, {method}", np.array([log_c[g].mean() for g in usable]), np.stack(where, 1),
-                      np.exp(np.stack(lowest, 1)), log_c)
+                      np.stack(lowest, 1), log_c)
 
 
 def parabola(x, y, budget: float) -> tuple:
@@ -266,7 +246,7 @@ def parabola(x, y, budget: float) -> tuple:
 def fit_parametric(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) -> Fit:
     """Approach 3: L = E + A / N^alpha + B / D^beta on all runs, by the Huber loss of ln L, summed (2203.15556, 3.3).
 
-    27 starts at once; the best is where all fits of the bootstrap start. Raises ValueError when the runs cannot tell
+    Raises ValueError when the runs cannot tell
     the parameters apart: fewer than 6, fewer than 3 sizes or token counts, one budget, or one ratio of tokens to N.
     """
     x, y, log_c, target = columns(runs, "a law with 5 parameters", 6)
@@ -277,22 +257,37 @@ def fit_parametric(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) 
     if np.ptp(x - y) < 0.1 or np.ptp(x + y) < 0.1:
         raise ValueError("all runs have one number of tokens per parameter, or one budget: N and D cannot be told "
                          "apart; give several sizes at each of several budgets")
-    middle = x.mean(), y.mean()                              # centred, A and alpha are no longer one and the same
-    x, y, lowest = x - middle[0], y - middle[1], math.exp(target.min())
-    starts = np.array([[math.log((lowest - s * lowest) / 2)] * 3 + [0, math.log(s * lowest)] for s in (0.2, 0.6, 0.9)
-                       for _ in range(9)])
-    starts[:, [1, 3]] = [[p, q] for _ in range(3) for p in (0.15, 0.35, 0.7) for q in (0.15, 0.35, 0.7)]
-    law, value = huber_fit(starts, x, y, target[None], 20)
-    law = huber_fit(law[value.argsort()[:3]], x, y, target[None], 150)[0][:1]
+    law = law_fit(x, y, target[None])
     if resamples:
         fitted, rng, shape = law_terms(law, x, y)[0][0], np.random.default_rng(seed), (resamples, len(x))
         rest = (target - fitted) * math.sqrt(len(x) / (len(x) - 5))
         # Smoothed: nearly a fit of least absolute error, it passes through some runs, whose residuals are then 0.
         noise = (rng.choice(rest, shape) + rest.std() * rng.normal(size=shape)) / math.sqrt(2)
-        law = np.vstack([law, huber_fit(np.repeat(law, resamples, 0), x, y, fitted + noise, 25)[0]])
-    law[:, 0] += law[:, 1] * middle[0]
-    law[:, 2] += law[:, 3] * middle[1]
+        law = law_fit(x, y, np.vstack([target, fitted + noise]), start=law)
     return make_fit("parametric", law, log_c)
+
+
+def law_fit(x, y, target, start=None, huber: float = HUBER, second: float | None = None) -> np.ndarray:
+    """The laws (S, 5) of S problems ln L = target (S, n): the first from 27 starts, the others from its solution.
+
+    second: ln B to start and, as its share is then 0, to stay with.
+    """
+    shift = np.array([[x.mean(), y.mean()]])                 # centred, A and alpha are no longer one and the same
+    x, y, lowest = x - x.mean(), y - y.mean(), math.exp(target[0].min())
+    if start is None:
+        start = np.array([[math.log((1 - s) * lowest / 2), p, second or math.log((1 - s) * lowest / 2), q,
+                           math.log(s * lowest)] for s in (0.2, 0.6, 0.9) for p in (0.15, 0.35, 0.7)
+                          for q in (0.15, 0.35, 0.7)])
+        law, value = huber_fit(start, x, y, target[:1], 20, huber)
+        law, value = huber_fit(law[value.argsort()[:3]], x, y, target[:1], 150, huber)
+        law = law[[value.argmin()]]
+    else:
+        law = start.copy()
+        law[:, [0, 2]] -= law[:, [1, 3]] * shift
+    if len(target) > 1:
+        law = np.vstack([law, huber_fit(np.repeat(law, len(target) - 1, 0), x, y, target[1:], 25, huber)[0]])
+    law[:, [0, 2]] += law[:, [1, 3]] * shift
+    return law
 
 
 def law_terms(law, x, y) -> tuple:
@@ -309,7 +304,7 @@ def law_rows(law, x, y) -> tuple:
     return log_loss, np.stack([in_n, -x * in_n, in_d, -y * in_d, in_e], -1)
 
 
-def huber_fit(law, x, y, target, steps: int) -> tuple:
+def huber_fit(law, x, y, target, steps: int, huber: float) -> tuple:
     """(law, loss): many fits at once by L-BFGS (Nocedal & Wright, algorithm 7.4). law (S, 5), target (1 or S, n).
 
     The valley is narrow, E, A and alpha trade against each other: from a multiple of the identity L-BFGS takes
@@ -321,7 +316,7 @@ def huber_fit(law, x, y, target, steps: int) -> tuple:
     for _ in range(steps):
         log_loss, jacobian = law_rows(law, x, y)
         rest = log_loss - target
-        weighted = jacobian * (HUBER / np.maximum(np.abs(rest), HUBER))[..., None]
+        weighted = jacobian * (huber / np.maximum(np.abs(rest), huber))[..., None]
         before, gradient = gradient, (weighted * rest[..., None]).sum(1)
         if moved is not None:
             s, g = moved, gradient - before
@@ -337,14 +332,13 @@ def huber_fit(law, x, y, target, steps: int) -> tuple:
             q = q + s * (alpha - rho * (g * q).sum(-1, keepdims=True))
         trials = law[:, None] - lengths[:, None] * q[:, None]                                      # (S, 15, 5)
         off = np.abs(law_terms(trials, x, y)[0] - target[:, None])
-        values = np.where(off <= HUBER, off * off / 2, HUBER * (off - HUBER / 2)).sum(-1)
+        values = np.where(off <= huber, off * off / 2, huber * (off - huber / 2)).sum(-1)
         best = np.nan_to_num(values, nan=np.inf).argmin(1)
         moved, value = trials[every, best] - law, values[every, best]
         law = law + moved
         if not best.any():
             break
-    order = value.argsort() if len(target) == 1 else every   # one problem from many starts: the best first
-    return law[order], value[order]
+    return law, value
 
 
 # --- Kaplan's laws, learning rate, batch size ---
@@ -844,13 +838,13 @@ def real(settings) -> dict:
     pairs = [math.log(one["loss"] / two["loss"]) for one in runs for two in runs
              if one["seed"] < two["seed"] and one["n_params"] == two["n_params"] and one["budget"] == two["budget"]]
     noise = 100 * math.sqrt(sum(gap ** 2 for gap in pairs) / 2 / len(pairs))
-    # The shape that the law likes best for the large budget, of those that see the corpus three times at most.
-    options = [job for job in (real_job(shape, 8.2 * largest, 1, common) for shape in REAL_CHECK_SHAPES)
-               if job["record"]["n_tokens"] <= max(3 * meta["train_tokens"], 3 * 1024 / settings.scale)]
-    x, y = np.log([[job["record"]["n_params"], job["record"]["n_tokens"]] for job in options]).T
-    guesses = np.exp(law_terms(fit.law[:, None], x[:, None], y[:, None])[0][..., 0])         # (1 + resamples, options)
-    job, guess = options[guesses[0].argmin()], Fit()
-    guess.add("predicted", guesses[:, guesses[0].argmin()])
+    # The shape that the law likes best for the large budget, unless it would see the corpus more than three times.
+    options = [real_job(shape, 8.2 * largest, 1, common) for shape in REAL_CHECK_SHAPES]
+    n, d = np.array([[job["record"]["n_params"], job["record"]["n_tokens"]] for job in options]).T
+    guesses = np.exp(law_terms(fit.law, np.log(n)[:, None, None], np.log(d)[:, None, None])[0][..., 0])
+    pick = (guesses[:, 0] + 100 * np.maximum(d / meta["train_tokens"] - 3, 0)).argmin()      # (options, 1 + resamples)
+    job, guess = options[pick], Fit()
+    guess.add("predicted", guesses[pick])
     print(f"predicted for {job['record']['name']}: {guess.predicted:.4f} ({guess.predicted_low:.4f} … "
           f"{guess.predicted_high:.4f})", flush=True)
     check, = train_missing([job], path, 1)
