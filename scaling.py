@@ -360,30 +360,35 @@ def fit_kaplan(runs: list[dict]) -> dict:
     return laws
 
 
+def vertex(x, loss) -> float:
+    """ln of the best setting x by a parabola of ln L in ln x, within the range that was tried."""
+    log_x, log_l = np.log(x), np.log(loss)
+    p2, p1, _ = np.polyfit(log_x - log_x.mean(), log_l, 2)
+    best = log_x.mean() - p1 / (2 * p2) if p2 > 0 else log_x[log_l.argmin()]
+    return float(np.clip(best, log_x.min(), log_x.max()))
+
+
 def fit_settings(runs: list[dict]) -> dict:
     """How the best learning rate goes with N and the better of two batch sizes with D: fit.update() it for predict.
 
-    learning_rate: (ln c, p) of c N^p through the vertices of parabolas in ln lr, for models run with 3 or more rates
-    and nothing else changed. batch_size: (small, large, c, p), ln of L(large) / L(small) = c + p ln D, from runs that
-    differ in it alone. A key is left out where there are fewer than two such groups.
+    learning_rate: (ln c, p) of c N^p, through the best rates of models run with 3 or more and nothing else changed.
+    batch_size: (small, large, c, p), ln of L(large) / L(small) = c + p ln D, from runs that differ in it alone. A key
+    is left out where there are fewer than two such groups.
     """
     found = {}
     for key, least in (("learning_rate", 3), ("batch_size", 2)):
         alike, points = {}, []
-        for run in runs:
+        for run in sorted(runs, key=lambda run: run[key]):
             alike.setdefault(tuple(run[k] for k in RANGES if k != key), []).append(run)
-        groups = [sorted(group, key=lambda run: run[key]) for group in alike.values() if len(group) >= least]
+        groups = [group for group in alike.values() if len(group) >= least]
         for group in groups:
-            x, y = np.log([[run[key], run["loss"]] for run in group]).T
-            if key == "learning_rate":
-                p2, p1, _ = np.polyfit(x - x.mean(), y, 2)
-                vertex = x.mean() - p1 / (2 * p2) if p2 > 0 else x[y.argmin()]
-                points.append((math.log(group[0]["n_params"]), np.clip(vertex, x.min(), x.max())))
-            else:
-                points.append((math.log(group[0]["n_tokens"]), y[-1] - y[0]))
-        if len(groups) >= 2:
-            ends = (groups[0][0][key], groups[0][-1][key]) if key == "batch_size" else ()
-            found[key] = (*ends, *map(float, power_law(*np.array(points).T)))
+            x, loss = [run[key] for run in group], [run["loss"] for run in group]
+            points.append((group[0]["n_params"], vertex(x, loss)) if least == 3 else
+                          (group[0]["n_tokens"], math.log(loss[-1] / loss[0])))
+        if len(points) >= 2:
+            x, y = np.array(points).T
+            found[key] = (*((groups[0][0][key], groups[0][-1][key]) if least == 2 else ()),
+                          *map(float, power_law(np.log(x), y)))
     return found
 
 
@@ -443,11 +448,10 @@ class TrainingAPI:
     def __init__(self, budget_flops: float = 2e18, seed: int = 0, state_path: str | Path | None = None):
         if not 0 < budget_flops < math.inf:
             raise ValueError(f"budget_flops={budget_flops!r} must be a finite number above 0, such as 2e18")
-        self.budget_flops, self.seed, self.runs = float(budget_flops), seed, []
-        self.state_path = None if state_path is None else Path(state_path)
-        if self.state_path and self.state_path.exists():
-            state = read_json(self.state_path, dict)
-            if (state.get("seed"), state.get("budget_flops")) != (seed, self.budget_flops) or "runs" not in state:
+        self.budget_flops, self.seed, self.runs, self.state_path = float(budget_flops), seed, [], state_path
+        if state_path and Path(state_path).exists():
+            state = read_json(state_path, dict)
+            if [state.get(key) for key in ("seed", "budget_flops")] != [seed, self.budget_flops] or "runs" not in state:
                 raise ValueError(f"{state_path} holds seed {state.get('seed')} and budget {state.get('budget_flops')}, "
                                  f"not {seed} and {self.budget_flops:g}; give those, or another state_path")
             self.runs = state["runs"]
@@ -465,22 +469,21 @@ class TrainingAPI:
         """
         asked = dict(zip(RANGES, (d_model, n_layers, n_heads, batch_size, learning_rate, flops)))
         for name, value in asked.items():
-            (low, high), whole = RANGES[name], name not in ("learning_rate", "flops")
-            number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-            if not number or not low <= value <= high or whole and value != int(value):
-                raise ValueError(f"{name}={value!r} must be a {'whole ' * whole}number from {low:g} to {high:g}")
-            asked[name] = int(value) if whole else float(value)
-        if asked["batch_size"] not in (128, 256) or asked["flops"] not in QUERY_FLOPS:
-            raise ValueError(f"batch_size={batch_size!r} must be 128 or 256, flops={flops!r} one of "
-                             f"{', '.join(f'{f:g}' for f in QUERY_FLOPS)}")
+            (low, high), choices = RANGES[name], {"batch_size": (128, 256), "flops": QUERY_FLOPS}.get(name)
+            kind = float if name in ("learning_rate", "flops") else int
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not low <= value <= high \
+                    or value != kind(value) or choices and value not in choices:
+                allowed = f"one of {', '.join(f'{c:g}' for c in choices)}" if choices else \
+                    f"{'a whole number' if kind is int else 'a number'} from {low:g} to {high:g}"
+                raise ValueError(f"{name}={value!r} must be {allowed}")
+            asked[name] = kind(value)
         for run in self.runs:
             if asked.items() <= run.items():
                 return run["loss"]
-        if self.used_flops + asked["flops"] > self.budget_flops * (1 + 1e-9):
+        if self.used_flops + flops > self.budget_flops * (1 + 1e-9):
             raise ValueError(f"flops={flops:g} is more than the {self.budget_flops - self.used_flops:.4g} left of the "
                              f"budget of {self.budget_flops:g}; ask for less, or predict with the runs there are")
-        n_params = block_params(asked["d_model"], asked["n_layers"])
-        loss = World(self.seed).loss(**asked, noise=True)
+        n_params, loss = block_params(asked["d_model"], asked["n_layers"]), World(self.seed).loss(**asked, noise=True)
         self.runs.append({"n_params": n_params, "n_tokens": flops / (6 * n_params), "loss": loss} | asked)
         if self.state_path:
             write_json(self.state_path, {"seed": self.seed, "budget_flops": self.budget_flops, "runs": self.runs})
@@ -503,9 +506,9 @@ def read_json(path, kind: type):
     return value
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path, value) -> None:
     """Write a JSON file whole or not at all, a line a run."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
     temporary.write_text(json.dumps(value).replace("}, {", "},\n {") + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
@@ -517,7 +520,7 @@ def shape_for(n_params: float, aspect: float, step: int = 16, widest: int = 1024
     d, layers = np.meshgrid(np.arange(64, widest + 1, step), np.arange(2, 25 if widest <= 1024 else 97))
     off = 10 * np.log(block_params(d, layers) / n_params) ** 2 + np.log(d / layers / aspect) ** 2
     d_model, n_layers = int(d.flat[off.argmin()]), int(layers.flat[off.argmin()])
-    heads = [h for h in range(1, d_model // 16 + 1) if d_model % h == 0 and 2 <= h <= max(16, widest // 64)]
+    heads = [h for h in range(2, max(16, widest // 64) + 1) if d_model % h == 0]
     return {"d_model": d_model, "n_layers": n_layers, "n_heads": min(heads, key=lambda h: abs(math.log(d_model / h / 64)))}
 
 
@@ -528,30 +531,29 @@ class Explorer:
     def __init__(self, api: TrainingAPI, target_flops: float = 1e19):
         self.api, self.target, self.aspect, self.settings, self.runs = api, target_flops, 64.0, {}, []
 
-    def run(self, n_params: float, flops: float, aspect: float | None = None, **fixed) -> dict:
-        """One query with the best settings known so far, or the given ones; returns its record."""
-        asked = self.full(shape_for(n_params, aspect or self.aspect), flops) | fixed
-        self.api.query(**asked)
-        return next(run for run in self.api.runs if asked.items() <= run.items())
-
-    def full(self, shape: dict, flops: float) -> dict:
-        """The shape with its learning rate (within the range), batch size and flops."""
+    def complete(self, n_params: float, flops: float, aspect: float | None = None, widest: int = 1024) -> dict:
+        """A whole query for a model of n_params: its shape and the best settings known so far."""
+        shape = shape_for(n_params, aspect or self.aspect, widest=widest)
         n = block_params(shape["d_model"], shape["n_layers"])
         found = {"batch_size": 128, "learning_rate": 6e-4} | settings_for(self.settings, math.log(n),
                                                                           math.log(flops / 6 / n))
-        found["learning_rate"] = float(f"{min(max(found['learning_rate'], 1e-4), 1e-3):.3g}")
+        found["learning_rate"] = float(f"{np.clip(found['learning_rate'], 1e-4, 1e-3):.3g}")
         return shape | found | {"flops": flops}
 
+    def run(self, n_params: float, flops: float, aspect: float | None = None, **fixed) -> dict:
+        """One query, with the best settings known or those given; returns its record."""
+        asked = self.complete(n_params, flops, aspect) | fixed
+        self.api.query(**asked)
+        return next(run for run in self.api.runs if asked.items() <= run.items())
+
     def pilot(self) -> None:
-        """A fourteenth of the budget: learning rates at four sizes, aspect ratio at one, batch size at six lengths."""
+        """A twelfth of the budget: learning rates at four sizes, aspect ratio at one, batch size at six lengths."""
         for n_params, flops in ((1e6, 1e14), (4e6, 1e15), (1.5e7, 1e16), (6e7, 1e16)):
             for rate in (1e-4, 1.8e-4, 3.2e-4, 5.6e-4, 1e-3):
                 self.run(n_params, flops, learning_rate=rate)
         self.settings = fit_settings(self.api.runs)
-        tried = [self.run(1e7, 3e15, aspect=r) for r in (16, 32, 64, 128)]
-        x, y = np.log([[run["d_model"] / run["n_layers"], run["loss"]] for run in tried]).T
-        p2, p1, _ = np.polyfit(x, y, 2)
-        self.aspect = math.exp(np.clip(-p1 / (2 * p2), x.min(), x.max()) if p2 > 0 else x[y.argmin()])
+        tried = [self.run(1e7, 3e15, aspect=ratio) for ratio in (16, 32, 64, 128)]
+        self.aspect = math.exp(vertex([run["d_model"] / run["n_layers"] for run in tried], [run["loss"] for run in tried]))
         for n_params, flops in ((3e5, 1e14), (1e6, 1e15), (3e6, 3e15), (3e6, 1e16), (1e6, 6e15), (1e7, 1e16)):
             for batch_size in (128, 256):
                 self.run(n_params, flops, batch_size=batch_size)
@@ -567,21 +569,22 @@ class Explorer:
             best = 1.6 * min(here, key=lambda run: run["loss"])["n_params"]
 
     def most_useful(self, left: float) -> tuple | None:
-        """(N, C) of the run, of those that what is left pays for, that makes the prediction at the target surest.
+        """(N, C) of the run, of those that `left` pays for, that makes the prediction at the target surest.
 
         In linear theory the parameters have covariance S = s^2 (J'J)^-1, J the gradients of ln L at the runs so far;
         a new row j lowers the variance of the target's ln L, g' S g, by (g' S j)^2 / (1 + j' S j).
         """
-        options = np.array([(n, c) for c in QUERY_FLOPS if 3e16 <= c <= left for n in np.geomspace(1e6, 3e8, 30)])
-        if not len(options):
+        n, c = np.array([(n, c) for c in QUERY_FLOPS if 3e16 <= c <= left for n in np.geomspace(1e6, 3e8, 30)]
+                        or np.empty((0, 2))).T
+        if not len(n):
             return None
         fit, (x, y, _, _) = fit_parametric(self.runs, resamples=0), columns(self.runs, "the design")
         at = predict_quietly(fit, self.target)
         jacobian, g, j = (law_rows(fit.law[0], *point)[1] for point in (
-            (x, y), (np.log([at.n_params]), np.log([at.n_tokens])), np.log([options[:, 0], options[:, 1] / options[:, 0] / 6])))
+            (x, y), np.log([[at.n_params], [at.n_tokens]]), np.log([n, c / n / 6])))
         covariance = np.linalg.inv(jacobian.T @ jacobian + 1e-9 * np.eye(5))
-        gain = (j @ covariance @ g[0]) ** 2 / (1 + ((j @ covariance) * j).sum(-1))
-        return tuple(map(float, options[gain.argmax()]))
+        best = ((j @ covariance @ g[0]) ** 2 / (1 + ((j @ covariance) * j).sum(-1))).argmax()
+        return float(n[best]), float(c[best])
 
     def spend(self) -> dict:
         """All of it; returns the submission: shape, settings, flops, and the predicted loss with its interval."""
@@ -595,8 +598,8 @@ class Explorer:
         self.fit = fit_parametric(self.runs)
         self.fit.update(self.settings)
         best = predict_quietly(self.fit, self.target)
-        submission = self.full(shape_for(best.n_params, self.aspect, widest=2048), self.target)
-        return submission | {key: best[key] for key in ("loss", "loss_low", "loss_high")}
+        return self.complete(best.n_params, self.target, widest=2048) | {
+            key: best[key] for key in ("loss", "loss_low", "loss_high")}
 
 
 def predict_quietly(fit: Fit, flops: float) -> Fit:
@@ -609,7 +612,7 @@ def predict_quietly(fit: Fit, flops: float) -> Fit:
 # --- pictures and tables ---
 
 def draw(fit: Fit, runs: list[dict], target: float, path: Path, command: str, key: str = "flops", check=None) -> Path:
-    """The pictures of the papers side by side: IsoFLOP curves, best N and D against C, predicted loss.
+    """Three pictures in one file: IsoFLOP curves, best N and D against C, predicted loss against C.
 
     key: which of the runs' FLOP counts groups them. check: a run that was predicted and not fitted.
     """
@@ -620,30 +623,27 @@ def draw(fit: Fit, runs: list[dict], target: float, path: Path, command: str, ke
     log_n, log_d, log_c, log_l = columns(runs, "a picture")
     counts = np.log([run.get(key) or run["compute_budget"] for run in runs])
     for number, group in enumerate(budgets_of(counts)):
-        group = group[np.argsort(log_n[group])]
-        color = plt.cm.viridis(number / 8)
-        curves.plot(np.exp(log_n[group]), np.exp(log_l[group]), "o", color=color, markersize=4,
-                    label=f"{math.exp(counts[group].mean()):.1e}")
-        curves.plot(np.exp(log_n[group]), np.exp(law_terms(fit.law[0], log_n[group], log_d[group])[0]), color=color)
+        group, color = group[np.argsort(log_n[group])], plt.cm.viridis(number / 8)
+        n, fitted = np.exp(log_n[group]), np.exp(law_terms(fit.law[0], log_n[group], log_d[group])[0])
+        curves.plot(n, np.exp(log_l[group]), "o", color=color, ms=4, label=f"{math.exp(counts[group].mean()):.1e}")
+        curves.plot(n, fitted, color=color, linewidth=1)
     budgets = np.geomspace(math.exp(log_c.min()), target, 60)
     along = [predict_quietly(fit, c) for c in budgets]
-    for axis, name, style in ((sizes, "n_params", "C0"), (sizes, "n_tokens", "C1"), (losses, "loss", "C2")):
-        axis.fill_between(budgets, *([one[name + end] for one in along] for end in ("_low", "_high")), alpha=0.25,
-                          color=style)
-        axis.loglog(budgets, [one[name] for one in along], style, label=f"best {name}, 90 % interval")
-    sizes.loglog(budgets, np.sqrt(budgets / 120), "k--", linewidth=0.8, label="N and D if D = 20 N")
-    sizes.loglog(budgets, 20 * np.sqrt(budgets / 120), "k--", linewidth=0.8)
+    for axis, name in ((sizes, "n_params"), (sizes, "n_tokens"), (losses, "loss")):
+        axis.fill_between(budgets, *([one[name + end] for one in along] for end in ("_low", "_high")), alpha=0.25)
+        axis.loglog(budgets, [one[name] for one in along], label=f"best {name}, 90 % interval")
+    for factor in (1, 20):
+        sizes.loglog(budgets, factor * np.sqrt(budgets / 120), "k--", linewidth=0.8, label="D = 20 N" * (factor == 1))
     losses.loglog(np.exp(log_c), np.exp(log_l), ".", color="grey", label="runs")
     if check:
-        curves.plot([check["n_params"]], [check["loss"]], "r*", markersize=10, label=f"predicted run, {check[key]:.1e}")
-        losses.plot([check["flops"]], [check["loss"]], "r*", markersize=10)
+        curves.plot(check["n_params"], check["loss"], "r*", ms=10, label=f"predicted, {check[key]:.1e}")
+        losses.plot(check["flops"], check["loss"], "r*", ms=10, label="predicted, then trained")
     curves.set(xscale="log", xlabel="N, non-embedding parameters", ylabel="final loss, nats per token")
     sizes.set(xlabel="C = 6 N D, FLOPs", ylabel="parameters, tokens")
     losses.set(xlabel="C = 6 N D, FLOPs", ylabel="final loss, nats per token")
-    curves.legend(title=key, fontsize=7)
-    sizes.legend(fontsize=7)
-    losses.legend(fontsize=7)
-    figure.suptitle(f"{command} ({fit.method} fit)", fontsize=9)
+    for axis in (curves, sizes, losses):
+        axis.legend(fontsize=7)
+    figure.suptitle(f"{command} ({fit.method} fit; curves by {key})", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -669,9 +669,19 @@ def fit_all(runs: list[dict]) -> list[Fit]:
             fits.append(fit(runs))
         except ValueError as error:
             print(f"left out: {error}")
-    print("Kaplan: " + ", ".join(f"L({x}) = ({c:.3g} / {x})^{p:.3f}" for x, (c, p) in fit_kaplan(
-        [run for run in runs if "compute_budget" not in run] or runs).items()))
+    if not fits:
+        raise ValueError(f"no fit is possible with these {len(runs)} runs, for the reasons above")
+    print("Kaplan: " + ", ".join(f"L({x}) = ({c:.3g} / {x})^{p:.3f}" for x, (c, p) in fit_kaplan(runs).items()))
     return fits
+
+
+def fit_file(path: str, settings) -> None:
+    """All fits of the runs in a file, and what they say at settings.flops (none: ten times the largest budget)."""
+    runs = read_json(path, list)
+    fits = fit_all(runs)
+    flops = settings.flops or 10 * fits[-1].max_flops
+    print_fits(fits, flops)
+    print(draw(fits[-1], runs, flops, Path(settings.out_dir) / "fit.png", f"python scaling.py fit {path}"))
 
 
 def demonstrate(settings) -> None:
@@ -679,41 +689,29 @@ def demonstrate(settings) -> None:
     target = settings.flops or 1e19
     explorer = Explorer(TrainingAPI(2e18, settings.seed), target)
     submission = explorer.spend()
-    result, used = score(submission, settings.seed), explorer.api.used_flops
-    print(f"world {settings.seed}: {len(explorer.api.runs)} runs, {used:.3g} of 2e18 FLOPs")
+    result, laws = score(submission, settings.seed), [published(name) for name in PUBLISHED]
+    print(f"world {settings.seed}: {len(explorer.api.runs)} runs, {explorer.api.used_flops:.3g} of 2e18 FLOPs")
     print_fits(fit_all(explorer.runs), target)
     print(f"{'the hidden truth':<40}{result['best_n_params']:>10.3g}{result['best']:>46.3f}")
-    served = predict(explorer.fit, target, inference_tokens=1e11)
-    print(f"to serve 1e11 tokens from the same FLOPs: N {served.n_params:.3g}, {served.tokens_per_param:.0f} tokens per "
-          f"parameter, loss {served.loss:.3f}\nsubmission: "
-          + ", ".join(f"{key} {value:.4g}" for key, value in submission.items())
-          + f"\nscored: prediction {result['prediction_error']:+.2f} % off the true loss, model {result['excess']:.2f} % "
-          "above the best achievable loss\n\nGopher's budget by the published laws:")
-    laws = [published(name) for name in PUBLISHED]
+    served = predict(explorer.fit, target, inference_tokens=1e10)
+    print(f"to serve 1e10 tokens from the same FLOPs: N {served.n_params:.3g}, {served.tokens_per_param:.0f} tokens per "
+          f"parameter, loss {served.loss:.3f}")
+    print("submission: " + ", ".join(f"{key} {value:.4g}" for key, value in submission.items()))
+    print(f"scored: prediction {result['prediction_error']:+.2f} % off the true loss, model {result['excess']:.2f} % above "
+          "the best achievable loss\n\nGopher's budget by the published laws:")
     print_fits(laws, GOPHER_FLOPS)
-    n = np.concatenate([predict(laws[1], c).n_params * np.geomspace(0.05, 12, 6) for c in np.geomspace(1e18, 1e21, 7)])
     c = np.repeat(np.geomspace(1e18, 1e21, 7), 6)
+    n = np.array([predict(laws[1], one).n_params for one in c]) * np.tile(np.geomspace(0.05, 12, 6), 7)
     loss = np.exp(law_terms(laws[1].law[0], np.log(n), np.log(c / 6 / n))[0])
     grid = [dict(zip(RECORD, row)) for row in zip(n, c / 6 / n, c, loss)]
-    off = [100 * (predict(fit_isoflop(grid, m), 1e21).n_params / predict(laws[1], 1e21).n_params - 1)
-           for m in ("parabola", "argmin")]
+    off = [100 * (predict(fit_isoflop(grid, method), 1e21).n_params / predict(laws[1], 1e21).n_params - 1)
+           for method in ("parabola", "argmin")]
     print(f"N at 1e21 from 6 sizes a budget, no noise: parabola {off[0]:+.1f} %, arg-min {off[1]:+.1f} %")
     scores = [score(Explorer(TrainingAPI(2e18, seed)).spend(), seed) for seed in range(20)]
     good = sum(abs(s["prediction_error"]) <= 1 and s["excess"] <= 1 for s in scores)
     print(f"20 worlds: {good} with prediction and model both within 1 %; largest errors "
           f"{max(abs(s['prediction_error']) for s in scores):.2f} % and {max(s['excess'] for s in scores):.2f} %")
     print(draw(explorer.fit, explorer.runs, target, Path(settings.out_dir) / "scaling.png", "python scaling.py"))
-
-
-def fit_file(path: str, settings) -> None:
-    """All fits of the runs in a file, and what they say at settings.flops (none: ten times the largest budget)."""
-    runs = read_json(path, list)
-    fits = fit_all(runs)
-    if not fits:
-        raise ValueError(f"no fit is possible with the {len(runs)} runs of {path}, for the reasons above")
-    flops = settings.flops or 10 * fits[-1].max_flops
-    print_fits(fits, flops)
-    print(draw(fits[-1], runs, flops, Path(settings.out_dir) / "fit.png", f"python scaling.py fit {path}"))
 
 
 # --- a config for train.py ---
@@ -727,34 +725,31 @@ def plan(settings) -> Path:
     device = next((name for name in DEVICES if name.lower() == settings.device.lower()), None)
     if device is None:
         raise ValueError(f"device={settings.device!r} is not known; there are {', '.join(DEVICES)}")
-    flops, T = settings.flops or 1e18, settings.context_length
-    best = predict(published("besiroglu"), flops)
+    flops, T, fit = settings.flops or 1e18, settings.context_length, published("besiroglu")
+    best = predict(fit, flops)
     shape = shape_for(best.n_params, 64.0, step=64, widest=8192)
     shape["n_heads"] = shape["d_model"] // 64                # widths are multiples of 64, and so heads are 64 wide
     config = ModelConfig(**shape, vocab_size=settings.vocab_size, context_length=T, qk_norm=True)
-    n_params, sequences = size(config), max(1, round(0.2920 * flops ** 0.3271 / T))
-    steps = max(1, round(flops / (6 * n_params * sequences * T)))
-    tokens, exact = steps * sequences * T, flops_per_token(config, T, training=True)["total"]
-    loss = float(np.exp(law_terms(published("besiroglu").law[0], np.log([n_params]), np.log([tokens]))[0][0]))
-    hours, micro = training_hours(config, tokens, device), largest_batch(config, DEVICES[device].memory_bytes,
-                                                                         dtype="bfloat16")
+    n_params, batch = size(config), T * max(1, round(0.2920 * flops ** 0.3271 / T))
+    steps = max(1, round(flops / (6 * n_params * batch)))
+    exact, hours = exact_flops(config) * steps * batch, training_hours(config, steps * batch, device)
+    loss = math.exp(law_terms(fit.law, np.log([n_params]), np.log([steps * batch]))[0].item())
+    micro = largest_batch(config, DEVICES[device].memory_bytes, dtype="bfloat16")
     if not micro:
-        raise ValueError(f"not one sequence of a model of {n_params:.3g} parameters fits {device}: choose a larger "
+        raise ValueError(f"not one sequence of a model of {n_params:.3g} parameters fits {device}; choose a larger "
                          "device or fewer flops")
     values = {"data_dir": settings.data_dir or "data/owt", "out_dir": "out/plan", "context_length": T, **shape,
-              "qk_norm": True, "batch_tokens": sequences * T, "micro_batch_size": min(sequences, micro, 64),
-              "max_steps": steps, "lr": float(f"{min(0.3118 * flops ** -0.125, 1e-2):.3g}"),
-              "warmup_steps": min(2000, max(1, steps // 20)), "eval_every": max(1, steps // 20),
-              "log_every": max(1, steps // 200)}
-    text = f'''"""{flops:.3g} FLOPs well spent: `python train.py {settings.config}`. By `python scaling.py plan --flops={flops:g}`.
+              "qk_norm": True, "batch_tokens": batch, "micro_batch_size": min(batch // T, micro, 64), "max_steps": steps,
+              "lr": float(f"{min(0.3118 * flops ** -0.125, 1e-2):.3g}"), "warmup_steps": min(2000, max(1, steps // 20)),
+              "eval_every": max(1, steps // 20), "log_every": max(1, steps // 200)}
+    text = f'''"""{flops:.3g} FLOPs well spent: `python train.py {settings.config}`, by `python scaling.py plan --flops={flops:g}`.
 
-N {n_params:,} (best {best.n_params:.3g}), D {tokens:,} tokens, {tokens / n_params:.0f} a parameter, by the re-fit of Chinchilla's law
-(2404.10102). Expected loss {loss:.2f} nats a token on that law's data and tokenizer; elsewhere only differences carry
-over. 6 N D = {6 * n_params * tokens:.3g}; with head and attention {exact * tokens:.3g} FLOPs: {hours:.3g} hours on one {device} at an
+N {n_params:,} (best {best.n_params:.3g}), D {steps * batch:,} tokens, {steps * batch / n_params:.0f} a parameter, by Chinchilla's re-fitted law
+(2404.10102). Expected loss {loss:.2f} nats a token with that law's data and tokenizer; elsewhere only differences carry
+over. 6 N D = {6 * n_params * steps * batch:.3g}; with head and attention {exact:.3g} FLOPs: {hours:.3g} hours on one {device} at an
 assumed 40 % of its peak.
 """
-'''
-    text += "".join(f"{key} = {value!r}\n" for key, value in values.items())
+''' + "".join(f"{key} = {value!r}\n" for key, value in values.items())
     Path(settings.config).write_text(text, encoding="utf-8")
     print(text)
     return Path(settings.config)
@@ -768,28 +763,32 @@ def size(config: ModelConfig) -> int:
     return counts["total"] - counts["token_embeddings"] - counts["position_embeddings"] - counts["lm_head"]
 
 
+def exact_flops(config: ModelConfig) -> float:
+    """FLOPs of training on one token, head and attention included."""
+    return flops_per_token(config, config.context_length, training=True)["total"]
+
+
 def real_job(shape: tuple, budget: float, seed: int, common: dict) -> dict:
-    """What real_run needs to spend `budget` exact FLOPs on one shape, by name."""
+    """What real_run needs to spend `budget` exact FLOPs on one shape, and the record that lacks only its loss."""
     values = dict(zip(("d_model", "n_layers", "n_heads"), shape)) | {
         "vocab_size": common["vocab_size"], "context_length": REAL_RECIPE["context_length"], "qk_norm": True}
-    exact = flops_per_token(ModelConfig(**values), values["context_length"], training=True)["total"]
-    steps = max(1, round(budget / (exact * REAL_RECIPE["batch_tokens"])))
-    tokens, n_params = steps * REAL_RECIPE["batch_tokens"], size(ModelConfig(**values))
-    record = {"name": f"{shape[0]}x{shape[1]}_{steps}_seed{seed}", "n_params": n_params, "n_tokens": tokens,
-              "flops": 6 * n_params * tokens, "flops_exact": exact * tokens, "budget": budget, "seed": seed}
+    model, batch = ModelConfig(**values), REAL_RECIPE["batch_tokens"]
+    steps = max(1, round(budget / (exact_flops(model) * batch)))
+    record = {"name": f"{shape[0]}x{shape[1]}_{steps}_seed{seed}", "n_params": size(model), "n_tokens": steps * batch,
+              "flops": 6 * size(model) * steps * batch, "flops_exact": exact_flops(model) * steps * batch,
+              "budget": budget, "seed": seed}
     return common | {"model": values, "steps": steps, "record": record}
 
 
 def real_run(job: dict) -> dict:
     """Train one small model through train.py, or go on with it; returns its run record."""
     torch.set_num_threads(job["threads"])
-    record, out_dir = job["record"], Path(job["out_dir"]) / job["record"]["name"]
+    record, steps, out_dir = job["record"], job["steps"], Path(job["out_dir"]) / job["record"]["name"]
     rate = (64 / job["model"]["d_model"]) ** 0.5   # peak rates fall with the width, as pilots at 32, 64 and 96 had it
     config = train.TrainConfig(**REAL_RECIPE | job["model"] | {
         "lr": 0.012 * rate, "muon_lr": 0.04 * rate, "data_dir": job["data_dir"], "out_dir": str(out_dir),
-        "max_steps": job["steps"], "seed": record["seed"], "warmup_steps": max(10, job["steps"] // 20),
-        "log_every": max(1, job["steps"] // 50), "device": job["device"], "dtype": job["dtype"],
-        "resume": (out_dir / "ckpt.pt").exists()})
+        "max_steps": steps, "seed": record["seed"], "warmup_steps": max(10, steps // 20), "device": job["device"],
+        "log_every": max(1, steps // 50), "dtype": job["dtype"], "resume": (out_dir / "ckpt.pt").exists()})
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         figures = train.main(config)               # its log.jsonl has all that it prints
     if figures["interrupted"] is not None:
@@ -803,8 +802,7 @@ def real_run(job: dict) -> dict:
 def train_missing(jobs: list[dict], path: Path, workers: int) -> list[dict]:
     """Run what `path` does not hold yet, `workers` at a time, saving each record as it comes; the jobs' records."""
     records = read_json(path, list) if path.exists() else []
-    done = {record["name"] for record in records}
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    done, threads = {record["name"] for record in records}, max(1, (os.cpu_count() or 1) // workers)
     todo = [job | {"threads": threads} for job in jobs if job["record"]["name"] not in done]
     print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are in {path}, {len(todo)} to train", flush=True)
     workers = min(workers, len(todo))
@@ -828,33 +826,32 @@ def real(settings) -> dict:
     common = {"vocab_size": meta["vocab_size"], "data_dir": data_dir, "out_dir": settings.out_dir, "device": device,
               "dtype": settings.dtype or train.pick_dtype(None, device)}
     # Seed 2 at the smallest budget only, to see the noise.
-    jobs = [real_job(shape, budget * settings.scale, seed, common) for budget, shapes in REAL_GRID.items()
+    jobs = [real_job(shape, budget, seed, common) for budget, shapes in REAL_GRID.items()
             for seed in ((1, 2) if budget == min(REAL_GRID) else (1,)) for shape in shapes]
     path = folder / "scaling_runs.json"
     runs = train_missing(jobs, path, settings.workers)
-    fit, largest = fit_parametric(runs), settings.scale * max(REAL_GRID)
+    fit, count = fit_parametric(runs), len(REAL_GRID[min(REAL_GRID)])
     print(f"fit of {len(runs)} runs: " + ", ".join(f"{key} {fit[key]:.4g} ({fit[key + '_low']:.4g} … "
                                                    f"{fit[key + '_high']:.4g})" for key in LAW))
-    pairs = [math.log(one["loss"] / two["loss"]) for one in runs for two in runs
-             if one["seed"] < two["seed"] and one["n_params"] == two["n_params"] and one["budget"] == two["budget"]]
-    noise = 100 * math.sqrt(sum(gap ** 2 for gap in pairs) / 2 / len(pairs))
+    gaps = [math.log(one["loss"] / two["loss"]) for one, two in zip(runs[:count], runs[count:2 * count])]
     # The shape that the law likes best for the large budget, unless it would see the corpus more than three times.
-    options = [real_job(shape, 8.2 * largest, 1, common) for shape in REAL_CHECK_SHAPES]
+    options = [real_job(shape, 8.2 * max(REAL_GRID), 1, common) for shape in REAL_CHECK_SHAPES]
     n, d = np.array([[job["record"]["n_params"], job["record"]["n_tokens"]] for job in options]).T
     guesses = np.exp(law_terms(fit.law, np.log(n)[:, None, None], np.log(d)[:, None, None])[0][..., 0])
     pick = (guesses[:, 0] + 100 * np.maximum(d / meta["train_tokens"] - 3, 0)).argmin()      # (options, 1 + resamples)
-    job, guess = options[pick], Fit()
-    guess.add("predicted", guesses[pick])
-    print(f"predicted for {job['record']['name']}: {guess.predicted:.4f} ({guess.predicted_low:.4f} … "
-          f"{guess.predicted_high:.4f})", flush=True)
+    job, figures = options[pick], Fit()
+    figures.add("predicted", guesses[pick])
+    print("predicted for {}: {predicted:.4f} ({predicted_low:.4f} … {predicted_high:.4f})".format(
+        job["record"]["name"], **figures), flush=True)
     check, = train_missing([job], path, 1)
-    figures = {**guess, "measured": check["loss"], "error_percent": 100 * (guess.predicted / check["loss"] - 1),
-               "seed_noise_percent": noise, "times_exact": check["flops_exact"] / max(r["flops_exact"] for r in runs),
-               "times_6nd": check["flops"] / max(r["flops"] for r in runs), "fit": {key: fit[key] for key in LAW}}
+    figures.update(measured=check["loss"], error_percent=100 * (figures.predicted / check["loss"] - 1),
+                   seed_noise_percent=100 * math.sqrt(sum(gap ** 2 for gap in gaps) / 2 / len(gaps)),
+                   times_exact=check["flops_exact"] / max(run["flops_exact"] for run in runs),
+                   times_6nd=check["flops"] / max(run["flops"] for run in runs), law={key: fit[key] for key in LAW})
     write_json(folder / "scaling_real.json", figures)
-    print(f"measured {check['loss']:.4f}: the prediction is {figures['error_percent']:+.2f} % off, at "
-          f"{figures['times_exact']:.1f} times the exact FLOPs ({figures['times_6nd']:.1f} times 6 N D) of the largest run "
-          f"fitted; the seed moves a loss by {noise:.2f} % (one standard deviation)")
+    print("measured {measured:.4f}: the prediction is {error_percent:+.2f} % off, at {times_exact:.1f} times the exact "
+          "FLOPs ({times_6nd:.1f} times 6 N D) of the largest run fitted; the seed alone moves a loss by "
+          "{seed_noise_percent:.2f} %".format(**figures))
     print(draw(fit, runs, 2 * check["flops"], folder / "scaling_real.png", "python scaling.py real", "budget", check))
     return figures
 
@@ -874,7 +871,6 @@ class Settings:
     data_dir: str | None = None      # token files; none = data/shakespeare for real, data/owt for plan
     results_dir: str = "results"     # real: where runs, figures and picture are kept
     workers: int = 2                 # real: runs at a time, which share the cores
-    scale: float = 1.0               # real: a factor on all budgets
     train_device: str | None = None  # real: cpu, cuda, mps; none = the best there is
     dtype: str | None = None         # real: float32 | bfloat16; none = what the device is fast at
 
@@ -892,8 +888,8 @@ def main(argv: list[str]) -> None:
     if len(files) != (verb == "fit"):
         fail(f"{'give one file of runs' if verb == 'fit' else f'{files[0]!r} is no verb'}. {USAGE}")
     try:
-        if settings.flops is not None and not 0 < settings.flops < math.inf:
-            raise ValueError(f"flops={settings.flops} must be a finite number above 0")
+        if settings.flops is not None and not 0 < settings.flops < math.inf or settings.workers < 1:
+            raise ValueError(f"flops={settings.flops} must be a finite number above 0, workers={settings.workers} at least 1")
         if verb == "fit":
             fit_file(files[0], settings)
         else:
@@ -907,10 +903,9 @@ def main(argv: list[str]) -> None:
 class World:
     """L = E + (A / N^alpha + B / D^beta) (1 + penalties), times seeded noise of 0.2 %.
 
-    Drawn by seed: E 1.5 … 2.1, alpha 0.30 … 0.38, beta 0.30 … 0.40, at 1e19 FLOPs the best ratio D / N 10 … 40 and the
-    loss above E 0.9 … 1.4. Penalties, each 0 at its best value and quadratic in the logarithm around it:
-    learning rate (best: 0.006 … 0.012 N^-0.16 … N^-0.2), aspect ratio d / L (best 40 … 90, shallow, as in 2001.08361,
-    figure 5), heads (best width 64), batch (best 128 … 256 sequences, growing as D^0.2).
+    Drawn by seed: E, alpha, beta, and at 1e19 FLOPs the best D / N (10 … 40) and the loss above E (0.9 … 1.4).
+    Penalties, quadratic in the logarithm around a best value: learning rate (falling with N), aspect ratio d / L
+    (shallow, as in 2001.08361, figure 5), width of a head (64), batch (128 … 256 sequences, growing as D^0.2).
     """
 
     def __init__(self, seed: int = 0):
@@ -927,29 +922,23 @@ class World:
     def loss(self, d_model, n_layers, n_heads, batch_size, learning_rate, flops, noise: bool = False) -> float:
         n = block_params(d_model, n_layers)
         d = flops / (6 * n)
-        off = [0.06 * math.log(learning_rate / (self.rate * n ** -self.rate_power)) ** 2,
-               0.015 * math.log(d_model / n_layers / self.aspect) ** 2, 0.004 * math.log(d_model / n_heads / 64) ** 2,
-               0.03 * math.log(batch_size / min(max(180 * (d / self.batch_tokens) ** 0.2, 128), 256)) ** 2]
-        loss = self.E + (self.A / n ** self.alpha + self.B / d ** self.beta) * (1 + sum(off))
+        off = (0.06 * math.log(learning_rate / (self.rate * n ** -self.rate_power)) ** 2
+               + 0.015 * math.log(d_model / n_layers / self.aspect) ** 2 + 0.004 * math.log(d_model / n_heads / 64) ** 2
+               + 0.03 * math.log(batch_size / min(max(180 * (d / self.batch_tokens) ** 0.2, 128), 256)) ** 2)
+        loss = self.E + (self.A / n ** self.alpha + self.B / d ** self.beta) * (1 + off)
         key = f"{self.seed} {d_model} {n_layers} {n_heads} {batch_size} {learning_rate:.6e} {flops:.6e}"
         draw = np.random.default_rng(list(hashlib.sha256(key.encode()).digest())).normal()   # whatever the order
-        return loss * math.exp(0.002 * draw) if noise else loss
-
-    def best(self, flops: float) -> tuple:
-        """(N, loss) of the best model at a budget, with every setting right."""
-        law = np.array([[math.log(self.A), self.alpha, math.log(self.B), self.beta, math.log(self.E)]])
-        best = predict_quietly(make_fit("truth", law, np.log([flops])), flops)
-        return best.n_params, best.loss
+        return float(loss * math.exp(0.002 * draw)) if noise else loss
 
 
 def score(submission: dict, seed: int) -> dict:
     """How a submission does in its world: errors in percent of the true loss and of the best achievable one."""
     world = World(seed)
-    true = world.loss(**{key: submission[key] for key in ("d_model", "n_layers", "n_heads", "batch_size",
-                                                          "learning_rate", "flops")})
-    best = world.best(submission["flops"])
-    return {"true": true, "best": best[1], "best_n_params": best[0],
-            "prediction_error": 100 * (submission["loss"] / true - 1), "excess": 100 * (true / best[1] - 1)}
+    true = world.loss(**{key: submission[key] for key in RANGES})
+    law = np.array([[math.log(world.A), world.alpha, math.log(world.B), world.beta, math.log(world.E)]])
+    best = predict(make_fit("truth", law, np.log([submission["flops"]])), submission["flops"])
+    return {"true": true, "best": best.loss, "best_n_params": best.n_params,
+            "prediction_error": 100 * (submission["loss"] / true - 1), "excess": 100 * (true / best.loss - 1)}
 
 
 if __name__ == "__main__":
