@@ -145,6 +145,9 @@ def power_law(log_x, log_y) -> tuple:
 def fit_minima(method: str, log_c, log_n, log_loss, all_log_c) -> Fit:
     """The law whose best models are N = n0 C^a with the given losses. log_c (m,); log_n, log_loss (S, m)."""
     n0, a = power_law(log_c, log_n)
+    if not 0.05 < a[0] < 0.95:
+        raise ValueError(f"{method}: the best N of these budgets goes as C^{a[0]:.2f}, which no law with N and D terms does; "
+                         "give more runs around each minimum, or more budgets")
     a = np.clip(a, 0.05, 0.95)
     # L = E + k C^-gamma is the same kind of law with its second term switched off, here by least squares.
     log_k, gamma, _, _, log_e = law_fit(log_c, 0 * log_c, log_loss, huber=1.0, second=-700.0).T
@@ -155,30 +158,30 @@ def fit_minima(method: str, log_c, log_n, log_loss, all_log_c) -> Fit:
 # --- 1. the envelope of training curves ---
 
 def fit_envelope(runs: list[dict], seed: int = 0) -> Fit:
-    """Approach 1: at each of 400 budgets, which size has the lowest curve? (2203.15556, section 3.1)
+    """Approach 1: which size has the lowest curve at each budget? (2203.15556, section 3.1)
 
-    Runs of equal n_params are one curve of loss against FLOPs, each point a run whose schedule ended there. A size that
-    wins between the smallest and the largest winner gives one point: the middle of the budgets it wins. Coarse, and its
-    intervals (residuals drawn anew) are wide. Raises ValueError when fewer than three sizes do.
+    Runs of equal n_params are one curve of loss against FLOPs, each point a run whose schedule ended there. Where the
+    lowest curve changes from one size to the next, the best N lies between the two: power laws go through these
+    points. Coarse, with wide intervals (residuals drawn anew). Raises ValueError for fewer than 3 changes.
     """
     log_n, _, log_c, log_l = columns(runs, "an envelope", 6)
-    sizes, grid = np.unique(log_n), np.linspace(log_c.min(), log_c.max(), 400)
-    curves = np.full((len(sizes), 400), np.inf)
+    sizes, grid = np.unique(log_n), np.linspace(log_c.min(), log_c.max(), 1500)
+    curves = np.full((len(sizes), len(grid)), np.inf)
     for row, one in zip(curves, sizes):
         x, y = np.array(sorted(zip(log_c[log_n == one], log_l[log_n == one]))).T
         row[:] = np.interp(grid, x, y, left=np.inf, right=np.inf)
-    winner = curves.argmin(0)
-    inner = [i for i in np.unique(winner) if winner[0] < i < winner[-1]]
-    if len(inner) < 3:
-        raise ValueError(f"an envelope needs 3 sizes that win between the smallest and the largest, not {len(inner)}; "
-                         "give curves of more sizes over the same budgets")
-    middle = np.array([grid[winner == i].mean() for i in inner])
-    samples, rng = [], np.random.default_rng(seed)
-    for y in (sizes[inner], np.array([np.interp(m, grid, curves.min(0)) for m in middle])):
-        c, p = power_law(middle, y)
-        rest = (y - c - p * middle) * math.sqrt(len(y) / (len(y) - 2))
-        samples.append(np.vstack([y, c + p * middle + rng.choice(rest, (RESAMPLES, len(y)))]))
-    return fit_minima("envelope", middle, *samples, log_c)
+    seen = np.isfinite(curves.min(0))
+    grid, winner, lowest = grid[seen], curves.argmin(0)[seen], curves.min(0)[seen]
+    at = np.flatnonzero(np.diff(winner))
+    if len(at) < 3:
+        raise ValueError(f"the lowest curve changes {len(at)} times from one size to another, an envelope needs 3; give "
+                         "curves of more sizes over the same budgets")
+    samples, rng, x = [], np.random.default_rng(seed), grid[at]
+    for y in ((sizes[winner[at]] + sizes[winner[at + 1]]) / 2, lowest[at]):
+        c, p = power_law(x, y)
+        rest = (y - c - p * x) * math.sqrt(len(y) / (len(y) - 2))
+        samples.append(np.vstack([y, c + p * x + rng.choice(rest, (RESAMPLES, len(y)))]))
+    return fit_minima("envelope", x, *samples, log_c)
 
 
 # --- 2. IsoFLOP ---
@@ -311,7 +314,7 @@ def huber_fit(law, x, y, target, steps: int, huber: float) -> tuple:
     thousands of steps along it, and the published fit stopped on the way (2404.10102). So the first guess of each
     inverse Hessian is Gauss-Newton's. The line search tries all its lengths at once and keeps the best.
     """
-    lengths, pairs, every = np.array([0.0, *2.0 ** np.arange(2, -12, -1)]), [], np.arange(len(law))
+    lengths, pairs, every = np.array([0.0, 4, 2, 1, 0.5, 0.25, 0.06, 0.01, 1e-3]), [], np.arange(len(law))
     gradient = moved = None
     for _ in range(steps):
         log_loss, jacobian = law_rows(law, x, y)
@@ -330,7 +333,7 @@ def huber_fit(law, x, y, target, steps: int, huber: float) -> tuple:
         q = np.linalg.solve(hessian + ridge * np.eye(5), q[..., None])[..., 0]
         for (s, g, rho), alpha in zip(pairs, alphas[::-1]):
             q = q + s * (alpha - rho * (g * q).sum(-1, keepdims=True))
-        trials = law[:, None] - lengths[:, None] * q[:, None]                                      # (S, 15, 5)
+        trials = law[:, None] - lengths[:, None] * q[:, None]                                      # (S, 9, 5)
         off = np.abs(law_terms(trials, x, y)[0] - target[:, None])
         values = np.where(off <= huber, off * off / 2, huber * (off - huber / 2)).sum(-1)
         best = np.nan_to_num(values, nan=np.inf).argmin(1)
@@ -691,7 +694,11 @@ def demonstrate(settings) -> None:
     submission = explorer.spend()
     result, laws = score(submission, settings.seed), [published(name) for name in PUBLISHED]
     print(f"world {settings.seed}: {len(explorer.api.runs)} runs, {explorer.api.used_flops:.3g} of 2e18 FLOPs")
-    print_fits(fit_all(explorer.runs), target)
+    # Whole curves would cost more than the budget: the envelope gets a service of its own.
+    curves = Explorer(TrainingAPI(1e20, settings.seed))
+    curves.settings, curves.aspect = explorer.settings, explorer.aspect
+    fits = [fit_envelope([curves.run(n, c) for n in np.geomspace(5e5, 5e7, 12) for c in QUERY_FLOPS[6:-4]])]
+    print_fits(fits + fit_all(explorer.runs), target)
     print(f"{'the hidden truth':<40}{result['best_n_params']:>10.3g}{result['best']:>46.3f}")
     served = predict(explorer.fit, target, inference_tokens=1e10)
     print(f"to serve 1e10 tokens from the same FLOPs: N {served.n_params:.3g}, {served.tokens_per_param:.0f} tokens per "

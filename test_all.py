@@ -2498,11 +2498,11 @@ def test_fits_find_the_law_behind_clean_runs(law):
 def test_intervals_hold_the_truth_nine_times_in_ten(fit):
     law, held = LAWS[1], Counter()
     truth = dict(zip(("n_params", "n_tokens", "loss"), best_by_hand(law, 1e21))) | dict(zip(scaling.LAW, law))
-    for seed in range(40):
+    for seed in range(30):
         found = fit(law_runs(law, noise=0.01, seed=seed))
         found.update(scaling.predict(found, 1e21))
         held.update(key for key in truth if found[f"{key}_low"] <= truth[key] <= found[f"{key}_high"])
-    assert all(30 <= held[key] <= 40 for key in truth), held          # 36 expected; 30 is three sigma of a binomial below
+    assert all(22 <= held[key] <= 30 for key in truth), held          # 27 expected; 22 is three sigma of a binomial below
 
 
 def test_published_laws_at_gophers_budget():
@@ -2520,7 +2520,7 @@ def test_arg_min_is_biased_by_the_grid_and_the_envelope_is_near():
     sizes, law = np.geomspace(3e7, 3e9, 12), LAWS[1]
     curves = [{"n_params": n, "n_tokens": c / 6 / n, "flops": c, "loss": law[0] + law[1] / n ** law[3] + law[2] / (
         c / 6 / n) ** law[4]} for n in sizes for c in np.geomspace(1e18, 1e21, 25)]
-    assert scaling.predict(scaling.fit_envelope(curves), 1e20).n_params == pytest.approx(best_by_hand(law, 1e20)[0], rel=0.15)
+    assert scaling.predict(scaling.fit_envelope(curves), 1e20).n_params == pytest.approx(best_by_hand(law, 1e20)[0], rel=0.02)
     pure = [{"n_params": n, "n_tokens": 1e12, "flops": 6e12 * n, "loss": (8.8e13 / n) ** 0.076} for n in sizes]
     assert scaling.fit_kaplan(pure)["N"] == pytest.approx((8.8e13, 0.076))
 
