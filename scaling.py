@@ -146,7 +146,7 @@ def fit_minima(method: str, log_c, log_n, log_loss, all_log_c) -> Fit:
     """The law whose best models are N = n0 C^a with the given losses. log_c (m,); log_n, log_loss (S, m)."""
     n0, a = power_law(log_c, log_n)
     if not 0.05 < a[0] < 0.95:
-        raise ValueError(f"{method}: the best N of these budgets goes as C^{a[0]:.2f}, which no law with N and D terms does; "
+        raise ValueError(f"{method}: the best N of these budgets goes as C^{a[0]:.2f}, which no law of N and D does; "
                          "give more runs around each minimum, or more budgets")
     a = np.clip(a, 0.05, 0.95)
     # L = E + k C^-gamma is the same kind of law with its second term switched off, here by least squares.
@@ -174,8 +174,8 @@ def fit_envelope(runs: list[dict], seed: int = 0) -> Fit:
     grid, winner, lowest = grid[seen], curves.argmin(0)[seen], curves.min(0)[seen]
     at = np.flatnonzero(np.diff(winner))
     if len(at) < 3:
-        raise ValueError(f"the lowest curve changes {len(at)} times from one size to another, an envelope needs 3; give "
-                         "curves of more sizes over the same budgets")
+        raise ValueError(f"the lowest curve changes {len(at)} times from one size to the next, an envelope needs 3; "
+                         "give curves of more sizes over the same budgets")
     samples, rng, x = [], np.random.default_rng(seed), grid[at]
     for y in ((sizes[winner[at]] + sizes[winner[at + 1]]) / 2, lowest[at]):
         c, p = power_law(x, y)
@@ -255,8 +255,8 @@ def fit_parametric(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) 
     x, y, log_c, target = columns(runs, "a law with 5 parameters", 6)
     for name, values in (("n_params", x), ("n_tokens", y)):
         if len(np.unique(np.round(values, 3))) < 3:
-            raise ValueError(f"the runs have {len(np.unique(np.round(values, 3)))} different {name}, too few to see how "
-                             "the loss depends on it; give 3 or more")
+            raise ValueError(f"the runs have {len(np.unique(np.round(values, 3)))} different {name}, too few to see "
+                             "how the loss depends on it; give 3 or more")
     if np.ptp(x - y) < 0.1 or np.ptp(x + y) < 0.1:
         raise ValueError("all runs have one number of tokens per parameter, or one budget: N and D cannot be told "
                          "apart; give several sizes at each of several budgets")
@@ -405,7 +405,7 @@ def predict(fit: Fit, flops: float, inference_tokens: float = 0.0) -> Fit:
     same trade). learning_rate, batch_size: where the fit has them. Warns beyond 1,000 times the fitted budgets.
     """
     if not 0 < flops < math.inf or not 0 <= inference_tokens < math.inf:
-        raise ValueError(f"flops={flops!r} must be finite and above 0, inference_tokens={inference_tokens!r} at least 0")
+        raise ValueError(f"flops={flops!r} must be above 0, inference_tokens={inference_tokens!r} not below, finite")
     far = max(flops / fit.max_flops, fit.min_flops / flops)
     if far > 1000:
         warnings.warn(f"{flops:.3g} FLOPs are {far:,.0f} times outside the fitted budgets ({fit.min_flops:.3g} to "
@@ -524,7 +524,8 @@ def shape_for(n_params: float, aspect: float, step: int = 16, widest: int = 1024
     off = 10 * np.log(block_params(d, layers) / n_params) ** 2 + np.log(d / layers / aspect) ** 2
     d_model, n_layers = int(d.flat[off.argmin()]), int(layers.flat[off.argmin()])
     heads = [h for h in range(2, max(16, widest // 64) + 1) if d_model % h == 0]
-    return {"d_model": d_model, "n_layers": n_layers, "n_heads": min(heads, key=lambda h: abs(math.log(d_model / h / 64)))}
+    n_heads = min(heads, key=lambda h: abs(math.log(d_model / h / 64)))
+    return {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads}
 
 
 class Explorer:
@@ -556,7 +557,8 @@ class Explorer:
                 self.run(n_params, flops, learning_rate=rate)
         self.settings = fit_settings(self.api.runs)
         tried = [self.run(1e7, 3e15, aspect=ratio) for ratio in (16, 32, 64, 128)]
-        self.aspect = math.exp(vertex([run["d_model"] / run["n_layers"] for run in tried], [run["loss"] for run in tried]))
+        ratios, losses = zip(*((run["d_model"] / run["n_layers"], run["loss"]) for run in tried))
+        self.aspect = math.exp(vertex(ratios, losses))
         for n_params, flops in ((3e5, 1e14), (1e6, 1e15), (3e6, 3e15), (3e6, 1e16), (1e6, 6e15), (1e7, 1e16)):
             for batch_size in (128, 256):
                 self.run(n_params, flops, batch_size=batch_size)
@@ -614,15 +616,16 @@ def predict_quietly(fit: Fit, flops: float) -> Fit:
 
 # --- pictures and tables ---
 
-def draw(fit: Fit, runs: list[dict], target: float, path: Path, command: str, key: str = "flops", check=None) -> Path:
-    """Three pictures in one file: IsoFLOP curves, best N and D against C, predicted loss against C.
+def draw(fit: Fit, runs: list[dict], target: float, stem: str, command: str, key: str = "flops", check=None) -> str:
+    """Three pictures, STEM_isoflop.png (curves at equal `key`), STEM_best.png (N and D against C), STEM_loss.png.
 
-    key: which of the runs' FLOP counts groups them. check: a run that was predicted and not fitted.
+    check: a run that was predicted and not fitted. Returns the paths, for printing.
     """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, (curves, sizes, losses) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    pictures = {name: plt.subplots(figsize=(6.5, 4.5), layout="constrained") for name in ("isoflop", "best", "loss")}
+    curves, sizes, losses = (axis for _, axis in pictures.values())
     log_n, log_d, log_c, log_l = columns(runs, "a picture")
     counts = np.log([run.get(key) or run["compute_budget"] for run in runs])
     for number, group in enumerate(budgets_of(counts)):
@@ -639,18 +642,18 @@ def draw(fit: Fit, runs: list[dict], target: float, path: Path, command: str, ke
         sizes.loglog(budgets, factor * np.sqrt(budgets / 120), "k--", linewidth=0.8, label="D = 20 N" * (factor == 1))
     losses.loglog(np.exp(log_c), np.exp(log_l), ".", color="grey", label="runs")
     if check:
-        curves.plot(check["n_params"], check["loss"], "r*", ms=10, label=f"predicted, {check[key]:.1e}")
+        curves.plot(check["n_params"], check["loss"], "r*", ms=10, label=f"predicted, then trained: {check[key]:.1e}")
         losses.plot(check["flops"], check["loss"], "r*", ms=10, label="predicted, then trained")
     curves.set(xscale="log", xlabel="N, non-embedding parameters", ylabel="final loss, nats per token")
     sizes.set(xlabel="C = 6 N D, FLOPs", ylabel="parameters, tokens")
     losses.set(xlabel="C = 6 N D, FLOPs", ylabel="final loss, nats per token")
-    for axis in (curves, sizes, losses):
+    Path(stem).parent.mkdir(parents=True, exist_ok=True)
+    for name, (figure, axis) in pictures.items():
         axis.legend(fontsize=7)
-    figure.suptitle(f"{command} ({fit.method} fit; curves by {key})", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path
+        axis.set_title(f"{command} ({fit.method} fit)", fontsize=9)
+        figure.savefig(f"{stem}_{name}.png", dpi=100)
+        plt.close(figure)
+    return f"pictures: {stem}_{{{','.join(pictures)}}}.png"
 
 
 def print_fits(fits: list[Fit], flops: float) -> None:
@@ -684,7 +687,7 @@ def fit_file(path: str, settings) -> None:
     fits = fit_all(runs)
     flops = settings.flops or 10 * fits[-1].max_flops
     print_fits(fits, flops)
-    print(draw(fits[-1], runs, flops, Path(settings.out_dir) / "fit.png", f"python scaling.py fit {path}"))
+    print(draw(fits[-1], runs, flops, f"{settings.out_dir}/fit", f"python scaling.py fit {path}"))
 
 
 def demonstrate(settings) -> None:
@@ -704,8 +707,8 @@ def demonstrate(settings) -> None:
     print(f"to serve 1e10 tokens from the same FLOPs: N {served.n_params:.3g}, {served.tokens_per_param:.0f} tokens per "
           f"parameter, loss {served.loss:.3f}")
     print("submission: " + ", ".join(f"{key} {value:.4g}" for key, value in submission.items()))
-    print(f"scored: prediction {result['prediction_error']:+.2f} % off the true loss, model {result['excess']:.2f} % above "
-          "the best achievable loss\n\nGopher's budget by the published laws:")
+    print(f"scored: prediction {result['prediction_error']:+.2f} % off the truth, model {result['excess']:.2f} % "
+          "above the best loss\n\nGopher's budget by the published laws:")
     print_fits(laws, GOPHER_FLOPS)
     c = np.repeat(np.geomspace(1e18, 1e21, 7), 6)
     n = np.array([predict(laws[1], one).n_params for one in c]) * np.tile(np.geomspace(0.05, 12, 6), 7)
@@ -718,7 +721,7 @@ def demonstrate(settings) -> None:
     good = sum(abs(s["prediction_error"]) <= 1 and s["excess"] <= 1 for s in scores)
     print(f"20 worlds: {good} with prediction and model both within 1 %; largest errors "
           f"{max(abs(s['prediction_error']) for s in scores):.2f} % and {max(s['excess'] for s in scores):.2f} %")
-    print(draw(explorer.fit, explorer.runs, target, Path(settings.out_dir) / "scaling.png", "python scaling.py"))
+    print(draw(explorer.fit, explorer.runs, target, f"{settings.out_dir}/scaling", "python scaling.py"))
 
 
 # --- a config for train.py ---
@@ -749,12 +752,12 @@ def plan(settings) -> Path:
               "qk_norm": True, "batch_tokens": batch, "micro_batch_size": min(batch // T, micro, 64), "max_steps": steps,
               "lr": float(f"{min(0.3118 * flops ** -0.125, 1e-2):.3g}"), "warmup_steps": min(2000, max(1, steps // 20)),
               "eval_every": max(1, steps // 20), "log_every": max(1, steps // 200)}
-    text = f'''"""{flops:.3g} FLOPs well spent: `python train.py {settings.config}`, by `python scaling.py plan --flops={flops:g}`.
+    text = f'''"""{flops:.3g} FLOPs well spent: `python train.py {settings.config}`, by `python scaling.py plan`.
 
-N {n_params:,} (best {best.n_params:.3g}), D {steps * batch:,} tokens, {steps * batch / n_params:.0f} a parameter, by Chinchilla's re-fitted law
-(2404.10102). Expected loss {loss:.2f} nats a token with that law's data and tokenizer; elsewhere only differences carry
-over. 6 N D = {6 * n_params * steps * batch:.3g}; with head and attention {exact:.3g} FLOPs: {hours:.3g} hours on one {device} at an
-assumed 40 % of its peak.
+N {n_params:,} (best {best.n_params:.3g}), D {steps * batch:,} tokens, {steps * batch / n_params:.0f} a parameter, by
+the re-fit of Chinchilla's law (2404.10102). Expected loss {loss:.2f} nats a token with that law's data and tokenizer;
+elsewhere only differences carry over. 6 N D = {6 * n_params * steps * batch:.3g}, with head and attention {exact:.3g}:
+{hours:.3g} hours on one {device} at an assumed 40 % of its peak.
 """
 ''' + "".join(f"{key} = {value!r}\n" for key, value in values.items())
     Path(settings.config).write_text(text, encoding="utf-8")
@@ -859,7 +862,7 @@ def real(settings) -> dict:
     print("measured {measured:.4f}: the prediction is {error_percent:+.2f} % off, at {times_exact:.1f} times the exact "
           "FLOPs ({times_6nd:.1f} times 6 N D) of the largest run fitted; the seed alone moves a loss by "
           "{seed_noise_percent:.2f} %".format(**figures))
-    print(draw(fit, runs, 2 * check["flops"], folder / "scaling_real.png", "python scaling.py real", "budget", check))
+    print(draw(fit, runs, 2 * check["flops"], f"{folder}/scaling_real", "python scaling.py real", "budget", check))
     return figures
 
 
@@ -896,7 +899,8 @@ def main(argv: list[str]) -> None:
         fail(f"{'give one file of runs' if verb == 'fit' else f'{files[0]!r} is no verb'}. {USAGE}")
     try:
         if settings.flops is not None and not 0 < settings.flops < math.inf or settings.workers < 1:
-            raise ValueError(f"flops={settings.flops} must be a finite number above 0, workers={settings.workers} at least 1")
+            raise ValueError(f"flops={settings.flops} must be a finite number above 0, workers={settings.workers} at "
+                             "least 1")
         if verb == "fit":
             fit_file(files[0], settings)
         else:
