@@ -160,12 +160,15 @@ def fit_minima(method: str, log_c, log_n, log_loss, all_log_c) -> Fit:
 def fit_envelope(runs: list[dict], seed: int = 0) -> Fit:
     """Approach 1: which size has the lowest curve at each budget? (2203.15556, section 3.1)
 
-    Runs of equal n_params are one curve of loss against FLOPs, each point a run whose schedule ended there. Where the
+    Three or more runs of equal n_params are a curve of loss against FLOPs, each point a run whose schedule ended there. Where the
     lowest curve changes from one size to the next, the best N lies between the two: power laws go through these
     points. Coarse, with wide intervals (residuals drawn anew). Raises ValueError for fewer than 3 changes.
     """
     log_n, _, log_c, log_l = columns(runs, "an envelope", 6)
-    sizes, grid = np.unique(log_n), np.linspace(log_c.min(), log_c.max(), 1500)
+    sizes, counts = np.unique(log_n, return_counts=True)
+    sizes, grid = sizes[counts >= 3], np.linspace(log_c.min(), log_c.max(), 1500)
+    if len(sizes) < 4:
+        raise ValueError(f"{len(sizes)} sizes were run at 3 or more budgets, an envelope needs 4 such curves")
     curves = np.full((len(sizes), len(grid)), np.inf)
     for row, one in zip(curves, sizes):
         x, y = np.array(sorted(zip(log_c[log_n == one], log_l[log_n == one]))).T
@@ -661,10 +664,11 @@ def print_fits(fits: list[Fit], flops: float) -> None:
     print(f"{f'at {flops:.3g} FLOPs':<22}{'a':>6}{'b':>6}{'E':>6}{'N':>10}  {'90 % interval':<20}{'D':>10}{'D/N':>7}"
           f"{'loss':>7}  90 % interval")
     for fit in fits:
-        p = predict(fit, flops)
+        p, known = predict(fit, flops), len(fit.law) > 1
         print(f"{fit.method:<22}{fit.a:>6.3f}{fit.b:>6.3f}{fit.E:>6.2f}{p.n_params:>10.3g}  "
-              f"{f'{p.n_params_low:.3g} … {p.n_params_high:.3g}':<20}{p.n_tokens:>10.3g}{p.tokens_per_param:>7.1f}"
-              f"{p.loss:>7.3f}  {p.loss_low:.3f} … {p.loss_high:.3f}")
+              f"{f'{p.n_params_low:.3g} … {p.n_params_high:.3g}' if known else '-':<20}{p.n_tokens:>10.3g}"
+              f"{p.tokens_per_param:>7.1f}{p.loss:>7.3f}  "
+              + (f"{p.loss_low:.3f} … {p.loss_high:.3f}" if known else "-"))
 
 
 def fit_all(runs: list[dict]) -> list[Fit]:
