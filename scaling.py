@@ -160,9 +160,9 @@ def fit_minima(method: str, log_c, log_n, log_loss, all_log_c) -> Fit:
 def fit_envelope(runs: list[dict], seed: int = 0) -> Fit:
     """Approach 1: which size has the lowest curve at each budget? (2203.15556, section 3.1)
 
-    Three or more runs of equal n_params are a curve of loss against FLOPs, each point a run whose schedule ended there. Where the
-    lowest curve changes from one size to the next, the best N lies between the two: power laws go through these
-    points. Coarse, with wide intervals (residuals drawn anew). Raises ValueError for fewer than 3 changes.
+    Three or more runs of equal n_params are a curve of loss against FLOPs, each point a run whose schedule ended there.
+    Where the lowest curve changes from one size to the next, the best N lies between the two: power laws go through
+    these points. The bootstrap draws residuals anew. Raises ValueError for fewer than 4 curves or 3 changes.
     """
     log_n, _, log_c, log_l = columns(runs, "an envelope", 6)
     sizes, counts = np.unique(log_n, return_counts=True)
@@ -252,8 +252,8 @@ def parabola(x, y, budget: float) -> tuple:
 def fit_parametric(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) -> Fit:
     """Approach 3: L = E + A / N^alpha + B / D^beta on all runs, by the Huber loss of ln L, summed (2203.15556, 3.3).
 
-    Raises ValueError when the runs cannot tell
-    the parameters apart: fewer than 6, fewer than 3 sizes or token counts, one budget, or one ratio of tokens to N.
+    Raises ValueError when the runs cannot tell the parameters apart: fewer than 6, fewer than 3 sizes or token counts,
+    one budget, or one ratio of tokens to N.
     """
     x, y, log_c, target = columns(runs, "a law with 5 parameters", 6)
     for name, values in (("n_params", x), ("n_tokens", y)):
@@ -313,9 +313,9 @@ def law_rows(law, x, y) -> tuple:
 def huber_fit(law, x, y, target, steps: int, huber: float) -> tuple:
     """(law, loss): many fits at once by L-BFGS (Nocedal & Wright, algorithm 7.4). law (S, 5), target (1 or S, n).
 
-    The valley is narrow, E, A and alpha trade against each other: from a multiple of the identity L-BFGS takes
-    thousands of steps along it, and the published fit stopped on the way (2404.10102). So the first guess of each
-    inverse Hessian is Gauss-Newton's. The line search tries all its lengths at once and keeps the best.
+    The valley is narrow, E, A and alpha trade against each other, and the published fit stopped on the way down
+    (2404.10102). So L-BFGS starts each step from Gauss-Newton's Hessian instead of a multiple of the identity. The
+    line search tries all its lengths at once and keeps the best.
     """
     lengths, pairs, every = np.array([0.0, 4, 2, 1, 0.5, 0.25, 0.06, 0.01, 1e-3]), [], np.arange(len(law))
     gradient = moved = None
@@ -400,17 +400,17 @@ def fit_settings(runs: list[dict]) -> dict:
 
 # --- prediction ---
 
-def predict(fit: Fit, flops: float, inference_tokens: float = 0.0) -> Fit:
+def predict(fit: Fit, flops: float, inference_tokens: float = 0.0, *, warn: bool = True) -> Fit:
     """The best model for a budget: n_params, n_tokens, loss, tokens_per_param, each with its _low and _high (90 %).
 
     flops: 6 N D of training. inference_tokens: how many the model will serve, at 2 N FLOPs each; then flops pays for
     both, and the best model is smaller and sees more (2401.00448, who fix the loss and ask for the least FLOPs: the
-    same trade). learning_rate, batch_size: where the fit has them. Warns beyond 1,000 times the fitted budgets.
+    same trade). learning_rate, batch_size: where the fit has them. Warns (with warn) 1,000 times outside its budgets.
     """
     if not 0 < flops < math.inf or not 0 <= inference_tokens < math.inf:
         raise ValueError(f"flops={flops!r} must be above 0, inference_tokens={inference_tokens!r} not below, finite")
     far = max(flops / fit.max_flops, fit.min_flops / flops)
-    if far > 1000:
+    if warn and far > 1000:
         warnings.warn(f"{flops:.3g} FLOPs are {far:,.0f} times outside the fitted budgets ({fit.min_flops:.3g} to "
                       f"{fit.max_flops:.3g}): a guess; add runs nearer to it", stacklevel=2)
     n0, a, gamma, log_k = frontier(fit.law)
@@ -587,7 +587,7 @@ class Explorer:
         if not len(n):
             return None
         fit, (x, y, _, _) = fit_parametric(self.runs, resamples=0), columns(self.runs, "the design")
-        at = predict_quietly(fit, self.target)
+        at = predict(fit, self.target, warn=False)
         jacobian, g, j = (law_rows(fit.law[0], *point)[1] for point in (
             (x, y), np.log([[at.n_params], [at.n_tokens]]), np.log([n, c / n / 6])))
         covariance = np.linalg.inv(jacobian.T @ jacobian + 1e-9 * np.eye(5))
@@ -605,16 +605,9 @@ class Explorer:
             self.runs.append(run)
         self.fit = fit_parametric(self.runs)
         self.fit.update(self.settings)
-        best = predict_quietly(self.fit, self.target)
+        best = predict(self.fit, self.target, warn=False)
         return self.complete(best.n_params, self.target, widest=2048) | {
             key: best[key] for key in ("loss", "loss_low", "loss_high")}
-
-
-def predict_quietly(fit: Fit, flops: float) -> Fit:
-    """predict without its warning, inside a search."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return predict(fit, flops)
 
 
 # --- pictures and tables ---
@@ -637,7 +630,7 @@ def draw(fit: Fit, runs: list[dict], target: float, stem: str, command: str, key
         curves.plot(n, np.exp(log_l[group]), "o", color=color, ms=4, label=f"{math.exp(counts[group].mean()):.1e}")
         curves.plot(n, fitted, color=color, linewidth=1)
     budgets = np.geomspace(math.exp(log_c.min()), target, 60)
-    along = [predict_quietly(fit, c) for c in budgets]
+    along = [predict(fit, c, warn=False) for c in budgets]
     for axis, name in ((sizes, "n_params"), (sizes, "n_tokens"), (losses, "loss")):
         axis.fill_between(budgets, *([one[name + end] for one in along] for end in ("_low", "_high")), alpha=0.25)
         axis.loglog(budgets, [one[name] for one in along], label=f"best {name}, 90 % interval")
@@ -708,8 +701,8 @@ def demonstrate(settings) -> None:
     print_fits(fits + fit_all(explorer.runs), target)
     print(f"{'the hidden truth':<40}{result['best_n_params']:>10.3g}{result['best']:>46.3f}")
     served = predict(explorer.fit, target, inference_tokens=1e10)
-    print(f"to serve 1e10 tokens from the same FLOPs: N {served.n_params:.3g}, {served.tokens_per_param:.0f} tokens per "
-          f"parameter, loss {served.loss:.3f}")
+    print(f"to serve 1e10 tokens from the same FLOPs: N {served.n_params:.3g}, {served.tokens_per_param:.0f} tokens "
+          f"per parameter, loss {served.loss:.3f}")
     print("submission: " + ", ".join(f"{key} {value:.4g}" for key, value in submission.items()))
     print(f"scored: prediction {result['prediction_error']:+.2f} % off the truth, model {result['excess']:.2f} % "
           "above the best loss\n\nGopher's budget by the published laws:")
@@ -753,8 +746,8 @@ def plan(settings) -> Path:
         raise ValueError(f"not one sequence of a model of {n_params:.3g} parameters fits {device}; choose a larger "
                          "device or fewer flops")
     values = {"data_dir": settings.data_dir or "data/owt", "out_dir": "out/plan", "context_length": T, **shape,
-              "qk_norm": True, "batch_tokens": batch, "micro_batch_size": min(batch // T, micro, 64), "max_steps": steps,
-              "lr": float(f"{min(0.3118 * flops ** -0.125, 1e-2):.3g}"), "warmup_steps": min(2000, max(1, steps // 20)),
+              "qk_norm": True, "batch_tokens": batch, "micro_batch_size": min(batch // T, micro, 64),
+              "max_steps": steps, "lr": float(f"{min(0.3118 * flops ** -0.125, 1e-2):.3g}"), "warmup_steps": min(2000, max(1, steps // 20)),
               "eval_every": max(1, steps // 20), "log_every": max(1, steps // 200)}
     text = f'''"""{flops:.3g} FLOPs well spent: `python train.py {settings.config}`, by `python scaling.py plan`.
 
