@@ -747,7 +747,8 @@ def plan(settings) -> Path:
                          "device or fewer flops")
     values = {"data_dir": settings.data_dir or "data/owt", "out_dir": "out/plan", "context_length": T, **shape,
               "qk_norm": True, "batch_tokens": batch, "micro_batch_size": min(batch // T, micro, 64),
-              "max_steps": steps, "lr": float(f"{min(0.3118 * flops ** -0.125, 1e-2):.3g}"), "warmup_steps": min(2000, max(1, steps // 20)),
+              "max_steps": steps, "lr": float(f"{min(0.3118 * flops ** -0.125, 1e-2):.3g}"),
+              "warmup_steps": min(2000, max(1, steps // 20)),
               "eval_every": max(1, steps // 20), "log_every": max(1, steps // 200)}
     text = f'''"""{flops:.3g} FLOPs well spent: `python train.py {settings.config}`, by `python scaling.py plan`.
 
