@@ -68,9 +68,9 @@ def columns(runs: list[dict], purpose: str, least: int = 1) -> np.ndarray:
     """
     rows = []
     for number, run in enumerate(runs):
-        if "compute_budget" in run:
+        if {"parameters", "compute_budget", "final_loss"} <= run.keys():
             n, c = run["parameters"], run["compute_budget"]
-            run = {"n_params": n, "n_tokens": c / (6 * n), "flops": c, "loss": run["final_loss"]}
+            run = {"n_params": n, "n_tokens": c / 6 / (n or math.nan), "flops": c, "loss": run["final_loss"]}
         for key in RECORD:
             value = run.get(key)
             if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 < value < math.inf:
