@@ -826,10 +826,10 @@ def train_missing(jobs: list[dict], path: Path, workers: int) -> list[dict]:
 
 def real(settings) -> dict:
     """The grid, the fit, and a run of 8 times the largest budget, predicted before it is trained; returns figures."""
-    folder, data_dir = Path(settings.results_dir), settings.data_dir or "data/shakespeare"
+    folder, data_dir = Path(settings.results_dir), settings.data_dir or "data/shakespeare_4096"
     folder.mkdir(parents=True, exist_ok=True)
-    if Path(data_dir).name in train.data.NAMES and not (Path(data_dir) / "meta.json").exists():
-        train.data.prepare(Path(data_dir).name, data_dir=data_dir, context_length=REAL_RECIPE["context_length"])
+    if settings.data_dir is None and not (Path(data_dir) / "meta.json").exists():
+        train.data.prepare("shakespeare", 4096, data_dir, REAL_RECIPE["context_length"])
     meta, device = train.data.read_meta(data_dir), train.pick_device(settings.train_device)
     common = {"vocab_size": meta["vocab_size"], "data_dir": data_dir, "out_dir": settings.out_dir, "device": device,
               "dtype": settings.dtype or train.pick_dtype(None, device)}
@@ -876,7 +876,7 @@ class Settings:
     config: str = "config_plan.py"   # plan: the file to write
     context_length: int = 512        # plan: tokens of a sequence
     vocab_size: int = 32_000         # plan: of the tokenizer, for the hours
-    data_dir: str | None = None      # token files; none = data/shakespeare for real, data/owt for plan
+    data_dir: str | None = None      # token files; none = data/owt for plan, for real Shakespeare in 4,096 tokens
     results_dir: str = "results"     # real: where runs, figures and picture are kept
     workers: int = 2                 # real: runs at a time, which share the cores
     train_device: str | None = None  # real: cpu, cuda, mps; none = the best there is
