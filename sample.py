@@ -11,6 +11,8 @@ folder alone is enough: ckpt.pt and the tokenizer.json beside it.
 Top-k: Fan 2018 (1805.04833). Top-p (nucleus): Holtzman 2019 (1904.09751).
 """
 import codecs
+import contextlib
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -41,11 +43,15 @@ class SampleConfig:
 
 # --- picking one token ---
 
-def distribution(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
-    """Probabilities (B, V) that the next token is drawn from: temperature, then top-k, then top-p.
+def distribution(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                 min_p: float | None = None):
+    """Probabilities (B, V) that the next token is drawn from: temperature, then top-k, then top-p, then min-p.
 
-    top_p keeps the fewest tokens whose sum reaches p, at least one. Ties at the k-th place are all kept.
+    temperature 0 puts everything on the likeliest token. top_p keeps the fewest tokens whose sum reaches p, at least
+    one; min_p those with at least that share of the likeliest one's probability. Ties at the k-th place are all kept.
     """
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -56,51 +62,135 @@ def distribution(logits, temperature: float = 1.0, top_k: int | None = None, top
         # A token is needed while those before it do not reach p yet; so the first one always is.
         needed = ordered.cumsum(dim=-1) - ordered < top_p
         probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered * needed)
-        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
-    return probabilities
+    if min_p is not None:
+        small = probabilities < min_p * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(small, 0.0)
+    return probabilities if top_p is min_p is None else probabilities / probabilities.sum(dim=-1, keepdim=True)
 
 
-def pick(logits, temperature, top_k, top_p, generator):
-    """One id per row of logits (B, V) -> (B,)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    return torch.multinomial(distribution(logits, temperature, top_k, top_p), 1, generator=generator).squeeze(-1)
+@dataclass
+class Sampling:
+    """How the next token is drawn: the settings of `generate`. Raises ValueError for one out of range."""
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    vocab_limit: int | None = None       # ids from here on pad the vocabulary and are never drawn
+
+    def __post_init__(self):
+        for wrong, message in (
+            (not 0 <= self.temperature < math.inf, f"temperature={self.temperature} must be 0 (greedy) or more"),
+            (self.top_k is not None and self.top_k < 1,
+             f"top_k={self.top_k} must be at least 1; leave it out to sample from all tokens"),
+            (self.top_p is not None and not 0 < self.top_p <= 1,
+             f"top_p={self.top_p} must be above 0 and at most 1; leave it out to sample from all tokens"),
+            (self.min_p is not None and not 0 <= self.min_p <= 1,
+             f"min_p={self.min_p} must be from 0 to 1, a share of the likeliest token's probability"),
+            (not 0 < self.repetition_penalty < math.inf,
+             f"repetition_penalty={self.repetition_penalty} must be above 0; 1 = none, 1.2 is a usual one"),
+        ):
+            if wrong:
+                raise ValueError(message)
+
+    def scores(self, logits, texts):
+        """logits (B, V) without padding rows; those of ids that stand in a row's text made less likely (1909.05858)."""
+        logits = logits[:, :self.vocab_limit]
+        if self.repetition_penalty != 1:
+            logits = logits.clone()
+            for row, text in zip(logits, texts):
+                seen = torch.tensor(sorted(set(text)), device=row.device)
+                row[seen] = torch.where(row[seen] > 0, row[seen] / self.repetition_penalty,
+                                        row[seen] * self.repetition_penalty)
+        return logits
+
+    def probabilities(self, logits, texts):
+        """(B, V) that the next token of each text is drawn from."""
+        return distribution(self.scores(logits, texts), self.temperature, self.top_k, self.top_p, self.min_p)
+
+    def draw(self, logits, texts, generator):
+        """One id per row of logits (B, V), as a list; texts: the ids of each row so far."""
+        if self.temperature == 0:                    # no need for a distribution over the whole vocabulary
+            return self.scores(logits, texts).argmax(dim=-1).tolist()
+        return torch.multinomial(self.probabilities(logits, texts), 1, generator=generator).squeeze(-1).tolist()
 
 
-def check_sampling(model, rows, max_new_tokens, temperature, top_k, top_p) -> None:
-    """Raise ValueError for anything that cannot be sampled, before anything is computed."""
-    if temperature < 0 or temperature != temperature:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1; leave it out to sample from all tokens")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be above 0 and at most 1; leave it out to sample from all tokens")
+def check_prompts(model, prompts, max_new_tokens, vocab_limit=None) -> None:
+    """Raise ValueError for prompts that cannot be continued, before anything is computed."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
-    for number, row in enumerate(rows):
-        if not row:
+    size = min(model.config.vocab_size, vocab_limit or model.config.vocab_size)
+    for number, prompt in enumerate(prompts):
+        if not prompt:
             raise ValueError(
                 f"prompt {number} is empty; a model needs one token to go on from, for example {END_OF_TEXT}")
-        if not 0 <= min(row) <= max(row) < model.config.vocab_size:
+        if not 0 <= min(prompt) <= max(prompt) < size:
             raise ValueError(
-                f"prompt {number} holds an id outside 0 … {model.config.vocab_size - 1}; "
-                "the tokenizer is not this model's")
+                f"prompt {number} holds an id outside 0 … {size - 1}; the tokenizer is not this model's")
+
+
+class Text:
+    """The text of one row as its ids come: whole characters only, and nothing that may become a stop string."""
+
+    def __init__(self, tokenizer, stop_strings=()):
+        if tokenizer is None or not all(stop_strings):
+            raise ValueError("stop strings need a tokenizer to read the text with, and none of them may be empty")
+        self.tokenizer, self.stop_strings = tokenizer, tuple(stop_strings)
+        # Bytes of one character may come in two tokens: the decoder holds the first half back.
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.text, self.held, self.ended = "", "", False
+
+    def feed(self, token: int | None) -> bool:
+        """Add an id, or None for the end of the ids; True once a stop string stands in the text, which ends before it.
+        """
+        if self.ended:
+            return True
+        raw = b"" if token is None else self.tokenizer.decode_bytes([token])
+        text = self.held + self.decoder.decode(raw, final=token is None)
+        found = [text.find(stop) for stop in self.stop_strings if stop in text]
+        begun = 0
+        if found:
+            text, self.ended = text[:min(found)], True
+        elif token is not None:
+            begun = max((n for stop in self.stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])),
+                        default=0)
+        self.held = text[len(text) - begun:]
+        self.text += text[:len(text) - begun]
+        return self.ended
+
+
+def ends(token: int, stop_ids, text: Text | None) -> bool:
+    """Whether a row ends with this id; shows it to the row's text, unless it is a stop id."""
+    return token in stop_ids or text is not None and text.feed(token)
+
+
+@contextlib.contextmanager
+def evaluating(*models):
+    """The models in evaluation mode, and back in the mode they were in afterwards."""
+    modes = [model.training for model in models]
+    try:
+        yield [model.eval() for model in models]
+    finally:
+        for model, mode in zip(models, modes):
+            model.train(mode)
 
 
 # --- generation ---
 
 @torch.inference_mode()
-def stream(model, prompts, max_new_tokens: int, *, temperature=1.0, top_k=None, top_p=None, stop_ids=(), cache=True,
-           generator=None, vocab_limit=None, n_each: int = 1, timing: dict | None = None):
+def stream(model, prompts, max_new_tokens: int, *, stop_ids=(), cache=True, generator=None, n_each: int = 1,
+           timing: dict | None = None, texts: list[Text] | None = None, **sampling):
     """Yield, token by token, a list with the new id of every row, None for a row that has ended.
 
-    prompts: lists of ids, of any lengths. n_each: rows per prompt, which share its prefill. vocab_limit: ids from here
-    on are padding of the vocabulary and never drawn. timing: gets prefill_s, prefill_tokens, decode_s, decode_tokens.
+    prompts: lists of ids, of any lengths. n_each: rows per prompt, which share its prefill. timing: gets prefill_s,
+    prefill_tokens, decode_s, decode_tokens. texts: one for every row; a row ends with its stop string. sampling: the
+    fields of Sampling.
 
     A text that outgrows the context goes on from its last half context, read anew, with or without the cache; so both
     see the same window at every token, and the cost of reading is spread over half a context of new tokens.
     """
-    check_sampling(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    how = Sampling(**sampling)
+    check_prompts(model, prompts, max_new_tokens, how.vocab_limit)
     context, device = model.config.context_length, next(model.parameters()).device
     timing = {} if timing is None else timing
     timing.update(prefill_s=0.0, prefill_tokens=0, decode_s=0.0, decode_tokens=0)
@@ -126,17 +216,16 @@ def stream(model, prompts, max_new_tokens: int, *, temperature=1.0, top_k=None, 
         else:
             last = torch.tensor([[rows[i][-1]] for i in alive], device=device)
             logits = model(last, cache=memory)[:, -1]
-        if vocab_limit is not None and vocab_limit < logits.shape[-1]:
-            logits = logits[:, :vocab_limit]
-        ids = pick(logits, temperature, top_k, top_p, generator).tolist()
+        ids = how.draw(logits, [rows[i] for i in alive], generator)
         timing[f"{phase}_s"] += time.perf_counter() - began
         timing[f"{phase}_tokens"] += sum(map(len, prompts)) if phase == "prefill" else len(ids)
-        given = [None] * len(rows)
-        for i, token in zip(alive, ids):
+        given, left = [None] * len(rows), []
+        for n, (i, token) in enumerate(zip(alive, ids)):
             rows[i].append(token)
             given[i] = token
+            if not ends(token, stop_ids, texts and texts[i]):
+                left.append(n)
         yield given
-        left = [n for n, token in enumerate(ids) if token not in stop_ids]
         if len(left) < len(alive):
             alive = [alive[n] for n in left]
             if not alive:
@@ -151,35 +240,220 @@ def prefill(model, windows: list[list[int]], cache: bool):
     # Padding stands on the right, where a causal model cannot see it from the left; the cache then forgets it.
     tokens = torch.tensor([window + [0] * (max(lengths) - len(window)) for window in windows], device=device)
     memory = model.new_cache(len(windows)) if cache else None
-    logits = model(tokens, cache=memory)
+    hidden = model.hidden(tokens, memory)
     if memory is not None:
         memory.set_lengths(lengths)
-    return logits[torch.arange(len(windows)), torch.tensor(lengths) - 1], memory
+    # The head is the largest matrix of a small model: only the last token of each window goes through it.
+    return model.head(hidden[torch.arange(len(windows)), torch.tensor(lengths) - 1]), memory
 
 
 def generate(model, prompt_ids, max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
-             top_p: float | None = None, stop_ids=(), cache: bool = True, generator=None,
-             vocab_limit: int | None = None):
+             top_p: float | None = None, stop_ids=(), cache: bool = True, generator=None, min_p: float | None = None,
+             repetition_penalty: float = 1.0, stop_strings=(), tokenizer=None, vocab_limit: int | None = None):
     """The new ids after a prompt (a list of int), or a list of them for a list of prompts of any lengths.
 
-    temperature: 0 is greedy. top_k, then top_p cut the distribution. stop_ids end a row and are the last id given.
-    generator: a torch.Generator; the same seed gives the same ids, with the cache or without.
+    temperature: 0 is greedy. top_k, then top_p, then min_p (2407.01082) cut the distribution; see `distribution`.
+    repetition_penalty: logits of ids already in the text are divided by it, or multiplied where negative.
+    stop_ids end a row and are the last id given; so does the id that completes one of stop_strings, for which the
+    tokenizer is needed. generator: a torch.Generator; the same seed gives the same ids, with the cache or without.
     Raises ValueError for an empty prompt, ids the model does not have, or a setting out of range.
     """
     single = len(prompt_ids) == 0 or not isinstance(prompt_ids[0], (list, tuple))
     prompts = [list(map(int, prompt)) for prompt in ([prompt_ids] if single else prompt_ids)]
+    texts = [Text(tokenizer, stop_strings) for _ in prompts] if stop_strings else None
     new = [[] for _ in prompts]
-    was_training = model.training
-    model.eval()
-    try:
-        for ids in stream(model, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                          stop_ids=stop_ids, cache=cache, generator=generator, vocab_limit=vocab_limit):
+    with evaluating(model):
+        for ids in stream(model, prompts, max_new_tokens, stop_ids=stop_ids, cache=cache, generator=generator,
+                          texts=texts, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                          repetition_penalty=repetition_penalty, vocab_limit=vocab_limit):
             for row, token in zip(new, ids):
                 if token is not None:
                     row.append(token)
-    finally:
-        model.train(was_training)
     return new[0] if single else new
+
+
+# --- speculative decoding ---
+# A cheap draft proposes k tokens x_i, drawn from its distributions q_i; one pass of the target gives its own
+# distributions p_i at all of them and after the last. Algorithm 1 of Leviathan et al. 2023 (2211.17192), in order:
+#     keep x_i with probability min(1, p_i(x_i) / q_i(x_i));
+#     at the first one not kept, draw from max(0, p_i - q_i), normalised, instead, and stop;
+#     with all k kept, draw one more from p_(k+1).
+# Every token then has exactly the distribution p: a token x comes out by being kept, min(p(x), q(x)), or in place of
+# another, and the second makes up the p(x) - min(p(x), q(x)) that is missing. That holds for any q; a bad draft costs
+# time and nothing else. Greedy is the same rule: p is 1 at the argmax.
+
+class Window:
+    """One text in front of a model, with a cache of what has been read; where the text changed, it is read anew.
+
+    Windows of a text longer than the context move as those of `stream` do.
+    """
+
+    def __init__(self, model, spare: int = 0):
+        self.model, self.spare, self.start, self.memory = model, spare, None, None
+
+    def fit(self, ids) -> int:
+        """Move the window where ids have outgrown it; how many more tokens it has room for."""
+        context = self.model.config.context_length
+        if self.start is None:
+            self.start = max(0, len(ids) - context)
+        if len(ids) - self.start > context:
+            self.start, self.memory = len(ids) - max(1, context // 2), None
+        return context - (len(ids) - self.start)
+
+    def read(self, ids, drafts=()):
+        """Logits (1 + drafts, V) after ids and after each draft. What the cache held beyond ids[:-1] is forgotten."""
+        if self.memory is None:
+            self.memory = self.model.new_cache(1, spare=self.spare)
+        window = ids[self.start:]
+        self.first = min(self.memory.length, len(window) - 1)
+        self.memory.set_lengths(self.first)
+        tokens = torch.tensor([[*window[self.first:], *drafts]], device=self.memory.device)
+        self.hidden = self.model.hidden(tokens, self.memory)       # (1, T, C), positions first … of the window
+        return self.model.head(self.hidden[0, -1 - len(drafts):])
+
+
+class ModelDraft:
+    """Drafts by a smaller model."""
+
+    def __init__(self, model, k: int):
+        self.window = Window(model, spare=k)         # each draft is a call of its own, and all may be taken back
+
+    def propose(self, ids, k: int, how: Sampling, generator):
+        """(up to k ids, the distributions (k, V) they were drawn from)."""
+        k = min(k, self.window.fit(ids) + 1)
+        text, q = list(ids), []
+        for _ in range(k):
+            q.append(how.probabilities(self.window.read(text), [text]))
+            text.append(torch.multinomial(q[-1], 1, generator=generator).item())
+        return text[len(ids):], torch.cat(q)
+
+
+class HeadDraft:
+    """Drafts by the model's own head for a further token, fed with its own output after the first (2412.19437, 2.2)."""
+
+    def __init__(self, window: Window):
+        self.window, self.memory = window, None
+
+    def propose(self, ids, k: int, how: Sampling, generator):
+        model, first, text, q = self.window.model, self.window.first, list(ids), []
+        if first == 0:
+            self.memory = model.new_cache(1, draft=True)
+        # It reads pairs of a hidden state of the model and the token after it; the true ones stay in its cache.
+        tokens = ids[self.window.start + first + 1:]
+        hidden, true = self.window.hidden[:, :len(tokens)], first + len(tokens)
+        for _ in range(k):
+            embedded = model.token_embeddings(torch.tensor([tokens], device=hidden.device))
+            hidden = model.mtp[0](hidden, embedded, self.memory)[:, -1:]
+            self.memory.advance(len(tokens))
+            q.append(how.probabilities(model.head(hidden[:, 0]), [text]))
+            tokens = [torch.multinomial(q[-1], 1, generator=generator).item()]
+            text += tokens
+        self.memory.set_lengths(true)
+        return text[len(ids):], torch.cat(q)
+
+
+class LookupDraft:
+    """Drafts what followed the last time that the newest three tokens, or two, or one, stood in the text.
+
+    It costs nothing and helps where a text repeats itself: summaries, code edits, lists.
+    """
+
+    def __init__(self, vocab_size: int, device):
+        self.vocab_size, self.device = vocab_size, device
+
+    def propose(self, ids, k: int, how: Sampling, generator):
+        for n in range(min(3, len(ids) - 1), 0, -1):
+            for i in range(len(ids) - n - 1, -1, -1):
+                if ids[i:i + n] == ids[-n:]:
+                    drafts = torch.tensor(ids[i + n:i + n + k], device=self.device)
+                    size = min(self.vocab_size, how.vocab_limit or self.vocab_size)
+                    return drafts.tolist(), torch.nn.functional.one_hot(drafts, size).float()
+        return [], None
+
+
+def accept(p, q, drafts: list[int], generator):
+    """(how many drafts stand, the token after them), by the rule above. p: (n + 1, V), q: (n, V)."""
+    for i, (token, u) in enumerate(zip(drafts, torch.rand(len(drafts), generator=generator, device=p.device).tolist())):
+        if u * q[i, token].item() >= p[i, token].item():
+            rest = (p[i] - q[i]).clamp(min=0)
+            # Nothing is left only where p and q differ by rounding alone: then p itself is right.
+            return i, torch.multinomial(rest if rest.sum() > 0 else p[i], 1, generator=generator).item()
+    return len(drafts), torch.multinomial(p[-1], 1, generator=generator).item()
+
+
+@torch.inference_mode()
+def speculate(target, draft, prompt_ids, max_new_tokens: int, *, k: int = 4, stop_ids=(), generator=None,
+              figures: dict | None = None, text: Text | None = None, **sampling):
+    """Yield the new ids of one prompt in pieces, one piece for each pass of the target; see speculative_generate."""
+    how, ids, end = Sampling(**sampling), list(map(int, prompt_ids)), len(prompt_ids) + max_new_tokens
+    check_prompts(target, [ids], max_new_tokens, how.vocab_limit)
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k={k!r} drafts a pass must be a whole number of at least 1")
+    window = Window(target)
+    if draft in (None, "mtp"):
+        if not target.config.mtp_depth:
+            raise ValueError("mtp_depth=0: this model has no head for a further token to draft with; "
+                             "give a smaller model, or ngram to look drafts up in the text")
+        drafter = HeadDraft(window)
+    elif draft == "ngram":
+        drafter = LookupDraft(target.config.vocab_size, next(target.parameters()).device)
+    elif not hasattr(draft, "new_cache"):
+        raise ValueError(f"draft={draft!r} is none of: a Transformer, mtp (or None), ngram")
+    elif draft.config.vocab_size != target.config.vocab_size:
+        raise ValueError(f"the draft has a vocabulary of {draft.config.vocab_size}, the target one of "
+                         f"{target.config.vocab_size}; both must be trained with the same tokenizer")
+    else:
+        drafter = ModelDraft(draft, k)
+    figures = {} if figures is None else figures
+    figures.update(k=k, target_calls=0, drafted=0, accepted=0, rejected=0, prefill_s=0.0, decode_s=0.0, draft_s=0.0,
+                   prefill_tokens=len(ids), decode_tokens=0)
+    while len(ids) < end:
+        began = time.perf_counter()
+        limit = min(k, window.fit(ids), end - len(ids) - 1)
+        drafts, q = [], None
+        if limit > 0 and window.memory is not None:  # the prompt, and a window that moved, are first read as they are
+            drafts, q = drafter.propose(ids, limit, how, generator)
+        figures["draft_s"] += time.perf_counter() - began
+        p = how.probabilities(window.read(ids, drafts), [ids + drafts[:i] for i in range(len(drafts) + 1)])
+        n, token = accept(p, q, drafts, generator)
+        phase = "decode" if figures["target_calls"] else "prefill"
+        figures[f"{phase}_s"] += time.perf_counter() - began
+        new = drafts[:n] + [token]
+        stop = next((i for i, one in enumerate(new) if ends(one, stop_ids, text)), None)
+        new = new if stop is None else new[:stop + 1]
+        ids += new
+        for name, count in (("target_calls", 1), ("drafted", len(drafts)), ("accepted", n),
+                            ("rejected", int(n < len(drafts))), ("decode_tokens", len(new) * (phase == "decode"))):
+            figures[name] += count
+        yield new
+        if stop is not None:
+            return
+
+
+def speculative_generate(target, draft, prompt_ids, max_new_tokens: int, *, k: int = 4, temperature: float = 1.0,
+                         generator=None, stop_ids=(), **sampling):
+    """(new ids, figures): ids with exactly the distribution of generate(target, …), greedy the same, in fewer passes.
+
+    draft: a Transformer of the same vocabulary; None or "mtp" for the target's own multi-token head; "ngram" to look
+    drafts up in the text. k: drafts a pass. sampling: top_k, top_p, min_p, repetition_penalty, vocab_limit, of which
+    the distribution is kept too, since draft and target are cut alike.
+    figures: new_tokens, target_calls (the prefill included), drafted, accepted, rejected, acceptance_rate (accepted
+    per draft judged; those after a rejected one are not), tokens_per_target_call (after the prefill), k, seconds.
+    Raises ValueError for a draft of another vocabulary and for what `generate` refuses.
+    """
+    figures, new = {}, []
+    with evaluating(target, *([draft] if hasattr(draft, "new_cache") else [])):
+        for piece in speculate(target, draft, prompt_ids, max_new_tokens, k=k, stop_ids=stop_ids, generator=generator,
+                               figures=figures, temperature=temperature, **sampling):
+            new += piece
+    return new, finish(figures, len(new))
+
+
+def finish(figures: dict, n_new: int) -> dict:
+    """The counts of `speculate` with the shares drawn from them."""
+    judged, passes = figures["accepted"] + figures["rejected"], figures["target_calls"] - 1
+    return figures | {"new_tokens": n_new, "acceptance_rate": figures["accepted"] / judged if judged else 0.0,
+                      "tokens_per_target_call": figures["decode_tokens"] / passes if passes > 0 else 0.0}
 
 
 # --- command line ---
@@ -190,25 +464,20 @@ def write(model, tokenizer, prompt: str, config: SampleConfig, generator) -> dic
     if not prompt and end is None:
         raise ValueError(f"this tokenizer has no {END_OF_TEXT} to start a text from; give a --prompt")
     ids = tokenizer.encode(prompt) if prompt else [end]
-    timing, rows = {}, [[] for _ in range(config.num_samples)]
-    # Bytes of one character may come in two tokens: the decoder holds the first half back.
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    timing, texts, shown = {}, [Text(tokenizer) for _ in range(config.num_samples)], 0
     live = config.num_samples == 1
     if live:
         print(prompt, end="", flush=True)
-    for given in stream(model, [ids], config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-                        top_p=config.top_p, stop_ids=() if end is None else (end,), cache=config.cache,
-                        generator=generator, vocab_limit=tokenizer.vocab_size, n_each=config.num_samples,
-                        timing=timing):
-        for row, token in zip(rows, given):
-            if token is not None and token != end:
-                row.append(token)
-                if live:
-                    print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
-    if live:
-        print(decoder.decode(b"", final=True))
-    for number, row in enumerate(rows if not live else []):
-        print(f"--- sample {number + 1} ---\n{prompt}{tokenizer.decode(row)}")
+    for _ in stream(model, [ids], config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
+                    top_p=config.top_p, stop_ids=() if end is None else (end,), cache=config.cache,
+                    generator=generator, vocab_limit=tokenizer.vocab_size, n_each=config.num_samples,
+                    timing=timing, texts=texts):
+        if live:
+            print(texts[0].text[shown:], end="", flush=True)
+            shown = len(texts[0].text)
+    for number, text in enumerate(texts):
+        text.feed(None)
+        print(text.text[shown:] if live else f"--- sample {number + 1} ---\n{prompt}{text.text}")
     return timing
 
 

@@ -2437,6 +2437,104 @@ def test_bad_sampling_is_refused_before_anything_is_computed(prompt, more, words
         sample.generate(random_model(), prompt, 5, **more)
 
 
+def test_min_p_and_repetition_penalty_by_hand():
+    close = functools.partial(torch.testing.assert_close, atol=1e-6, rtol=0)
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    close(sample.distribution(logits, min_p=0.2), torch.tensor([[0.5, 0.3, 0.15, 0]]) / 0.95)
+    close(sample.distribution(logits, temperature=0), torch.tensor([[1.0, 0, 0, 0]]))
+    how, logits = sample.Sampling(repetition_penalty=2.0, vocab_limit=3), torch.tensor([[3.0, -1.0, 2.0, 9.0]])
+    close(how.scores(logits, [[0, 1, 0]]), torch.tensor([[1.5, -2.0, 2.0]]))
+    assert logits[0, 0] == 3 and sample.Sampling(0, repetition_penalty=2.0).draw(logits, [[3]], None) == [3]
+    first, second = sample.generate(random_model(), [1, 2], 2, temperature=0)
+    assert sample.generate(random_model(), [1, 2], 8, temperature=0, repetition_penalty=1e9)[0] == first
+    assert len(set(sample.generate(random_model(), [1, 2], 40, temperature=0, repetition_penalty=1e9))) == 40
+
+
+def test_text_streams_whole_characters_and_no_stop_string():
+    tokenizer = bpe.Tokenizer({i: bytes([i]) for i in range(256)}, [])
+    for text, stops, expected in (("aé€😀b", (), "aé€😀b"), ("one STOP two", ("STOP",), "one "), ("ST", ("STOP",), "ST"),
+                                  ("aSTSTOP", ("STOP", "x"), "aST"), ("ab, abc", ("abc", "b,"), "a")):
+        row, seen = sample.Text(tokenizer, stops), []
+        for token in text.encode("utf-8"):
+            row.feed(token)
+            seen.append(row.text)
+            assert expected.startswith(row.text) and "\ufffd" not in row.text, (text, row.text)
+        row.feed(None)
+        assert row.text == expected and row.ended == (expected != text) and seen == sorted(seen, key=len)
+    broken = sample.Text(tokenizer)
+    broken.feed("é".encode("utf-8")[0])
+    assert broken.text == "" and not broken.feed(None) and broken.text == "\ufffd"
+    model, how = random_model(vocab_size=128), dict(temperature=0, tokenizer=tokenizer)       # ids that are ASCII
+    alone = [sample.generate(model, [token], 30, **how) for token in (65, 66)]
+    stop = tokenizer.decode(alone[0][10:13])
+    expected = [ids[:tokenizer.decode(ids).find(stop) + 3] if stop in tokenizer.decode(ids) else ids for ids in alone]
+    assert sample.generate(model, [[65], [66]], 30, stop_strings=(stop,), **how) == expected != alone
+    with pytest.raises(ValueError, match="need a tokenizer"):
+        sample.generate(model, [65], 3, stop_strings=("x",))
+
+
+SMALL = dict(d_model=16, n_layers=1, n_heads=2, n_kv_heads=1)
+TARGETS = {"plain": {}, "windows": dict(sliding_window=3, window_pattern="SSL", n_layers=3), "mtp": dict(mtp_depth=1),
+           "mla": dict(attention="mla", n_kv_heads=4), "learned": dict(position="learned", bias=True)}
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=0, repetition_penalty=1.5)])
+@pytest.mark.parametrize("switch", TARGETS)
+def test_speculation_is_greedy_decoding_in_fewer_passes(switch, settings):
+    target = random_model(**TARGETS[switch])
+    drafts = [random_model(**SMALL), random_model(**SMALL | dict(context_length=7, sliding_window=2)), target, "ngram"]
+    figures = sample.speculative_generate(target, target, [1], 15, k=4, **settings)[1]
+    assert figures["acceptance_rate"] == 1 and figures["tokens_per_target_call"] == 14 / 3, figures
+    for draft in drafts + ["mtp", None] * (switch == "mtp"):
+        for prompt, n, k in (([3], 40, 4), (list(range(10)), 3, 8), (list(range(40)), 20, 2), ([1, 2] * 6, 9, 30)):
+            expected = sample.generate(target, prompt, n, **settings)   # past the context of 16, and k past what is left
+            ids, figures = sample.speculative_generate(target, draft, prompt, n, k=k, **settings)
+            assert ids == expected, (draft, prompt, k)
+            assert figures["new_tokens"] == n and figures["target_calls"] <= n
+            stop = expected[len(expected) // 2]
+            assert sample.speculative_generate(target, draft, prompt, n, k=k, stop_ids=(stop,), **settings)[0] == \
+                expected[:expected.index(stop) + 1]
+
+
+@pytest.mark.parametrize("draft", ["model", "windowed", "mtp", "ngram"])
+def test_speculation_has_exactly_the_targets_distribution(draft):
+    # A window of 1 lets a position see itself alone: the text is a Markov chain, its transition table is exact.
+    target = random_model(vocab_size=5, sliding_window=1, context_length=64, mtp_depth=1, d_model=16, n_layers=1)
+    how, states = dict(temperature=1.2, top_p=0.9), torch.arange(5)
+    drafts = {"model": random_model(vocab_size=5, **SMALL), "windowed": random_model(
+        vocab_size=5, **SMALL | dict(context_length=40, sliding_window=3))}
+    with torch.no_grad():
+        table = sample.distribution(target(states[:, None])[:, -1], **how)
+    ids, figures = sample.speculative_generate(target, drafts.get(draft, draft), [0], 2500, k=3, generator=rng(), **how)
+    counts = torch.zeros(5, 5).index_put_((torch.tensor([0] + ids[:-1]), torch.tensor(ids)), torch.tensor(1.0), True)
+    expected = table * counts.sum(dim=1, keepdim=True)
+    assert (counts[table == 0] == 0).all() and 0.05 < figures["acceptance_rate"] < 0.98, figures
+    kept = table > 0
+    chi_square = ((counts - expected)[kept] ** 2 / expected[kept]).sum().item()
+    assert chi_square < 48, (chi_square, kept.sum())          # 99.95 % quantile with at most 20 degrees of freedom
+
+
+def test_acceptance_rule_by_simulation():
+    p, q = torch.tensor([[0.6, 0.3, 0.1, 0.0], [0.25, 0.25, 0.25, 0.25]]), torch.tensor([[0.1, 0.1, 0.3, 0.5]])
+    generator, n = rng(), 20_000
+    drafts = torch.multinomial(q[0], n, replacement=True, generator=generator).tolist()
+    results = [sample.accept(p, q, [draft], generator) for draft in drafts]
+    first = torch.bincount(torch.tensor([draft if kept else token for draft, (kept, token) in zip(drafts, results)]))
+    assert ((first - n * p[0, :3]) ** 2 / (n * p[0, :3])).sum() < 15.2                # 99.95 %, 2 degrees of freedom
+    share = sum(kept for kept, _ in results) / n                     # sum of min(p, q) = 0.1 + 0.1 + 0.1
+    assert abs(share - 0.3) < 4 * math.sqrt(0.3 * 0.7 / n)
+
+
+@pytest.mark.parametrize("draft, more, words", [("model", {}, "vocabulary of 49"), ("mtp", {}, "mtp_depth=0"),
+                                                ("lookup", {}, "ngram"), ("ngram", dict(k=0), "k=0"),
+                                                ("ngram", dict(min_p=2.0), "min_p=2.0"),
+                                                ("ngram", dict(repetition_penalty=0.0), "repetition_penalty=0.0")])
+def test_speculation_that_cannot_be_is_refused(draft, more, words):
+    with pytest.raises(ValueError, match=words):
+        sample.speculative_generate(random_model(), random_model(vocab_size=49) if draft == "model" else draft, [1], 5,
+                                    **more)
+
+
 # --- evaluate.py ---
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary():
