@@ -21,6 +21,7 @@ import torch
 
 from checkpoint import load_model
 from configurator import command_line, fail
+from model import Linear, product
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -454,6 +455,105 @@ def finish(figures: dict, n_new: int) -> dict:
     judged, passes = figures["accepted"] + figures["rejected"], figures["target_calls"] - 1
     return figures | {"new_tokens": n_new, "acceptance_rate": figures["accepted"] / judged if judged else 0.0,
                       "tokens_per_target_call": figures["decode_tokens"] / passes if passes > 0 else 0.0}
+
+
+# --- smaller weights ---
+
+GROUP = 64                               # numbers of a row that share a scale in int4
+
+
+class QuantizedLinear(torch.nn.Module):
+    """x @ weightᵀ, the weights kept in 8 or 4 bits: decoding waits for the bytes of the weights and for little else.
+
+    int8: w ≈ s q with a scale for every row. int4: w ≈ s (q - 8) + z, a scale and a shift for every GROUP of a row.
+    Scales are bfloat16, and so are x and the products in torch's CPU kernels; sums are float32. Where there is no
+    kernel, or there are many rows to spread the cost over, the weights are multiplied out first.
+    """
+
+    def __init__(self, linear, kind: str):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        R, C = weight.shape
+        self.bias, self.kind = linear.bias, "int8" if C % GROUP else kind
+        if self.kind == "int8":
+            scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
+            q = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        else:
+            # torch's kernel wants rows in blocks; those added are cut off again.
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, -R % 64)).view(-1, C // GROUP, GROUP)
+            low, high = weight.aminmax(dim=-1)
+            step = ((high - low) / 15).clamp(min=1e-30).bfloat16()
+            shift = (low + 8 * step.float()).bfloat16()
+            q = ((weight - shift.float()[..., None]) / step.float()[..., None]).round().add(8).clamp(0, 15)
+            q, scale = q.flatten(1).to(torch.uint8), torch.stack((step, shift), dim=-1)         # (R, C), (R, C/GROUP, 2)
+        self.rows, self.packed = R, fast_int4(weight) and self.kind == "int4"
+        if self.packed:
+            q, scale = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1), scale.transpose(0, 1).contiguous()
+        elif self.kind == "int4":
+            q = q[:, 0::2] * 16 + q[:, 1::2]                                                     # two in a byte
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
+
+    def weight(self):
+        """The weights (R, C) multiplied out, in float32."""
+        if self.kind == "int8":
+            return self.q * self.scale.float()[:, None]
+        q = torch.stack((self.q // 16, self.q % 16), dim=-1).view(*self.scale.shape[:2], GROUP)
+        step, shift = self.scale.float().unsqueeze(-2).unbind(-1)
+        return ((q.float() - 8) * step + shift).flatten(1)[:self.rows]
+
+    def forward(self, x):                                                       # (..., C) -> (..., R)
+        flat = x.reshape(-1, x.shape[-1])
+        if self.packed:
+            y = torch._weight_int4pack_mm_for_cpu(flat.bfloat16(), self.q, GROUP, self.scale)[:, :self.rows]
+        elif self.kind == "int8" and len(flat) <= 128 and fast_int8(x):
+            y = torch._weight_int8pack_mm(flat.bfloat16(), self.q, self.scale)
+        elif self.kind == "int8" and len(flat) <= 4 and x.device.type == "cuda":
+            from kernels import int8_matvec
+            y = int8_matvec(flat, self.q, self.scale.float())
+        else:
+            y = product(flat, self.weight().to(x.dtype))
+        y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def fast_int8(x) -> bool:
+    """Whether torch has a product of bfloat16 and int8 for this tensor's device."""
+    return x.device.type == "cpu" and hasattr(torch, "_weight_int8pack_mm")
+
+
+def fast_int4(x) -> bool:
+    """The same for int4."""
+    return x.device.type == "cpu" and hasattr(torch, "_weight_int4pack_mm_for_cpu")
+
+
+def weight_bytes(model, rows: int = 1) -> int:
+    """Bytes of weights that one decoding pass for so many rows reads: all but the embedding table, if that is one of
+    its own, and of the experts those that are chosen at most.
+    """
+    total = 0
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        share = 1.0
+        if ".experts." in name:
+            share = min(1.0, rows * model.config.n_experts_per_token / model.config.n_experts)
+        if name != "token_embeddings.weight" or model.lm_head.weight is tensor:
+            total += share * tensor.numel() * tensor.element_size()
+    return int(total)
+
+
+def quantize(model, kind: str):
+    """Keep the model's matrices in int8 or int4 from now on, in place; returns the model. For inference alone.
+
+    Left as they are: the embedding, whose rows are looked up, the routers of experts, and MLA's kv_up_proj, which
+    decoding uses as a matrix. Rows that are no multiple of GROUP stay in int8. Raises ValueError for another kind.
+    """
+    if kind not in ("int8", "int4"):
+        raise ValueError(f"quantize={kind!r} must be int8 (a scale for every row) or int4 (a scale for every {GROUP})")
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Linear) and name not in ("router", "kv_up_proj"):
+                setattr(module, name, QuantizedLinear(child, kind))
+    return model
 
 
 # --- command line ---

@@ -2535,6 +2535,51 @@ def test_speculation_that_cannot_be_is_refused(draft, more, words):
                                     **more)
 
 
+def test_single_rows_by_onednn_equal_the_plain_product():
+    if not model_module.ONEDNN:
+        pytest.skip("this torch has no oneDNN product for x86")
+    weight = torch.randn(300, 256, generator=rng())
+    for shape in ((256,), (1, 256), (1, 1, 256), (3, 5, 256), (0, 256)):
+        x = torch.randn(shape, generator=rng(1))
+        with torch.no_grad():
+            assert (model_module.product(x, weight) - x @ weight.T).abs().max().item() < 1e-4 if x.numel() else True
+            assert model_module.product(x, weight).shape == (*shape[:-1], 300)
+        x.requires_grad_()
+        assert torch.equal(model_module.product(x, weight), x @ weight.T)          # one that has a gradient
+
+
+@pytest.mark.parametrize("kind, error", [("int8", 0.012), ("int4", 0.15)])
+def test_quantised_layers_by_their_kernels_and_without(kind, error, monkeypatch):
+    for d_in, bias in ((128, True), (48, False)):                        # 48 is no multiple of a group: int8 by rows
+        linear = model_module.Linear(d_in, 70, bias)
+        x, torch_s = torch.randn(2, 3, d_in, generator=rng()), sample.QuantizedLinear(linear, kind)
+        monkeypatch.setattr(sample, "fast_int4", lambda x: False)
+        ours = sample.QuantizedLinear(linear, kind)
+        with torch.no_grad():
+            by_kernel = torch_s(x)
+            monkeypatch.setattr(sample, "fast_int8", lambda x: False)
+            exact, plain = linear(x), ours(x)
+        monkeypatch.undo()
+        size = exact.abs().max()
+        assert (by_kernel - plain).abs().max() < 0.01 * size                       # bfloat16 keeps 8 bits
+        assert (plain - exact).abs().max() < error * size, (plain - exact).abs().max() / size
+        if ours.kind == "int4":
+            step = ours.scale[..., 0].float().amax()
+            assert (ours.weight() - linear.weight).abs().max() <= 0.6 * step and ours.q.numel() == 128 * 64
+
+
+@pytest.mark.parametrize("switch", ["plain", "tied", "moe", "mla", "gpt2"])
+def test_a_quantised_model_still_writes(switch):
+    plain, small = toy(switch, d_model=64).eval(), sample.quantize(toy(switch, d_model=64).eval(), "int8")
+    text = ids(2, 12)
+    assert (small(text) - plain(text)).abs().max() < 0.1 * plain(text).abs().max()
+    assert sample.weight_bytes(small) < 0.4 * sample.weight_bytes(plain)
+    assert len(sample.generate(small, [1, 2], 8, temperature=0)) == 8 and "int4" in str(
+        {module.kind for module in sample.quantize(plain, "int4").modules() if hasattr(module, "kind")})
+    with pytest.raises(ValueError, match="quantize='int2'"):
+        sample.quantize(plain, "int2")
+
+
 # --- evaluate.py ---
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary():
