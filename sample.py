@@ -12,18 +12,24 @@ Top-k: Fan 2018 (1805.04833). Top-p (nucleus): Holtzman 2019 (1904.09751).
 """
 import codecs
 import contextlib
+import copy
+import html
 import math
+import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from checkpoint import load_model
 from configurator import command_line, fail
-from model import Linear, product
+from model import PRESETS, Linear, ModelConfig, Transformer, product
 
 END_OF_TEXT = "<|endoftext|>"
+GROUP = 64                               # numbers of a row that share a scale in int4
 
 
 @dataclass
@@ -34,10 +40,45 @@ class SampleConfig:
     temperature: float = 0.8             # 0 = always the likeliest token; 1 = the model's own distribution
     top_k: int | None = None             # sample from the k likeliest tokens only
     top_p: float | None = None           # sample from the fewest tokens whose probabilities sum to p
+    min_p: float | None = None           # sample from tokens of at least this share of the likeliest one's probability
+    repetition_penalty: float = 1.0      # logits of tokens already in the text are divided by it; 1 = off
+    stop: str | None = None              # a text that ends the answer, which is shown up to there
     num_samples: int = 1                 # continuations of the one prompt
     seed: int | None = None              # none = another text every time
     cache: bool = True                   # false = run the whole text through the model for every token
     interactive: bool = False            # ask for prompts until an empty line
+    chat: bool = False                   # a conversation with a model that align.py tuned for it
+    draft: str | None = None             # speculative decoding: folder of a smaller model | mtp (own head) | ngram
+    k: int = 4                           # drafts for each pass of the model
+    quantize: str | None = None          # int8 | int4: smaller weights
+    device: str = "cpu"                  # cpu, cuda, mps
+    checkpoint: str = "ckpt.pt"          # ckpt.pt = the last state, best.pt = the best on validation
+
+
+@dataclass
+class BenchConfig:
+    """What `python sample.py bench` can be told."""
+    contexts: str = "128,512"            # lengths of the prompt
+    batches: str = "1,4,16"              # prompts at once
+    new_tokens: int = 32                 # tokens to decode after each prompt
+    rounds: int = 3                      # every case once a round; the median counts
+    draft: str | None = None             # folder of a smaller model to speculate with; n-grams and an own head always are
+    k: int = 4                           # drafts for each pass of the model
+    compile: bool = False                # also with torch.compile of the feed-forward layers
+    reference: bool = False              # also transformers' generate with the same weights, where it is installed
+    seed: int = 0                        # of random weights and prompts
+    out: str = "bench"                   # OUT.txt gets the table, OUT.png the plot
+    device: str = "cpu"                  # cpu, cuda, mps
+    checkpoint: str = "ckpt.pt"          # ckpt.pt = the last state, best.pt = the best on validation
+
+
+@dataclass
+class ExplainConfig:
+    """What `python sample.py explain OUT_DIR` can be told."""
+    prompt: str = ""                     # the text; the model's own continuation follows it
+    max_new_tokens: int = 20             # tokens of that continuation, always the likeliest
+    quantize: str | None = None          # int8 | int4: smaller weights
+    out: str | None = None               # the HTML page; none = explain.html in OUT_DIR
     device: str = "cpu"                  # cpu, cuda, mps
     checkpoint: str = "ckpt.pt"          # ckpt.pt = the last state, best.pt = the best on validation
 
@@ -80,19 +121,14 @@ class Sampling:
     vocab_limit: int | None = None       # ids from here on pad the vocabulary and are never drawn
 
     def __post_init__(self):
-        for wrong, message in (
-            (not 0 <= self.temperature < math.inf, f"temperature={self.temperature} must be 0 (greedy) or more"),
-            (self.top_k is not None and self.top_k < 1,
-             f"top_k={self.top_k} must be at least 1; leave it out to sample from all tokens"),
-            (self.top_p is not None and not 0 < self.top_p <= 1,
-             f"top_p={self.top_p} must be above 0 and at most 1; leave it out to sample from all tokens"),
-            (self.min_p is not None and not 0 <= self.min_p <= 1,
-             f"min_p={self.min_p} must be from 0 to 1, a share of the likeliest token's probability"),
-            (not 0 < self.repetition_penalty < math.inf,
-             f"repetition_penalty={self.repetition_penalty} must be above 0; 1 = none, 1.2 is a usual one"),
-        ):
-            if wrong:
-                raise ValueError(message)
+        for name, allowed, fits in (
+            ("temperature", "0 (greedy) or more", 0 <= self.temperature < math.inf),
+            ("top_k", "at least 1; leave it out to sample from all tokens", self.top_k is None or self.top_k >= 1),
+            ("top_p", "above 0 and at most 1; leave it out for all tokens", self.top_p is None or 0 < self.top_p <= 1),
+            ("min_p", "0 … 1, a share of the likeliest token's", self.min_p is None or 0 <= self.min_p <= 1),
+            ("repetition_penalty", "above 0; 1 = none, 1.2 is a usual one", 0 < self.repetition_penalty < math.inf)):
+            if not fits:
+                raise ValueError(f"{name}={getattr(self, name)} must be {allowed}")
 
     def scores(self, logits, texts):
         """logits (B, V) without padding rows; those of ids that stand in a row's text made less likely (1909.05858)."""
@@ -184,7 +220,7 @@ def stream(model, prompts, max_new_tokens: int, *, stop_ids=(), cache=True, gene
     """Yield, token by token, a list with the new id of every row, None for a row that has ended.
 
     prompts: lists of ids, of any lengths. n_each: rows per prompt, which share its prefill. timing: gets prefill_s,
-    prefill_tokens, decode_s, decode_tokens. texts: one for every row; a row ends with its stop string. sampling: the
+    prefill_tokens, decode_s, decode_tokens, decode_bytes (weights and cache read). texts: one for every row; a row ends with its stop string. sampling: the
     fields of Sampling.
 
     A text that outgrows the context goes on from its last half context, read anew, with or without the cache; so both
@@ -194,10 +230,10 @@ def stream(model, prompts, max_new_tokens: int, *, stop_ids=(), cache=True, gene
     check_prompts(model, prompts, max_new_tokens, how.vocab_limit)
     context, device = model.config.context_length, next(model.parameters()).device
     timing = {} if timing is None else timing
-    timing.update(prefill_s=0.0, prefill_tokens=0, decode_s=0.0, decode_tokens=0)
+    timing.update(prefill_s=0.0, prefill_tokens=0, decode_s=0.0, decode_tokens=0, decode_bytes=0)
     rows = [list(prompt) for prompt in prompts]
     starts = [max(0, len(row) - context) for row in rows]           # each row's window begins here
-    alive, memory, stop_ids = None, None, set(stop_ids)
+    alive, memory, stop_ids, n_bytes = None, None, set(stop_ids), weight_bytes(model, len(prompts) * n_each)
     for _ in range(max_new_tokens):
         began = time.perf_counter()
         for i in alive if alive is not None else ():
@@ -215,6 +251,7 @@ def stream(model, prompts, max_new_tokens: int, *, stop_ids=(), cache=True, gene
         elif memory is None:
             logits, memory = prefill(model, [rows[i][starts[i]:] for i in alive], cache)
         else:
+            timing["decode_bytes"] += n_bytes + memory.n_bytes * memory.length // memory.max_length
             last = torch.tensor([[rows[i][-1]] for i in alive], device=device)
             logits = model(last, cache=memory)[:, -1]
         ids = how.draw(logits, [rows[i] for i in alive], generator)
@@ -283,6 +320,10 @@ def generate(model, prompt_ids, max_new_tokens: int, *, temperature: float = 1.0
 # another, and the second makes up the p(x) - min(p(x), q(x)) that is missing. That holds for any q; a bad draft costs
 # time and nothing else. Greedy is the same rule: p is 1 at the argmax.
 
+FIGURES = ("new_tokens", "target_calls", "drafted", "accepted", "rejected", "acceptance_rate", "tokens_per_target_call",
+           "prefill_tokens", "prefill_s", "decode_tokens", "decode_calls", "decode_s", "draft_s")
+
+
 class Window:
     """One text in front of a model, with a cache of what has been read; where the text changed, it is read anew.
 
@@ -313,6 +354,15 @@ class Window:
         return self.model.head(self.hidden[0, -1 - len(drafts):])
 
 
+def draw_in_turn(ids, k: int, how: Sampling, generator, logits_after):
+    """(k ids that follow ids, the distributions (k, V) they were drawn from), by logits_after(text) of shape (1, V)."""
+    text, q = list(ids), []
+    for _ in range(k):
+        q.append(how.probabilities(logits_after(text), [text]))
+        text.append(torch.multinomial(q[-1], 1, generator=generator).item())
+    return text[len(ids):], torch.cat(q)
+
+
 class ModelDraft:
     """Drafts by a smaller model."""
 
@@ -320,13 +370,7 @@ class ModelDraft:
         self.window = Window(model, spare=k)         # each draft is a call of its own, and all may be taken back
 
     def propose(self, ids, k: int, how: Sampling, generator):
-        """(up to k ids, the distributions (k, V) they were drawn from)."""
-        k = min(k, self.window.fit(ids) + 1)
-        text, q = list(ids), []
-        for _ in range(k):
-            q.append(how.probabilities(self.window.read(text), [text]))
-            text.append(torch.multinomial(q[-1], 1, generator=generator).item())
-        return text[len(ids):], torch.cat(q)
+        return draw_in_turn(ids, min(k, self.window.fit(ids) + 1), how, generator, self.window.read)
 
 
 class HeadDraft:
@@ -336,21 +380,21 @@ class HeadDraft:
         self.window, self.memory = window, None
 
     def propose(self, ids, k: int, how: Sampling, generator):
-        model, first, text, q = self.window.model, self.window.first, list(ids), []
+        model, first = self.window.model, self.window.first
         if first == 0:
             self.memory = model.new_cache(1, draft=True)
-        # It reads pairs of a hidden state of the model and the token after it; the true ones stay in its cache.
-        tokens = ids[self.window.start + first + 1:]
-        hidden, true = self.window.hidden[:, :len(tokens)], first + len(tokens)
-        for _ in range(k):
-            embedded = model.token_embeddings(torch.tensor([tokens], device=hidden.device))
-            hidden = model.mtp[0](hidden, embedded, self.memory)[:, -1:]
-            self.memory.advance(len(tokens))
-            q.append(how.probabilities(model.head(hidden[:, 0]), [text]))
-            tokens = [torch.multinomial(q[-1], 1, generator=generator).item()]
-            text += tokens
-        self.memory.set_lengths(true)
-        return text[len(ids):], torch.cat(q)
+        # It reads pairs of a hidden state of the model and the token after it; only the true ones stay in its cache.
+        begin = self.window.start + first + 1
+        self.hidden = self.window.hidden[:, :len(ids) - begin]
+
+        def logits_after(text):
+            tokens = torch.tensor([text[begin + self.memory.length - first:]], device=self.hidden.device)
+            self.hidden = model.mtp[0](self.hidden, model.token_embeddings(tokens), self.memory)[:, -1:]
+            self.memory.advance(tokens.shape[1])
+            return model.head(self.hidden[:, 0])
+        drafts = draw_in_turn(ids, k, how, generator, logits_after)
+        self.memory.set_lengths(first + len(ids) - begin)
+        return drafts
 
 
 class LookupDraft:
@@ -406,8 +450,9 @@ def speculate(target, draft, prompt_ids, max_new_tokens: int, *, k: int = 4, sto
     else:
         drafter = ModelDraft(draft, k)
     figures = {} if figures is None else figures
-    figures.update(k=k, target_calls=0, drafted=0, accepted=0, rejected=0, prefill_s=0.0, decode_s=0.0, draft_s=0.0,
-                   prefill_tokens=len(ids), decode_tokens=0)
+    for name in FIGURES:                 # those of several texts add up
+        figures.setdefault(name, 0)
+    figures["prefill_tokens"] += len(ids)
     while len(ids) < end:
         began = time.perf_counter()
         limit = min(k, window.fit(ids), end - len(ids) - 1)
@@ -417,15 +462,18 @@ def speculate(target, draft, prompt_ids, max_new_tokens: int, *, k: int = 4, sto
         figures["draft_s"] += time.perf_counter() - began
         p = how.probabilities(window.read(ids, drafts), [ids + drafts[:i] for i in range(len(drafts) + 1)])
         n, token = accept(p, q, drafts, generator)
-        phase = "decode" if figures["target_calls"] else "prefill"
+        phase = "prefill" if end - len(ids) == max_new_tokens else "decode"
         figures[f"{phase}_s"] += time.perf_counter() - began
         new = drafts[:n] + [token]
         stop = next((i for i, one in enumerate(new) if ends(one, stop_ids, text)), None)
         new = new if stop is None else new[:stop + 1]
         ids += new
-        for name, count in (("target_calls", 1), ("drafted", len(drafts)), ("accepted", n),
-                            ("rejected", int(n < len(drafts))), ("decode_tokens", len(new) * (phase == "decode"))):
-            figures[name] += count
+        for name, count in (("target_calls", 1), ("drafted", len(drafts)), ("accepted", n), ("new_tokens", len(new)),
+                            ("rejected", n < len(drafts)), ("decode_tokens", len(new) * (phase == "decode")),
+                            ("decode_calls", phase == "decode")):
+            figures[name] += int(count)
+        figures["acceptance_rate"] = figures["accepted"] / max(1, figures["accepted"] + figures["rejected"])
+        figures["tokens_per_target_call"] = figures["decode_tokens"] / max(1, figures["decode_calls"])
         yield new
         if stop is not None:
             return
@@ -438,29 +486,19 @@ def speculative_generate(target, draft, prompt_ids, max_new_tokens: int, *, k: i
     draft: a Transformer of the same vocabulary; None or "mtp" for the target's own multi-token head; "ngram" to look
     drafts up in the text. k: drafts a pass. sampling: top_k, top_p, min_p, repetition_penalty, vocab_limit, of which
     the distribution is kept too, since draft and target are cut alike.
-    figures: new_tokens, target_calls (the prefill included), drafted, accepted, rejected, acceptance_rate (accepted
-    per draft judged; those after a rejected one are not), tokens_per_target_call (after the prefill), k, seconds.
-    Raises ValueError for a draft of another vocabulary and for what `generate` refuses.
+    figures: FIGURES, among them acceptance_rate, of the drafts judged (those after a rejected one are not), and
+    tokens_per_target_call, after the prefill. Raises ValueError for a draft of another vocabulary and for what
+    `generate` refuses.
     """
     figures, new = {}, []
     with evaluating(target, *([draft] if hasattr(draft, "new_cache") else [])):
         for piece in speculate(target, draft, prompt_ids, max_new_tokens, k=k, stop_ids=stop_ids, generator=generator,
                                figures=figures, temperature=temperature, **sampling):
             new += piece
-    return new, finish(figures, len(new))
-
-
-def finish(figures: dict, n_new: int) -> dict:
-    """The counts of `speculate` with the shares drawn from them."""
-    judged, passes = figures["accepted"] + figures["rejected"], figures["target_calls"] - 1
-    return figures | {"new_tokens": n_new, "acceptance_rate": figures["accepted"] / judged if judged else 0.0,
-                      "tokens_per_target_call": figures["decode_tokens"] / passes if passes > 0 else 0.0}
+    return new, figures
 
 
 # --- smaller weights ---
-
-GROUP = 64                               # numbers of a row that share a scale in int4
-
 
 class QuantizedLinear(torch.nn.Module):
     """x @ weightᵀ, the weights kept in 8 or 4 bits: decoding waits for the bytes of the weights and for little else.
@@ -506,14 +544,14 @@ class QuantizedLinear(torch.nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         if self.packed:
             y = torch._weight_int4pack_mm_for_cpu(flat.bfloat16(), self.q, GROUP, self.scale)[:, :self.rows]
-        elif self.kind == "int8" and len(flat) <= 128 and fast_int8(x):
+        elif self.kind == "int8" and 0 < len(flat) <= 128 and fast_int8(x):
             y = torch._weight_int8pack_mm(flat.bfloat16(), self.q, self.scale)
         elif self.kind == "int8" and len(flat) <= 4 and x.device.type == "cuda":
             from kernels import int8_matvec
             y = int8_matvec(flat, self.q, self.scale.float())
         else:
             y = product(flat, self.weight().to(x.dtype))
-        y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        y = y.to(x.dtype).reshape(*x.shape[:-1], self.rows)
         return y if self.bias is None else y + self.bias
 
 
@@ -556,60 +594,323 @@ def quantize(model, kind: str):
     return model
 
 
+# --- measuring ---
+
+SHAPES = {"llama-30m": dict(vocab_size=32_000, context_length=1024, d_model=512, n_layers=6, n_heads=8, d_ff=1376,
+                            tie_embeddings=True),
+          "llama-124m": dict(vocab_size=50_257, context_length=1024, d_model=768, n_layers=12, n_heads=12, d_ff=2048,
+                             tie_embeddings=True)}
+
+
+def bandwidth(device) -> float:
+    """Bytes per second that a sum over far more numbers than any cache holds reads: the roof of decoding."""
+    numbers, times = torch.ones(2 ** 26, device=device), []
+    for _ in range(6):
+        began = time.perf_counter()
+        numbers.sum().item()
+        times.append(time.perf_counter() - began)
+    return numbers.numel() * numbers.element_size() / min(times)
+
+
+def run_case(case: dict) -> dict:
+    """One measurement: the timing of `stream`, of `speculate`, or of transformers' generate."""
+    model, prompts, n_new, figures = case["model"], case["prompts"], case["n_new"], {}
+    if "draft" in case:
+        new = [token for piece in speculate(model, case["draft"], prompts[0], n_new, k=case["k"], temperature=0,
+                                            figures=figures) for token in piece]
+    elif hasattr(model, "new_cache"):
+        new = [ids[0] for ids in stream(model, prompts, n_new, cache=case.get("cache", True), temperature=0,
+                                        timing=figures)]
+    else:
+        times = []
+        for n in (1, n_new):                       # the prefill and one token; then all of it again
+            began = time.perf_counter()
+            ids = model.generate(torch.tensor(prompts), max_new_tokens=n, min_new_tokens=n, do_sample=False)
+            times.append(time.perf_counter() - began)
+        new = ids[0, len(prompts[0]):].tolist()
+        figures = dict(prefill_s=times[0], decode_s=times[1] - times[0], prefill_tokens=len(prompts[0]),
+                       decode_tokens=n_new - 1)
+    return figures | {"new": new}
+
+
+def reference(model):
+    """The same weights as a model of transformers, or None, saying so, where it is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        print("reference=true: transformers is not installed (pip install transformers); left out")
+        return None
+    from convert import save_pretrained
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs.generation_config.eos_token_id = None
+    return theirs
+
+
+def bench_cases(model, draft, config) -> dict:
+    """What is measured, by its row in the table: (name, context, batch) -> arguments of run_case."""
+    contexts, batches = ([int(n) for n in text.split(",")] for text in (config.contexts, config.batches))
+    if max(contexts) + config.new_tokens > model.config.context_length or min(contexts + batches) < 1:
+        raise ValueError(f"contexts={config.contexts} with new_tokens={config.new_tokens} must be 1 … "
+                         f"{model.config.context_length}, the model's context, and batches={config.batches} at least 1")
+    base, ids = contexts[0], torch.randint(model.config.vocab_size, (max(batches), max(contexts))).tolist()
+
+    def prompts_of(context, batch):
+        return [row[:context] for row in ids[:batch]]
+    common = dict(model=model, prompts=prompts_of(base, 1), n_new=config.new_tokens)
+    cases = {("float32", context, batch): common | dict(prompts=prompts_of(context, batch))
+             for context in contexts for batch in batches}
+    cases["no cache", base, 1] = common | dict(cache=False, n_new=max(2, config.new_tokens // 8))
+    for kind in ("int8", "int4"):
+        small = quantize(copy.deepcopy(model), kind)
+        cases |= {(kind, base, batch): common | dict(model=small, prompts=prompts_of(base, batch)) for batch in batches}
+    for name, one in {"n-gram drafts": "ngram", "mtp drafts": "mtp" if model.config.mtp_depth else None,
+                      "drafts": draft}.items():
+        if one is not None:
+            cases[name, base, 1] = common | dict(draft=one, k=config.k)
+    if config.compile:
+        compiled = copy.deepcopy(model)
+        for block in compiled.layers:              # shapes without a past in them: one compilation serves every token
+            block.ffn.compile()
+        cases["compiled ffn", base, 1] = common | dict(model=compiled)
+    if config.reference and (theirs := reference(model)) is not None:
+        cases["transformers", base, 1] = common | dict(model=theirs)
+    return cases
+
+
+@torch.inference_mode()
+def bench(name: str, config) -> None:
+    """Print a table of prefill and decoding rates of a folder or a shape, and draw decoding under its roof."""
+    torch.manual_seed(config.seed)
+    if name in SHAPES or name in PRESETS:
+        model, tokenizer = Transformer(ModelConfig(**SHAPES.get(name) or PRESETS[name])).to(config.device).eval(), None
+    else:
+        model, tokenizer = load(name, config)
+    draft = load_draft(config.draft, model, tokenizer, config) if config.draft else None
+    cases, roof, results = bench_cases(model, draft, config), bandwidth(config.device), {}
+    for _ in range(config.rounds):                 # in turn: what slows the machine down slows all of them
+        for key, case in cases.items():
+            results.setdefault(key, []).append(run_case(case))
+    lines = [f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.new_tokens} new "
+             f"tokens, median of {config.rounds} rounds, {torch.get_num_threads()} threads; memory {roof / 1e9:.1f} GB/s",
+             f"{'':<16}{'prompt':>7}{'batch':>6}{'prefill tok/s':>14}{'decode tok/s':>13}{'x':>6}{'GB/s':>7}{'of roof':>8}"]
+    plain = decode_rate(results["float32", int(config.contexts.split(",")[0]), int(config.batches.split(",")[0])])
+    for (kind, context, batch), runs in results.items():
+        rate, first = decode_rate(runs), runs[0]
+        prefill_rate = statistics.median(run["prefill_tokens"] / run["prefill_s"] for run in runs)
+        line = f"{kind:<16}{context:>7}{batch:>6}{prefill_rate:>14,.0f}{rate:>13,.1f}{rate / plain:>6.2f}"
+        if first.get("decode_bytes"):
+            speed = first["decode_bytes"] * rate / first["decode_tokens"]
+            line += f"{speed / 1e9:>7.1f}{speed / roof:>8.2f}"
+        if "drafted" in first:
+            line += "  {acceptance_rate:.0%} accepted, {tokens_per_target_call:.2f} tokens a pass".format(**first)
+        if kind == "transformers":
+            line += "  same tokens" if first["new"] == results["float32", context, batch][0]["new"] else "  OTHER TOKENS"
+        lines.append(line)
+    print("\n".join(lines))
+    Path(f"{config.out}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    draw(results, roof, f"python sample.py bench {name}", f"{config.out}.png")
+
+
+def decode_rate(runs: list[dict]) -> float:
+    return statistics.median(run["decode_tokens"] / run["decode_s"] for run in runs)
+
+
+def draw(results: dict, roof: float, command: str, path: str) -> None:
+    """Decoding rates over the batch, with the roof: what the bytes of weights and cache allow."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for number, (kind, context) in enumerate(dict.fromkeys(key[:2] for key in results)):
+        batches = [key[2] for key in results if key[:2] == (kind, context)]
+        color, runs = f"C{number % 10}", [results[kind, context, batch] for batch in batches]
+        axes.plot(batches, [decode_rate(one) for one in runs], "o-", color=color, label=f"{kind}, prompt {context}")
+        if runs[0][0].get("decode_bytes"):
+            axes.plot(batches, [roof * one[0]["decode_tokens"] / one[0]["decode_bytes"] for one in runs], "--",
+                      color=color, alpha=0.5)
+    axes.set(xscale="log", yscale="log", xlabel="rows in the batch", ylabel="decoded tokens per second",
+             title=f"{command}\ndashed: the roof, {roof / 1e9:.1f} GB/s of memory")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    print(f"{path} drawn")
+
+
+# --- explaining ---
+
+@torch.inference_mode()
+def explain(folder: str, config) -> None:
+    """Show how a model sees a text, token by token, in the terminal and as an HTML page."""
+    model, tokenizer = load(folder, config)
+    ids, end = begin(tokenizer, config.prompt)
+    room = model.config.context_length - len(ids)
+    if config.max_new_tokens > room:
+        raise ValueError(f"{len(ids)} tokens of prompt and max_new_tokens={config.max_new_tokens} pass the model's "
+                         f"context of {model.config.context_length}; explain looks at one context, give less")
+    new = generate(model, ids, config.max_new_tokens, temperature=0, vocab_limit=tokenizer.vocab_size)
+    ids = ([end] if end is not None and ids[0] != end and room > len(new) else []) + ids + new
+    log_p = torch.log_softmax(model(torch.tensor([ids[:-1]], device=config.device))[0].float(), dim=-1)
+    page, line = [], []
+    for i, (row, token) in enumerate(zip(log_p, ids[1:])):
+        p, rank = row[token].exp().item(), int((row > row[token]).sum()) + 1
+        entropy, top = -(row.exp() * row.clamp(min=-1e4)).sum().item() / math.log(2), row.topk(min(5, len(row)))
+        likely = ", ".join(f"{show(tokenizer, other)} {value:.1%}"
+                           for value, other in zip(top.values.exp().tolist(), top.indices.tolist()))
+        text, level = show(tokenizer, token), min(5, int(-math.log10(max(p, 1e-5))))      # 0: above 10 %, 5: below 0.001 %
+        about = f"p {p:.2%}, rank {rank}, entropy {entropy:.2f} bits; likeliest: {likely}"
+        line.append(f"\x1b[30;48;5;{COLORS[level][0]}m{text}\x1b[0m")
+        page.append(f'<tr style="background:{COLORS[level][1]}"><td>{i + 1}<td><b>{html.escape(text)}</b><td>{p:.2%}'
+                    f"<td>{rank}<td>{entropy:.2f}<td>{html.escape(likely)}")
+        print(f"{text:<16} {about}")
+    print("".join(line))
+    path = Path(config.out or Path(folder) / "explain.html")
+    path.write_text('<!doctype html><meta charset="utf-8"><title>explain</title>\n<style>td{padding:0 1em;'
+                    "font-family:monospace;white-space:pre}</style>\n<table><tr><th><th>token<th>probability<th>rank"
+                    "<th>entropy, bits<th>five likeliest\n" + "\n".join(page) + "\n</table>\n", encoding="utf-8",
+                    newline="\n")
+    print(f"{path} written")
+
+
+# Green to red, one step for each factor of ten of probability: the terminal's number and the page's.
+COLORS = ((157, "#afffaf"), (191, "#dfff5f"), (228, "#ffff87"), (222, "#ffdf87"), (216, "#ffaf87"), (210, "#ff8787"))
+
+
+def show(tokenizer, token: int) -> str:
+    """A token as text on one line: part of a character as U+FFFD, no control characters."""
+    if token not in tokenizer.vocab:
+        return f"[{token}]"                        # a row that pads the vocabulary
+    text = tokenizer.decode([token]).replace("\n", "⏎").replace(" ", "·")
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
+
+
 # --- command line ---
 
-def write(model, tokenizer, prompt: str, config: SampleConfig, generator) -> dict:
-    """Print continuations of one prompt: a single one as it is made, several one after another; returns the timing."""
+# What stands around a user's turn, and the token that ends the answer: align.py's form, and ChatML.
+CHATS = (("<|user|>", "<|end|><|assistant|>", "<|end|>"),
+         ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"))
+
+
+def chat_ids(tokenizer, turns: list[str]):
+    """(ids of a conversation up to where the next answer begins, the id that ends it). turns: user, assistant, …, user.
+
+    Only the template names control tokens: what people type is plain text, even where it reads "<|end|>".
+    """
+    form = next((form for form in CHATS if form[0].split("\n")[0] in tokenizer.special_tokens
+                 and form[2] in tokenizer.special_tokens), None)
+    if form is None:
+        raise ValueError("chat=true needs a tokenizer with <|user|>, <|assistant|> and <|end|>, or ChatML's tokens; "
+                         "tune the model for conversations first: python align.py sft")
+    ids, (before, after, end) = [], form
+    for i, turn in enumerate(turns):
+        left, right = (before, after) if i % 2 == 0 else ("", end)
+        ids += tokenizer.encode(left) + tokenizer.encode(turn, allowed_special=set()) + tokenizer.encode(right)
+    return ids, tokenizer.special_tokens[end]
+
+
+def begin(tokenizer, prompt: str):
+    """(ids to go on from, the id that ends a document or None)."""
     end = tokenizer.special_tokens.get(END_OF_TEXT)
     if not prompt and end is None:
         raise ValueError(f"this tokenizer has no {END_OF_TEXT} to start a text from; give a --prompt")
-    ids = tokenizer.encode(prompt) if prompt else [end]
-    timing, texts, shown = {}, [Text(tokenizer) for _ in range(config.num_samples)], 0
-    live = config.num_samples == 1
-    if live:
-        print(prompt, end="", flush=True)
-    for _ in stream(model, [ids], config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-                    top_p=config.top_p, stop_ids=() if end is None else (end,), cache=config.cache,
-                    generator=generator, vocab_limit=tokenizer.vocab_size, n_each=config.num_samples,
-                    timing=timing, texts=texts):
-        if live:
+    return (tokenizer.encode(prompt) if prompt else [end]), end
+
+
+def load(folder: str, config):
+    """(model, tokenizer) of a folder, as small as config.quantize says."""
+    model, tokenizer = load_model(folder, config.device, config.checkpoint)
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer.json: its ids cannot be turned into text")
+    kind = getattr(config, "quantize", None)
+    return (quantize(model, kind) if kind else model), tokenizer
+
+
+def load_draft(name: str, model, tokenizer, config):
+    """What --draft names: mtp, ngram, or the folder of a smaller model with the same tokenizer."""
+    if name in ("mtp", "ngram"):
+        return name
+    draft, its_tokenizer = load_model(name, config.device, config.checkpoint)
+    if tokenizer is not None and (its_tokenizer is None or its_tokenizer.vocab != tokenizer.vocab):
+        raise ValueError(f"draft={name} was trained with another tokenizer; both must read the same ids")
+    return draft
+
+
+def write(model, tokenizer, before: str, ids, end, config, generator, draft) -> str:
+    """Print what follows ids, after `before`: a single text as it is made, several one by one; returns the last."""
+    how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+    how |= dict(stop_ids=() if end is None else (end,), generator=generator, vocab_limit=tokenizer.vocab_size)
+    texts = [Text(tokenizer, (config.stop,) if config.stop else ()) for _ in range(config.num_samples)]
+    figures, shown = {}, 0
+    if len(texts) == 1:
+        print(before, end="", flush=True)
+    if draft is None:
+        steps = stream(model, [ids], config.max_new_tokens, cache=config.cache, n_each=len(texts), timing=figures,
+                       texts=texts, **how)
+    else:
+        steps = (piece for text in texts for piece in speculate(
+            model, draft, ids, config.max_new_tokens, k=config.k, figures=figures, text=text, **how))
+    for _ in steps:
+        if len(texts) == 1:
             print(texts[0].text[shown:], end="", flush=True)
             shown = len(texts[0].text)
     for number, text in enumerate(texts):
         text.feed(None)
-        print(text.text[shown:] if live else f"--- sample {number + 1} ---\n{prompt}{text.text}")
-    return timing
+        print(text.text[shown:] if len(texts) == 1 else f"--- sample {number + 1} ---\n{before}{text.text}")
+    report(figures, config)
+    return texts[-1].text
 
 
-def print_timing(timing: dict) -> None:
-    rates = []
+def report(figures: dict, config) -> None:
+    """One line: the rates of the two phases, and how near decoding came to what the memory can do."""
+    line = []
     for phase in ("prefill", "decode"):
-        n, seconds = timing[f"{phase}_tokens"], max(timing[f"{phase}_s"], 1e-9)
-        rates.append(f"{phase} {n} tokens, {n / seconds:,.0f} tok/s")
-    print("--- " + "; ".join(rates) + " ---")
+        n, seconds = figures.get(f"{phase}_tokens", 0), max(figures.get(f"{phase}_s", 0), 1e-9)
+        line.append(f"{phase} {n} tokens, {n / seconds:,.0f} tok/s")
+    if figures.get("decode_bytes"):
+        speed, roof = figures["decode_bytes"] / figures["decode_s"], bandwidth(config.device)
+        line[-1] += f", {speed / 1e9:.1f} GB/s = {speed / roof:.0%} of the memory's {roof / 1e9:.1f}"
+    if "drafted" in figures:
+        line.append("{acceptance_rate:.0%} of drafts accepted, {tokens_per_target_call:.2f} tokens a pass".format(
+            **figures))
+    print("--- " + "; ".join(line) + " ---")
 
 
-USAGE = "usage: python sample.py OUT_DIR [--prompt=TEXT] [--key=value …]"
+def sample(folder: str, config) -> None:
+    """Load the folder of a run and write."""
+    if config.num_samples < 1 or config.draft and not config.cache:
+        raise ValueError(f"num_samples={config.num_samples} must be at least 1, and draft={config.draft} needs cache=true")
+    model, tokenizer = load(folder, config)
+    generator = None if config.seed is None else torch.Generator(config.device).manual_seed(config.seed)
+    draft = load_draft(config.draft, model, tokenizer, config) if config.draft else None
+    turns, prompt = [], config.prompt
+    while True:
+        if (config.chat or config.interactive) and not prompt:
+            prompt = input("you> " if config.chat else "prompt> ")
+            if not prompt:
+                return
+        turns.append(prompt)
+        ids, end = chat_ids(tokenizer, turns) if config.chat else begin(tokenizer, prompt)
+        turns.append(write(model, tokenizer, "" if config.chat else prompt, ids, end, config, generator, draft))
+        prompt = ""
+        if not (config.chat or config.interactive):
+            return
+
+
+USAGE = """usage: python sample.py OUT_DIR [--prompt=TEXT] [--key=value …]
+       python sample.py bench OUT_DIR|SHAPE [--key=value …]       SHAPE: llama-124m, gpt2, …
+       python sample.py explain OUT_DIR --prompt=TEXT [--key=value …]"""
+VERBS = {"bench": (BenchConfig, bench), "explain": (ExplainConfig, explain)}
 
 
 def main(argv: list[str]) -> None:
-    """Load the folder of a run and write; a mistake exits with status 2."""
-    _, files, config, _ = command_line(SampleConfig, argv, USAGE)
+    """Do what the command line says; a mistake exits with status 2."""
+    config_class, do = VERBS.get(argv[0] if argv else None, (SampleConfig, sample))
+    _, files, config, _ = command_line(config_class, argv, USAGE, tuple(VERBS))
     if len(files) != 1:
         fail(f"give one folder of a training run. {USAGE}")
     try:
-        if config.num_samples < 1:
-            raise ValueError(f"num_samples={config.num_samples} must be at least 1")
-        model, tokenizer = load_model(files[0], config.device, config.checkpoint)
-        if tokenizer is None:
-            raise ValueError(f"{files[0]} has no tokenizer.json: its ids cannot be turned into text")
-        generator = None
-        if config.seed is not None:
-            generator = torch.Generator(config.device).manual_seed(config.seed)
-        if not config.interactive:
-            return print_timing(write(model, tokenizer, config.prompt, config, generator))
-        while prompt := input("prompt> "):
-            print_timing(write(model, tokenizer, prompt, config, generator))
+        do(files[0], config)
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)
     except (EOFError, KeyboardInterrupt):

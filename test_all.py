@@ -2535,17 +2535,14 @@ def test_speculation_that_cannot_be_is_refused(draft, more, words):
                                     **more)
 
 
-def test_single_rows_by_onednn_equal_the_plain_product():
-    if not model_module.ONEDNN:
-        pytest.skip("this torch has no oneDNN product for x86")
-    weight = torch.randn(300, 256, generator=rng())
-    for shape in ((256,), (1, 256), (1, 1, 256), (3, 5, 256), (0, 256)):
-        x = torch.randn(shape, generator=rng(1))
-        with torch.no_grad():
-            assert (model_module.product(x, weight) - x @ weight.T).abs().max().item() < 1e-4 if x.numel() else True
-            assert model_module.product(x, weight).shape == (*shape[:-1], 300)
-        x.requires_grad_()
-        assert torch.equal(model_module.product(x, weight), x @ weight.T)          # one that has a gradient
+@pytest.mark.parametrize("shape", [(256,), (1, 256), (1, 1, 256), (2, 1, 256), (3, 5, 256), (0, 256)])
+def test_few_rows_by_their_own_product_equal_the_plain_one(shape):
+    weight, x = torch.randn(300, 256, generator=rng()), torch.randn(shape, generator=rng(1))
+    with torch.no_grad():
+        difference = model_module.product(x, weight) - x @ weight.T
+        assert difference.shape == (*shape[:-1], 300) and (difference.abs() < 1e-4).all(), difference.abs().max()
+    x.requires_grad_()
+    assert torch.equal(model_module.product(x, weight), x @ weight.T)              # one that has a gradient
 
 
 @pytest.mark.parametrize("kind, error", [("int8", 0.012), ("int4", 0.15)])
@@ -2573,7 +2570,7 @@ def test_a_quantised_model_still_writes(switch):
     plain, small = toy(switch, d_model=64).eval(), sample.quantize(toy(switch, d_model=64).eval(), "int8")
     text = ids(2, 12)
     assert (small(text) - plain(text)).abs().max() < 0.1 * plain(text).abs().max()
-    assert sample.weight_bytes(small) < 0.4 * sample.weight_bytes(plain)
+    assert sample.weight_bytes(small) < 0.45 * sample.weight_bytes(plain)
     assert len(sample.generate(small, [1, 2], 8, temperature=0)) == 8 and "int4" in str(
         {module.kind for module in sample.quantize(plain, "int4").modules() if hasattr(module, "kind")})
     with pytest.raises(ValueError, match="quantize='int2'"):
