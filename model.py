@@ -403,24 +403,20 @@ def lowered(x):
 
 # --- layers ---
 
-# Whether torch has oneDNN's product for this processor; between a row and a hundred it is faster than MKL's.
+# Whether torch has oneDNN's product, which multiplies by a weight matrix in the layout it has, for this processor.
 ONEDNN = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
           and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
 
 def product(x, weight):
-    """x @ weightᵀ, in float32 on a CPU and without gradients in the way that is fastest for so many rows.
+    """x @ weightᵀ; in float32 on a CPU and without gradients by oneDNN, unless the matrix is small.
 
-    Decoding a single row, all the work is to read the weights. MKL does that with one core only; given the row twice, as
-    a matrix, it uses all of them.
+    For one row of x, reading the weights is all the work. MKL does that with a single core, oneDNN with all of them.
     """
-    C = x.shape[-1]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not (
-            x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.numel() >= 2 ** 16):
-        return x @ weight.T
-    if x.numel() == C:
-        return (weight @ x.reshape(1, C).expand(2, C).T)[:, 0].contiguous().view(*x.shape[:-1], -1)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "") if ONEDNN else x @ weight.T
+    if ONEDNN and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")) \
+            and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.numel() >= 2 ** 18:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return x @ weight.T
 
 
 def truncated_normal(shape, std: float) -> torch.Tensor:

@@ -1,14 +1,19 @@
 """Write with a trained model: prefill the prompt once, then decode one token at a time against the cache.
 
     python sample.py out/shakespeare --prompt="ROMEO" --max_new_tokens=200 --temperature=0.8 --top_k=50
-    python sample.py out/shakespeare --num_samples=3 --seed=7
-    python sample.py out/shakespeare --interactive=true
+    python sample.py out/shakespeare --interactive=true --quantize=int8
+    python sample.py out/NAME --draft=out/SMALL                    or --draft=mtp, --draft=ngram
+    python sample.py out/TUNED --chat=true                         after align.py
+    python sample.py explain out/shakespeare --prompt="ROMEO:"     what the model expected at every token
+    python sample.py bench llama-124m --reference=true             rates, and the roof that memory sets (two minutes)
 
 The prompt goes through the model in one pass (prefill: many tokens, bound by arithmetic); every token after it is a
-pass of its own (decode: all weights read for one token, bound by memory bandwidth). The two are timed apart. The
-folder alone is enough: ckpt.pt and the tokenizer.json beside it.
+pass of its own (decode: all weights read for one token, bound by memory bandwidth). The two are timed apart. What makes
+decoding faster therefore reads less for a token: a batch shares one reading, drafts share one among the tokens they
+get right, and int8 or int4 make it shorter. Left out: paged caches and a scheduler for many users.
 
-Top-k: Fan 2018 (1805.04833). Top-p (nucleus): Holtzman 2019 (1904.09751).
+Top-k: Fan 2018 (1805.04833). Top-p (nucleus): Holtzman 2019 (1904.09751). Min-p: 2407.01082. Speculative decoding:
+Leviathan 2022 (2211.17192). The folder of a run alone is enough: ckpt.pt and the tokenizer.json beside it.
 """
 import codecs
 import contextlib
@@ -172,7 +177,8 @@ class Text:
     def __init__(self, tokenizer, stop_strings=()):
         if tokenizer is None or not all(stop_strings):
             raise ValueError("stop strings need a tokenizer to read the text with, and none of them may be empty")
-        self.tokenizer, self.stop_strings = tokenizer, tuple(stop_strings)
+        self.tokenizer = tokenizer
+        self.stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
         # Bytes of one character may come in two tokens: the decoder holds the first half back.
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.text, self.held, self.ended = "", "", False
@@ -612,25 +618,17 @@ def bandwidth(device) -> float:
     return numbers.numel() * numbers.element_size() / min(times)
 
 
-def run_case(case: dict) -> dict:
+def run_case(model, prompts, n_new: int, draft=None, k: int = 4, cache: bool = True) -> dict:
     """One measurement: the timing of `stream`, of `speculate`, or of transformers' generate."""
-    model, prompts, n_new, figures = case["model"], case["prompts"], case["n_new"], {}
-    if "draft" in case:
-        new = [token for piece in speculate(model, case["draft"], prompts[0], n_new, k=case["k"], temperature=0,
-                                            figures=figures) for token in piece]
+    timing, began = {}, time.perf_counter()
+    if draft is not None:
+        new = sum(speculate(model, draft, prompts[0], n_new, k=k, temperature=0, figures=timing), [])
     elif hasattr(model, "new_cache"):
-        new = [ids[0] for ids in stream(model, prompts, n_new, cache=case.get("cache", True), temperature=0,
-                                        timing=figures)]
+        new = [ids[0] for ids in stream(model, prompts, n_new, cache=cache, temperature=0, timing=timing)]
     else:
-        times = []
-        for n in (1, n_new):                       # the prefill and one token; then all of it again
-            began = time.perf_counter()
-            ids = model.generate(torch.tensor(prompts), max_new_tokens=n, min_new_tokens=n, do_sample=False)
-            times.append(time.perf_counter() - began)
-        new = ids[0, len(prompts[0]):].tolist()
-        figures = dict(prefill_s=times[0], decode_s=times[1] - times[0], prefill_tokens=len(prompts[0]),
-                       decode_tokens=n_new - 1)
-    return figures | {"new": new}
+        how = dict(do_sample=False, min_new_tokens=n_new, max_new_tokens=n_new)
+        new = model.generate(torch.tensor(prompts), **how)[0, len(prompts[0]):].tolist()
+    return timing | {"new": new, "rate": len(prompts) * n_new / (time.perf_counter() - began)}
 
 
 def reference(model):
@@ -655,27 +653,24 @@ def bench_cases(model, draft, config) -> dict:
         raise ValueError(f"contexts={config.contexts} with new_tokens={config.new_tokens} must be 1 … "
                          f"{model.config.context_length}, the model's context, and batches={config.batches} at least 1")
     base, ids = contexts[0], torch.randint(model.config.vocab_size, (max(batches), max(contexts))).tolist()
-
-    def prompts_of(context, batch):
-        return [row[:context] for row in ids[:batch]]
-    common = dict(model=model, prompts=prompts_of(base, 1), n_new=config.new_tokens)
-    cases = {("float32", context, batch): common | dict(prompts=prompts_of(context, batch))
-             for context in contexts for batch in batches}
-    cases["no cache", base, 1] = common | dict(cache=False, n_new=max(2, config.new_tokens // 8))
+    cases = {("plain", context, batch): (model, [row[:context] for row in ids[:batch]], config.new_tokens)
+             for context in contexts for batch in sorted({1, *batches})}
+    one = cases["plain", base, 1][1:]
     for kind in ("int8", "int4"):
         small = quantize(copy.deepcopy(model), kind)
-        cases |= {(kind, base, batch): common | dict(model=small, prompts=prompts_of(base, batch)) for batch in batches}
-    for name, one in {"n-gram drafts": "ngram", "mtp drafts": "mtp" if model.config.mtp_depth else None,
-                      "drafts": draft}.items():
-        if one is not None:
-            cases[name, base, 1] = common | dict(draft=one, k=config.k)
+        cases |= {(kind, *key[1:]): (small, *case[1:]) for key, case in cases.items() if key[:2] == ("plain", base)}
+    for name, drafter in (("n-grams", "ngram"), ("own head", "mtp" if model.config.mtp_depth else None),
+                          ("draft model", draft)):
+        if drafter is not None:
+            cases[name, base, 1] = (model, *one, drafter, config.k)
+    cases["no cache", base, 1] = (model, one[0], max(2, config.new_tokens // 8), None, 0, False)
     if config.compile:
         compiled = copy.deepcopy(model)
         for block in compiled.layers:              # shapes without a past in them: one compilation serves every token
             block.ffn.compile()
-        cases["compiled ffn", base, 1] = common | dict(model=compiled)
+        cases["compiled ffn", base, 1] = (compiled, *one)
     if config.reference and (theirs := reference(model)) is not None:
-        cases["transformers", base, 1] = common | dict(model=theirs)
+        cases["transformers", base, 1] = (theirs, *one)
     return cases
 
 
@@ -683,38 +678,42 @@ def bench_cases(model, draft, config) -> dict:
 def bench(name: str, config) -> None:
     """Print a table of prefill and decoding rates of a folder or a shape, and draw decoding under its roof."""
     torch.manual_seed(config.seed)
-    if name in SHAPES or name in PRESETS:
-        model, tokenizer = Transformer(ModelConfig(**SHAPES.get(name) or PRESETS[name])).to(config.device).eval(), None
-    else:
+    tokenizer, shape = None, SHAPES.get(name) or PRESETS.get(name)
+    if shape is None:
         model, tokenizer = load(name, config)
+    else:
+        model = Transformer(ModelConfig(**shape)).to(config.device).eval()
     draft = load_draft(config.draft, model, tokenizer, config) if config.draft else None
-    cases, roof, results = bench_cases(model, draft, config), bandwidth(config.device), {}
+    cases, roof = bench_cases(model, draft, config), bandwidth(config.device)
+    results = {key: [] for key in cases}
     for _ in range(config.rounds):                 # in turn: what slows the machine down slows all of them
         for key, case in cases.items():
-            results.setdefault(key, []).append(run_case(case))
-    lines = [f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.new_tokens} new "
-             f"tokens, median of {config.rounds} rounds, {torch.get_num_threads()} threads; memory {roof / 1e9:.1f} GB/s",
-             f"{'':<16}{'prompt':>7}{'batch':>6}{'prefill tok/s':>14}{'decode tok/s':>13}{'x':>6}{'GB/s':>7}{'of roof':>8}"]
-    plain = decode_rate(results["float32", int(config.contexts.split(",")[0]), int(config.batches.split(",")[0])])
+            results[key].append(run_case(*case))
+    lines = [f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.new_tokens} new tokens; "
+             f"medians of {config.rounds} rounds in turn, {torch.get_num_threads()} threads, memory {roof / 1e9:.1f} GB/s",
+             f"{'':<14}{'prompt':>6}{'batch':>6} | {'both, tok/s':>12}{'×':>6} | {'prefill, tok/s':>14} | "
+             f"{'decode, tok/s':>13}{'GB/s':>6}{'of roof':>8}"]
+    base = next(runs for runs in results.values())
     for (kind, context, batch), runs in results.items():
-        rate, first = decode_rate(runs), runs[0]
-        prefill_rate = statistics.median(run["prefill_tokens"] / run["prefill_s"] for run in runs)
-        line = f"{kind:<16}{context:>7}{batch:>6}{prefill_rate:>14,.0f}{rate:>13,.1f}{rate / plain:>6.2f}"
+        rate, first = median(runs, "rate"), runs[0]
+        line = f"{kind:<14}{context:>6}{batch:>6} | {rate:>12,.1f}{rate / median(base, 'rate'):>6.2f} | "
+        if "decode_s" in first:
+            line += f"{median(runs, 'prefill_tokens', 'prefill_s'):>14,.0f} | {median(runs, 'decode_tokens', 'decode_s'):>13,.1f}"
         if first.get("decode_bytes"):
-            speed = first["decode_bytes"] * rate / first["decode_tokens"]
-            line += f"{speed / 1e9:>7.1f}{speed / roof:>8.2f}"
+            speed = median(runs, "decode_bytes", "decode_s")
+            line += f"{speed / 1e9:>6.1f}{speed / roof:>8.2f}"
         if "drafted" in first:
             line += "  {acceptance_rate:.0%} accepted, {tokens_per_target_call:.2f} tokens a pass".format(**first)
-        if kind == "transformers":
-            line += "  same tokens" if first["new"] == results["float32", context, batch][0]["new"] else "  OTHER TOKENS"
+        if kind in ("transformers", "n-grams", "own head", "draft model"):
+            line += ", the same tokens" if first["new"] == base[0]["new"] else ", OTHER TOKENS"
         lines.append(line)
     print("\n".join(lines))
     Path(f"{config.out}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     draw(results, roof, f"python sample.py bench {name}", f"{config.out}.png")
 
 
-def decode_rate(runs: list[dict]) -> float:
-    return statistics.median(run["decode_tokens"] / run["decode_s"] for run in runs)
+def median(runs: list[dict], name: str, per: str | None = None) -> float:
+    return statistics.median(run[name] / (run[per] if per else 1) for run in runs)
 
 
 def draw(results: dict, roof: float, command: str, path: str) -> None:
@@ -726,7 +725,9 @@ def draw(results: dict, roof: float, command: str, path: str) -> None:
     for number, (kind, context) in enumerate(dict.fromkeys(key[:2] for key in results)):
         batches = [key[2] for key in results if key[:2] == (kind, context)]
         color, runs = f"C{number % 10}", [results[kind, context, batch] for batch in batches]
-        axes.plot(batches, [decode_rate(one) for one in runs], "o-", color=color, label=f"{kind}, prompt {context}")
+        if "decode_s" in runs[0][0]:
+            axes.plot(batches, [median(one, "decode_tokens", "decode_s") for one in runs], "o-", color=color,
+                      label=f"{kind}, prompt {context}")
         if runs[0][0].get("decode_bytes"):
             axes.plot(batches, [roof * one[0]["decode_tokens"] / one[0]["decode_bytes"] for one in runs], "--",
                       color=color, alpha=0.5)

@@ -2514,17 +2514,6 @@ def test_speculation_has_exactly_the_targets_distribution(draft):
     assert chi_square < 48, (chi_square, kept.sum())          # 99.95 % quantile with at most 20 degrees of freedom
 
 
-def test_acceptance_rule_by_simulation():
-    p, q = torch.tensor([[0.6, 0.3, 0.1, 0.0], [0.25, 0.25, 0.25, 0.25]]), torch.tensor([[0.1, 0.1, 0.3, 0.5]])
-    generator, n = rng(), 20_000
-    drafts = torch.multinomial(q[0], n, replacement=True, generator=generator).tolist()
-    results = [sample.accept(p, q, [draft], generator) for draft in drafts]
-    first = torch.bincount(torch.tensor([draft if kept else token for draft, (kept, token) in zip(drafts, results)]))
-    assert ((first - n * p[0, :3]) ** 2 / (n * p[0, :3])).sum() < 15.2                # 99.95 %, 2 degrees of freedom
-    share = sum(kept for kept, _ in results) / n                     # sum of min(p, q) = 0.1 + 0.1 + 0.1
-    assert abs(share - 0.3) < 4 * math.sqrt(0.3 * 0.7 / n)
-
-
 @pytest.mark.parametrize("draft, more, words", [("model", {}, "vocabulary of 49"), ("mtp", {}, "mtp_depth=0"),
                                                 ("lookup", {}, "ngram"), ("ngram", dict(k=0), "k=0"),
                                                 ("ngram", dict(min_p=2.0), "min_p=2.0"),
@@ -2535,12 +2524,12 @@ def test_speculation_that_cannot_be_is_refused(draft, more, words):
                                     **more)
 
 
-@pytest.mark.parametrize("shape", [(256,), (1, 256), (1, 1, 256), (2, 1, 256), (3, 5, 256), (0, 256)])
-def test_few_rows_by_their_own_product_equal_the_plain_one(shape):
-    weight, x = torch.randn(300, 256, generator=rng()), torch.randn(shape, generator=rng(1))
+@pytest.mark.parametrize("shape", [(512,), (1, 512), (1, 1, 512), (3, 5, 512), (0, 512)])
+def test_inference_has_its_own_product_equal_to_the_plain_one(shape):
+    weight, x = torch.randn(600, 512, generator=rng()), torch.randn(shape, generator=rng(1))
     with torch.no_grad():
         difference = model_module.product(x, weight) - x @ weight.T
-        assert difference.shape == (*shape[:-1], 300) and (difference.abs() < 1e-4).all(), difference.abs().max()
+        assert difference.shape == (*shape[:-1], 600) and (difference.abs() < 1e-4).all(), difference.abs().max()
     x.requires_grad_()
     assert torch.equal(model_module.product(x, weight), x @ weight.T)              # one that has a gradient
 
@@ -2575,6 +2564,56 @@ def test_a_quantised_model_still_writes(switch):
         {module.kind for module in sample.quantize(plain, "int4").modules() if hasattr(module, "kind")})
     with pytest.raises(ValueError, match="quantize='int2'"):
         sample.quantize(plain, "int2")
+
+
+def test_the_own_heads_drafts_are_those_of_a_full_pass():
+    model = random_model(mtp_depth=1, context_length=64)
+    window, text, q = sample.Window(model), [1, 2, 3, 4, 5], None
+    drafter = sample.HeadDraft(window)
+    for step in range(3):                                  # the cache of the head goes on over rejected drafts
+        window.read(text[:-1], [7, 8] if step else [])
+        drafts, q = drafter.propose(text, 2, sample.Sampling(), rng())
+        with torch.no_grad():
+            hidden = model.hidden(torch.tensor([text[:-1]]))
+            expected = torch.softmax(model.draft(hidden, torch.tensor([text[1:]]))[0, -1], dim=-1)
+        torch.testing.assert_close(q[0], expected)
+        text += [9 + step, 11]
+
+
+def test_sample_commands(tmp_path, capsys, monkeypatch):
+    specials = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    tokenizer = bpe.Tokenizer({i: bytes([i]) for i in range(256)} | {256 + i: s.encode() for i, s in enumerate(specials)},
+                              [], specials)
+    for name, width in (("big", 64), ("small", 32)):
+        model = random_model(vocab_size=264, context_length=64, d_model=width)
+        (tmp_path / name).mkdir()
+        tokenizer.save(tmp_path / name / "tokenizer.json")
+        checkpoint.save_checkpoint(model, None, 0, tmp_path / name / "ckpt.pt")
+    monkeypatch.setattr(sample, "bandwidth", lambda device: 3e10)
+    typed = iter(["hi <|end|>", "you", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+
+    def run(*arguments):
+        sample.main([*arguments[:-1], str(tmp_path / arguments[-1])])
+        return capsys.readouterr().out
+    plain = run("--prompt=ab", "--temperature=0", "--max_new_tokens=12", "big")
+    assert plain.startswith("ab") and "GB/s" in plain
+    for more in (f"--draft={tmp_path / 'small'}", "--draft=ngram"):
+        drafted = run("--prompt=ab", "--temperature=0", "--max_new_tokens=12", more, "big")
+        assert drafted.split("---")[0] == plain.split("---")[0] and "of drafts accepted" in drafted
+    assert run("--max_new_tokens=3", "--num_samples=2", "--quantize=int4", "big").count("--- sample") == 2
+    assert run("--chat=true", "--max_new_tokens=3", "big").count("prefill") == 2
+    assert sample.chat_ids(tokenizer, ["a<|end|>", "b", "c"]) == ([257, 97, *b"<|end|>", 259, 258, 98, 259, 257, 99, 259, 258], 259)
+    told = run("explain", "--prompt=<b>", "--max_new_tokens=2", "big")
+    page = (tmp_path / "big" / "explain.html").read_text(encoding="utf-8")
+    assert page.count("<tr ") == 5 and "<b>&lt;</b>" in page and told.count("likeliest") == 5
+    table = run("bench", "--contexts=8", "--batches=2", "--new_tokens=4", "--rounds=1", f"--out={tmp_path / 'bench'}", "big")
+    assert "n-grams" in table and "the same tokens" in table and "OTHER" not in table
+    assert (tmp_path / "bench.png").stat().st_size > 5000 and (tmp_path / "bench.txt").read_text(encoding="utf-8") in table
+    for bad, words in ((["--quantize=int2"], "int2"), (["--draft=ngram", "--cache=false"], "cache=true")):
+        with pytest.raises(SystemExit):
+            run(*bad, "big")
+        assert words in capsys.readouterr().err
 
 
 # --- evaluate.py ---
