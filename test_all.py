@@ -2571,6 +2571,7 @@ def test_the_own_heads_drafts_are_those_of_a_full_pass():
     window, text, q = sample.Window(model), [1, 2, 3, 4, 5], None
     drafter = sample.HeadDraft(window)
     for step in range(3):                                  # the cache of the head goes on over rejected drafts
+        window.fit(text)
         window.read(text[:-1], [7, 8] if step else [])
         drafts, q = drafter.propose(text, 2, sample.Sampling(), rng())
         with torch.no_grad():
