@@ -409,6 +409,22 @@ def lowered(x):
 
 # --- layers ---
 
+# Whether torch has oneDNN's product, which multiplies by a weight matrix in the layout it has, for this processor.
+ONEDNN = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+          and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+
+
+def product(x, weight):
+    """x @ weightᵀ; in float32 on a CPU and without gradients by oneDNN, unless the matrix is small.
+
+    For one row of x, reading the weights is all the work. MKL does that with a single core, oneDNN with all of them.
+    """
+    if ONEDNN and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")) \
+            and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.numel() >= 2 ** 18:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return x @ weight.T
+
+
 def truncated_normal(shape, std: float) -> torch.Tensor:
     """N(0, std²) cut at three standard deviations."""
     return nn.init.trunc_normal_(torch.empty(shape), mean=0.0, std=std, a=-3 * std, b=3 * std)
@@ -424,7 +440,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
     def forward(self, x):                                                       # (..., d_in) -> (..., d_out)
-        y = x @ self.weight.T
+        y = product(x, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -626,13 +642,13 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device, dtype,
-                 windows: tuple | None = None):
+                 windows: tuple | None = None, spare: int = 0):
         mla = config.attention == "mla"
         heads = 1 if mla else config.n_kv_heads
         self.widths = (config.kv_lora_rank, config.rope_head_dim) if mla else (config.head_dim, config.head_dim)
         self.windows = config.windows if windows is None else windows
-        self.max_length, self.batch_size = max_length, batch_size
-        slots = [max_length if window is None else min(max_length, 2 * window) for window in self.windows]
+        self.max_length, self.batch_size, self.spare = max_length, batch_size, spare
+        slots = [max_length if window is None else min(max_length, 2 * window + spare) for window in self.windows]
         # Zeros, not empty memory: a slot not yet filled is masked out, but 0 times NaN would be NaN.
         self.k, self.v = ([torch.zeros(batch_size, heads, n, width, device=device, dtype=dtype) for n in slots]
                           for width in self.widths)
@@ -687,7 +703,7 @@ class KVCache:
         """Store k and v (B, K, T, D) at `positions`; return all from first(window) on, (B, K, S, D) each."""
         end, low = self.length + k.shape[-2], self.first(self.windows[layer])
         if end - self.starts[layer] > self.k[layer].shape[2]:
-            self._slide(layer, low, end)
+            self._slide(layer, max(self.starts[layer], low - self.spare), end)
         start = self.starts[layer]
         held = self.k[layer], self.v[layer]
         if self.lengths is None:
@@ -1076,14 +1092,15 @@ class Transformer(nn.Module):
             cache.advance(next_tokens.shape[-1])
         return self.head(x)
 
-    def new_cache(self, batch_size: int, max_length: int | None = None, draft: bool = False) -> KVCache:
+    def new_cache(self, batch_size: int, max_length: int | None = None, draft: bool = False,
+                  spare: int = 0) -> KVCache:
         """An empty cache for batch_size rows of up to max_length tokens (the context length when not given).
 
-        draft: for `draft` instead of the model itself.
+        draft: for `draft` instead of the model itself. spare: tokens before the last call that can be taken back too.
         """
-        weight = self.lm_head.weight
+        weight = self.token_embeddings.weight
         return KVCache(self.config, batch_size, max_length or self.config.context_length, weight.device, weight.dtype,
-                       (None,) if draft else None)
+                       (None,) if draft else None, spare)
 
     def experts(self) -> list:
         return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
