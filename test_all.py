@@ -40,6 +40,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")      # read when kernels.py is imported, which model.py does
 
+import align
 import bpe
 import checkpoint
 import configurator
@@ -2456,10 +2457,170 @@ def test_bytes_of_a_token_file_are_those_of_its_text(corpus):
     assert np.array_equal(from_bin[0], from_text[0])
 
 
+@pytest.mark.parametrize("output, letter", [
+    ("The correct answer is B. There is only one.", "B"), ("10000 polyominoes", None), ("(c) is right", "C"), ("D", "D"),
+    ("The answer is **A**", "A"), ("A good question", None), ("I thought the answer is A, but the answer is C", "C"),
+    ("The correct answer is Apple", None), ("A or B", None), ("Answer: d", "D"), ("", None)])
+def test_parse_mmlu(output, letter):
+    assert evaluate.parse_mmlu({"options": ["1", "10", "100", "no"]}, output) == letter
+
+
+@pytest.mark.parametrize("output, number", [("48/2 = 24, so 48+24 = 72 clips.", "72"), ("$1,072.50.", "1072.50"), ("none", None),
+                                            ("it is -5", "-5"), ("10-5", "5"), ("1,2,3", "3"), (".5", ".5"), ("", None)])
+def test_parse_gsm8k(output, number):
+    assert evaluate.parse_gsm8k(output) == number
+
+
 # --- scaling.py ---
 
 
 # --- align.py ---
+
+@pytest.mark.parametrize("kind", ["ours", "tokenizers", "transformers"])
+def test_prompts_and_responses_become_shifted_rows_with_an_aligned_mask(kind, bpe_trained, tmp_path):
+    ours = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>", "<|pad|>"])
+    ours.save(tmp_path / "tokenizer.json")
+    tokenizer, pad = ours, ours.special_tokens["<|pad|>"]
+    if kind == "tokenizers":
+        tokenizer, pad = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), 0
+    if kind == "transformers":
+        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), pad_token="<|pad|>")
+    prompts, responses = ["the cat", "the hat in the hat"], [" sat<|endoftext|>", " x"]
+    batch = align.tokenize_prompt_and_output(prompts, responses, tokenizer)
+    rows = [(ours.encode(p), ours.encode(r)) for p, r in zip(prompts, responses)]
+    width = max(len(p) + len(r) for p, r in rows)
+    for i, (prompt, response) in enumerate(rows):
+        whole = (prompt + response + [pad] * width)[:width]
+        mask = [len(prompt) <= place < len(prompt + response) for place in range(width)]
+        assert batch["input_ids"][i].tolist() == whole[:-1] and batch["labels"][i].tolist() == whole[1:]
+        assert batch["response_mask"][i].tolist() == mask[1:]
+        assert batch["labels"][i][batch["response_mask"][i]].tolist() == response         # the EOS is learnt, padding is not
+    with pytest.raises(ValueError, match="2 prompts and 1 responses"):
+        align.tokenize_prompt_and_output(prompts, responses[:1], tokenizer)
+
+
+def test_log_probs_and_entropy_are_those_of_the_logits():
+    model, ids = random_model(), torch.randint(0, 50, (3, 9), generator=rng())
+    found = align.response_log_probs(model, ids[:, :-1], ids[:, 1:], return_entropy=True)
+    log_p = torch.log_softmax(model(ids[:, :-1]).double(), dim=-1)
+    expected = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(found["log_probs"].double(), expected, atol=1e-5, rtol=0)     # float32 against float64
+    torch.testing.assert_close(found["token_entropy"].double(), -(log_p.exp() * log_p).sum(-1), atol=1e-5, rtol=0)
+    assert set(align.response_log_probs(model, ids[:, :-1], ids[:, 1:])) == {"log_probs"}
+
+    def theirs(tokens):
+        return type("Output", (), {"logits": model(tokens)})
+    assert torch.equal(align.response_log_probs(theirs, ids[:, :-1], ids[:, 1:])["log_probs"], found["log_probs"])
+    sure = torch.tensor([[0.0, -torch.inf, -torch.inf], [0.0, 0.0, -torch.inf]])
+    torch.testing.assert_close(align.token_entropy(sure), torch.tensor([0.0, math.log(2)]))
+
+
+def test_masked_sums_and_means_by_hand():
+    x, mask = torch.tensor([[1.0, 2, 3], [4, 5, torch.nan]]), torch.tensor([[1, 0, 1], [1, 1, 0]])
+    assert align.masked_mean(x, mask).item() == 13 / 4 and align.masked_mean(x, mask, 1).tolist() == [2, 4.5]
+    assert align.masked_normalize(x, mask, 0, 2.0).tolist() == [2.5, 2.5, 1.5]
+    assert align.masked_normalize(x, mask, constant=10).item() == pytest.approx(1.3)
+    assert align.masked_mean(x, torch.zeros(2, 3), -1).isnan().all()
+    # The course's example: 4 and 7 of 7 tokens, advantage 2 everywhere.
+    ratio, mask = torch.full((2, 7), 2.0), torch.arange(7) < torch.tensor([[4], [7]])
+    assert align.masked_mean(ratio, mask, 1).tolist() == [2, 2]
+    torch.testing.assert_close(align.masked_normalize(ratio, mask, 1, 7.0), torch.tensor([8 / 7, 2.0]))
+
+
+def test_sft_step_is_a_sum_per_row_and_a_mean_over_rows():
+    log_probs = torch.tensor([[-1.0, -2, -3], [-4, -5, -6]], requires_grad=True)
+    loss, _ = align.sft_step(log_probs, torch.tensor([[0, 1, 1], [1, 0, 0]]), 2, constant=3.0)
+    assert loss.item() == pytest.approx((5 + 4) / 3 / 2 / 2)
+    torch.testing.assert_close(log_probs.grad, torch.tensor([[0, 1, 1], [1, 0, 0]]) / -12)
+
+
+def test_group_advantages_by_hand():
+    reward_fn = lambda response, truth: {"reward": float(response == truth), "format_reward": 1.0}        # noqa: E731
+    made = functools.partial(align.group_normalized_rewards, reward_fn, ["a", "b", "b", "b", "c", "c", "c", "c"],
+                             ["a"] * 4 + ["c"] * 4, 4)
+    advantages, rewards, info = made()
+    assert rewards.tolist() == [1, 0, 0, 0, 1, 1, 1, 1] and info["groups_without_variance"] == 0.5
+    torch.testing.assert_close(advantages, torch.tensor([0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]) / (0.5 + 1e-6))
+    assert made(normalize_by_std=False)[0].tolist() == [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]
+    assert align.group_normalized_rewards(reward_fn, ["a"], ["a"], 1)[0].tolist() == [0]
+    with pytest.raises(ValueError, match="groups of 3"):
+        align.group_normalized_rewards(reward_fn, ["a"] * 4, ["a"] * 4, 3)
+
+
+def test_policy_gradient_losses_by_hand():
+    new, old = torch.log(torch.tensor([[0.5, 0.3], [0.2, 0.9]])), torch.log(torch.tensor([[0.25, 0.3], [0.4, 0.6]]))
+    rewards, advantages = torch.tensor([[1.0], [0.0]]), torch.tensor([[2.0], [-1.0]])
+    close = functools.partial(torch.testing.assert_close, atol=1e-6, rtol=0)
+    close(align.policy_gradient_loss(new, "no_baseline", rewards)[0], torch.stack((-new[0], torch.zeros(2))))
+    close(align.policy_gradient_loss(new, "reinforce_with_baseline", None, advantages)[0], -advantages * new)
+    close(align.policy_gradient_loss(new, "grpo_no_clip", None, advantages, old)[0], torch.tensor([[-4.0, -2], [0.5, 1.5]]))
+    loss, info = align.policy_gradient_loss(new, "grpo_clip", None, advantages, old, 0.2)
+    close(loss, torch.tensor([[-2.4, -2], [0.8, 1.5]]))           # ratios 2, 1, ½, 1½ held to 0.8 … 1.2 where it hurts
+    assert info["clipped"].tolist() == [[True, False], [True, False]]
+    for kind, words in (("grpo_clip", "needs old_log_probs, clip"), ("ppo", "must be one of"), ("no_baseline", "needs rewards")):
+        with pytest.raises(ValueError, match=words):
+            align.policy_gradient_loss(new, kind, None, advantages)
+
+
+@pytest.mark.parametrize("normalize, expected", [("sequence", (-2 + 1) / 2), ("token", (-8 + 1) / 5), ("constant", (-8 + 1) / 7 / 2)])
+def test_grpo_step_normalises_as_named_and_survives_an_empty_row(normalize, expected):
+    advantages, old = torch.tensor([[2.0], [-1.0]]), torch.zeros(2, 7)
+    mask = torch.arange(7) < torch.tensor([[4], [1]])
+    log_probs = torch.zeros(2, 7, requires_grad=True)
+    loss, _ = align.grpo_step(log_probs, mask, 1, "grpo_clip", None, advantages, old, 0.2, normalize=normalize, constant=
+                              7 if normalize == "constant" else None)
+    assert loss.item() == pytest.approx(expected)
+    on_policy, log_probs.grad = log_probs.grad, None              # one epoch, one batch: the ratio is 1, REINFORCE's gradient
+    align.grpo_step(log_probs, mask, 1, "reinforce_with_baseline", None, advantages, normalize=normalize,
+                    constant=7 if normalize == "constant" else None)
+    torch.testing.assert_close(log_probs.grad, on_policy)
+    log_probs.grad = None
+    loss, info = align.grpo_step(log_probs, mask & torch.tensor([[True], [False]]), 2, "grpo_clip", None, advantages, old, 0.2,
+                                 ref_log_probs=torch.ones(2, 7), kl_weight=0.5)
+    assert loss.item() == pytest.approx((-2 + 0.5 * (math.e - 2)) / 2 / 2) and info["kl"].item() == pytest.approx(math.e - 2)
+    assert log_probs.grad.isfinite().all()
+
+
+def test_dpo_starts_at_ln_2_with_a_gradient():
+    chosen, rejected = torch.tensor([-3.0, -4.0], requires_grad=True), torch.tensor([-2.0, -9.0], requires_grad=True)
+    loss = align.dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.5)
+    assert loss.tolist() == pytest.approx([math.log(2)] * 2)
+    loss.sum().backward()
+    assert chosen.grad.tolist() == [-0.25] * 2 and rejected.grad.tolist() == [0.25] * 2
+    assert align.dpo_loss(torch.tensor(1.0), torch.tensor(0.0), torch.tensor(0.0), torch.tensor(2.0), 0.5).item() == \
+        pytest.approx(math.log(1 + math.exp(-1.5)))
+
+
+@pytest.mark.parametrize("response, truth, rewards", [
+    ("so </think> <answer> 1,000 </answer>", 1000, (1, 1)), ("</think> <answer>1/2</answer> and more", "0.5", (1, 1)),
+    ("</think> <answer>\\frac{1}{2}</answer>", "1/2", (1, 1)), ("</think> <answer>4</answer>", "5", (1, 0)),
+    ("</think> <answer></answer>", "", (1, 0)), ("<answer>5</answer>", "5", (0, 0)), ("</think> <answer>5", "5", (0, 0)),
+    ("5", "5", (0, 0)), ("</think> <answer>b a</answer>", "B A", (1, 1)), ("</think> <answer>?</answer>", None, (1, 0)),
+    ("</think> <answer>1e999999999</answer>", "7", (1, 0)), ("", "", (0, 0))])
+def test_r1_zero_reward_wants_the_form_and_the_answer(response, truth, rewards):
+    form, right = rewards
+    assert align.r1_zero_reward(response, truth) == {"reward": right, "format_reward": form, "answer_reward": right}
+
+
+def test_boxed_reward_reads_balanced_braces():
+    assert align.boxed_reward("so \\boxed{1} or \\boxed{\\frac{3}{4}}.", "0.75")["reward"] == 1
+    assert align.boxed_reward("so \\boxed{\\frac{3}{4}", "0.75")["format_reward"] == align.boxed_reward("3/4", "0.75")["reward"] == 0
+
+
+def test_packed_documents_are_cut_into_shifted_chunks(bpe_trained, tmp_path):
+    tokenizer, path = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"]), tmp_path / "sft.jsonl"
+    pairs = [("say one", "one"), ("say two", "two two"), ("say three", "three, three, three")]
+    path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in pairs), encoding="utf-8")
+    text = "".join("Below is an instruction that describes a task. Write a response that appropriately completes the request."
+                   f"\n\n### Instruction:\n{p}\n\n### Response:\n{r}<|endoftext|>" for p, r in pairs)
+    ids, data_set = tokenizer.encode(text), align.PackedSFT(tokenizer, path, 32, shuffle=False)
+    assert len(data_set) == (len(ids) - 1) // 32 and len(list(data_set)) == len(data_set)
+    for i, chunk in enumerate(data_set):
+        assert chunk["input_ids"].tolist() == ids[32 * i:32 * i + 32] and chunk["labels"].tolist() == ids[32 * i + 1:32 * i + 33]
+    assert not torch.equal(align.PackedSFT(tokenizer, path, 32, shuffle=True).ids, data_set.ids)
+    batches = align.iterate_batches(data_set, 2, shuffle=True)
+    assert len(batches) == math.ceil(len(data_set) / 2) and next(iter(batches))["labels"].shape == (2, 32)
 
 
 # --- commands, as the README shows them ---
@@ -2472,7 +2633,7 @@ def python(*arguments, **more):
                           env=os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}, **more)
 
 
-SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "model", "data", "train", "sample", "evaluate"]
+SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "model", "data", "train", "sample", "evaluate", "align"]
 
 
 def test_importing_a_script_does_nothing(tmp_path):

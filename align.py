@@ -1,0 +1,594 @@
+"""From a base model to an assistant: supervised fine-tuning (SFT), preferences (DPO), reinforcement by verifier (GRPO).
+
+(doc)
+"""
+import copy
+import hashlib
+import inspect
+import json
+import math
+import random
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+import bpe
+from checkpoint import load_model, read_checkpoint, save_checkpoint, sha256
+from configurator import command_line, fail, print_config
+from evaluate import (REFUSAL, TEMPLATES, continuation_log_probs, end_id, last_boxed, need, pad_rows, pick_template,
+                      read_jsonl, render, same_answer, standard_error)
+from model import ModelConfig, Transformer, token_cross_entropy
+from optim import AdamW, Muon, clip_grad_norm, cosine_schedule
+from sample import distribution, prefill, stream
+
+
+# --- masks and log-probabilities ---
+
+def encode(tokenizer, text: str) -> list[int]:
+    """Ids of a text without BOS and EOS, from a tokenizer of ours or of Hugging Face's."""
+    theirs = "add_special_tokens" in inspect.signature(tokenizer.encode).parameters
+    ids = tokenizer.encode(text, add_special_tokens=False) if theirs else tokenizer.encode(text)
+    return list(getattr(ids, "ids", ids))
+
+
+def padding_id(tokenizer) -> int:
+    """What rows are filled up with: the tokenizer's padding where it has one. Masks, not this id, say what counts."""
+    given = getattr(tokenizer, "pad_token_id", None)
+    special = getattr(tokenizer, "special_tokens", None)
+    return given if given is not None else special.get("<|pad|>", 0) if isinstance(special, dict) else 0
+
+
+def tokenize_prompt_and_output(prompts: list[str], responses: list[str], tokenizer) -> dict:
+    """{input_ids, labels, response_mask}, each (B, T-1), of prompts and responses tokenised apart and joined.
+
+    Padded on the right to the longest, T. labels are the ids one place on; response_mask, boolean, is aligned with
+    labels: True where the token to be predicted belongs to the response, an EOS in it included, and never on padding.
+    Raises ValueError for lists of different or no length.
+    """
+    if len(prompts) != len(responses) or not prompts:
+        raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses; give as many of both, at least one")
+    return pad_rows([encode(tokenizer, prompt) for prompt in prompts],
+                    [encode(tokenizer, response) for response in responses], padding_id(tokenizer))
+
+
+def token_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """-Σ p log p over the vocabulary in nats: (..., V) -> (...), finite also where a probability is 0."""
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    return -torch.where(log_p.isfinite(), log_p.exp() * log_p, 0.0).sum(dim=-1)
+
+
+def response_log_probs(model, input_ids, labels, return_entropy: bool = False, *, temperature: float = 1.0) -> dict:
+    """{log_probs} of the labels (B, T) in nats, with return_entropy also {token_entropy} (B, T), without gradient.
+
+    model: ours, whose call gives logits, or Hugging Face's, which gives .logits. temperature: that of the sampling, so
+    that a sample is scored by the distribution it came from.
+    """
+    out = model(input_ids)
+    logits = out if isinstance(out, torch.Tensor) else out.logits
+    logits = logits if temperature == 1 else logits / temperature
+    found = {"log_probs": -token_cross_entropy(logits, labels)}
+    if return_entropy:
+        with torch.no_grad():
+            found["token_entropy"] = token_entropy(logits)
+    return found
+
+
+def masked_normalize(x, mask, dim: int | None = None, constant: float = 1.0) -> torch.Tensor:
+    """Sum of x where mask is set, over dim (None: over all), divided by constant."""
+    kept = torch.where(mask.bool(), x, torch.zeros((), dtype=x.dtype, device=x.device))     # not x * 0: NaN would stay
+    return (kept.sum() if dim is None else kept.sum(dim=dim)) / constant
+
+
+def masked_mean(x, mask, dim: int | None = None) -> torch.Tensor:
+    """Mean of x where mask is set, over dim (None: over all). Where nothing is set it is NaN, which callers deal with."""
+    count = mask.bool().sum() if dim is None else mask.bool().sum(dim=dim)
+    return masked_normalize(x, mask, dim) / count
+
+
+def sft_step(log_probs, response_mask, accumulation_steps: float, constant: float = 1.0) -> tuple:
+    """Backward of one micro-batch: -Σ log p over each response / constant, averaged over rows, / accumulation_steps.
+
+    Returns (loss, info). accumulation_steps: micro-batches per step; for ragged ones, rows of the step / rows of this.
+    """
+    loss = -masked_normalize(log_probs, response_mask, -1, constant).mean() / accumulation_steps
+    loss.backward()
+    return loss.detach(), {"nats_per_token": -masked_mean(log_probs.detach(), response_mask)}
+
+
+# --- policy gradients ---
+
+KINDS = ("no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip")
+NORMALIZE = ("sequence", "token", "constant")
+
+
+def group_normalized_rewards(reward_fn, responses: list[str], truths: list, group_size: int, eps: float = 1e-6,
+                             normalize_by_std: bool = True) -> tuple:
+    """(advantages (N,), rewards (N,), info) of responses that stand in groups of group_size to one question each.
+
+    advantage = (r - mean) / (std + eps) within the group, std unbiased (DeepSeekMath, 2402.03300, 4.1.2), or r - mean
+    alone (Dr. GRPO, 2503.20783). Equal rewards give 0. reward_fn(response, truth) -> {reward, …}.
+    """
+    if len(responses) != len(truths) or not responses or group_size < 1 or len(responses) % group_size:
+        raise ValueError(f"{len(responses)} responses and {len(truths)} truths do not make groups of {group_size}")
+    scores = [reward_fn(response, truth) for response, truth in zip(responses, truths)]
+    rewards = torch.tensor([float(score["reward"]) for score in scores])
+    groups = rewards.view(-1, group_size)
+    std = groups.std(dim=1, keepdim=True) if group_size > 1 else torch.zeros(len(groups), 1)
+    advantages = groups - groups.mean(dim=1, keepdim=True)
+    if normalize_by_std:
+        advantages = advantages / (std + eps)
+    info = {"reward": rewards.mean().item(), "reward_std": std.mean().item(), "reward_min": rewards.min().item(),
+            "reward_max": rewards.max().item(),
+            "groups_without_variance": (groups == groups[:, :1]).all(dim=1).float().mean().item()}
+    for name in ("format_reward", "answer_reward"):
+        if all(name in score for score in scores):
+            info[name] = sum(float(score[name]) for score in scores) / len(scores)
+    return advantages.flatten(), rewards, info
+
+
+def policy_gradient_loss(log_probs, kind: str, rewards=None, advantages=None, old_log_probs=None,
+                         clip: float | None = None) -> tuple:
+    """(loss of every token (B, T), info); rewards and advantages are (B, 1), one for all tokens of a row.
+
+        no_baseline               -r log p                           reinforce_with_baseline   -A log p
+        grpo_no_clip              -ρ A, with ρ = p / p_old            grpo_clip   -min(ρ A, clip(ρ, 1 ± clip) A)
+
+    info of the last two: ratio, and clipped (B, T), where the clip took the gradient away. Raises ValueError for an
+    unknown kind and for what a kind needs and did not get. Source: 1707.06347, eq. 7; 2402.03300, eq. 3.
+    """
+    needs = {"no_baseline": {"rewards": rewards}, "reinforce_with_baseline": {"advantages": advantages},
+             "grpo_no_clip": {"advantages": advantages, "old_log_probs": old_log_probs},
+             "grpo_clip": {"advantages": advantages, "old_log_probs": old_log_probs, "clip": clip}}
+    if kind not in needs:
+        raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
+    missing = [name for name, value in needs[kind].items() if value is None]
+    if missing:
+        raise ValueError(f"kind={kind} needs {', '.join(missing)}")
+    weight = rewards if kind == "no_baseline" else advantages
+    weight = weight.to(log_probs).reshape(len(log_probs), 1)
+    if kind in ("no_baseline", "reinforce_with_baseline"):
+        return -weight * log_probs, {}
+    ratio = torch.exp(log_probs - old_log_probs)
+    if kind == "grpo_no_clip":
+        return -ratio * weight, {"ratio": ratio.detach(), "clipped": torch.zeros_like(ratio, dtype=torch.bool)}
+    plain, bounded = ratio * weight, ratio.clamp(1 - clip, 1 + clip) * weight
+    return -torch.minimum(plain, bounded), {"ratio": ratio.detach(), "clipped": bounded < plain}
+
+
+def grpo_step(log_probs, response_mask, accumulation_steps: float, kind: str, rewards=None, advantages=None,
+              old_log_probs=None, clip: float | None = None, *, normalize: str = "sequence",
+              constant: float | None = None, ref_log_probs=None, kl_weight: float = 0.0) -> tuple:
+    """Backward of one micro-batch of policy_gradient_loss; returns (loss, info).
+
+    Three losses by name (they differ in what a token of a long response weighs):
+        sequence   mean over each response's tokens, then over rows (GRPO); a row without response counts as 0
+        token      sum over all tokens / constant, by default the tokens of this micro-batch (DAPO, 2503.14476)
+        constant   sum over each response / constant, then mean over rows (Dr. GRPO); needs constant
+    kl_weight: adds that much of exp(d) - d - 1, d = log p_ref - log p, to each token's loss (2402.03300, eq. 4).
+    """
+    if normalize not in NORMALIZE or normalize == "constant" and constant is None:
+        raise ValueError(f"normalize={normalize!r} must be one of {', '.join(NORMALIZE)}, the last with constant=")
+    each, info = policy_gradient_loss(log_probs, kind, rewards, advantages, old_log_probs, clip)
+    info = {"ratio" if name == "ratio" else "clip_fraction": masked_mean(value.float(), response_mask)
+            for name, value in info.items()}
+    if kl_weight:
+        if ref_log_probs is None:
+            raise ValueError(f"kl_weight={kl_weight} needs ref_log_probs")
+        gap = ref_log_probs - log_probs
+        kl = torch.exp(gap) - gap - 1
+        each, info["kl"] = each + kl_weight * kl, masked_mean(kl.detach(), response_mask)
+    if normalize == "token":
+        loss = masked_normalize(each, response_mask, None, constant or response_mask.sum().clamp(min=1))
+    else:
+        lengths = response_mask.sum(dim=-1).clamp(min=1) if normalize == "sequence" else constant
+        loss = masked_normalize(each, response_mask, -1, lengths).mean()
+    loss = loss / accumulation_steps
+    loss.backward()
+    return loss.detach(), info
+
+
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> torch.Tensor:
+    """-log σ(β ((chosen - ref_chosen) - (rejected - ref_rejected))) of each pair; ln 2 where the policy is the reference.
+
+    All four: log-probabilities of whole responses, summed over their tokens, (B,). Source: 2305.18290, eq. 7.
+    """
+    return -torch.nn.functional.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
+
+
+# --- verifiers ---
+
+def _grade(answer: str | None, truth) -> dict:
+    """Rewards of an answer that was found in the right form (None: it was not)."""
+    truths = truth if isinstance(truth, (list, tuple)) else [truth]
+    right = float(answer is not None and any(same_answer(answer, one) for one in truths))
+    return {"reward": right, "format_reward": float(answer is not None), "answer_reward": right}
+
+
+def r1_zero_reward(response: str, truth) -> dict:
+    """{reward, format_reward, answer_reward}, each 0 or 1: `</think> <answer>…</answer>` with an answer equal to truth.
+
+    The prompt ends in <think> (2501.12948, 2.2.3) or the response opens it. The last such answer counts, up to its
+    closing tag: what follows is neither read nor punished. The form alone earns no reward.
+    """
+    _, opened, answer = response.rpartition("</think> <answer>")
+    answer, closed, _ = answer.partition("</answer>")
+    return _grade(answer if opened and closed else None, truth)
+
+
+def boxed_reward(response: str, truth) -> dict:
+    """The same for a question asked without a form: the answer is the content of the last \\boxed{…}."""
+    return _grade(last_boxed(response), truth)
+
+
+REWARDS = {"r1_zero": r1_zero_reward, "boxed": boxed_reward}
+
+
+# --- the course's packed data set ---
+
+class PackedSFT(torch.utils.data.Dataset):
+    """Alpaca documents of a JSONL file (prompt, response) end to end, cut into chunks: {input_ids, labels}.
+
+    Each document begins with the tokenizer's BOS, where it has one, and ends with its EOS. Every chunk has context_length
+    ids, labels are one place on, prompts count as well, and what does not fill a chunk is left out. shuffle: the documents.
+    No position is told where a document begins, so attention crosses them; `sft` below keeps them apart instead.
+    """
+
+    def __init__(self, tokenizer, path, context_length: int, shuffle: bool, seed: int = 0):
+        documents = [need(record, "prompt", "response") for record in read_jsonl(path)[0]]
+        if shuffle:
+            random.Random(seed).shuffle(documents)
+        theirs = hasattr(tokenizer, "eos_token_id")
+        end = tokenizer.eos_token_id if theirs else end_id(tokenizer, "alpaca")
+        if end is None:
+            raise ValueError("this tokenizer has no token that ends a text, such as <|endoftext|>")
+        ids = []
+        for prompt, response in documents:
+            text = TEMPLATES["alpaca"][0].replace("{prompt}", prompt) + response
+            own = list(tokenizer.encode(text)) if theirs else tokenizer.encode(text)
+            ids += own if own[-1:] == [end] else own + [end]
+        self.ids, self.context_length = torch.tensor(ids), context_length
+
+    def __len__(self):
+        return (len(self.ids) - 1) // self.context_length
+
+    def __getitem__(self, index: int) -> dict:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"chunk {index} of {len(self)}")
+        start = index % len(self) * self.context_length
+        return {"input_ids": self.ids[start:start + self.context_length],
+                "labels": self.ids[start + 1:start + self.context_length + 1]}
+
+
+def iterate_batches(dataset, batch_size: int, shuffle: bool):
+    """One epoch of batches of a data set's dicts, stacked, the last one smaller; it has a length."""
+    return torch.utils.data.DataLoader(dataset, batch_size=batch_size, shuffle=shuffle)
+
+
+# --- settings ---
+
+@dataclass
+class AlignConfig:
+    """What `python align.py` and its verbs can be told."""
+    base: str | None = None              # sft, dpo, grpo: folder of a checkpoint, or of Hugging Face's form
+    data: str | None = None              # sft: pairs; dpo: preferences; grpo: problems; all JSONL
+    out_dir: str = "out/align"           # checkpoint, tokenizer, log; the default experiment: one folder per stage
+    template: str | None = None          # plain qa alpaca r1_zero chat chatml; none = the base's own, else alpaca
+    skip_bad: bool = False               # leave bad lines out and count them instead of stopping
+    context_length: int | None = None    # shorten the model's context: less memory for generation
+    device: str = "cpu"                  # cpu, cuda, mps
+    seed: int = 0                        # of everything random
+    steps: int = 100                     # optimizer steps (grpo: rollouts, each with its optimizer steps)
+    batch_size: int = 32                 # rows per optimizer step (sft, dpo: examples; grpo: rollout rows)
+    micro_batch_size: int = 32           # rows per forward pass
+    lr: float = 1e-4                     # peak learning rate
+    muon_lr: float = 0.0                 # above 0: Muon for the hidden matrices at this rate, AdamW for the rest
+    warmup_steps: int = 5                # steps of linear warmup; a cosine to a tenth follows
+    weight_decay: float = 0.0            # adamw's
+    grad_clip: float = 1.0               # largest gradient norm
+    log_every: int = 10                  # steps between log lines
+    val_fraction: float = 0.1            # sft, dpo: examples held out
+    beta: float = 0.1                    # dpo: how far the policy may leave the reference
+    patience: int = 5                    # dpo: stop after so many held-out evaluations without a better loss
+    kind: str = "grpo_clip"              # grpo: one of the four losses, or expert_iteration
+    reward: str = "r1_zero"              # grpo: r1_zero | boxed
+    prompts_per_step: int = 16           # grpo: questions per rollout
+    group_size: int = 8                  # grpo: responses to each
+    epochs: int = 1                      # grpo: passes over each rollout; more than one batch or pass is off-policy
+    clip: float = 0.2                    # grpo_clip: how far a probability ratio counts
+    normalize: str = "sequence"          # grpo: sequence | token | constant (of max_new_tokens)
+    normalize_by_std: bool = True        # grpo: false = mean-centred advantages only (Dr. GRPO)
+    kl_weight: float = 0.0               # grpo: weight of the KL to the base model
+    temperature: float = 1.0             # grpo: of the rollouts, and of the probabilities they are scored by
+    max_new_tokens: int = 256            # grpo: longest response
+
+
+# --- training ---
+
+class Learner:
+    """A model, its optimizer and its schedule: `step` once the gradients are there."""
+
+    def __init__(self, model, config: AlignConfig, total_steps: int):
+        self.model, self.config, self.total_steps, self.done = model.train(), config, total_steps, 0
+        self.optimizers = [AdamW(model.parameters(), config.lr, (0.9, 0.95), weight_decay=config.weight_decay)]
+        if config.muon_lr:
+            hidden = {name: p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("layers.")}
+            rest = [p for name, p in model.named_parameters() if name not in hidden]
+            self.optimizers = [AdamW(rest, config.lr, (0.9, 0.95)), Muon(hidden.values(), config.muon_lr)]
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["peak_lr"] = group["lr"]
+
+    def step(self) -> float:
+        """Clip, step, forget the gradients; returns the norm before clipping."""
+        self.done += 1
+        factor = cosine_schedule(self.done, 1.0, 0.1, self.config.warmup_steps, self.total_steps)
+        norm = clip_grad_norm(self.model.parameters(), self.config.grad_clip).item()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["peak_lr"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def bucketed(lengths: list[int], batch_size: int, generator):
+    """Endless batches of indices, rows of like length together: an epoch is shuffled, cut into pools of 16 batches, each
+    pool sorted, and its batches shuffled."""
+    while True:
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+        for start in range(0, len(order), 16 * batch_size):
+            pool = sorted(order[start:start + 16 * batch_size], key=lengths.__getitem__)
+            batches = [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
+            yield from (batches[i] for i in torch.randperm(len(batches), generator=generator).tolist())
+
+
+def micro_batches(rows: list[tuple], config: AlignConfig, pad_id: int) -> list[dict]:
+    """(prompt ids, response ids) as padded batches on the device, each with the accumulation steps that give a row of it
+    its share of all rows, ragged or not."""
+    size, found = config.micro_batch_size, []
+    for part in (rows[start:start + size] for start in range(0, len(rows), size)):
+        batch = pad_rows([row[0] for row in part], [row[1] for row in part], pad_id)
+        found.append({name: value.to(config.device) for name, value in batch.items()} | {"steps": len(rows) / len(part)})
+    return found
+
+
+def score(model, batch: dict, config: AlignConfig, return_entropy: bool = False, temperature: float = 1.0) -> dict:
+    """response_log_probs of a micro-batch, with bfloat16 matrix products on a GPU."""
+    with torch.autocast("cuda", torch.bfloat16, enabled=config.device.startswith("cuda")):
+        return response_log_probs(model, batch["input_ids"], batch["labels"], return_entropy, temperature=temperature)
+
+
+def sft(model, rows: list[tuple], config: AlignConfig, pad_id: int = 0, log=None) -> None:
+    """Fine-tune on (prompt ids, response ids), loss on the responses only: the sum over a step's tokens / their number.
+
+    A row is one document, so no attention crosses documents; rows of like length share a batch instead of being packed.
+    """
+    learner = Learner(model, config, config.steps)
+    batches = bucketed([len(p) + len(r) for p, r in rows], config.batch_size, torch.Generator().manual_seed(config.seed))
+    for step in range(1, config.steps + 1):
+        group, loss = [rows[i] for i in next(batches)], 0.0
+        mean_length = sum(len(response) for _, response in group) / len(group)
+        for batch in micro_batches(group, config, pad_id):
+            log_probs = score(model, batch, config)["log_probs"]
+            loss += sft_step(log_probs, batch["response_mask"], batch["steps"], mean_length)[0].item()
+        norm = learner.step()
+        if log and (step % config.log_every == 0 or step in (1, config.steps)):
+            log(step=step, loss=loss, norm=norm)
+    model.eval()
+
+
+def sums(model, pairs: list[tuple], side: int, config: AlignConfig) -> torch.Tensor:
+    """Summed log-probabilities (N,) of one side of (prompt, chosen, rejected), without gradient."""
+    with torch.autocast("cuda", torch.bfloat16, enabled=config.device.startswith("cuda")):
+        return continuation_log_probs(model, [pair[0] for pair in pairs], [pair[side] for pair in pairs],
+                                      2 * config.micro_batch_size)
+
+
+def preference(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> dict:
+    """What to look at besides the loss: both sides apart, because the margin also grows while both fall.
+
+    A pair with no margin counts half in accuracy: so it starts at 50 %, where the policy is the reference.
+    """
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    tie = margin.abs() < 1e-4                      # the two passes round differently
+    return {"loss": dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta).mean().item(),
+            "chosen": chosen.mean().item(), "rejected": rejected.mean().item(), "margin": margin.mean().item(),
+            "accuracy": torch.where(tie, 0.5, (margin > 0).float()).mean().item()}
+
+
+def dpo(model, pairs: list[tuple], held_out: list[tuple], config: AlignConfig, pad_id: int = 0, log=None) -> dict:
+    """Direct preference optimization on (prompt, chosen, rejected) ids; returns the held-out figures kept.
+
+    The model as it comes is the reference. Stops early, with the best weights, once `patience` evaluations on held_out
+    brought no lower loss.
+    """
+    learner = Learner(model, config, config.steps)
+    reference = [torch.stack([sums(model, part, side, config) for side in (1, 2)], dim=1) for part in (pairs, held_out)]
+    batches = bucketed([len(p) + len(c) + len(r) for p, c, r in pairs], config.batch_size,
+                       torch.Generator().manual_seed(config.seed))
+    best, best_weights, waited = None, None, 0
+    for step in range(config.steps + 1):
+        if step % config.log_every == 0 or step == config.steps:
+            now = preference(*(sums(model, held_out, side, config) for side in (1, 2)), *reference[1].T, config.beta)
+            if log:
+                log(step=step, **{f"val_{name}": value for name, value in now.items()})
+            waited = 0 if best is None or now["loss"] < best["loss"] else waited + 1
+            if waited == 0:
+                best, best_weights = now | {"step": step}, copy.deepcopy(model.state_dict())
+            if waited > config.patience:
+                break
+            model.train()
+        if step == config.steps:
+            break
+        group, found = next(batches), []
+        size = max(1, config.micro_batch_size // 2)
+        for part in (group[i:i + size] for i in range(0, len(group), size)):
+            rows = [(pairs[i][0], pairs[i][side]) for side in (1, 2) for i in part]
+            batch, = micro_batches(rows, replace(config, micro_batch_size=len(rows)), pad_id)
+            both = masked_normalize(score(model, batch, config)["log_probs"], batch["response_mask"], -1).chunk(2)
+            sides = [*both, *reference[0][part].T.to(both[0].device)]
+            (dpo_loss(*sides, config.beta).sum() / len(group)).backward()
+            found.append([side.detach() for side in sides])
+        norm = learner.step()
+        if log and (step % config.log_every == 0):
+            log(step=step, norm=norm, **preference(*map(torch.cat, zip(*found)), config.beta))
+    model.load_state_dict(best_weights)
+    model.eval()
+    return best
+
+
+# --- reinforcement ---
+
+def rollout(model, prompts: list[list[int]], config: AlignConfig, stop: int, vocab_limit: int, generator) -> list[list[int]]:
+    """group_size responses to each prompt, which share its prefill; ids up to and with the stop token."""
+    rows = [[] for _ in range(len(prompts) * config.group_size)]
+    model.eval()
+    with torch.autocast("cuda", torch.bfloat16, enabled=config.device.startswith("cuda")):
+        for ids in stream(model, prompts, config.max_new_tokens, temperature=config.temperature, stop_ids=(stop,),
+                          vocab_limit=vocab_limit, generator=generator, n_each=config.group_size):
+            for row, token in zip(rows, ids):
+                if token is not None:
+                    row.append(token)
+    return rows
+
+
+@torch.inference_mode()
+def sampler_log_probs(model, rows: list[tuple], temperature: float, vocab_limit: int | None = None) -> list[torch.Tensor]:
+    """log p of each response as the sampler saw it: token by token against the cache, from its own distribution."""
+    logits, memory = prefill(model, [prompt for prompt, _ in rows], True)
+    found = []
+    for t in range(max(len(response) for _, response in rows)):
+        ids = torch.tensor([response[min(t, len(response) - 1)] for _, response in rows], device=logits.device)
+        logits = logits[:, :vocab_limit]
+        found.append(distribution(logits, temperature).gather(1, ids[:, None]).log())
+        logits = model(ids[:, None], cache=memory)[:, -1]
+    found = torch.cat(found, dim=1)
+    return [line[:len(response)] for line, (_, response) in zip(found, rows)]
+
+
+def drift(model, rows: list[tuple], config: AlignConfig, vocab_limit: int) -> float:
+    """Mean |log p of the sampler - log p of the learner| per token of some rows: 0 but for rounding, unless the two
+    disagree about temperature, truncation or weights."""
+    batch, = micro_batches(rows, replace(config, micro_batch_size=len(rows)), 0)
+    with torch.inference_mode():
+        learner = score(model, batch, config, temperature=config.temperature)["log_probs"][batch["response_mask"]]
+    return (torch.cat(sampler_log_probs(model, rows, config.temperature, vocab_limit)) - learner).abs().mean().item()
+
+
+def grpo(model, problems: list[tuple], tokenizer, config: AlignConfig, stop: int, reference=None, log=None) -> None:
+    """Group-relative policy optimization on (prompt ids, truth) with a verifier (2402.03300, algorithm 1).
+
+    A step: prompts_per_step x group_size responses are sampled, graded, and learnt from in batches of batch_size, epochs
+    times over. One batch and one epoch is on-policy: the ratio is 1, nothing is clipped, and the loss is 0 with a
+    gradient. kind="expert_iteration" (2.4 of 2203.14465) fine-tunes on the right responses instead.
+    """
+    rows_per_step = config.prompts_per_step * config.group_size
+    batches_per_step = math.ceil(rows_per_step / config.batch_size)
+    expert = config.kind == "expert_iteration"
+    learner = Learner(model, config, config.steps * config.epochs * batches_per_step)
+    generator = torch.Generator(config.device).manual_seed(config.seed)
+    shuffle = torch.Generator().manual_seed(config.seed)
+    queue, reward_fn, pad_id = [], REWARDS[config.reward], padding_id(tokenizer)
+    for step in range(1, config.steps + 1):
+        while len(queue) < config.prompts_per_step:
+            queue += torch.randperm(len(problems), generator=shuffle).tolist()
+        chosen, queue = [problems[i] for i in queue[:config.prompts_per_step]], queue[config.prompts_per_step:]
+        responses = rollout(model, [prompt for prompt, _ in chosen], config, stop, tokenizer.vocab_size, generator)
+        repeated = [problem for problem in chosen for _ in range(config.group_size)]
+        texts = [tokenizer.decode([i for i in row if i != stop]) for row in responses]
+        advantages, rewards, info = group_normalized_rewards(
+            reward_fn, texts, [truth for _, truth in repeated], config.group_size, normalize_by_std=config.normalize_by_std)
+        rows = [(prompt, response) for (prompt, _), response in zip(repeated, responses)]
+        info |= {"length": sum(map(len, responses)) / len(rows), "truncated": sum(row[-1] != stop for row in responses) / len(rows)}
+        if log and (step % config.log_every == 0 or step == 1):
+            info["drift"] = drift(model, rows[:config.group_size], config, tokenizer.vocab_size)
+        order = torch.randperm(len(rows), generator=shuffle).tolist()
+        if expert:
+            order = [i for i in order if rewards[i] > 0]
+        model.train()
+        batches = [prepare_batch(model, reference, [(*rows[i], advantages[i].item(), rewards[i].item()) for i in
+                                 order[start:start + config.batch_size]], config, pad_id)
+                   for start in range(0, len(order), config.batch_size)]
+        for batch in [batch for _ in range(config.epochs) for batch in batches]:
+            info |= learn(model, batch, config)
+            info["norm"] = learner.step()
+        if log:
+            log(step=step, **info)
+    model.eval()
+
+
+def prepare_batch(model, reference, rows: list[tuple], config: AlignConfig, pad_id: int) -> list[dict]:
+    """Micro-batches of (prompt, response, advantage, reward) with the log-probabilities of before the first step."""
+    batches, start = micro_batches(rows, config, pad_id), 0
+    for batch in batches:
+        own, start = rows[start:start + len(batch["labels"])], start + len(batch["labels"])
+        for name, column in (("advantages", 2), ("rewards", 3)):
+            batch[name] = torch.tensor([[row[column]] for row in own], device=config.device)
+        with torch.inference_mode():
+            if config.kind.startswith("grpo"):
+                batch["old_log_probs"] = score(model, batch, config, temperature=config.temperature)["log_probs"]
+            if config.kl_weight:
+                batch["ref_log_probs"] = score(reference, batch, config, temperature=config.temperature)["log_probs"]
+    return batches
+
+
+def learn(model, batches: list[dict], config: AlignConfig) -> dict:
+    """Gradients of one optimizer step from its micro-batches; returns loss, entropy and what grpo_step tells, averaged."""
+    total, info = sum(int(batch["response_mask"].sum()) for batch in batches), {"loss": 0.0}
+    for batch in batches:
+        scored, mask, steps = score(model, batch, config, True, config.temperature), batch["response_mask"], batch["steps"]
+        if config.kind == "expert_iteration":
+            loss, more = sft_step(scored["log_probs"], mask, steps, total / len(mask) / steps)
+        else:
+            loss, more = grpo_step(
+                scored["log_probs"], mask, steps, config.kind, batch["rewards"], batch["advantages"],
+                batch.get("old_log_probs"), config.clip, normalize=config.normalize, ref_log_probs=batch.get("ref_log_probs"),
+                constant={"token": total / steps, "constant": config.max_new_tokens}.get(config.normalize),
+                kl_weight=config.kl_weight)
+        info["loss"] += loss.item()
+        for name, value in (more | {"entropy": masked_mean(scored["token_entropy"], mask)}).items():
+            info[name] = info.get(name, 0.0) + value.item() / steps
+    return info
+
+
+# --- toy tasks ---
+
+def make_task(pick: random.Random) -> dict:
+    """One generated question with worked steps and answer."""
+    kind = pick.choice(["sum", "follow", "reverse"])
+    if kind == "sum":
+        numbers = [pick.randint(1, 9) for _ in range(4)]
+        totals = [sum(numbers[:i]) for i in range(1, 5)]
+        steps = [f"{total} + {number} = {total + number}" for total, number in zip(totals, numbers[1:])]
+        return {"kind": kind, "question": " + ".join(map(str, numbers)), "steps": steps, "answer": str(totals[-1])}
+    letters = pick.sample("abcdefghijkl", 5)
+    if kind == "reverse":
+        back = letters[::-1]
+        steps = [f"{one} {other}" for one, other in zip(back, back[1:])]
+        return {"kind": kind, "question": "reverse " + " ".join(letters), "steps": steps, "answer": " ".join(back)}
+    after = dict(zip(letters, pick.sample(letters, 5)))
+    hops, path = 3, [pick.choice(letters)]
+    for _ in range(hops):
+        path.append(after[path[-1]])
+    steps = [f"{one} {other}" for one, other in zip(path, path[1:])]
+    return {"kind": kind, "question": f"from {path[0]} go {hops} : " + " , ".join(f"{one} {after[one]}" for one in letters),
+            "steps": steps, "answer": path[-1]}
+
+
+def split_of(question: str) -> str:
+    digest = hashlib.sha256(question.encode("utf-8")).digest()[0]
+    return "test" if digest < 26 else "val" if digest < 52 else "train"
+
+
+def make_tasks(n: int, split: str, seed: int) -> list[dict]:
+    pick, found = random.Random(f"{seed} {split}"), {}
+    while len(found) < n:
+        task = make_task(pick)
+        if split_of(task["question"]) == split:
+            found[task["question"]] = task
+    return list(found.values())
