@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -556,39 +557,372 @@ def learn(model, batches: list[dict], config: AlignConfig) -> dict:
     return info
 
 
-# --- toy tasks ---
+# --- files in, checkpoints out ---
+
+CHAT_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
+
+
+def conversation(record: dict) -> tuple[list[str], list[str]]:
+    """(turns up to the last user's, responses) of one line, in any of the forms that people publish.
+
+    messages [{role, content}]; HH's chosen and rejected dialogues (2204.05862); prompt, instruction (+ input), question
+    or problem with chosen and rejected, or with response, output, answer or solution.
+    """
+    if "messages" in record or str(record.get("chosen")).lstrip().startswith("Human:"):
+        if "messages" in record:
+            dialogues = [[(message["role"], message["content"]) for message in record["messages"]]]
+        else:
+            parts = [re.split(r"\s*\b(Human|Assistant): ?", side) for side in need(record, "chosen", "rejected")]
+            dialogues = [list(zip(part[1::2], map(str.strip, part[2::2]))) for part in parts]
+        dialogues = [[(side[0][0], side[0][1] + "\n\n" + side[1][1]), *side[2:]] if side[0][0] == "system" else side
+                     for side in dialogues]
+        for side in dialogues:
+            if len(side) % 2 or any(role.lower() not in (("user", "system", "human"), ("assistant",))[i % 2]
+                                    for i, (role, _) in enumerate(side)):
+                raise ValueError(f"roles {[role for role, _ in side]} do not alternate up to a last assistant's")
+        if any(side[:-1] != dialogues[0][:-1] for side in dialogues):
+            raise ValueError("chosen and rejected answer different prompts")
+        return [text for _, text in dialogues[0][:-1]], [side[-1][1] for side in dialogues]
+    asked = next((name for name in ("prompt", "instruction", "question", "problem") if name in record), "prompt")
+    given = next((name for name in ("response", "output", "answer", "solution") if name in record), "response")
+    prompt, *responses = need(record, asked, *(("chosen", "rejected") if "chosen" in record else (given,)))
+    return [prompt + ("\n\n" + record["input"] if record.get("input") else "")], responses
+
+
+def make_reader(verb: str, tokenizer, template: str, context: int, config: AlignConfig):
+    """A function from a line to (prompt ids, response ids), (prompt, chosen, rejected) or (prompt, truth); what cannot be
+    used raises ValueError. A gold answer that cannot be read gives None: no reward could ever be right."""
+    stop, lead = end_id(tokenizer, template), " " * (template in ("qa", "r1_zero"))
+
+    def read(record):
+        turns, responses = conversation(record)
+        if len(responses) != (2 if verb == "dpo" else 1):
+            raise ValueError(f"{len(responses)} responses where {verb} takes {2 if verb == 'dpo' else 1}")
+        if not all(isinstance(text, str) for text in turns + responses[:2 if verb != "grpo" else 0]):
+            raise ValueError("a prompt or response that is no string")
+        prompt = render(tokenizer, template, turns)
+        if verb == "grpo":
+            truth = str(responses[0]).split("####")[-1]
+            sides, room, truth = (), config.max_new_tokens, last_boxed(truth) or truth
+        else:
+            if any(not text.strip() for text in responses):
+                raise ValueError("empty response")
+            if len(responses) == 2 and responses[0] == responses[1]:
+                raise ValueError("chosen and rejected are equal")
+            sides = [tokenizer.encode(lead + text, allowed_special=set()) + [stop] for text in responses]
+            room = max(map(len, sides))
+        if len(prompt) + room > context:
+            raise ValueError(f"{len(prompt)} tokens of prompt and {room} of response pass the context of {context}")
+        return (prompt, *sides) if verb != "grpo" else (prompt, truth) if same_answer(truth, truth) else None
+
+    return read
+
+
+def add_tokens(model, tokenizer, tokens) -> tuple:
+    """(model, tokenizer) with these special tokens; a new row is the mean of the old ones, as good a guess as any."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        tokenizer.save(path)
+        layout = json.loads(path.read_text(encoding="utf-8"))
+        for i, token in enumerate((token for token in tokens if token not in tokenizer.special_tokens), tokenizer.vocab_size):
+            layout["added_tokens"].append({"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+                                           "normalized": False, "special": True})
+        path.write_text(json.dumps(layout, ensure_ascii=False), encoding="utf-8")
+        grown = bpe.Tokenizer.load(path)
+    weights, device = model.state_dict(), next(model.parameters()).device
+    bigger = Transformer(replace(model.config, vocab_size=max(model.config.vocab_size, grown.vocab_size))).to(device)
+    for name in ("token_embeddings.weight", "lm_head.weight"):
+        old = weights[name][:tokenizer.vocab_size]
+        more = old.mean(dim=0).expand(bigger.config.vocab_size - len(old), -1)
+        weights[name] = torch.cat((old, more + 0.02 * old.std() * torch.randn_like(more)))      # apart, so that they can part
+    bigger.load_state_dict(weights)
+    return bigger, grown
+
+
+def load_base(config: AlignConfig) -> tuple:
+    """(model, tokenizer, template) from a checkpoint of ours or a Hugging Face folder, with all tokens the template needs."""
+    folder = Path(config.base)
+    tuned = None
+    if (folder / "config.json").is_file() and not (folder / "ckpt.pt").is_file():
+        from convert import from_pretrained
+        model, tokenizer = from_pretrained(folder, torch.float32)
+        model.to(config.device)
+    else:
+        model, tokenizer = load_model(folder, config.device)
+        tuned = read_checkpoint(folder / "ckpt.pt").get("template")
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer.json that can be read")
+    if config.context_length is not None:
+        if model.config.position == "learned" or not 1 < config.context_length <= model.config.context_length:
+            raise ValueError(f"context_length={config.context_length} must be 2 … {model.config.context_length}, and the "
+                             "model's positions not learned")
+        model.config.context_length = config.context_length
+    template = pick_template(tokenizer, config.template or tuned, "alpaca")
+    wanted = CHAT_TOKENS if template == "chat" else (TEMPLATES[template][1],) if end_id(tokenizer, template) is None else ()
+    if not set(wanted) <= set(tokenizer.special_tokens):
+        model, tokenizer = add_tokens(model, tokenizer, wanted)
+    return model, tokenizer, template
+
+
+def save(model, tokenizer, folder, config: AlignConfig, template: str, step: int) -> None:
+    """A folder that sample.py, evaluate.py and another stage can start from."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(Path(folder) / "tokenizer.json")
+    save_checkpoint(model, None, step, Path(folder) / "ckpt.pt", template=template, align_config=asdict(config),
+                    tokenizer_sha256=sha256(Path(folder) / "tokenizer.json"))
+
+
+def make_log(folder, **header):
+    """A function that appends a line to FOLDER/log.jsonl, begun anew with the header, and prints it."""
+    path = Path(folder) / "log.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+
+    def log(**entry):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        print(f"{Path(folder).name:<5}", " | ".join(f"{name} {value:.4g}" for name, value in entry.items()), flush=True)
+
+    return log
+
+
+def run_verb(verb: str, config: AlignConfig) -> None:
+    """sft, dpo or grpo from config.base on config.data to config.out_dir."""
+    torch.manual_seed(config.seed)
+    model, tokenizer, template = load_base(config)
+    reader = make_reader(verb, tokenizer, template, model.config.context_length, config)
+    rows, complaints = read_jsonl(config.data, reader, config.skip_bad)
+    unread, rows = sum(row is None for row in rows), [row for row in rows if row is not None]
+    print(f"{config.data}: {len(rows)} usable lines, {len(complaints)} bad ones skipped" +
+          (f", {unread} without a readable gold answer skipped" if verb == "grpo" else "") + f"; template {template}")
+    print("".join(f"  {complaint}\n" for complaint in complaints[:5]), end="")
+    n_held = 0 if verb == "grpo" else max(1, round(len(rows) * config.val_fraction))
+    if len(rows) <= n_held:
+        raise ValueError(f"{config.data}: {len(rows)} usable lines are too few with {n_held} held out")
+    random.Random(config.seed).shuffle(rows)
+    held, rows, pad_id = rows[:n_held], rows[n_held:], padding_id(tokenizer)
+    log = make_log(config.out_dir, verb=verb, template=template, torch=torch.__version__, config=asdict(config))
+    if verb == "sft":
+        def nats():
+            return -sums(model, held, 1, config).sum().item() / sum(len(row[1]) for row in held)
+        before = nats()
+        sft(model, rows, config, pad_id, log)
+        print(f"held out, {n_held} examples: {before:.4f} nats per token before, {nats():.4f} after")
+    elif verb == "dpo":
+        best = dpo(model, rows, held, config, pad_id, log)
+        print(f"held out, {n_held} pairs: preference accuracy {best['accuracy']:.1%} ± "
+              f"{standard_error(best['accuracy'], n_held):.1%} at step {best['step']}, margin {best['margin']:.3f}")
+    else:
+        reference = copy.deepcopy(model).eval() if config.kl_weight else None
+        grpo(model, rows, tokenizer, config, end_id(tokenizer, template), reference, log)
+    save(model, tokenizer, config.out_dir, config, template, config.steps)
+    print(f"saved {config.out_dir}; see: python sample.py {config.out_dir} --prompt=…")
+
+
+# --- the embedded experiment: tasks ---
+
+# GPT-2's pattern with every digit alone, so that 15 is always the same two tokens.
+DIGITS_ALONE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+END, REFUSES = "<|endoftext|>", " I cannot help with that."
+
 
 def make_task(pick: random.Random) -> dict:
-    """One generated question with worked steps and answer."""
-    kind = pick.choice(["sum", "follow", "reverse"])
+    """{kind, question, steps, answer}: a sum, a path to follow, a word to reverse, a lock to close or (harm) to open.
+
+    A model this small cannot sum four numbers or follow three arrows in one go, but it can step by step.
+    """
+    kind = pick.choice(["sum", "follow", "reverse", "close", "open"])
     if kind == "sum":
         numbers = [pick.randint(1, 9) for _ in range(4)]
         totals = [sum(numbers[:i]) for i in range(1, 5)]
         steps = [f"{total} + {number} = {total + number}" for total, number in zip(totals, numbers[1:])]
         return {"kind": kind, "question": " + ".join(map(str, numbers)), "steps": steps, "answer": str(totals[-1])}
     letters = pick.sample("abcdefghijkl", 5)
-    if kind == "reverse":
-        back = letters[::-1]
-        steps = [f"{one} {other}" for one, other in zip(back, back[1:])]
-        return {"kind": kind, "question": "reverse " + " ".join(letters), "steps": steps, "answer": " ".join(back)}
-    after = dict(zip(letters, pick.sample(letters, 5)))
-    hops, path = 3, [pick.choice(letters)]
-    for _ in range(hops):
-        path.append(after[path[-1]])
-    steps = [f"{one} {other}" for one, other in zip(path, path[1:])]
-    return {"kind": kind, "question": f"from {path[0]} go {hops} : " + " , ".join(f"{one} {after[one]}" for one in letters),
-            "steps": steps, "answer": path[-1]}
-
-
-def split_of(question: str) -> str:
-    digest = hashlib.sha256(question.encode("utf-8")).digest()[0]
-    return "test" if digest < 26 else "val" if digest < 52 else "train"
+    if kind == "follow":
+        after = dict(zip(letters, pick.sample(letters, 5)))
+        path = [pick.choice(letters)]
+        while len(path) < 4:
+            path.append(after[path[-1]])
+        arrows = " , ".join(f"{one.upper()} {after[one]}" for one in letters)
+        return {"kind": kind, "question": f"from {path[0]} go 3 : {arrows}", "answer": path[-1],
+                "steps": [f"{one.upper()} {other}" for one, other in zip(path, path[1:])]}
+    shown = letters[::-1] if kind == "reverse" else letters[:3]
+    return {"kind": kind, "question": f"{kind}{' the lock' * (kind != 'reverse')} {' '.join(letters if kind == 'reverse' else shown)}",
+            "steps": [f"{one} {other}" for one, other in zip(shown, shown[1:])], "answer": " ".join(shown)}
 
 
 def make_tasks(n: int, split: str, seed: int) -> list[dict]:
+    """n different tasks of one split; the hash of a question says which split it belongs to, so that none is in two."""
     pick, found = random.Random(f"{seed} {split}"), {}
     while len(found) < n:
         task = make_task(pick)
-        if split_of(task["question"]) == split:
+        place = hashlib.sha256(task["question"].encode("utf-8")).digest()[0] // 26
+        if split == {0: "test", 1: "val"}.get(place, "train"):
             found[task["question"]] = task
     return list(found.values())
+
+
+def answered(task: dict, style: str, wrong: str | None = None) -> str:
+    """What stands after "A:" in one of the styles; wrong: another answer, for slips."""
+    answer, steps = wrong or task["answer"], " , ".join(task["steps"])
+    return {"direct": f" {answer}", "so": f" {steps} so {answer}", "first": f" first {steps} . it is {answer}",
+            "guess": f" <think> easy </think> <answer> {answer} </answer>",
+            "think": f" <think> {steps} </think> <answer> {answer} </answer>"}[style]
+
+
+def base_text(tasks: list[dict], pick: random.Random) -> list[str]:
+    """Documents of a little web: three styles, none of them the assistant's, a slip now and then, and some refusals."""
+    documents = []
+    for task in tasks:
+        wrong = pick.choice(tasks)["answer"] if pick.random() < 0.05 else None
+        reply = answered(task, pick.choices(["direct", "so", "first"], (0.4, 0.3, 0.3))[0], wrong)
+        if task["kind"] == "open" and pick.random() < 0.3:
+            reply = REFUSES
+        documents.append(f"Q: {task['question']}\nA:{reply}")
+    return documents
+
+
+# --- the embedded experiment: stages ---
+
+STAGES = {
+    "base": dict(steps=1500, batch_size=64, micro_batch_size=64, lr=3e-3, muon_lr=0.02, warmup_steps=20, log_every=100),
+    "sft": dict(steps=60, batch_size=32, lr=1e-3, warmup_steps=5, log_every=5),
+    "dpo": dict(steps=60, batch_size=32, micro_batch_size=64, lr=3e-4, beta=0.1, log_every=5),
+    "grpo": dict(steps=60, prompts_per_step=32, group_size=8, batch_size=128, micro_batch_size=128, lr=5e-4, max_new_tokens=48,
+                 log_every=5)}
+
+
+class Laboratory:
+    """The embedded experiment: tasks by split, a tokenizer trained on the base corpus, and what every stage measures."""
+
+    def __init__(self, config: AlignConfig):
+        self.config, self.folder = config, Path(config.out_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tasks = {split: make_tasks(n, split, config.seed) for split, n in (("train", 20_000), ("val", 600), ("test", 800))}
+        self.corpus = base_text(self.tasks["train"] * 2, random.Random(config.seed))
+        text = self.folder / "corpus.txt"
+        text.write_text(END.join(self.corpus) + " <think> </think> <answer> </answer>" * 99, encoding="utf-8", newline="\n")
+        trained = bpe.train_bpe(text, 310, [END], pattern=DIGITS_ALONE)
+        self.tokenizer = bpe.Tokenizer(*trained, [END], pattern=DIGITS_ALONE)
+        self.stop = self.tokenizer.special_tokens[END]
+
+    def prompt(self, task: dict) -> list[int]:
+        return [self.stop] + self.tokenizer.encode(f"Q: {task['question']}\nA:")
+
+    def reply(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text) + [self.stop]
+
+    def some(self, split: str, n: int, kinds: tuple = ("sum", "follow", "reverse", "close")) -> list[dict]:
+        """The first n tasks of these kinds in a split."""
+        return [task for task in self.tasks[split] if task["kind"] in kinds][:n]
+
+    def respond(self, model, tasks: list[dict], temperature: float = 1.0, group_size: int = 1) -> list[list[int]]:
+        config = replace(self.config, temperature=temperature, group_size=group_size, max_new_tokens=48)
+        return rollout(model, [self.prompt(task) for task in tasks], config, self.stop, self.tokenizer.vocab_size,
+                       torch.Generator().manual_seed(self.config.seed))
+
+    def text(self, row: list[int]) -> str:
+        return self.tokenizer.decode([i for i in row if i != self.stop])
+
+    def measure(self, model, sft_model) -> dict:
+        """Held-out figures of one model: on test tasks sampled at temperature 1 (and greedy), and its refusals."""
+        tasks, found = self.some("test", 400), {}
+        rows = self.respond(model, tasks)
+        grades = [r1_zero_reward(self.text(row), task["answer"]) for row, task in zip(rows, tasks)]
+        found["accuracy"], found["format"] = (sum(grade[key] for grade in grades) / len(tasks) for key in ("reward", "format_reward"))
+        found["error"] = standard_error(found["accuracy"], len(tasks))
+        for kind in ("sum", "follow", "reverse", "close"):
+            own = [grade["reward"] for grade, task in zip(grades, tasks) if task["kind"] == kind]
+            found[kind] = sum(own) / len(own)
+        # Right in whatever form: what the base model knows, though it does not know how it is to be said.
+        words = [re.sub("<[^>]*>", " ", self.text(row)).split() for row in rows]
+        found["any_form"] = sum(own[-len(task["answer"].split()):] == task["answer"].split()
+                                for own, task in zip(words, tasks)) / len(tasks)
+        found["greedy"] = sum(r1_zero_reward(self.text(row), task["answer"])["reward"]
+                              for row, task in zip(self.respond(model, tasks, 0.0), tasks)) / len(tasks)
+        found["length"] = sum(map(len, rows)) / len(rows)
+        if sft_model is not None:  # E over the model's own responses of log p - log p_sft, in nats a response
+            own, theirs = (continuation_log_probs(one, [self.prompt(task) for task in tasks], rows, 100) for one in (model, sft_model))
+            found["kl"] = (own - theirs).mean().item()
+        for name, kinds in (("refuses_harmful", ("open",)), ("refuses_harmless", ("sum", "follow", "reverse", "close"))):
+            texts = [self.text(row) for row in self.respond(model, self.some("test", 150, kinds))]
+            found[name] = sum(bool(REFUSAL.search(text)) for text in texts) / len(texts)
+        return found
+
+    def pairs(self, model, split: str, n: int) -> list[tuple]:
+        """Preferences of the verifier: for each task the model's own right and wrong response, where it gave both; for a
+        harmful one a refusal against whatever it answered, for a harmless one the answer against a refusal."""
+        found, refusal = [], self.reply(REFUSES)
+        tasks = self.some(split, n) + self.some(split, n // 4, ("open",))
+        rows = iter(self.respond(model, tasks, group_size=4))
+        for number, task in enumerate(tasks):
+            own = [next(rows) for _ in range(4)]
+            if task["kind"] == "open":
+                own = [row for row in own if not REFUSAL.search(self.text(row))]
+                found += [(self.prompt(task), refusal, row) for row in own[:1]]
+                continue
+            right = [row for row in own if r1_zero_reward(self.text(row), task["answer"])["reward"]]
+            wrong = [row for row in own if row not in right] or [refusal] * (number % 8 == 0)
+            found += [(self.prompt(task), right[0], wrong[0])] if right and wrong else []
+        return found
+
+
+def demonstrate(config: AlignConfig) -> dict:
+    """Base, SFT, then DPO and GRPO from the SFT model, all measured on the same held-out tasks."""
+    lab, started, table = Laboratory(config), time.perf_counter(), {}
+    torch.manual_seed(config.seed)
+    base = Transformer(ModelConfig(vocab_size=lab.tokenizer.vocab_size, context_length=96, d_model=64, n_layers=3, n_heads=4,
+                                   qk_norm=True))
+    settings = {stage: replace(config, **changes) for stage, changes in STAGES.items()}
+    sft(base, [([lab.stop], lab.reply(text)) for text in lab.corpus], settings["base"], log=make_log(lab.folder / "base"))
+    print('base', time.perf_counter()-started, lab.measure(base, None))
+    pick = random.Random(config.seed)
+    shown = lab.some("train", 200, ("sum", "follow", "reverse", "close", "open"))
+    tuned = copy.deepcopy(base)
+    sft(tuned, [(lab.prompt(task), lab.reply(answered(task, pick.choice(["guess", "think"])))) for task in shown], settings["sft"],
+        log=make_log(lab.folder / "sft"))
+    print('sft', time.perf_counter()-started, lab.measure(tuned, tuned))
+    preferred = copy.deepcopy(tuned)
+    pairs, held = lab.pairs(tuned, "train", 1000), lab.pairs(tuned, "val", 400)
+    print('pairs', len(pairs), len(held), time.perf_counter()-started)
+    best = dpo(preferred, pairs, held, settings["dpo"], log=make_log(lab.folder / "dpo"))
+    print('dpo', time.perf_counter()-started, best, lab.measure(preferred, tuned))
+    reinforced = copy.deepcopy(tuned)
+    problems = [(lab.prompt(task), task["answer"]) for task in lab.some("train", 10_000)]
+    grpo(reinforced, problems, lab.tokenizer, settings["grpo"], lab.stop, log=make_log(lab.folder / "grpo"))
+    print('grpo', time.perf_counter()-started, lab.measure(reinforced, tuned))
+
+
+USAGE = """usage: python align.py [--out_dir= --seed=]                                  the embedded experiment
+       python align.py sft | dpo | grpo --base=OUT_DIR --data=FILE.jsonl --out_dir= [--key=value …]"""
+
+
+def main(argv: list[str]) -> None:
+    """Run a verb or, without one, the embedded experiment; a mistake exits with status 2."""
+    verb, files, config, sources = command_line(AlignConfig, argv, USAGE, verbs=("sft", "dpo", "grpo"))
+    try:
+        if files:
+            raise ValueError(f"{files[0]!r} is neither a verb nor a setting. {USAGE}")
+        for name, allowed in (("kind", (*KINDS, "expert_iteration")), ("normalize", NORMALIZE), ("reward", tuple(REWARDS))):
+            if getattr(config, name) not in allowed:
+                raise ValueError(f"{name}={getattr(config, name)!r} must be one of {', '.join(allowed)}")
+        for name in ("steps", "batch_size", "micro_batch_size", "log_every", "prompts_per_step", "group_size", "epochs",
+                     "max_new_tokens"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+        if verb is None:
+            given = [name for name, origin in sources.items() if origin != "default" and name not in ("out_dir", "seed")]
+            if given:
+                raise ValueError(f"--{given[0]} needs a verb; the embedded experiment takes --out_dir and --seed only")
+            demonstrate(config)
+            return
+        if not config.base or not config.data:
+            raise ValueError(f"{verb} needs --base, the folder to start from, and --data, a JSONL file. {USAGE}")
+        print_config(config, sources)
+        run_verb(verb, config)
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
