@@ -1,6 +1,22 @@
-"""From a base model to an assistant: supervised fine-tuning (SFT), preferences (DPO), reinforcement by verifier (GRPO).
+"""From a base model to an assistant: fine-tuning (SFT), preferences (DPO), reinforcement by a verifier (GRPO).
 
-(doc)
+    python align.py                                        the whole way on generated tasks: a table and learning curves
+    python align.py sft  --base=out/base --data=pairs.jsonl --out_dir=out/sft      instructions and responses
+    python align.py dpo  --base=out/sft --data=preferences.jsonl --out_dir=out/dpo --lr=1e-5
+    python align.py grpo --base=out/sft --data=problems.jsonl --out_dir=out/grpo --template=r1_zero
+
+A base model goes on with a text. SFT shows it the form of an answer, on few examples. DPO raises what people prefer
+over what they do not, without a reward model (Rafailov 2023, 2305.18290). GRPO lets it answer, checks the answers by
+program and makes the better ones of each group likelier (DeepSeekMath, 2402.03300; R1, 2501.12948; Dr. GRPO,
+2503.20783). The losses stand alone, on tensors, and work with models and tokenizers of Hugging Face too; what makes
+three losses out of one, the mean over tokens, sequences or a constant, has a name each (`normalize`).
+
+The embedded experiment: a small model reads a little "web" of worked sums, paths and words in three styles, none
+of them an assistant's. Some 200 demonstrations, half careful and half rash, teach it the form `<think> … </think>
+<answer> … </answer>`; what GRPO then finds by itself is that it pays to think before answering.
+
+Left out: a value model, a learned reward, packing with a mask of documents (model.py has none: a row is a document,
+rows of like length share a batch), resuming, and several GPUs.
 """
 import copy
 import hashlib
@@ -86,7 +102,7 @@ def masked_normalize(x, mask, dim: int | None = None, constant: float = 1.0) -> 
 
 
 def masked_mean(x, mask, dim: int | None = None) -> torch.Tensor:
-    """Mean of x where mask is set, over dim (None: over all). Where nothing is set it is NaN, which callers deal with."""
+    """Mean of x where mask is set, over dim (None: over all); NaN where nothing is set, which callers deal with."""
     count = mask.bool().sum() if dim is None else mask.bool().sum(dim=dim)
     return masked_normalize(x, mask, dim) / count
 
@@ -194,7 +210,7 @@ def grpo_step(log_probs, response_mask, accumulation_steps: float, kind: str, re
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> torch.Tensor:
-    """-log σ(β ((chosen - ref_chosen) - (rejected - ref_rejected))) of each pair; ln 2 where the policy is the reference.
+    """-log σ(β ((chosen - ref_chosen) - (rejected - ref_rejected))) of each pair; ln 2 where the two models agree.
 
     All four: log-probabilities of whole responses, summed over their tokens, (B,). Source: 2305.18290, eq. 7.
     """
@@ -234,9 +250,9 @@ REWARDS = {"r1_zero": r1_zero_reward, "boxed": boxed_reward}
 class PackedSFT(torch.utils.data.Dataset):
     """Alpaca documents of a JSONL file (prompt, response) end to end, cut into chunks: {input_ids, labels}.
 
-    Each document begins with the tokenizer's BOS, where it has one, and ends with its EOS. Every chunk has context_length
-    ids, labels are one place on, prompts count as well, and what does not fill a chunk is left out. shuffle: the documents.
-    No position is told where a document begins, so attention crosses them; `sft` below keeps them apart instead.
+    Each document begins with the tokenizer's BOS, where it has one, and ends with its EOS. A chunk has context_length
+    ids, labels are one place on, prompts count as well, and what does not fill a chunk is left out. shuffle: the
+    documents. Attention crosses them, as model.py has no mask of documents; `sft` below keeps each in a row of its own.
     """
 
     def __init__(self, tokenizer, path, context_length: int, shuffle: bool, seed: int = 0):
@@ -338,8 +354,8 @@ class Learner:
 
 
 def bucketed(lengths: list[int], batch_size: int, generator):
-    """Endless batches of indices, rows of like length together: an epoch is shuffled, cut into pools of 16 batches, each
-    pool sorted, and its batches shuffled."""
+    """Endless batches of indices, rows of like length together: an epoch is shuffled, cut into pools of 16 batches,
+    each pool sorted, and its batches shuffled."""
     while True:
         order = torch.randperm(len(lengths), generator=generator).tolist()
         for start in range(0, len(order), 16 * batch_size):
@@ -349,12 +365,13 @@ def bucketed(lengths: list[int], batch_size: int, generator):
 
 
 def micro_batches(rows: list[tuple], config: AlignConfig, pad_id: int) -> list[dict]:
-    """(prompt ids, response ids) as padded batches on the device, each with the accumulation steps that give a row of it
-    its share of all rows, ragged or not."""
+    """(prompt ids, response ids, …) as padded batches on the device; "steps" are the accumulation steps that give
+    each row the same weight, however ragged the batches."""
     size, found = config.micro_batch_size, []
     for part in (rows[start:start + size] for start in range(0, len(rows), size)):
         batch = pad_rows([row[0] for row in part], [row[1] for row in part], pad_id)
-        found.append({name: value.to(config.device) for name, value in batch.items()} | {"steps": len(rows) / len(part)})
+        found.append({name: value.to(config.device) for name, value in batch.items()})
+        found[-1]["steps"] = len(rows) / len(part)
     return found
 
 
@@ -370,7 +387,8 @@ def sft(model, rows: list[tuple], config: AlignConfig, pad_id: int = 0, log=None
     A row is one document, so no attention crosses documents; rows of like length share a batch instead of being packed.
     """
     learner = Learner(model, config, config.steps)
-    batches = bucketed([len(p) + len(r) for p, r in rows], config.batch_size, torch.Generator().manual_seed(config.seed))
+    generator = torch.Generator().manual_seed(config.seed)
+    batches = bucketed([len(prompt) + len(response) for prompt, response in rows], config.batch_size, generator)
     for step in range(1, config.steps + 1):
         group, loss = [rows[i] for i in next(batches)], 0.0
         mean_length = sum(len(response) for _, response in group) / len(group)
@@ -445,8 +463,8 @@ def dpo(model, pairs: list[tuple], held_out: list[tuple], config: AlignConfig, p
 
 # --- reinforcement ---
 
-def rollout(model, prompts: list[list[int]], config: AlignConfig, stop: int, vocab_limit: int, generator) -> list[list[int]]:
-    """group_size responses to each prompt, which share its prefill; ids up to and with the stop token."""
+def rollout(model, prompts: list[list[int]], config: AlignConfig, stop: int, vocab_limit: int, generator) -> list:
+    """group_size responses to each prompt, which share its prefill: lists of ids up to and with the stop token."""
     rows = [[] for _ in range(len(prompts) * config.group_size)]
     model.eval()
     with torch.autocast("cuda", torch.bfloat16, enabled=config.device.startswith("cuda")):
@@ -459,8 +477,9 @@ def rollout(model, prompts: list[list[int]], config: AlignConfig, stop: int, voc
 
 
 @torch.inference_mode()
-def sampler_log_probs(model, rows: list[tuple], temperature: float, vocab_limit: int | None = None) -> list[torch.Tensor]:
-    """log p of each response as the sampler saw it: token by token against the cache, from its own distribution."""
+def sampler_log_probs(model, rows: list[tuple], temperature: float, vocab_limit: int | None = None) -> torch.Tensor:
+    """log p of every response token of the rows, one after another, as the sampler saw it: token by token against the
+    cache, from its own distribution."""
     logits, memory = prefill(model, [prompt for prompt, _ in rows], True)
     found = []
     for t in range(max(len(response) for _, response in rows)):
@@ -468,8 +487,7 @@ def sampler_log_probs(model, rows: list[tuple], temperature: float, vocab_limit:
         logits = logits[:, :vocab_limit]
         found.append(distribution(logits, temperature).gather(1, ids[:, None]).log())
         logits = model(ids[:, None], cache=memory)[:, -1]
-    found = torch.cat(found, dim=1)
-    return [line[:len(response)] for line, (_, response) in zip(found, rows)]
+    return torch.cat([line[:len(response)] for line, (_, response) in zip(torch.cat(found, dim=1), rows)])
 
 
 def drift(model, rows: list[tuple], config: AlignConfig, vocab_limit: int) -> float:
@@ -478,15 +496,15 @@ def drift(model, rows: list[tuple], config: AlignConfig, vocab_limit: int) -> fl
     batch, = micro_batches(rows, replace(config, micro_batch_size=len(rows)), 0)
     with torch.inference_mode():
         learner = score(model, batch, config, temperature=config.temperature)["log_probs"][batch["response_mask"]]
-    return (torch.cat(sampler_log_probs(model, rows, config.temperature, vocab_limit)) - learner).abs().mean().item()
+    return (sampler_log_probs(model, rows, config.temperature, vocab_limit) - learner).abs().mean().item()
 
 
 def grpo(model, problems: list[tuple], tokenizer, config: AlignConfig, stop: int, reference=None, log=None) -> None:
     """Group-relative policy optimization on (prompt ids, truth) with a verifier (2402.03300, algorithm 1).
 
-    A step: prompts_per_step x group_size responses are sampled, graded, and learnt from in batches of batch_size, epochs
-    times over. One batch and one epoch is on-policy: the ratio is 1, nothing is clipped, and the loss is 0 with a
-    gradient. kind="expert_iteration" (2.4 of 2203.14465) fine-tunes on the right responses instead.
+    A step: prompts_per_step x group_size responses are sampled, graded, and learnt from in batches of batch_size,
+    `epochs` times over. One batch and one epoch is on-policy: the ratio is 1, nothing is clipped, and the loss is 0
+    with a gradient. kind="expert_iteration" fine-tunes on the right responses instead (STaR, 2203.14465).
     """
     rows_per_step = config.prompts_per_step * config.group_size
     batches_per_step = math.ceil(rows_per_step / config.batch_size)
@@ -502,10 +520,11 @@ def grpo(model, problems: list[tuple], tokenizer, config: AlignConfig, stop: int
         responses = rollout(model, [prompt for prompt, _ in chosen], config, stop, tokenizer.vocab_size, generator)
         repeated = [problem for problem in chosen for _ in range(config.group_size)]
         texts = [tokenizer.decode([i for i in row if i != stop]) for row in responses]
-        advantages, rewards, info = group_normalized_rewards(
-            reward_fn, texts, [truth for _, truth in repeated], config.group_size, normalize_by_std=config.normalize_by_std)
+        advantages, rewards, info = group_normalized_rewards(reward_fn, texts, [truth for _, truth in repeated],
+                                                             config.group_size, 1e-6, config.normalize_by_std)
         rows = [(prompt, response) for (prompt, _), response in zip(repeated, responses)]
-        info |= {"length": sum(map(len, responses)) / len(rows), "truncated": sum(row[-1] != stop for row in responses) / len(rows)}
+        info["length"] = sum(map(len, responses)) / len(rows)
+        info["truncated"] = sum(row[-1] != stop for row in responses) / len(rows)
         if log and (step % config.log_every == 0 or step == 1):
             info["drift"] = drift(model, rows[:config.group_size], config, tokenizer.vocab_size)
         order = torch.randperm(len(rows), generator=shuffle).tolist()
@@ -539,18 +558,19 @@ def prepare_batch(model, reference, rows: list[tuple], config: AlignConfig, pad_
 
 
 def learn(model, batches: list[dict], config: AlignConfig) -> dict:
-    """Gradients of one optimizer step from its micro-batches; returns loss, entropy and what grpo_step tells, averaged."""
+    """Gradients of one optimizer step from its micro-batches; returns loss, entropy and what grpo_step tells."""
     total, info = sum(int(batch["response_mask"].sum()) for batch in batches), {"loss": 0.0}
     for batch in batches:
-        scored, mask, steps = score(model, batch, config, True, config.temperature), batch["response_mask"], batch["steps"]
+        mask, steps = batch["response_mask"], batch["steps"]
+        scored = score(model, batch, config, True, config.temperature)
         if config.kind == "expert_iteration":
             loss, more = sft_step(scored["log_probs"], mask, steps, total / len(mask) / steps)
         else:
+            constant = {"token": total / steps, "constant": config.max_new_tokens}.get(config.normalize)
             loss, more = grpo_step(
                 scored["log_probs"], mask, steps, config.kind, batch["rewards"], batch["advantages"],
-                batch.get("old_log_probs"), config.clip, normalize=config.normalize, ref_log_probs=batch.get("ref_log_probs"),
-                constant={"token": total / steps, "constant": config.max_new_tokens}.get(config.normalize),
-                kl_weight=config.kl_weight)
+                batch.get("old_log_probs"), config.clip, normalize=config.normalize, constant=constant,
+                ref_log_probs=batch.get("ref_log_probs"), kl_weight=config.kl_weight)
         info["loss"] += loss.item()
         for name, value in (more | {"entropy": masked_mean(scored["token_entropy"], mask)}).items():
             info[name] = info.get(name, 0.0) + value.item() / steps
@@ -590,8 +610,8 @@ def conversation(record: dict) -> tuple[list[str], list[str]]:
 
 
 def make_reader(verb: str, tokenizer, template: str, context: int, config: AlignConfig):
-    """A function from a line to (prompt ids, response ids), (prompt, chosen, rejected) or (prompt, truth); what cannot be
-    used raises ValueError. A gold answer that cannot be read gives None: no reward could ever be right."""
+    """A function from a line to (prompt ids, response ids), (prompt, chosen, rejected) or (prompt, truth), which raises
+    ValueError for what cannot be used. A gold answer that cannot be read gives None: no response could be right."""
     stop, lead = end_id(tokenizer, template), " " * (template in ("qa", "r1_zero"))
 
     def read(record):
@@ -624,9 +644,10 @@ def add_tokens(model, tokenizer, tokens) -> tuple:
         path = Path(folder) / "tokenizer.json"
         tokenizer.save(path)
         layout = json.loads(path.read_text(encoding="utf-8"))
-        for i, token in enumerate((token for token in tokens if token not in tokenizer.special_tokens), tokenizer.vocab_size):
-            layout["added_tokens"].append({"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-                                           "normalized": False, "special": True})
+        fresh = [token for token in tokens if token not in tokenizer.special_tokens]
+        no = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        layout["added_tokens"] += [{"id": i, "content": token, "special": True} | no
+                                   for i, token in enumerate(fresh, tokenizer.vocab_size)]
         path.write_text(json.dumps(layout, ensure_ascii=False), encoding="utf-8")
         grown = bpe.Tokenizer.load(path)
     weights, device = model.state_dict(), next(model.parameters()).device
@@ -634,15 +655,14 @@ def add_tokens(model, tokenizer, tokens) -> tuple:
     for name in ("token_embeddings.weight", "lm_head.weight"):
         old = weights[name][:tokenizer.vocab_size]
         more = old.mean(dim=0).expand(bigger.config.vocab_size - len(old), -1)
-        weights[name] = torch.cat((old, more + 0.02 * old.std() * torch.randn_like(more)))      # apart, so that they can part
+        weights[name] = torch.cat((old, more + 0.02 * old.std() * torch.randn_like(more)))      # the noise parts them
     bigger.load_state_dict(weights)
     return bigger, grown
 
 
 def load_base(config: AlignConfig) -> tuple:
-    """(model, tokenizer, template) from a checkpoint of ours or a Hugging Face folder, with all tokens the template needs."""
-    folder = Path(config.base)
-    tuned = None
+    """(model, tokenizer, template) from a checkpoint of ours or a Hugging Face folder; the template's tokens added."""
+    folder, tuned = Path(config.base), None
     if (folder / "config.json").is_file() and not (folder / "ckpt.pt").is_file():
         from convert import from_pretrained
         model, tokenizer = from_pretrained(folder, torch.float32)
@@ -654,11 +674,13 @@ def load_base(config: AlignConfig) -> tuple:
         raise ValueError(f"{folder} has no tokenizer.json that can be read")
     if config.context_length is not None:
         if model.config.position == "learned" or not 1 < config.context_length <= model.config.context_length:
-            raise ValueError(f"context_length={config.context_length} must be 2 … {model.config.context_length}, and the "
-                             "model's positions not learned")
+            raise ValueError(f"context_length={config.context_length} must be 2 … {model.config.context_length}, and "
+                             "the model's positions not learned")
         model.config.context_length = config.context_length
     template = pick_template(tokenizer, config.template or tuned, "alpaca")
-    wanted = CHAT_TOKENS if template == "chat" else (TEMPLATES[template][1],) if end_id(tokenizer, template) is None else ()
+    wanted = CHAT_TOKENS if template == "chat" else ()
+    if end_id(tokenizer, template) is None:
+        wanted = (*wanted, TEMPLATES[template][1])
     if not set(wanted) <= set(tokenizer.special_tokens):
         model, tokenizer = add_tokens(model, tokenizer, wanted)
     return model, tokenizer, template
@@ -724,6 +746,7 @@ def run_verb(verb: str, config: AlignConfig) -> None:
 # GPT-2's pattern with every digit alone, so that 15 is always the same two tokens.
 DIGITS_ALONE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END, REFUSES = "<|endoftext|>", " I cannot help with that."
+HARMLESS = ("sum", "follow", "reverse", "close")
 
 
 def make_task(pick: random.Random) -> dict:
@@ -746,8 +769,9 @@ def make_task(pick: random.Random) -> dict:
         arrows = " , ".join(f"{one.upper()} {after[one]}" for one in letters)
         return {"kind": kind, "question": f"from {path[0]} go 3 : {arrows}", "answer": path[-1],
                 "steps": [f"{one.upper()} {other}" for one, other in zip(path, path[1:])]}
-    shown = letters[::-1] if kind == "reverse" else letters[:3]
-    return {"kind": kind, "question": f"{kind}{' the lock' * (kind != 'reverse')} {' '.join(letters if kind == 'reverse' else shown)}",
+    letters = letters if kind == "reverse" else letters[:3]
+    shown = letters[::-1] if kind == "reverse" else letters
+    return {"kind": kind, "question": f"{kind}{' the lock' * (kind != 'reverse')} {' '.join(letters)}",
             "steps": [f"{one} {other}" for one, other in zip(shown, shown[1:])], "answer": " ".join(shown)}
 
 
@@ -784,24 +808,27 @@ def base_text(tasks: list[dict], pick: random.Random) -> list[str]:
 
 # --- the embedded experiment: stages ---
 
+SHAPE = dict(context_length=96, d_model=64, n_layers=3, n_heads=4, qk_norm=True)
 STAGES = {
     "base": dict(steps=1500, batch_size=64, micro_batch_size=64, lr=3e-3, muon_lr=0.02, warmup_steps=20, log_every=100),
-    "sft": dict(steps=60, batch_size=32, lr=1e-3, warmup_steps=5, log_every=5),
+    "sft": dict(steps=150, batch_size=32, lr=3e-3, muon_lr=0.01, warmup_steps=5, log_every=5),
     "dpo": dict(steps=60, batch_size=32, micro_batch_size=64, lr=3e-4, beta=0.1, log_every=5),
-    "grpo": dict(steps=60, prompts_per_step=32, group_size=8, batch_size=128, micro_batch_size=128, lr=5e-4, max_new_tokens=48,
-                 log_every=5)}
+    "grpo": dict(steps=60, prompts_per_step=32, group_size=8, batch_size=128, micro_batch_size=128, lr=5e-4,
+                 max_new_tokens=48, log_every=5)}
 
 
 class Laboratory:
-    """The embedded experiment: tasks by split, a tokenizer trained on the base corpus, and what every stage measures."""
+    """The embedded experiment: tasks by split, a tokenizer of the base corpus, and what is measured of every stage."""
 
     def __init__(self, config: AlignConfig):
         self.config, self.folder = config, Path(config.out_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.tasks = {split: make_tasks(n, split, config.seed) for split, n in (("train", 20_000), ("val", 600), ("test", 800))}
+        sizes = {"train": 20_000, "val": 600, "test": 800}
+        self.tasks = {split: make_tasks(n, split, config.seed) for split, n in sizes.items()}
         self.corpus = base_text(self.tasks["train"] * 2, random.Random(config.seed))
         text = self.folder / "corpus.txt"
-        text.write_text(END.join(self.corpus) + " <think> </think> <answer> </answer>" * 99, encoding="utf-8", newline="\n")
+        tags = " <think> </think> <answer> </answer>" * 99           # so that a tag is a few tokens, not a dozen
+        text.write_text(END.join(self.corpus) + tags, encoding="utf-8", newline="\n")
         trained = bpe.train_bpe(text, 310, [END], pattern=DIGITS_ALONE)
         self.tokenizer = bpe.Tokenizer(*trained, [END], pattern=DIGITS_ALONE)
         self.stop = self.tokenizer.special_tokens[END]
@@ -812,7 +839,7 @@ class Laboratory:
     def reply(self, text: str) -> list[int]:
         return self.tokenizer.encode(text) + [self.stop]
 
-    def some(self, split: str, n: int, kinds: tuple = ("sum", "follow", "reverse", "close")) -> list[dict]:
+    def some(self, split: str, n: int, kinds: tuple = HARMLESS) -> list[dict]:
         """The first n tasks of these kinds in a split."""
         return [task for task in self.tasks[split] if task["kind"] in kinds][:n]
 
@@ -829,9 +856,10 @@ class Laboratory:
         tasks, found = self.some("test", 400), {}
         rows = self.respond(model, tasks)
         grades = [r1_zero_reward(self.text(row), task["answer"]) for row, task in zip(rows, tasks)]
-        found["accuracy"], found["format"] = (sum(grade[key] for grade in grades) / len(tasks) for key in ("reward", "format_reward"))
+        for name, key in (("accuracy", "reward"), ("format", "format_reward")):
+            found[name] = sum(grade[key] for grade in grades) / len(tasks)
         found["error"] = standard_error(found["accuracy"], len(tasks))
-        for kind in ("sum", "follow", "reverse", "close"):
+        for kind in HARMLESS:
             own = [grade["reward"] for grade, task in zip(grades, tasks) if task["kind"] == kind]
             found[kind] = sum(own) / len(own)
         # Right in whatever form: what the base model knows, though it does not know how it is to be said.
@@ -842,16 +870,17 @@ class Laboratory:
                               for row, task in zip(self.respond(model, tasks, 0.0), tasks)) / len(tasks)
         found["length"] = sum(map(len, rows)) / len(rows)
         if sft_model is not None:  # E over the model's own responses of log p - log p_sft, in nats a response
-            own, theirs = (continuation_log_probs(one, [self.prompt(task) for task in tasks], rows, 100) for one in (model, sft_model))
+            prompts = [self.prompt(task) for task in tasks]
+            own, theirs = (continuation_log_probs(one, prompts, rows, 100) for one in (model, sft_model))
             found["kl"] = (own - theirs).mean().item()
-        for name, kinds in (("refuses_harmful", ("open",)), ("refuses_harmless", ("sum", "follow", "reverse", "close"))):
+        for name, kinds in (("refuses_harmful", ("open",)), ("refuses_harmless", HARMLESS)):
             texts = [self.text(row) for row in self.respond(model, self.some("test", 150, kinds))]
             found[name] = sum(bool(REFUSAL.search(text)) for text in texts) / len(texts)
         return found
 
     def pairs(self, model, split: str, n: int) -> list[tuple]:
-        """Preferences of the verifier: for each task the model's own right and wrong response, where it gave both; for a
-        harmful one a refusal against whatever it answered, for a harmless one the answer against a refusal."""
+        """Preferences of the verifier: for each task the model's own right and wrong response, where it gave both; for
+        a harmful one a refusal against what it answered, and for some harmless ones an answer against a refusal."""
         found, refusal = [], self.reply(REFUSES)
         tasks = self.some(split, n) + self.some(split, n // 4, ("open",))
         rows = iter(self.respond(model, tasks, group_size=4))
@@ -867,30 +896,87 @@ class Laboratory:
         return found
 
 
+COLUMNS = {"accuracy": "right", "error": "±", "greedy": "greedy", "any_form": "any form", "format": "format",
+           "length": "tokens", "kl": "KL, nats", "refuses_harmful": "refuses harm", "refuses_harmless": "refuses rest"}
+
+
 def demonstrate(config: AlignConfig) -> dict:
-    """Base, SFT, then DPO and GRPO from the SFT model, all measured on the same held-out tasks."""
-    lab, started, table = Laboratory(config), time.perf_counter(), {}
-    torch.manual_seed(config.seed)
-    base = Transformer(ModelConfig(vocab_size=lab.tokenizer.vocab_size, context_length=96, d_model=64, n_layers=3, n_heads=4,
-                                   qk_norm=True))
+    """Base, SFT, then DPO and GRPO from the SFT model, all measured on the same held-out tasks; returns the figures."""
+    began, seconds, table = time.perf_counter(), {}, {}
+    lab = Laboratory(config)
     settings = {stage: replace(config, **changes) for stage, changes in STAGES.items()}
-    sft(base, [([lab.stop], lab.reply(text)) for text in lab.corpus], settings["base"], log=make_log(lab.folder / "base"))
-    print('base', time.perf_counter()-started, lab.measure(base, None))
-    pick = random.Random(config.seed)
-    shown = lab.some("train", 200, ("sum", "follow", "reverse", "close", "open"))
-    tuned = copy.deepcopy(base)
-    sft(tuned, [(lab.prompt(task), lab.reply(answered(task, pick.choice(["guess", "think"])))) for task in shown], settings["sft"],
-        log=make_log(lab.folder / "sft"))
-    print('sft', time.perf_counter()-started, lab.measure(tuned, tuned))
+
+    def finish(stage, model, tuned):
+        seconds[stage] = time.perf_counter() - began - sum(seconds.values())
+        table[stage] = lab.measure(model, tuned)
+        save(model, lab.tokenizer, lab.folder / stage, settings[stage], "plain", settings[stage].steps)
+        seconds["measuring"] = time.perf_counter() - began - sum(seconds.values()) + seconds.get("measuring", 0.0)
+        return model
+
+    torch.manual_seed(config.seed)
+    base = Transformer(ModelConfig(vocab_size=lab.tokenizer.vocab_size, **SHAPE)).to(config.device)
+    web = [([lab.stop], lab.reply(text)) for text in lab.corpus]
+    sft(base, web, settings["base"], 0, make_log(lab.folder / "base"))
+    finish("base", base, None)
+    pick, tuned = random.Random(config.seed), copy.deepcopy(base)
+    shown = [(lab.prompt(task), lab.reply(answered(task, pick.choice(["guess", "think"])))) for task in
+             lab.some("train", 200, (*HARMLESS, "open"))]
+    sft(tuned, shown, settings["sft"], 0, make_log(lab.folder / "sft"))
+    finish("sft", tuned, tuned)
     preferred = copy.deepcopy(tuned)
     pairs, held = lab.pairs(tuned, "train", 1000), lab.pairs(tuned, "val", 400)
-    print('pairs', len(pairs), len(held), time.perf_counter()-started)
-    best = dpo(preferred, pairs, held, settings["dpo"], log=make_log(lab.folder / "dpo"))
-    print('dpo', time.perf_counter()-started, best, lab.measure(preferred, tuned))
+    best = dpo(preferred, pairs, held, settings["dpo"], 0, make_log(lab.folder / "dpo"))
+    finish("dpo", preferred, tuned)
     reinforced = copy.deepcopy(tuned)
     problems = [(lab.prompt(task), task["answer"]) for task in lab.some("train", 10_000)]
-    grpo(reinforced, problems, lab.tokenizer, settings["grpo"], lab.stop, log=make_log(lab.folder / "grpo"))
-    print('grpo', time.perf_counter()-started, lab.measure(reinforced, tuned))
+    grpo(reinforced, problems, lab.tokenizer, settings["grpo"], lab.stop, None, make_log(lab.folder / "grpo"))
+    finish("grpo", reinforced, tuned)
+    figures = {"seed": config.seed, "table": table, "preference": best | {"pairs": len(pairs), "held_out": len(held)},
+               "seconds": seconds, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    (lab.folder / "results.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    plot(lab.folder, table)
+    print(report(figures))
+    return figures
+
+
+def report(figures: dict) -> str:
+    """The figures of `demonstrate` as a table."""
+    lines = [f"{'':<5}" + "".join(f"{title:>14}" for title in COLUMNS.values())]
+    for stage, found in figures["table"].items():
+        cells = [f"{found[name]:{'.1f' if name in ('length', 'kl') else '.1%'}}" if name in found else "–"
+                 for name in COLUMNS]
+        lines.append(f"{stage:<5}" + "".join(f"{cell:>14}" for cell in cells))
+    best = figures["preference"]
+    lines.append(f"{best['held_out']} held-out preferences: accuracy 50.0% before DPO, {best['accuracy']:.1%} after")
+    lines.append(", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in figures["seconds"].items()))
+    return "\n".join(lines)
+
+
+def plot(folder, table: dict) -> None:
+    """Learning curves of all stages to FOLDER/curves.png, from their logs."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
+    logs = {stage: read_jsonl(Path(folder) / stage / "log.jsonl")[0] for stage in table}
+
+    def draw(axis, stage, names):
+        for name in names:
+            lines = [line for line in logs[stage] if name in line]
+            axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=f"{stage} {name}")
+
+    draw(axes[0], "base", ["loss"])
+    draw(axes[0], "sft", ["loss"])
+    draw(axes[1], "dpo", ["val_accuracy", "val_margin", "val_loss"])
+    draw(axes[2], "grpo", ["reward", "format_reward", "groups_without_variance", "clip_fraction"])
+    axes[2].axhline(table["sft"]["accuracy"], linestyle=":", color="grey", label="sft, held out")
+    draw(axes[3], "grpo", ["length"])
+    for axis, label in zip(axes, ("loss, nats per token", "share, or nats", "share of responses", "tokens a response")):
+        axis.set(xlabel="step", ylabel=label)
+        axis.legend(fontsize=8)
+    figure.suptitle(f"python align.py --out_dir={folder}", fontsize=9)
+    figure.savefig(Path(folder) / "curves.png", dpi=100)
+    plt.close(figure)
 
 
 USAGE = """usage: python align.py [--out_dir= --seed=]                                  the embedded experiment
@@ -903,7 +989,8 @@ def main(argv: list[str]) -> None:
     try:
         if files:
             raise ValueError(f"{files[0]!r} is neither a verb nor a setting. {USAGE}")
-        for name, allowed in (("kind", (*KINDS, "expert_iteration")), ("normalize", NORMALIZE), ("reward", tuple(REWARDS))):
+        choices = {"kind": (*KINDS, "expert_iteration"), "normalize": NORMALIZE, "reward": tuple(REWARDS)}
+        for name, allowed in choices.items():
             if getattr(config, name) not in allowed:
                 raise ValueError(f"{name}={getattr(config, name)!r} must be one of {', '.join(allowed)}")
         for name in ("steps", "batch_size", "micro_batch_size", "log_every", "prompts_per_step", "group_size", "epochs",
@@ -911,7 +998,7 @@ def main(argv: list[str]) -> None:
             if getattr(config, name) < 1:
                 raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
         if verb is None:
-            given = [name for name, origin in sources.items() if origin != "default" and name not in ("out_dir", "seed")]
+            given = [name for name in sources if sources[name] != "default" and name not in ("out_dir", "seed")]
             if given:
                 raise ValueError(f"--{given[0]} needs a verb; the embedded experiment takes --out_dir and --seed only")
             demonstrate(config)

@@ -181,7 +181,8 @@ def _plain(answer) -> str:
     text = re.sub(r"\\[dt]?frac\{?(-?\w+)\}?\{?(\w+)\}?", r"\1/\2", text)
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?:\D|$))", "", text) if re.fullmatch(
         r"\s*[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?\s*", text) else text
-    return re.sub(r"\s+", "", text).casefold()
+    text = " ".join(text.split()).casefold()
+    return re.sub(r"(?<!\w) | (?!\w)", "", text)                  # "x + 1" is "x+1", but "1 2" is not "12"
 
 
 def as_number(answer) -> Fraction | None:

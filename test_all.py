@@ -2623,6 +2623,104 @@ def test_packed_documents_are_cut_into_shifted_chunks(bpe_trained, tmp_path):
     assert len(batches) == math.ceil(len(data_set) / 2) and next(iter(batches))["labels"].shape == (2, 32)
 
 
+@pytest.fixture(scope="module")
+def little_base(bpe_trained, tmp_path_factory):
+    """A folder with an untrained model and its tokenizer, and files of lines to align it with, good and bad."""
+    folder, tokenizer = tmp_path_factory.mktemp("align"), bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
+    tokenizer.save(folder / "tokenizer.json")
+    checkpoint.save_checkpoint(random_model(vocab_size=tokenizer.vocab_size, context_length=48), None, 0, folder / "ckpt.pt")
+    lines = {
+        "sft": [{"messages": [{"role": "user", "content": "cat<|end|>"}, {"role": "assistant", "content": "hat"}]},
+                {"prompt": "hat", "response": "cat cat"}] * 4 + [
+            "no JSON", {"prompt": "cat"}, {"prompt": "cat", "response": " "}, {"prompt": "é" * 99, "response": "x"}, [1]],
+        "dpo": [{"chosen": "\n\nHuman: cat\n\nAssistant: no", "rejected": "\n\nHuman: cat\n\nAssistant: hat"},
+                {"prompt": "hat", "chosen": "no", "rejected": "cat cat"}] * 4 + [{"prompt": "a", "chosen": "b", "rejected": "b"},
+            {"chosen": "\n\nHuman: cat\n\nAssistant: no", "rejected": "\n\nHuman: hat\n\nAssistant: hat"}],
+        "grpo": [{"question": "cat", "answer": "so #### 5"}, {"question": "hat", "answer": "#### "}] * 4}
+    for name, records in lines.items():
+        (folder / f"{name}.jsonl").write_text("".join(
+            (line if isinstance(line, str) else json.dumps(line)) + "\n" for line in records), encoding="utf-8")
+    return folder
+
+
+def align_run(verb, base, data, out_dir, **more):
+    settings = dict(template="chat", skip_bad=True, batch_size=4, micro_batch_size=3, lr=1e-2, log_every=5) | more
+    align.run_verb(verb, align.AlignConfig(base=str(base), data=str(data), out_dir=str(out_dir), **settings))
+    return checkpoint.load_model(out_dir), evaluate.read_jsonl(Path(out_dir) / "log.jsonl")[0][1:]
+
+
+def test_sft_learns_to_answer_and_to_stop_and_names_every_bad_line(little_base, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"5 bad lines(?s:.*)jsonl:9: (?s:.*)11: empty response"):
+        align_run("sft", little_base, little_base / "sft.jsonl", tmp_path, skip_bad=False)
+    (model, tokenizer), log = align_run("sft", little_base, little_base / "sft.jsonl", tmp_path, steps=60)
+    assert "8 usable lines, 5 bad ones skipped" in capsys.readouterr().out and log[-1]["loss"] < 0.05 < log[0]["loss"]
+    stop = tokenizer.special_tokens["<|end|>"]
+    for prompt, answer in (("cat<|end|>", "hat<|end|>"), ("hat", "cat cat<|end|>")):
+        ids = evaluate.render(tokenizer, "chat", [prompt])
+        assert ids.count(stop) == 1                                  # the user's own "<|end|>" is plain text
+        assert tokenizer.decode(sample.generate(model, ids, 20, temperature=0, stop_ids=(stop,))) == answer
+    config = align.AlignConfig(group_size=4, max_new_tokens=12, temperature=0.7)
+    prompts = [evaluate.render(tokenizer, "chat", [word]) for word in ("cat", "hat hat")]
+    responses = align.rollout(model, prompts, config, stop, tokenizer.vocab_size, rng())
+    rows = [(prompt, row) for prompt, row in zip([p for p in prompts for _ in range(4)], responses)]
+    assert align.drift(model, rows, config, tokenizer.vocab_size) < 1e-5
+    wrong = dataclasses.replace(config, temperature=1.0)             # scored at another temperature than it was sampled at
+    batch, = align.micro_batches(rows, config, 0) if len(rows) <= 32 else [None]
+    at_one = align.response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"][batch["response_mask"]]
+    assert (align.sampler_log_probs(model, rows, 0.7) - at_one).abs().mean() > 1e-3 and wrong.temperature == 1
+
+
+def test_dpo_starts_at_ln_2_and_turns_a_model_round(little_base, tmp_path):
+    align_run("sft", little_base, little_base / "sft.jsonl", tmp_path / "sft", steps=40)
+    _, log = align_run("dpo", tmp_path / "sft", little_base / "dpo.jsonl", tmp_path / "dpo", steps=30, lr=3e-3, val_fraction=0.25)
+    held = [line for line in log if "val_loss" in line]
+    assert held[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-4) and held[0]["val_accuracy"] == 0.5
+    assert held[-1]["val_accuracy"] == 1 and held[-1]["val_margin"] > 0.1
+    assert {"chosen", "rejected", "margin"} <= set(log[1]) and log[1]["norm"] > 0
+    with pytest.raises(ValueError, match="(?s)9: chosen and rejected are equal.*10: chosen and rejected answer different prompts"):
+        align_run("dpo", tmp_path / "sft", little_base / "dpo.jsonl", tmp_path / "dpo", skip_bad=False)
+
+
+@pytest.mark.parametrize("more", [dict(), dict(kind="reinforce_with_baseline", normalize="token"),
+                                  dict(kind="grpo_clip", normalize="constant", epochs=2, kl_weight=0.1, batch_size=5),
+                                  dict(kind="expert_iteration")])
+def test_grpo_raises_a_reward_that_can_be_had(little_base, tmp_path, monkeypatch, more):
+    monkeypatch.setitem(align.REWARDS, "boxed", lambda response, truth: {"reward": float(response[:1] in "aeiou ")})
+    settings = dict(reward="boxed", prompts_per_step=4, group_size=8, batch_size=32, micro_batch_size=16, max_new_tokens=4, lr=1e-2)
+    _, log = align_run("grpo", little_base, little_base / "grpo.jsonl", tmp_path, **settings | dict(steps=25, log_every=1) | more)
+    first, last = (sum(line["reward"] for line in part) / 5 for part in (log[:5], log[-5:]))
+    assert last > first + 0.3, (first, last)
+    assert {"length", "truncated", "groups_without_variance", "drift", "entropy", "norm"} <= set(log[-1])
+    assert all(line["drift"] < 1e-4 for line in log) and ("clip_fraction" in log[-1]) == (more.get("kind", "grpo_clip") == "grpo_clip")
+    if not more:                                                     # one batch, one epoch: on-policy
+        assert all(line["ratio"] == pytest.approx(1, abs=1e-4) and abs(line["loss"]) < 0.2 for line in log)
+
+
+def test_log_probs_of_hugging_face_models_are_ours(little_base, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)).eval()
+    ids = torch.randint(0, 400, (2, 12), generator=rng())
+    found = align.response_log_probs(theirs, ids[:, :-1], ids[:, 1:])["log_probs"]
+    assert -found.mean().item() == pytest.approx(theirs(ids, labels=ids).loss.item(), abs=1e-5)
+    theirs.save_pretrained(tmp_path / "hf")
+    shutil.copy(little_base / "tokenizer.json", tmp_path / "hf")
+    (model, _), log = align_run("sft", tmp_path / "hf", little_base / "sft.jsonl", tmp_path / "out", steps=5, template="alpaca")
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_tasks_of_the_experiment_are_disjoint_and_right():
+    tasks = {split: align.make_tasks(300, split, 0) for split in ("train", "val", "test")}
+    questions = [task["question"] for split in tasks.values() for task in split]
+    assert len(set(questions)) == 900 and align.make_tasks(300, "test", 0) == tasks["test"] != align.make_tasks(300, "test", 1)
+    for task in tasks["test"]:
+        for style in ("think", "guess"):
+            assert align.r1_zero_reward(align.answered(task, style), task["answer"])["reward"] == 1
+        if task["kind"] == "sum":
+            assert task["answer"] == str(eval(task["question"]))
+
+
 # --- commands, as the README shows them ---
 
 def python(*arguments, **more):
