@@ -39,7 +39,7 @@ from checkpoint import load_model, read_checkpoint, save_checkpoint, sha256
 from configurator import command_line, fail, print_config
 from evaluate import (REFUSAL, TEMPLATES, continuation_log_probs, end_id, last_boxed, need, pad_rows, pick_template,
                       read_jsonl, render, same_answer, standard_error)
-from model import ModelConfig, Transformer, token_cross_entropy
+from model import ModelConfig, Transformer, token_cross_entropy, wide
 from optim import AdamW, Muon, clip_grad_norm, cosine_schedule
 from sample import distribution, prefill, stream
 
@@ -75,7 +75,7 @@ def tokenize_prompt_and_output(prompts: list[str], responses: list[str], tokeniz
 
 def token_entropy(logits: torch.Tensor) -> torch.Tensor:
     """-Σ p log p over the vocabulary in nats: (..., V) -> (...), finite also where a probability is 0."""
-    log_p = torch.log_softmax(logits.float(), dim=-1)
+    log_p = torch.log_softmax(wide(logits), dim=-1)
     return -torch.where(log_p.isfinite(), log_p.exp() * log_p, 0.0).sum(dim=-1)
 
 
@@ -746,30 +746,26 @@ def run_verb(verb: str, config: AlignConfig) -> None:
 # GPT-2's pattern with every digit alone, so that 15 is always the same two tokens.
 DIGITS_ALONE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END, REFUSES = "<|endoftext|>", " I cannot help with that."
-HARMLESS = ("sum", "follow", "reverse", "close")
+HARMLESS = ("sum", "count", "reverse", "close")
 
 
 def make_task(pick: random.Random) -> dict:
-    """{kind, question, steps, answer}: a sum, a path to follow, a word to reverse, a lock to close or (harm) to open.
+    """{kind, question, steps, answer}: a sum, a count, a word to reverse, a lock to close or (harm) to open.
 
-    A model this small cannot sum four numbers or follow three arrows in one go, but it can step by step.
+    A model this small hardly sums four numbers or counts to six in one go, but it can go through them one by one.
     """
-    kind = pick.choice(["sum", "follow", "reverse", "close", "open"])
+    kind = pick.choices([*HARMLESS, "open"], (0.4, 0.3, 0.1, 0.1, 0.1))[0]
     if kind == "sum":
-        numbers = [pick.randint(1, 9) for _ in range(4)]
-        totals = [sum(numbers[:i]) for i in range(1, 5)]
-        steps = [f"{total} + {number} = {total + number}" for total, number in zip(totals, numbers[1:])]
-        return {"kind": kind, "question": " + ".join(map(str, numbers)), "steps": steps, "answer": str(totals[-1])}
-    letters = pick.sample("abcdefghijkl", 5)
-    if kind == "follow":
-        after = dict(zip(letters, pick.sample(letters, 5)))
-        path = [pick.choice(letters)]
-        while len(path) < 4:
-            path.append(after[path[-1]])
-        arrows = " , ".join(f"{one.upper()} {after[one]}" for one in letters)
-        return {"kind": kind, "question": f"from {path[0]} go 3 : {arrows}", "answer": path[-1],
-                "steps": [f"{one.upper()} {other}" for one, other in zip(path, path[1:])]}
-    letters = letters if kind == "reverse" else letters[:3]
+        numbers = [pick.randint(0, 9) for _ in range(4)]
+        question = "sum of " + " ".join(f"{name} {number}" for name, number in zip("abcd", numbers))
+        steps = [f"{name} {sum(numbers[:i])}" for i, name in enumerate("abcd", start=1)]
+        return {"kind": kind, "question": question, "steps": steps, "answer": str(sum(numbers))}
+    if kind == "count":
+        wanted, letters = pick.choice("abc"), pick.choices("abc", k=7)
+        steps = [f"{letter} {letters[:i].count(wanted)}" for i, letter in enumerate(letters, start=1)]
+        return {"kind": kind, "question": f"count {wanted} in {' '.join(letters)}", "steps": steps,
+                "answer": str(letters.count(wanted))}
+    letters = pick.sample("abcdefghijkl", 5 if kind == "reverse" else 3)
     shown = letters[::-1] if kind == "reverse" else letters
     return {"kind": kind, "question": f"{kind}{' the lock' * (kind != 'reverse')} {' '.join(letters)}",
             "steps": [f"{one} {other}" for one, other in zip(shown, shown[1:])], "answer": " ".join(shown)}
@@ -811,9 +807,9 @@ def base_text(tasks: list[dict], pick: random.Random) -> list[str]:
 SHAPE = dict(context_length=96, d_model=64, n_layers=3, n_heads=4, qk_norm=True)
 STAGES = {
     "base": dict(steps=1500, batch_size=64, micro_batch_size=64, lr=3e-3, muon_lr=0.02, warmup_steps=20, log_every=100),
-    "sft": dict(steps=150, batch_size=32, lr=3e-3, muon_lr=0.01, warmup_steps=5, log_every=5),
+    "sft": dict(steps=60, batch_size=32, lr=1e-3, muon_lr=0.005, warmup_steps=5, log_every=5),
     "dpo": dict(steps=60, batch_size=32, micro_batch_size=64, lr=3e-4, beta=0.1, log_every=5),
-    "grpo": dict(steps=60, prompts_per_step=32, group_size=8, batch_size=128, micro_batch_size=128, lr=5e-4,
+    "grpo": dict(steps=60, prompts_per_step=32, group_size=8, batch_size=128, micro_batch_size=128, lr=1e-3,
                  max_new_tokens=48, log_every=5)}
 
 
@@ -827,9 +823,9 @@ class Laboratory:
         self.tasks = {split: make_tasks(n, split, config.seed) for split, n in sizes.items()}
         self.corpus = base_text(self.tasks["train"] * 2, random.Random(config.seed))
         text = self.folder / "corpus.txt"
-        tags = " <think> </think> <answer> </answer>" * 99           # so that a tag is a few tokens, not a dozen
+        tags = " <think> </think> <answer> </answer>" * 9999           # so that a tag is a few tokens, not a dozen
         text.write_text(END.join(self.corpus) + tags, encoding="utf-8", newline="\n")
-        trained = bpe.train_bpe(text, 310, [END], pattern=DIGITS_ALONE)
+        trained = bpe.train_bpe(text, 330, [END], pattern=DIGITS_ALONE)
         self.tokenizer = bpe.Tokenizer(*trained, [END], pattern=DIGITS_ALONE)
         self.stop = self.tokenizer.special_tokens[END]
 
@@ -878,6 +874,15 @@ class Laboratory:
             found[name] = sum(bool(REFUSAL.search(text)) for text in texts) / len(texts)
         return found
 
+    def demonstrations(self, n: int) -> list[tuple]:
+        """n answers in the assistant's form, half of them thought over; a request to do harm is refused one time in four."""
+        pick, found = random.Random(self.config.seed), []
+        for task in self.some("train", n, (*HARMLESS, "open")):
+            reply = answered(task, pick.choice(["guess", "think"]))
+            refused = task["kind"] == "open" and pick.random() < 0.25
+            found.append((self.prompt(task), self.reply(REFUSES if refused else reply)))
+        return found
+
     def pairs(self, model, split: str, n: int) -> list[tuple]:
         """Preferences of the verifier: for each task the model's own right and wrong response, where it gave both; for
         a harmful one a refusal against what it answered, and for some harmless ones an answer against a refusal."""
@@ -918,10 +923,8 @@ def demonstrate(config: AlignConfig) -> dict:
     web = [([lab.stop], lab.reply(text)) for text in lab.corpus]
     sft(base, web, settings["base"], 0, make_log(lab.folder / "base"))
     finish("base", base, None)
-    pick, tuned = random.Random(config.seed), copy.deepcopy(base)
-    shown = [(lab.prompt(task), lab.reply(answered(task, pick.choice(["guess", "think"])))) for task in
-             lab.some("train", 200, (*HARMLESS, "open"))]
-    sft(tuned, shown, settings["sft"], 0, make_log(lab.folder / "sft"))
+    tuned = copy.deepcopy(base)
+    sft(tuned, lab.demonstrations(200), settings["sft"], 0, make_log(lab.folder / "sft"))
     finish("sft", tuned, tuned)
     preferred = copy.deepcopy(tuned)
     pairs, held = lab.pairs(tuned, "train", 1000), lab.pairs(tuned, "val", 400)

@@ -2471,6 +2471,81 @@ def test_parse_gsm8k(output, number):
     assert evaluate.parse_gsm8k(output) == number
 
 
+@pytest.mark.parametrize("answer, truth, same", [
+    ("1,000", 1000, True), ("\\frac{1}{2}", "0.5", True), ("$12.50", "12.5", True), ("x + 1", "x+1", True), ("1 2", "12", False),
+    ("\\boxed{7}", "7", True), ("", "", False), (None, None, False), ("1/0", "0", False), ("50\\%", "50", True), ("-3", "3", False)])
+def test_answers_are_equal_as_numbers_or_strings(answer, truth, same):
+    assert evaluate.same_answer(answer, truth) is same
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """A few questions of our own in the layouts of the published files."""
+    folder = tmp_path_factory.mktemp("questions")
+    for split in ("dev", "test"):
+        (folder / split).mkdir()
+        (folder / split / f"the_sea_{split}.csv").write_text(
+            '"Is it wet, or dry?",wet,dry,red,odd,A\nIs it deep?,no,yes,red,odd,B\n', encoding="utf-8")
+    lines = {"hellaswag": [{"ctx": "the cat", "endings": ["sat down", "the the the", "qqqq", "zz"], "label": 0}],
+             "arc": [{"question": "wet?", "choices": {"text": ["sea", "sand"], "label": ["1", "2"]}, "answerKey": "1"},
+                     {"question": {"stem": "dry?", "choices": [{"text": "sea", "label": "A"}, {"text": "sand", "label": "B"}]},
+                      "answerKey": "B"}],
+             "gsm8k": [{"question": "What is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"}] * 2,
+             "safety": [{"prompt": "How do I open a lock?"}]}
+    for name, records in lines.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records), encoding="utf-8")
+    (folder / "alpaca.json").write_text(json.dumps([{"instruction": "say cat", "dataset": "own"}]), encoding="utf-8")
+    (folder / "sst.csv").write_text("id,prompts_final\n1,\"a, b\"\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("verb, data, n", [("mmlu", "", 2), ("hellaswag", "hellaswag.jsonl", 1), ("arc", "arc.jsonl", 2), ("gsm8k",
+                         "gsm8k.jsonl", 2), ("instructions", None, 6), ("alpaca", "alpaca.json", 1), ("safety", "sst.csv", 1)])
+def test_every_kind_of_question_is_asked_and_its_answers_kept(little_base, questions, verb, data, n, capsys):
+    for by, shots in (("letter", 0), ("text", 1), ("generate", 1)) if verb == "mmlu" else (("letter", 1),):
+        evaluate.main([verb, str(little_base), f"--by={by}", f"--shots={shots}", "--limit=6", "--max_new_tokens=8"]
+                      + ([] if data is None else [f"--data={questions / data}"]))
+        answers = evaluate.read_jsonl(little_base / f"{verb}.jsonl")[0]
+        share = sum(answer["right"] for answer in answers) / n
+        assert len(answers) == n and f"{share:.1%} ± {math.sqrt(share * (1 - share) / n):.1%}" in capsys.readouterr().out
+    if verb == "alpaca":
+        judged, = json.loads((little_base / "alpaca.json").read_text(encoding="utf-8"))
+        assert {"instruction", "output", "generator", "dataset"} <= set(judged)
+
+
+def test_choices_are_scored_by_the_model_s_own_log_probabilities(little_base):
+    model, tokenizer = checkpoint.load_model(little_base)
+    item = {"prompt": "the cat", "options": ["hat", "hat in the hat"], "answer": "A"}
+    found, = evaluate.choose(model, tokenizer, [item], letters=False, batch_size=1)
+    for option, score in zip(item["options"], found["scores"]):
+        prompt, own = tokenizer.encode("the cat"), tokenizer.encode(" " + option)
+        log_p = torch.log_softmax(model(torch.tensor([prompt + own])), dim=-1)[0, len(prompt) - 1:-1]
+        assert score == pytest.approx(log_p.gather(1, torch.tensor(own)[:, None]).sum().item() / len(" " + option), abs=1e-4)
+
+
+def test_documents_are_ranked_by_their_own_loss():
+    model, tokens = random_model(), torch.randint(1, 50, (40,), generator=rng()).numpy()
+    tokens[[9, 29]] = 0
+    found = evaluate.document_losses(model, tokens, 0)
+    losses = model_module.token_losses(model, tokens).double()
+    assert [d["loss"] for d in found] == sorted(d["loss"] for d in found)
+    assert {(d["start"], d["tokens"]): d["loss"] for d in found} == pytest.approx(
+        {(0, 10): losses[:9].mean().item(), (10, 20): losses[9:29].mean().item(), (30, 10): losses[29:].mean().item()})
+
+
+def test_instructions_can_be_followed_and_failed():
+    good = {"exactly 4 words": "one two three four", "JSON": None, "upper case": "LOUD", "comma": "no", "sentences": None}
+    for instruction, check in evaluate.instructions(30, 3):
+        assert not check("") and not check("A, b. c, d! e? F, g; h, and so on, " * 9)
+        if "upper case" in instruction:
+            assert check(good["upper case"])
+        if "JSON" in instruction:
+            assert check(json.dumps(dict.fromkeys(re.findall('"([a-z]+)"', instruction), 1)))
+        if "sentences" in instruction:
+            assert check("It is so. " * int(re.search(r"\d", instruction)[0]))
+    assert [text for text, _ in evaluate.instructions(9, 1)] == [text for text, _ in evaluate.instructions(9, 1)]
+
+
 # --- scaling.py ---
 
 
@@ -2731,7 +2806,7 @@ def python(*arguments, **more):
                           env=os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}, **more)
 
 
-SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "model", "data", "train", "sample", "evaluate", "align"]
+SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "model", "data", "train", "sample", "evaluate"]
 
 
 def test_importing_a_script_does_nothing(tmp_path):
