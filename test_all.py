@@ -2793,7 +2793,7 @@ def test_tasks_of_the_experiment_are_disjoint_and_right():
         for style in ("think", "guess"):
             assert align.r1_zero_reward(align.answered(task, style), task["answer"])["reward"] == 1
         if task["kind"] == "sum":
-            assert task["answer"] == str(eval(task["question"]))
+            assert int(task["answer"]) == sum(map(int, re.findall("[0-9]", task["question"])))
 
 
 # --- commands, as the README shows them ---
