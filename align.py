@@ -259,15 +259,13 @@ class PackedSFT(torch.utils.data.Dataset):
         documents = [need(record, "prompt", "response") for record in read_jsonl(path)[0]]
         if shuffle:
             random.Random(seed).shuffle(documents)
-        theirs = hasattr(tokenizer, "eos_token_id")
+        theirs, ids = hasattr(tokenizer, "eos_token_id"), []
         end = tokenizer.eos_token_id if theirs else end_id(tokenizer, "alpaca")
         if end is None:
             raise ValueError("this tokenizer has no token that ends a text, such as <|endoftext|>")
-        ids = []
         for prompt, response in documents:
-            text = TEMPLATES["alpaca"][0].replace("{prompt}", prompt) + response
-            own = list(tokenizer.encode(text)) if theirs else tokenizer.encode(text)
-            ids += own if own[-1:] == [end] else own + [end]
+            own = list(tokenizer.encode(TEMPLATES["alpaca"][0].replace("{prompt}", prompt) + response))
+            ids += own if own[-1] == end else own + [end]
         self.ids, self.context_length = torch.tensor(ids), context_length
 
     def __len__(self):
@@ -322,6 +320,11 @@ class AlignConfig:
     kl_weight: float = 0.0               # grpo: weight of the KL to the base model
     temperature: float = 1.0             # grpo: of the rollouts, and of the probabilities they are scored by
     max_new_tokens: int = 256            # grpo: longest response
+
+
+CHOICES = {"kind": (*KINDS, "expert_iteration"), "normalize": NORMALIZE, "reward": tuple(REWARDS)}
+AT_LEAST_ONE = ("steps", "batch_size", "micro_batch_size", "log_every", "prompts_per_step", "group_size", "epochs",
+                "max_new_tokens")
 
 
 # --- training ---
@@ -875,7 +878,7 @@ class Laboratory:
         return found
 
     def demonstrations(self, n: int) -> list[tuple]:
-        """n answers in the assistant's form, half of them thought over; a request to do harm is refused one time in four."""
+        """n answers in the assistant's form, half of them thought over; one harmful request in four is refused."""
         pick, found = random.Random(self.config.seed), []
         for task in self.some("train", n, (*HARMLESS, "open")):
             reply = answered(task, pick.choice(["guess", "think"]))
@@ -938,7 +941,6 @@ def demonstrate(config: AlignConfig) -> dict:
                "seconds": seconds, "torch": torch.__version__, "threads": torch.get_num_threads()}
     (lab.folder / "results.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     plot(lab.folder, table)
-    print(report(figures))
     return figures
 
 
@@ -961,21 +963,15 @@ def plot(folder, table: dict) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
-    logs = {stage: read_jsonl(Path(folder) / stage / "log.jsonl")[0] for stage in table}
-
-    def draw(axis, stage, names):
-        for name in names:
-            lines = [line for line in logs[stage] if name in line]
+    for axis, label, curves in zip(axes, ("nats a token", "share, or nats", "share of responses", "tokens a response"), (
+            {"base": ["loss"], "sft": ["loss"]}, {"dpo": ["val_accuracy", "val_margin", "val_loss"]},
+            {"grpo": ["reward", "format_reward", "groups_without_variance", "clip_fraction"]}, {"grpo": ["length"]})):
+        for stage, name in ((stage, name) for stage, names in curves.items() for name in names):
+            lines = [line for line in read_jsonl(Path(folder) / stage / "log.jsonl")[0] if name in line]
             axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=f"{stage} {name}")
-
-    draw(axes[0], "base", ["loss"])
-    draw(axes[0], "sft", ["loss"])
-    draw(axes[1], "dpo", ["val_accuracy", "val_margin", "val_loss"])
-    draw(axes[2], "grpo", ["reward", "format_reward", "groups_without_variance", "clip_fraction"])
-    axes[2].axhline(table["sft"]["accuracy"], linestyle=":", color="grey", label="sft, held out")
-    draw(axes[3], "grpo", ["length"])
-    for axis, label in zip(axes, ("loss, nats per token", "share, or nats", "share of responses", "tokens a response")):
         axis.set(xlabel="step", ylabel=label)
+    axes[2].axhline(table["sft"]["accuracy"], linestyle=":", color="grey", label="sft, held out")
+    for axis in axes:
         axis.legend(fontsize=8)
     figure.suptitle(f"python align.py --out_dir={folder}", fontsize=9)
     figure.savefig(Path(folder) / "curves.png", dpi=100)
@@ -992,22 +988,19 @@ def main(argv: list[str]) -> None:
     try:
         if files:
             raise ValueError(f"{files[0]!r} is neither a verb nor a setting. {USAGE}")
-        choices = {"kind": (*KINDS, "expert_iteration"), "normalize": NORMALIZE, "reward": tuple(REWARDS)}
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             if getattr(config, name) not in allowed:
                 raise ValueError(f"{name}={getattr(config, name)!r} must be one of {', '.join(allowed)}")
-        for name in ("steps", "batch_size", "micro_batch_size", "log_every", "prompts_per_step", "group_size", "epochs",
-                     "max_new_tokens"):
+        for name in AT_LEAST_ONE:
             if getattr(config, name) < 1:
                 raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-        if verb is None:
-            given = [name for name in sources if sources[name] != "default" and name not in ("out_dir", "seed")]
-            if given:
-                raise ValueError(f"--{given[0]} needs a verb; the embedded experiment takes --out_dir and --seed only")
-            demonstrate(config)
-            return
-        if not config.base or not config.data:
+        given = [name for name in sources if sources[name] != "default" and name not in ("out_dir", "seed")]
+        if verb is None and given:
+            raise ValueError(f"--{given[0]} needs a verb; the embedded experiment takes --out_dir and --seed only")
+        if verb and not (config.base and config.data):
             raise ValueError(f"{verb} needs --base, the folder to start from, and --data, a JSONL file. {USAGE}")
+        if verb is None:
+            return print(report(demonstrate(config)))
         print_config(config, sources)
         run_verb(verb, config)
     except (ValueError, OSError, RuntimeError) as error:
