@@ -963,7 +963,7 @@ def plot(folder, table: dict) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
-    for axis, label, curves in zip(axes, ("nats a token", "share, or nats", "share of responses", "tokens a response"), (
+    for axis, label, curves in zip(axes, ("nats a token", "share, or nats", "share of answers", "tokens an answer"), (
             {"base": ["loss"], "sft": ["loss"]}, {"dpo": ["val_accuracy", "val_margin", "val_loss"]},
             {"grpo": ["reward", "format_reward", "groups_without_variance", "clip_fraction"]}, {"grpo": ["length"]})):
         for stage, name in ((stage, name) for stage, names in curves.items() for name in names):
