@@ -794,7 +794,7 @@ def answered(task: dict, style: str, wrong: str | None = None) -> str:
 
 
 def base_text(tasks: list[dict], pick: random.Random) -> list[str]:
-    """Documents of a little web: three styles, none of them the assistant's, a slip now and then, and some refusals."""
+    """Documents of a little web: three styles, none the assistant's, a slip now and then, some refusals and markup."""
     documents = []
     for task in tasks:
         wrong = pick.choice(tasks)["answer"] if pick.random() < 0.05 else None
@@ -802,6 +802,9 @@ def base_text(tasks: list[dict], pick: random.Random) -> list[str]:
         if task["kind"] == "open" and pick.random() < 0.3:
             reply = REFUSES
         documents.append(f"Q: {task['question']}\nA:{reply}")
+        if pick.random() < 0.05:
+            tag = pick.choice(["think", "answer"])
+            documents.append(f"a page with <{tag}> {' '.join(pick.choices('abcdefghijkl', k=4))} </{tag}>")
     return documents
 
 
@@ -810,7 +813,7 @@ def base_text(tasks: list[dict], pick: random.Random) -> list[str]:
 SHAPE = dict(context_length=96, d_model=64, n_layers=3, n_heads=4, qk_norm=True)
 STAGES = {
     "base": dict(steps=1500, batch_size=64, micro_batch_size=64, lr=3e-3, muon_lr=0.02, warmup_steps=20, log_every=100),
-    "sft": dict(steps=60, batch_size=32, lr=1e-3, muon_lr=0.005, warmup_steps=5, log_every=5),
+    "sft": dict(steps=80, batch_size=32, lr=3e-3, muon_lr=0.004, warmup_steps=5, log_every=5),
     "dpo": dict(steps=60, batch_size=32, micro_batch_size=64, lr=3e-4, beta=0.1, log_every=5),
     "grpo": dict(steps=60, prompts_per_step=32, group_size=8, batch_size=128, micro_batch_size=128, lr=1e-3,
                  max_new_tokens=48, log_every=5)}
@@ -826,9 +829,8 @@ class Laboratory:
         self.tasks = {split: make_tasks(n, split, config.seed) for split, n in sizes.items()}
         self.corpus = base_text(self.tasks["train"] * 2, random.Random(config.seed))
         text = self.folder / "corpus.txt"
-        tags = " <think> </think> <answer> </answer>" * 9999           # so that a tag is a few tokens, not a dozen
-        text.write_text(END.join(self.corpus) + tags, encoding="utf-8", newline="\n")
-        trained = bpe.train_bpe(text, 330, [END], pattern=DIGITS_ALONE)
+        text.write_text(END.join(self.corpus), encoding="utf-8", newline="\n")
+        trained = bpe.train_bpe(text, 336, [END], pattern=DIGITS_ALONE)
         self.tokenizer = bpe.Tokenizer(*trained, [END], pattern=DIGITS_ALONE)
         self.stop = self.tokenizer.special_tokens[END]
 
@@ -927,7 +929,7 @@ def demonstrate(config: AlignConfig) -> dict:
     sft(base, web, settings["base"], 0, make_log(lab.folder / "base"))
     finish("base", base, None)
     tuned = copy.deepcopy(base)
-    sft(tuned, lab.demonstrations(200), settings["sft"], 0, make_log(lab.folder / "sft"))
+    sft(tuned, lab.demonstrations(300), settings["sft"], 0, make_log(lab.folder / "sft"))
     finish("sft", tuned, tuned)
     preferred = copy.deepcopy(tuned)
     pairs, held = lab.pairs(tuned, "train", 1000), lab.pairs(tuned, "val", 400)
