@@ -929,7 +929,8 @@ def demonstrate(config: AlignConfig) -> dict:
     sft(base, web, settings["base"], 0, make_log(lab.folder / "base"))
     finish("base", base, None)
     tuned = copy.deepcopy(base)
-    sft(tuned, lab.demonstrations(300), settings["sft"], 0, make_log(lab.folder / "sft"))
+    # As much of the web again as there are demonstrations: without it the model forgets what is rare among them.
+    sft(tuned, lab.demonstrations(300) + web[:300], settings["sft"], 0, make_log(lab.folder / "sft"))
     finish("sft", tuned, tuned)
     preferred = copy.deepcopy(tuned)
     pairs, held = lab.pairs(tuned, "train", 1000), lab.pairs(tuned, "val", 400)
