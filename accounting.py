@@ -1,7 +1,7 @@
 """The bill of a model before it runs: parameters, FLOPs, bytes, hours and money, each by part.
 
     python accounting.py gpt2-xl                              a preset of model.py, or a config_x.py, or --d_model=…
-    alone python accounting.py config_owt.py --tokens=3e9 --device=H100 --mfu=0.4 --dollars_per_hour=2.5
+    python accounting.py config_owt.py --tokens=3e9 --device=H100 --mfu=0.4 --dollars_per_hour=2.5
 
 What is counted. Parameters: every number that is trained. FLOPs: the multiplications and additions of matrix products,
 2 m n k each, as torch.utils.flop_counter counts them; norms, activations and softmax are left out: they are a percent
@@ -109,8 +109,10 @@ def flops_per_token(config: ModelConfig, context_length: int, training: bool = F
     parts = {name: sum(one[name] for one in block) for name in block[0]}
     parts["logits"] = 2 * c.d_model * c.vocab_size
     if training and c.mtp_depth:
-        full = _block_flops(c, _keys(T, None, causal))
-        parts["mtp"] = c.mtp_depth * (4 * c.d_model ** 2 + sum(full.values()) + parts["logits"])
+        parts["mtp"] = 0.0
+        for left in range(T - 1, T - 1 - c.mtp_depth, -1):         # positions that have a token k + 1 places on
+            full = sum(_block_flops(c, _keys(left, None, causal)).values())
+            parts["mtp"] += (4 * c.d_model ** 2 + full + parts["logits"]) * left / T
     parts = {name: (3 if training else 1) * n for name, n in parts.items()}
     return parts | {"total": sum(parts.values())}
 
@@ -126,8 +128,8 @@ def _block_flops(c: ModelConfig, keys: float) -> dict:
     C, H, K, D = c.d_model, c.n_heads, c.n_kv_heads, c.head_dim
     if c.attention == "mla":
         R, P = c.kv_lora_rank, c.rope_head_dim
-        weights = (c.q_lora_rank or C) * H * (D + P) + C * (c.q_lora_rank
-                                                            or 0) + C * (R + P) + R * H * 2 * D + H * D * C
+        weights = (c.q_lora_rank or C) * H * (D + P) + C * (c.q_lora_rank or 0)
+        weights += C * (R + P) + R * H * 2 * D + H * D * C
         scores = 2 * keys * H * (D + P) + 2 * keys * H * D
     else:
         weights, scores = C * (2 * H + 2 * K) * D, 4 * keys * H * D
@@ -148,9 +150,8 @@ def memory_bytes(config: ModelConfig, batch_size: int = 1, context_length: int |
     activations. Raises ValueError for a dtype or an optimizer that is not known.
     """
     if dtype not in BYTES or optimizer not in (None, *STATES):
-        raise ValueError(
-            f"dtype={dtype!r} must be one of {', '.join(BYTES)}, optimizer={optimizer!r} one of {', '.join(STATES)} or None"
-        )
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(BYTES)}, optimizer={optimizer!r} one of "
+                         f"{', '.join(STATES)} or None")
     T, n = context_length or config.context_length, count_params(config)["total"]
     if optimizer is None:
         parts = {"weights": n * BYTES[dtype], "kv_cache": batch_size * kv_cache_bytes(config, T, dtype)}
@@ -171,6 +172,8 @@ def activation_bytes(config: ModelConfig, T: int, dtype: str = "float32") -> int
         per_token += 2 * _norm_bytes(c, C, stream, low) + _attention_bytes(c, low) + _ffn_bytes(c, low)
     per_token += c.mtp_depth * (2 * _norm_bytes(c, C, stream, 0) + 2 * C * low)
     logits = c.vocab_size * low + 4 + (0 if c.logit_softcap is None else c.vocab_size * low)
+    if c.fused_loss:
+        logits = C * low             # only the gradient with respect to the head's input, made at once
     # Every depth of multi-token prediction has its own final norm and logits.
     per_token += (1 + c.mtp_depth) * (logits +
                                       (_norm_bytes(c, C, stream, low) if c.norm_position == "pre" else C * low))
@@ -353,14 +356,14 @@ class Bill(ModelConfig):
 
 def table(title: str, header: list[str], rows: list[list]) -> None:
     """Print right-aligned columns under a title."""
-    cells = [header] + [[
-        cell if isinstance(cell, str) else f"{cell:,.4g}" if isinstance(cell, float) else f"{cell:,}" for cell in row]
-                        for row in rows]
+    def text(cell):
+        return cell if isinstance(cell, str) else f"{cell:,.4g}" if isinstance(cell, float) else f"{cell:,}"
+
+    cells = [header] + [[text(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     print(f"\n{title}")
-    for row in cells:
-        print("  " + f"{row[0]:<{widths[0]}}" + "".join(f"  {cell:>{width}}"
-                                                        for cell, width in zip(row[1:], widths[1:])))
+    for first, *others in cells:
+        print(f"  {first:<{widths[0]}}", *(f" {cell:>{width}}" for cell, width in zip(others, widths[1:])))
 
 
 def shares(counts: dict) -> list[list]:
@@ -368,59 +371,60 @@ def shares(counts: dict) -> list[list]:
 
 
 def print_bill(bill: Bill) -> None:
+    """Print every table of one model."""
     c, T, device = bill, bill.context_length, find_device(bill.device)
     counts, n = count_params(c), count_params(c)["total"]
     table(f"parameters ({active_params(c):,} of them active for a token)", ["part", "count", "share"], shares(counts))
     forward, trained = flops_per_token(c, T), flops_per_token(c, T, training=True)
-    rows = [[
-        name,
-        forward.get(name, 0) / 1e6, (flops - forward.get(name, 0)) / 1e6, f"{100 * flops / trained['total']:.1f} %"]
-            for name, flops in trained.items()]
-    table(f"MFLOP per token at context {T:,}", ["part", "forward", "backward", "share"], rows)
+    once = [forward.get(name, 0) for name in trained]
+    table(f"MFLOP per token at context {T:,}", ["part", "forward", "backward", "share"],
+          [[name, one / 1e6, (flops - one) / 1e6, f"{100 * flops / trained['total']:.1f} %"]
+           for (name, flops), one in zip(trained.items(), once)])
     print(f"  forward over one sequence: {forward['total'] * T / 1e12:.4g} TFLOP; causal pairs only: "
           f"{flops_per_token(c, T, causal=True)['total'] * T / 1e12:.4g} TFLOP")
-    rows = [[f"train, {kind}", *[f"{memory_bytes(c, bill.batch_size, T, kind, bill.optimizer)[part] / 1e9:.3f}"
-                                 for part in ("weights", "gradients", "optimizer", "activations", "total")],
-             largest_batch(c, device.memory_bytes, T, kind, bill.optimizer)] for kind in ("float32", "bfloat16")]
-    table(
-        f"training memory in GB at batch {bill.batch_size}, {bill.optimizer}; largest batch in {device.memory_bytes / 1e9:.0f} GB ({bill.device})",
-        ["", "weights", "gradients", "optimizer", "activations", "total", "largest batch"], rows)
-    per = {"this model": c}
-    if c.attention == "standard":
-        per |= {
-            f"with {K} key/value heads": ModelConfig(**_model_values(c) | {"n_kv_heads": K})
-            for K in sorted({1, c.n_heads})}
-        if c.position == "rope" and not (c.qk_norm or c.qkv_bias):
-            per["with attention=mla"] = ModelConfig(
-                **_model_values(c) | {"n_kv_heads": c.n_heads, "attention": "mla", "attention_backend": "sdpa"})
+    kinds = ("weights", "gradients", "optimizer", "activations", "total")
+    rows = []
+    for kind in ("float32", "bfloat16"):
+        memory = memory_bytes(c, bill.batch_size, T, kind, bill.optimizer)
+        rows.append([f"train, {kind}", *(f"{memory[part] / 1e9:.3f}" for part in kinds),
+                     largest_batch(c, device.memory_bytes, T, kind, bill.optimizer)])
+    table(f"training memory in GB at batch {bill.batch_size}, {bill.optimizer}; largest batch in "
+          f"{device.memory_bytes / 1e9:.0f} GB ({bill.device})", ["", *kinds, "largest batch"], rows)
     table(f"KV cache in {bill.dtype}",
-          ["", "bytes per token", f"MB at {T:,}", f"sequences beside the weights on {bill.device}"], [[
-              name,
-              kv_cache_bytes(one, 1, bill.dtype),
-              kv_cache_bytes(one, T, bill.dtype) / 1e6,
-              largest_batch(one, device.memory_bytes, T, bill.dtype, None)] for name, one in per.items()])
-    ridge = device.flops / device.bytes_per_s
-    rows = [[
-        f"batch {batch}", *(f"{x:,.1f} ({'compute' if x > ridge else 'memory'})"
-                            for x in intensity(c, batch, T, bill.dtype).values())]
-            for batch in sorted({1, bill.batch_size, 64, 512})]
+          ["", "bytes per token", f"MB at {T:,}", f"sequences beside the weights on {bill.device}"],
+          [[name, kv_cache_bytes(one, 1, bill.dtype), kv_cache_bytes(one, T, bill.dtype) / 1e6,
+            largest_batch(one, device.memory_bytes, T, bill.dtype, None)] for name, one in cache_variants(c).items()])
+    ridge, rows = device.flops / device.bytes_per_s, []
+    for batch in sorted({1, bill.batch_size, 64, 512}):
+        bounds = intensity(c, batch, T, bill.dtype).values()
+        rows.append([f"batch {batch}", *(f"{x:,.1f} ({'compute' if x > ridge else 'memory'})" for x in bounds)])
     table(f"FLOPs per byte, and what bounds it; ridge point of {bill.device}: {ridge:.0f}", ["", "prefill", "decode"],
           rows)
     ranks = max(2, bill.n_devices)
     sent = communication(c, bill.batch_tokens, ranks, device.flops * bill.mfu, bill.link_gb_per_s * 1e9, bill.dtype, T)
-    table(
-        f"sent by each of {ranks} ranks in a step of {bill.batch_tokens:,} tokens over {bill.link_gb_per_s:g} GB/s; largest: "
-        "most ranks before it shows", ["", "MB", "ms", "arithmetic, ms", "largest"],
-        [[name, one["bytes"] / 1e6, one["ms"], one["compute_ms"], one["largest"]] for name, one in sent.items()])
+    table(f"sent by each of {ranks} ranks in a step of {bill.batch_tokens:,} tokens over {bill.link_gb_per_s:g} GB/s; "
+          "largest: most ranks before it shows", ["", "MB", "ms", "arithmetic, ms", "largest"],
+          [[name, one["bytes"] / 1e6, one["ms"], one["compute_ms"], one["largest"]] for name, one in sent.items()])
     tokens = bill.tokens or 20 * n
     hours = training_hours(c, tokens, bill.device, bill.mfu, bill.n_devices, T)
     money = "" if bill.dollars_per_hour is None else f", {hours * bill.n_devices * bill.dollars_per_hour:,.0f} dollars"
-    print(
-        f"\ntraining on {tokens:.4g} tokens: {trained['total'] * tokens:.4g} FLOP, {hours:,.2f} hours on {bill.n_devices} {bill.device} "
-        f"at {100 * bill.mfu:.0f} % MFU{money}")
-    print(
-        f"peak of {bill.device}: {device.flops / 1e12:.0f} TFLOP/s, {device.bytes_per_s / 1e12:.2f} TB/s ({device.source})"
-    )
+    print(f"\ntraining on {tokens:.4g} tokens: {trained['total'] * tokens:.4g} FLOP, {hours:,.2f} hours on "
+          f"{bill.n_devices} {bill.device} at {100 * bill.mfu:.0f} % MFU{money}")
+    print(f"peak of {bill.device}: {device.flops / 1e12:.0f} TFLOP/s, {device.bytes_per_s / 1e12:.2f} TB/s "
+          f"({device.source})")
+
+
+def cache_variants(c: ModelConfig) -> dict:
+    """The model beside itself with other kinds of attention, for its cache."""
+    own = {field.name: getattr(c, field.name) for field in fields(ModelConfig)}
+    variants = {"this model": c}
+    if c.attention == "standard":
+        for K in sorted({1, c.n_heads}):
+            variants[f"with {K} key/value heads"] = ModelConfig(**own | {"n_kv_heads": K})
+        if c.position == "rope" and not (c.qk_norm or c.qkv_bias):
+            variants["with attention=mla"] = ModelConfig(
+                **own | {"n_kv_heads": c.n_heads, "attention": "mla", "attention_backend": "sdpa"})
+    return variants
 
 
 def print_lessons() -> None:
@@ -430,19 +434,13 @@ def print_lessons() -> None:
     table("OPT, percent of FLOPs: as published / by our count / by what fits the published (see opt_shares)",
           ["", "MHA", "FFN", "attention", "logits"], rows)
     table("number formats", ["dtype", "bits", "largest", "smallest normal", "smallest", "spacing at 1"],
-          [[
-              row["dtype"], row["bits"], *(f"{row[key]:.4g}"
-                                           for key in ("largest", "smallest_normal", "smallest", "spacing_at_1"))]
-           for row in number_formats()])
+          [[row["dtype"], row["bits"], *(f"{row[key]:.4g}" for key in list(row)[2:])] for row in number_formats()])
     table("the same arithmetic in each", ["", "float32", "float16", "bfloat16"],
           [[what, *(f"{x:.6g}" for x in results)] for what, *results in format_demonstration()])
 
 
-def _model_values(config) -> dict:
-    return {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
-
-
 def main(argv: list[str]) -> None:
+    """Print the bill of one command line."""
     usage = f"python accounting.py CONFIG_OR_PRESET [--key=value …]\npresets: {', '.join(PRESETS)}"
     if any(word in ("--help", "-h") for word in argv):
         print(format_help(Bill, usage))

@@ -42,12 +42,13 @@ def write_atomically(path, write) -> None:
 def save_checkpoint(model, optimizer, step: int, path, **more) -> None:
     """Write model, optimizer and step to `path`, atomically, with whatever else must survive.
 
-    model: a module (compiled or wrapped is fine) or a state dict. optimizer: one optimizer, a list of them, or None.
+    model: a module (compiled or wrapped is fine) or a state dict. optimizer: one optimizer, a list of them or of their
+    state dicts, or None.
     more: the other entries of the format, plain containers and tensors only. Raises OSError naming the path.
     """
     weights = model if isinstance(model, dict) else bare(model).state_dict()
     if isinstance(optimizer, (list, tuple)):
-        state = [one.state_dict() for one in optimizer]
+        state = [one if isinstance(one, dict) else one.state_dict() for one in optimizer]
     else:
         state = None if optimizer is None else optimizer.state_dict()
     config = getattr(bare(model), "config", None)

@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import operator
 import sys
 import typing
@@ -182,6 +183,22 @@ def resolve(config_class: type, flags: dict, config_file: str | None = None):
             values[key] = coerce(key, value, hints[key])
             sources[key] = origin
     return config_class(**values), sources
+
+
+def grid(config_class: type, words: list[str]) -> list[dict]:
+    """The settings of each point that words such as `lr=1e-3,3e-3` and `seed=1,2` span; the last word moves fastest.
+
+    Raises ConfigError for a word that is no setting with values. `learning_rate` is understood as `lr`.
+    """
+    hints, axes = typing.get_type_hints(config_class), []
+    for word in words:
+        key, _, values = word.partition("=")
+        key = {"learning_rate": "lr"}.get(key, key)
+        if not values or key not in hints or key in ("out_dir", "resume"):
+            raise ConfigError(f"{word!r} spans no axis; write key=a,b with a setting as key.{nearest(key, hints)} "
+                              "--help lists them all")
+        axes.append([(key, coerce(key, value, hints[key])) for value in values.split(",")])
+    return [dict(point) for point in itertools.product(*axes)]
 
 
 def print_config(config, sources: dict) -> None:

@@ -1,13 +1,12 @@
-"""Other people's weights in, ours out: GPT-2, Llama 2 and 3, Qwen2, Qwen2.5, Qwen3 and Mixtral as Hugging Face keeps
-them.
+"""Weights in and out: GPT-2, Llama 2 and 3, Qwen2, Qwen2.5, Qwen3 and Mixtral as Hugging Face keeps them.
 
 A folder there is `config.json` (the shape), safetensors files (tensors by name) and `tokenizer.json`. All five
 architectures are our Transformer with different switches, so that importing is a table of names. Whatever the table
 does not know is refused by name: a tensor dropped in silence would still give fluent text, only worse.
 
-    python convert.py import FOLDER out/NAME     config.json + *.safetensors -> ckpt.pt, which sample.py and train.py
-    open python convert.py export out/NAME FOLDER     ckpt.pt -> a folder that AutoModelForCausalLM.from_pretrained
-    loads
+    python convert.py import FOLDER out/NAME     config.json + *.safetensors -> ckpt.pt, for sample.py and the others
+    python convert.py export out/NAME FOLDER     ckpt.pt -> a folder that AutoModelForCausalLM.from_pretrained loads
+    python convert.py bench out/NAME             forward and backward beside transformers' own, where it is installed
 
 A model of ours goes out as the architecture that it is: with qk_norm, as in our config files, as Qwen3; without, as
 Llama (as Qwen2 with qkv_bias); with experts as Mixtral; in GPT-2's shape as GPT-2. Settings of training alone
@@ -18,7 +17,10 @@ stretchings, and vocabularies that are not byte-level BPE: such a model comes wi
 """
 import json
 import shutil
+import statistics
 import sys
+import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -56,8 +58,9 @@ ARCHITECTURES = {                    # name: (model_type, names, our switches, t
     "LlamaForCausalLM": ("llama", SHAPE, {}, {"rms_norm_eps": 1e-6}),
     "Qwen2ForCausalLM": ("qwen2", SHAPE, {"qkv_bias": True}, {"rms_norm_eps": 1e-6}),
     "Qwen3ForCausalLM": ("qwen3", SHAPE, {"qk_norm": True}, {"rms_norm_eps": 1e-6, "head_dim": 128}),
-    "MixtralForCausalLM": ("mixtral", SHAPE | MIXTRAL, {}, {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8,
-                                                            "num_local_experts": 8, "num_experts_per_tok": 2}),
+    "MixtralForCausalLM": ("mixtral", SHAPE | MIXTRAL, {}, {
+        "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, "num_local_experts": 8,
+        "num_experts_per_tok": 2}),
 }
 LLAMA3 = {"factor": "rope_factor", "low_freq_factor": "rope_low_freq", "high_freq_factor": "rope_high_freq",
           "original_max_position_embeddings": "rope_original_context"}
@@ -265,7 +268,7 @@ def weight_files(folder) -> dict:
         try:
             with safe_open(file, "pt") as tensors:
                 where |= dict.fromkeys(tensors.keys(), file)
-        except Exception as error:  # a damaged header raises safetensors' own error, which is no subclass of anything useful
+        except Exception as error: # safetensors has its own error, which is no subclass of anything useful
             raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
     return where
 
@@ -415,8 +418,40 @@ def export_folder(out_dir, folder) -> None:
     print(f"{folder}: {architecture_of(model.config)}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
+def bench(out_dir, repeats: int = 15) -> None:
+    """Print the time of forward and backward over 2,048 random tokens: our model and transformers', in turns."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise ValueError("bench compares with transformers, which is not installed: pip install transformers==5.23.0")
+    ours, _ = load_model(out_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(ours, folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
+    T, V = ours.config.context_length, ours.config.vocab_size
+    x, y = torch.randint(V, (2, max(1, 2048 // T), T))
+    losses = {
+        "ours": lambda: ours.train()(x, y)[1],
+        "transformers": lambda: torch.nn.functional.cross_entropy(
+            theirs.train()(input_ids=x, use_cache=False).logits.flatten(0, 1), y.flatten())}
+    print(f"{architecture_of(ours.config)}, {x.shape[0]} x {T} tokens, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}; ms of forward and backward, median of {repeats} in turns (fastest)")
+    for dtype in (torch.float32, torch.bfloat16):
+        ms = {name: [] for name in losses}
+        for turn in range(repeats + 2):                            # the first two warm up
+            for name, loss in losses.items():
+                began = time.perf_counter()
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    value = loss()
+                value.backward()
+                ms[name] += [1000 * (time.perf_counter() - began)] if turn > 1 else []
+        print(f"{str(dtype)[6:]:<9}", *(f"{name} {statistics.median(all_ms):.1f} ({min(all_ms):.1f})"
+                                        for name, all_ms in ms.items()))
+
+
 def main(argv: list[str]) -> None:
-    verbs = {"import": import_folder, "export": export_folder}
+    """Run one verb of the command line."""
+    verbs = {"import": import_folder, "export": export_folder, "bench": bench}
     if not argv or argv[0] in ("--help", "-h"):
         print(__doc__)
         return
@@ -424,10 +459,10 @@ def main(argv: list[str]) -> None:
         flags, rest = parse_flags(argv)
         if flags:
             raise ValueError(f"--{next(iter(flags))} is not a setting: convert.py has none")
-        if len(rest) != 3 or rest[0] not in verbs:
-            raise ValueError(f"{' '.join(argv)!r} is not `import FOLDER OUT_DIR` or `export OUT_DIR FOLDER`."
-                             f"{nearest(rest[0] if rest else '', verbs).replace('--', '')}")
-        verbs[rest[0]](rest[1], rest[2])
+        if rest[0] not in verbs or len(rest) != (2 if rest[0] == "bench" else 3):
+            raise ValueError(f"{' '.join(argv)!r} is not `import FOLDER OUT_DIR`, `export OUT_DIR FOLDER` or "
+                             f"`bench OUT_DIR`.{nearest(rest[0], verbs)}")
+        verbs[rest[0]](*rest[1:])
     except (ValueError, OSError) as error:
         fail(error)
 

@@ -1589,7 +1589,7 @@ def profile(argv) -> None:
     meta = train.data.read_meta(config.data_dir) if os.path.isdir(config.data_dir) else {}
     on_gpu, vocab_size = device.startswith("cuda"), config.vocab_size or meta.get("vocab_size") or 50304
     model = model_file.Transformer(config.model_config(vocab_size)).to(device)
-    optimizers = train.make_optimizers(model, config)
+    optimizers = train.make_optimizers(model, config, lambda cls, groups, **settings: cls(groups, **settings))
     size = (config.micro_batch_size or config.batch_tokens // config.context_length, config.context_length)
     x, y = torch.randint(vocab_size, size, device=device), torch.randint(vocab_size, size, device=device)
 

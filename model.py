@@ -44,16 +44,16 @@ class ModelConfig:
     d_model: int = 512               # width of the residual stream
     n_layers: int = 4                # blocks
     n_heads: int = 16                # query heads
-    n_kv_heads: int | None = None  # key/value heads: none = n_heads (MHA), fewer = GQA (2305.13245), 1 = MQA (1911.02150)
+    n_kv_heads: int | None = None  # key/value heads; none = n_heads (MHA); fewer: GQA (2305.13245); 1: MQA (1911.02150)
     head_dim: int | None = None      # width of a head; none = d_model / n_heads
-    d_ff: int | None = None  # width of the feed-forward layer; none = 8/3 d_model (swiglu; a multiple of 64) or 4 d_model
+    d_ff: int | None = None  # width of the feed-forward layer; none = 8/3 d_model (swiglu; multiple of 64) or 4 d_model
     norm: str = "rms"                # rms (1910.07467) | layer (1607.06450) | none
     norm_eps: float = 1e-5           # inside the norms' root
     norm_position: str = "pre"       # pre (2002.04745) | post (the sum is normed, 1706.03762; then no final norm)
     qk_norm: bool = False            # RMSNorm over each head's query and key (2010.04245, 2302.05442)
     position: str = "rope"  # rope (2104.09864) | learned (GPT-2) | sinusoidal (1706.03762, 3.5) | none (2305.19466)
     rope_theta: float = 10_000.0     # base of the rotary frequencies
-    rope_interleaved: bool = False  # rotate pairs (2i, 2i+1) as in the paper instead of (i, i + D/2) as in Llama's files
+    rope_interleaved: bool = False  # rotate pairs (2i, 2i+1) as the paper does instead of (i, i + D/2) as Llama's files
     rope_scaling: str = "none"  # none | linear (2306.15595) | llama3 (2407.21783): RoPE stretched to longer contexts
     rope_factor: float = 1.0         # rope_scaling: how many times longer
     rope_low_freq: float = 1.0       # llama3: wavelengths over rope_original_context / this are stretched in full
@@ -81,6 +81,7 @@ class ModelConfig:
     mtp_depth: int = 0  # further tokens predicted in training by extra heads (DeepSeek-V3, 2412.19437, 2.2)
     mtp_weight: float = 0.3          # weight of their mean loss in the training loss
     attention_backend: str = "sdpa"  # naive (ours, to read) | sdpa (torch's fused one) | triton (ours, kernels.py)
+    fused_loss: bool = False         # train by kernels.linear_cross_entropy: logits in chunks, never whole (2410.10989)
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -126,15 +127,17 @@ class ModelConfig:
              f"window_pattern={self.window_pattern!r} needs sliding_window, the number of positions to see"),
             (self.logit_softcap is not None
              and self.logit_softcap <= 0, f"logit_softcap={self.logit_softcap} must be above 0, or none"),
+            (self.fused_loss and self.logit_softcap is not None,
+             "fused_loss=true never has the logits that logit_softcap bends; choose one"),
             (self.rope_scaling != "none" and (self.position != "rope" or self.rope_factor < 1),
-             f"rope_scaling={self.rope_scaling} needs position=rope and rope_factor of at least 1, not {self.rope_factor}"
+             f"rope_scaling={self.rope_scaling} needs position=rope and rope_factor >= 1, not {self.rope_factor}"
              ),
             (self.rope_scaling == "none"
              and self.rope_factor != 1, f"rope_factor={self.rope_factor} needs rope_scaling=linear or llama3"),
             (self.rope_scaling == "llama3" and not 0 < self.rope_low_freq < self.rope_high_freq,
              f"rope_low_freq={self.rope_low_freq} must be above 0 and below rope_high_freq={self.rope_high_freq}"),
             (mla and (self.position != "rope" or self.qk_norm or self.n_kv_heads != self.n_heads or self.qkv_bias),
-             "attention=mla needs position=rope and takes neither qk_norm, qkv_bias nor n_kv_heads: its latent replaces them"
+             "attention=mla needs position=rope and no qk_norm, qkv_bias or n_kv_heads: its latent replaces them"
              ),
             (mla and self.attention_backend == "triton",
              "attention_backend=triton has no attention=mla, whose keys and values differ in width; use sdpa"),
@@ -786,7 +789,8 @@ def attend(config: ModelConfig, q, k, v, mask, causal: bool, window: int | None)
         return flash_attention(q, k, v, True, window)
     if H != K and T == 1 and mask is None:  # one query a head: the group becomes time
         return attend(config, q.view(B, K, H // K, D), k, v, None, False, None).view(B, H, 1, -1)
-    if config.attention_backend == "sdpa" and causal and T <= SHORT_CONTEXT and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+    short_bf16 = q.dtype == torch.bfloat16 and q.device.type == "cpu" and T <= SHORT_CONTEXT
+    if config.attention_backend == "sdpa" and causal and short_bf16:
         return short_attention(q, k, v)
     if config.attention_backend != "naive":
         return nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=H != K)
@@ -961,15 +965,15 @@ class Transformer(nn.Module):
     def forward(self, tokens, targets=None, cache=None):
         """tokens: (B, T) ids; targets: (B, T) ids, the same sequence one step on.
 
-        Returns logits (B, T, V), or (logits, loss). With a cache, tokens follow what it holds and are added to it, and
-        the logits are those of the given tokens. Raises ValueError for a sequence longer than the context.
+        Returns logits (B, T, V), or (logits, loss); with fused_loss in training (None, loss). With a cache, tokens
+        follow what it holds and are added to it, and the logits are those of the given tokens. Raises ValueError for a
+        sequence longer than the context.
         """
         plan = self.plan(tokens, cache)
         x = self.hidden(tokens, cache, plan)
-        logits = self.head(x)
         if targets is None:
-            return logits
-        loss = cross_entropy(logits, targets)
+            return self.head(x)
+        logits, loss = self.head_loss(x, targets)
         return logits, self.training_loss(loss, x, targets, plan) if self.training else loss
 
     def plan(self, tokens, cache=None) -> Plan:
@@ -1002,6 +1006,14 @@ class Transformer(nn.Module):
         logits, cap = self.lm_head(lowered(self.ln_final(x))), self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def head_loss(self, x, targets):
+        """(logits, their mean cross entropy) of a residual stream; with fused_loss in training (None, the same)."""
+        if self.config.fused_loss and self.training:
+            from kernels import linear_cross_entropy
+            return None, linear_cross_entropy(lowered(self.ln_final(x)), self.lm_head.weight, targets)
+        logits = self.head(x)
+        return logits, cross_entropy(logits, targets)
+
     def training_loss(self, loss, x, targets, plan):
         """`loss`, the cross entropy, and the weighted losses of the switches that have one; each noted in
         self.losses.
@@ -1012,7 +1024,7 @@ class Transformer(nn.Module):
             for k, future in enumerate(self.mtp, start=1):
                 # x[:, i] has seen tokens up to i; with token i+k = targets[i+k-1] it predicts targets[i+k].
                 x = future(x[:, :T - k], self.token_embeddings(targets[:, k - 1:T - 1]))
-                depths.append(cross_entropy(self.head(x), targets[:, k:]))
+                depths.append(self.head_loss(x, targets[:, k:])[1])
             parts["mtp"] = sum(depths) / c.mtp_depth                            # eq. 25
             loss = loss + c.mtp_weight * parts["mtp"]
         if c.n_experts and c.balance == "loss":

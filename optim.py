@@ -2,14 +2,14 @@
 
 SGD -> momentum -> AdaGrad -> RMSProp -> Adam -> AdamW is one line of thought: divide the step by how large the gradient
 usually is. Muon leaves it: it treats a weight as a matrix and makes every direction of the update equally large.
+`python optim.py` lets five of them compete: a table and results/optimizers.png, 15 s on one core of an AMD EPYC.
 
-All are `torch.optim.Optimizer` subclasses, so that parameter groups, state_dict and schedulers work as everybody
-expects; the arithmetic is ours. It runs through torch._foreach_*, which hands a whole list of tensors to one call: a
-model of 40 tensors would otherwise pay for some 400 small operations a step.
+All are `torch.optim.Optimizer` subclasses; the arithmetic is ours. It runs through torch._foreach_*, which hands a
+whole list of tensors to one call: a model of 40 tensors would otherwise pay for some 400 small operations a step.
 
-Papers: Kingma & Ba 2014 (Adam, 1412.6980), Loshchilov & Hutter 2017 (decoupled decay, 1711.05101; cosine, 1608.03983),
-Jordan 2024 (Muon, kellerjordan.github.io/posts/muon), Liu 2025 (Muon's scale and decay, 2502.16982), Hu 2024 (WSD,
-2404.06395).
+Papers: Duchi 2011 (AdaGrad, JMLR 12), Hinton 2012 (RMSProp, Coursera lecture 6e), Kingma & Ba 2014 (Adam, 1412.6980),
+Loshchilov & Hutter 2017 (decoupled decay, 1711.05101; cosine, 1608.03983), Jordan 2024 (Muon,
+kellerjordan.github.io/posts/muon), Liu 2025 (Muon's scale and decay, 2502.16982), Hu 2024 (WSD, 2404.06395).
 """
 import math
 
@@ -18,33 +18,81 @@ import torch
 # Quintic whose repeated application drives singular values from (0, 1] to about 1 (Jordan 2024). Not the Taylor
 # coefficients: these give up exactness (they end in 0.7 … 1.2) for the steepest slope at 0, hence few steps.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-
-
-def _check(name: str, value: float, low: float, high: float = math.inf) -> None:
-    if not low <= value < high:
-        raise ValueError(f"{name}={value} must be at least {low}" + (f" and below {high}" if high < math.inf else ""))
+LIMITS = {"lr": (0, math.inf), "eps": (0, math.inf), "weight_decay": (0, math.inf), "momentum": (0, 1), "beta": (0, 1),
+          "betas": (0, 1), "ns_steps": (1, math.inf)}
 
 
 class _Optimizer(torch.optim.Optimizer):
-    """The part all share: gather each group's tensors that have a gradient, then call `update(group, params, grads,
-    states)`.
+    """The part all share: check the settings, and call `update` with each group's tensors that have a gradient.
+
+    Weight decay is decoupled in all of them.
     """
+
+    def __init__(self, params, **settings):
+        for name, value in settings.items():
+            low, high = LIMITS[name]
+            if not all(low <= number < high for number in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"{name}={value} must be at least {low}" + f" and below {high}" * (high < math.inf))
+        super().__init__(params, settings)
 
     @torch.no_grad()
     def step(self, closure=None):
         """One update of every parameter that has a gradient. Returns the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 self.update(group, params, [p.grad for p in params], [self.state[p] for p in params])
         return loss
 
+    @staticmethod
+    def kept(params, states, *names):
+        """For each name the list of what the states keep under it, zeros before a parameter's first step."""
+        return [[state[name] if name in state else state.setdefault(name, torch.zeros_like(p))
+                 for p, state in zip(params, states)] for name in names]
+
+    @staticmethod
+    def decay(group, params):
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+
+
+class SGD(_Optimizer):
+    """m = momentum · m + g;  p = p - lr · m (Polyak 1964). One step size for all: the steepest direction bounds it."""
+
+    def __init__(self, params, lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 0.0):
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
     def update(self, group, params, grads, states):
-        raise NotImplementedError
+        m, = self.kept(params, states, "momentum_buffer")
+        torch._foreach_mul_(m, group["momentum"])
+        torch._foreach_add_(m, grads)
+        self.decay(group, params)
+        torch._foreach_add_(params, m, alpha=-group["lr"])
+
+
+class AdaGrad(_Optimizer):
+    """s = s + g²;  p = p - lr · g / (√s + eps) (Duchi 2011): rare features get larger steps, and all steps shrink."""
+
+    def __init__(self, params, lr: float = 0.01, eps: float = 1e-10, weight_decay: float = 0.0):
+        super().__init__(params, lr=lr, eps=eps, weight_decay=weight_decay)
+
+    def update(self, group, params, grads, states):
+        s, = self.kept(params, states, "sum")
+        keep, add = (group["beta"], 1 - group["beta"]) if "beta" in group else (1, 1)
+        torch._foreach_mul_(s, keep)
+        torch._foreach_addcmul_(s, grads, grads, add)
+        denominators = torch._foreach_sqrt(s)
+        torch._foreach_add_(denominators, group["eps"])
+        self.decay(group, params)
+        torch._foreach_addcdiv_(params, grads, denominators, -group["lr"])
+
+
+class RMSProp(AdaGrad):
+    """AdaGrad that forgets: s = beta · s + (1 - beta) · g² (Hinton 2012, lecture 6e). Adam is this with momentum."""
+
+    def __init__(self, params, lr: float = 0.01, beta: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.0):
+        _Optimizer.__init__(self, params, lr=lr, beta=beta, eps=eps, weight_decay=weight_decay)
 
 
 class AdamW(_Optimizer):
@@ -54,25 +102,17 @@ class AdamW(_Optimizer):
         v = b2 v + (1 - b2) g²                    second moment
         p = p - lr · m̂ / (√v̂ + eps)               with m̂ = m / (1 - b1^t), v̂ = v / (1 - b2^t)
         p = p - lr · weight_decay · p             the plain lr: decay does not follow the bias correction
-
     The state has torch's keys (step, exp_avg, exp_avg_sq), so a state_dict moves between torch's AdamW and this one.
     """
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.01):
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            _check(name, value, 0.0)
-        for i in range(2):
-            _check(f"betas[{i}]", betas[i], 0.0, 1.0)
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
 
     def update(self, group, params, grads, states):
-        for p, state in zip(params, states):
-            if not state:
-                state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            state["step"] += 1
-        m, v = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        beta1, beta2 = group["betas"]
+        for state in states:
+            state.setdefault("step", torch.tensor(0.0)).add_(1)
+        (m, v), (beta1, beta2) = self.kept(params, states, "exp_avg", "exp_avg_sq"), group["betas"]
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
@@ -83,15 +123,14 @@ class AdamW(_Optimizer):
         torch._foreach_add_(denominators, group["eps"])
         torch._foreach_mul_(denominators, [1 - beta1 ** t for t in steps])
         torch._foreach_addcdiv_(params, m, denominators, -group["lr"])
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        self.decay(group, params)
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """U Vᵀ of each matrix's SVD U S Vᵀ, roughly: singular values go to 0.7 … 1.2. matrices: (..., rows, columns).
 
-    Newton-Schulz in bfloat16: X -> a X + (b A + c A²) X with A = X Xᵀ. Only matrix products, no SVD; whatever rounding
-    does to the singular vectors is far below the noise of a gradient.
+    Newton-Schulz in bfloat16, matrix products only: X -> a X + (b A + c A²) X with A = X Xᵀ. What rounding does to the
+    singular vectors is far below the noise of a gradient.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16()
@@ -117,11 +156,7 @@ class Muon(_Optimizer):
     """
 
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0, ns_steps: int = 5):
-        _check("lr", lr, 0.0)
-        _check("momentum", momentum, 0.0, 1.0)
-        _check("weight_decay", weight_decay, 0.0)
-        _check("ns_steps", ns_steps, 1)
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps))
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps)
 
     def add_param_group(self, group):
         super().add_param_group(group)
@@ -131,15 +166,11 @@ class Muon(_Optimizer):
                     f"Muon takes matrices, not a parameter of shape {tuple(p.shape)}; give that one to AdamW")
 
     def update(self, group, params, grads, states):
-        for p, state in zip(params, states):
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [s["momentum_buffer"] for s in states]
+        buffers, = self.kept(params, states, "momentum_buffer")
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, grads)
         looked_ahead = torch._foreach_add(grads, buffers, alpha=group["momentum"])
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        self.decay(group, params)
         same_shape = {}
         for p, u in zip(params, looked_ahead):
             same_shape.setdefault(p.shape, []).append((p, u))
@@ -158,9 +189,6 @@ def cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, 
         1. step < warmup_steps:              step / warmup_steps · max_lr
         2. warmup_steps <= step <= cosine_steps:   min_lr + ½ (1 + cos(π · done)) (max_lr - min_lr)
         3. step > cosine_steps:              min_lr
-
-    >>> [cosine_schedule(t, 1.0, 0.1, 2, 6) for t in (0, 1, 2, 4, 6, 9)]
-    [0.0, 0.5, 1.0, 0.55, 0.1, 0.1]
     """
     if step < warmup_steps:
         return step / warmup_steps * max_lr
@@ -172,18 +200,15 @@ def cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, 
 
 def wsd_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, stable_steps: int,
                  decay_steps: int) -> float:
-    """Warmup, stable, decay (2404.06395): up linearly, flat for stable_steps, down linearly over decay_steps, then
-    min_lr.
+    """Warmup, stable, decay (2404.06395): up linearly, flat for stable_steps, down linearly over decay_steps, min_lr.
 
     The flat part has no end in mind: a run can be prolonged, and only the decay need be trained again.
     """
     if step < warmup_steps:
         return step / warmup_steps * max_lr
     into_decay = step - warmup_steps - stable_steps
-    if into_decay <= 0:
-        return max_lr
-    if into_decay >= decay_steps:
-        return min_lr
+    if not 0 < into_decay < decay_steps:
+        return max_lr if into_decay <= 0 else min_lr
     return max_lr + into_decay / decay_steps * (min_lr - max_lr)
 
 
@@ -194,7 +219,8 @@ def clip_grad_norm(params, max_norm: float, eps: float = 1e-6) -> torch.Tensor:
     """Scale all gradients in place by max_norm / (norm + eps) when their common L2 norm is above max_norm.
 
     One norm over all tensors, so that the direction of the step is kept; parameters without a gradient are left out.
-    Returns the norm before clipping, a float32 scalar tensor (0 when there is no gradient).
+    Returns the norm before clipping, a float32 scalar tensor (0 when there is no gradient); where it is not finite the
+    gradients stay as they are, to be looked at.
     """
     grads = [p.grad for p in ([params] if isinstance(params, torch.Tensor) else params) if p.grad is not None]
     if not grads:
@@ -202,5 +228,43 @@ def clip_grad_norm(params, max_norm: float, eps: float = 1e-6) -> torch.Tensor:
     norms = torch._foreach_norm(grads)
     norm = torch.stack([n.float().to(norms[0].device) for n in norms]).norm()
     # A factor of 1 rather than a branch: asking on the host whether to clip would wait for the GPU.
-    torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + eps), max=1.0))
+    torch._foreach_mul_(grads, torch.where(norm.isfinite(), torch.clamp(max_norm / (norm + eps), max=1.0), 1.0))
     return norm
+
+
+# --- five on one problem ---
+
+def compete(make, lr: float, steps: int = 300) -> list[float]:
+    """Losses of a two-layer network that imitates another one; directions of its inputs differ 100-fold in size."""
+    torch.manual_seed(0)
+    sizes = torch.logspace(0, -2, 32)
+    inputs = torch.randn(1024, 32) * sizes
+    targets = torch.relu(inputs @ (torch.randn(32, 64) / sizes[:, None])) @ torch.randn(64, 16)
+    first, second = ((torch.randn(n, m) / n ** 0.5).requires_grad_() for n, m in ((32, 64), (64, 16)))
+    optimizer, losses = make([first, second], lr, weight_decay=0.0), []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = cosine_schedule(step, lr, 0.0, 0, steps)
+        loss = (torch.relu(inputs @ first) @ second - targets / targets.std()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def main(path="results/optimizers.png") -> None:
+    from matplotlib.figure import Figure
+    axis = Figure(figsize=(7, 4.5), layout="constrained").subplots()
+    print("best of 8 learning rates; share of the variance left\noptimizer        lr   step 30       100       300")
+    for make in (SGD, AdaGrad, RMSProp, AdamW, Muon):
+        runs = {3.0 ** k: compete(make, 3.0 ** k) for k in range(-6, 2)}
+        lr = min(runs, key=lambda lr: runs[lr][-1] if math.isfinite(runs[lr][-1]) else math.inf)
+        print(f"{make.__name__:<10}{lr:>9.2g}" + "".join(f"{runs[lr][step - 1]:>10.4f}" for step in (30, 100, 300)))
+        axis.semilogy(runs[lr], label=f"{make.__name__}, lr {lr:.2g}")
+    axis.set(xlabel="step", ylabel="share of the targets' variance left", title="python optim.py")
+    axis.legend()
+    axis.figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

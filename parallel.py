@@ -32,7 +32,7 @@ import time
 import traceback
 import types
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -996,9 +996,12 @@ class Strategy:
 
     def divide(self, model: nn.Module, dtype=None) -> None:
         """Make `model`, in place, this rank's part. dtype: what FSDP computes in."""
+        fsdp = self.name == "fsdp"
+        if model.config.fused_loss and (fsdp or self.size > self.dp):
+            raise ValueError("fused_loss=true reads the head's whole matrix, which fsdp and tp divide; use ddp or "
+                             "zero1, or fused_loss=false")
         if self.size > self.dp:
             tensor_parallel(model, self.mesh.tp)
-        fsdp = self.name == "fsdp"
         self.wrapper = FSDP(model, dtype, self.mesh.dp) if fsdp else DDP(model, group=self.mesh.dp)
 
     def optimizer(self, cls, params, **kwargs):
@@ -1089,12 +1092,17 @@ def collective_times(max_mb: int, device) -> list[dict]:
 
 
 def strategies(config: BenchConfig, device) -> dict:
-    """name -> (maker of (model, optimizer, loss function, finish), its bytes by the formula); torch's beside ours."""
+    """name -> (maker of (model, optimizer, loss function, finish), its bytes by the formula: weights with gradients
+    and moments, activations); torch's beside ours.
+    """
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
+    import model as model_file
+    from accounting import activation_bytes
     from model import ModelConfig, Transformer
     from optim import AdamW
+    model_file.SHORT_CONTEXT = 0     # the formula is for fused attention, which keeps no scores
     size = world()[1]
     tp = config.tp or size // (config.dp or 1)
     mesh = make_mesh(config.dp or size // tp, tp)
@@ -1122,23 +1130,44 @@ def strategies(config: BenchConfig, device) -> dict:
     matrices, vectors = (sum(p.nbytes for p in whole.parameters() if (p.dim() > 1) == is_matrix)
                          for is_matrix in (True, False))
     full, fsdp = 4 * (matrices + vectors), 4 * (matrices / size + vectors)     # weights, gradients, AdamW's two moments
-    return {f"DDP {mode}": (lambda mode=mode: parts(DDP(new(), mode)), full) for mode in DDP.MODES} | {
-        "torch DDP": (lambda: parts(DistributedDataParallel(new())), full),
-        "DDP + ZeRO-1": (lambda: parts(DDP(new()), lambda p: ShardedOptimizer(p, AdamW)), full * (0.5 + 0.5 / size)),
-        "FSDP": (lambda: parts(FSDP(new())), fsdp),
-        "torch fully_shard": (torch_fsdp, fsdp),
-        f"dp={size // tp} x tp={tp}": (divided, 4 * (matrices / tp + vectors))}
+    # A rank of tensor parallelism keeps what a model of its heads, feed-forward columns and words would keep.
+    part = replace(shape, vocab_size=shape.vocab_size // tp, n_heads=shape.n_heads // tp,
+                   n_kv_heads=shape.n_kv_heads // tp, d_ff=shape.d_ff // tp, head_dim=shape.head_dim)
+    kept, kept_tp = (config.batch_size * activation_bytes(one, config.context_length) for one in (shape, part))
+    return {f"DDP {mode}": (lambda mode=mode: parts(DDP(new(), mode)), full, kept) for mode in DDP.MODES} | {
+        "torch DDP": (lambda: parts(DistributedDataParallel(new())), full, kept),
+        "DDP + ZeRO-1": (lambda: parts(DDP(new()), lambda p: ShardedOptimizer(p, AdamW)), full * (0.5 + 0.5 / size),
+                         kept),
+        "FSDP": (lambda: parts(FSDP(new())), fsdp, kept),
+        "torch fully_shard": (torch_fsdp, fsdp, kept),
+        f"dp={size // tp} x tp={tp}": (divided, 4 * (matrices / tp + vectors), kept_tp)}
 
 
-def live_bytes() -> int:
-    """Bytes of all storages that a tensor of this process points to: what a strategy holds is the difference.
+def live_storages() -> dict:
+    """Address -> bytes of all storages that a tensor of this process points to.
 
-    Without what lives in C++ alone, as the buckets of torch's DDP.
+    Without what lives in C++ alone, as the buckets of torch's DDP and what autograd keeps.
     """
     gc.collect()
-    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    tensors = [getattr(x, "_local_tensor", x) for x in tensors]           # a DTensor is a cover around its part
     tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+    return {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
+
+
+def kept_bytes(forward) -> int:
+    """Bytes that autograd keeps from forward() for backward: the activations, without weights, gathered or not."""
+    weights, kept = live_storages(), {}
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage()     # held, so that no address is used twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = forward()
+    total = sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
+    loss.backward()
+    return total
 
 
 def step_phases(parts, batch) -> list:
@@ -1178,14 +1207,15 @@ def measure(config: BenchConfig, device) -> tuple[list[dict], dict]:
     ids = torch.randint(config.vocab_size, (config.batch_size, config.context_length + 1),
                         generator=torch.Generator().manual_seed(0)).to(device)     # alike everywhere, as tp needs it
     batch, running, rows, traces = (ids[:, :-1], ids[:, 1:]), {}, [], {}
-    for name, (make, formula) in strategies(config, device).items():
-        before = live_bytes()
+    for name, (make, formula, kept_formula) in strategies(config, device).items():
+        before = sum(live_storages().values())
         model, optimizer, loss_of, finish = running[name] = make()
         step_phases(running[name], batch)                      # moments and buffers come with the first step
-        loss_of(*batch).backward()
+        kept = kept_bytes(lambda: loss_of(*batch))
         finish()
-        held = live_bytes() - before
-        rows.append({"name": name, "held_mb": held / 1e6, "formula_mb": formula / 1e6, "seconds": []})
+        held = sum(live_storages().values()) - before
+        rows.append({"name": name, "held_mb": held / 1e6, "formula_mb": formula / 1e6, "kept_mb": kept / 1e6,
+                     "kept_formula_mb": kept_formula / 1e6, "seconds": []})
         optimizer.zero_grad()
     for turn in range(config.steps + 1):
         for row in rows if turn % 2 else rows[::-1]:
@@ -1219,13 +1249,14 @@ def report(config: BenchConfig, device, bandwidth, rows) -> str:
               for r in bandwidth]
     lines += ["", f"training step: d_model {config.d_model}, {config.n_layers} layers, vocabulary {config.vocab_size}, "
               f"{config.batch_size} x {config.context_length} tokens per rank, float32, AdamW",
-              f"step: median of {config.steps} taken in turns; sending, waiting, hidden: one more, traced; "
-              "MB: weights, gradients, moments", "",
-              "strategy            step ms   fastest   sending   waiting  hidden   MB held   formula"]
+              f"step: median of {config.steps} taken in turns; sending, waiting, hidden: one more, traced",
+              "MB held: weights, gradients, moments; MB kept: activations, from forward to backward", "",
+              f"{'strategy':<20}step ms   fastest   sending   waiting  hidden   MB held   formula   MB kept   formula"]
     for r in rows:
         hidden = "    n/a" if r["hidden"] is None else f"{100 * r['hidden']:>5.0f} %"
         lines.append(f"{r['name']:<18}{r['ms']:>9.1f}{r['fastest_ms']:>10.1f}{r['sending_ms']:>10.1f}"
-                     f"{r['waiting_ms']:>10.1f} {hidden}{r['held_mb']:>10.1f}{r['formula_mb']:>10.1f}")
+                     f"{r['waiting_ms']:>10.1f} {hidden}{r['held_mb']:>10.1f}{r['formula_mb']:>10.1f}"
+                     f"{r['kept_mb']:>10.1f}{r['kept_formula_mb']:>10.1f}")
     return "\n".join(lines) + "\n"
 
 

@@ -478,6 +478,27 @@ def test_adamw_state_moves_to_torch_and_back():
     torch.testing.assert_close(ours[0], theirs[0], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("ours, theirs", [
+    (lambda p: optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+    (lambda p: optim.AdaGrad(p, lr=0.1), lambda p: torch.optim.Adagrad(p, lr=0.1)),
+    (lambda p: optim.RMSProp(p, lr=0.1, beta=0.9), lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.9))])
+def test_the_steps_towards_adam_follow_torch(ours, theirs):
+    mine, others = copies([(5, 7), (3,)])
+    a, b = ours(mine), theirs(others)
+    for _ in range(50):
+        for p, q in zip(mine, others):
+            p.grad, q.grad = p.detach() - 0.5, q.detach() - 0.5
+        a.step()
+        b.step()
+    for p, q in zip(mine, others):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-5)             # sqrt and division, 50 float32 steps
+    still = torch.ones(2, requires_grad=True)
+    still.grad, decayed = torch.zeros(2), ours([still])
+    decayed.param_groups[0]["weight_decay"] = 0.5
+    decayed.step()
+    torch.testing.assert_close(still, torch.full((2,), 1 - 0.1 * 0.5))     # decoupled: no gradient is needed for it
+
+
 def test_parameters_without_gradient_stay():
     p, q = torch.ones(2, 2, requires_grad=True), torch.ones(2, 2, requires_grad=True)
     p.grad = torch.ones(2, 2)
@@ -526,10 +547,12 @@ def test_clipping_is_global_and_skips_missing_gradients():
     before = a.grad.clone()
     optim.clip_grad_norm([a, b, c], 10.0)
     assert torch.equal(a.grad, before) and c.grad is None
+    b.grad = torch.tensor([0.0, math.inf])
+    assert optim.clip_grad_norm([a, b], 1.0).item() == math.inf and torch.equal(a.grad, before)
 
 
 @pytest.mark.parametrize("make", [lambda p: optim.AdamW(p, lr=-1), lambda p: optim.AdamW(p, betas=(1.0, 0.9)),
-                                  lambda p: optim.Muon(p, momentum=1.5)])
+                                  lambda p: optim.Muon(p, momentum=1.5), lambda p: optim.RMSProp(p, beta=1.0)])
 def test_bad_optimizer_settings_are_refused(make):
     with pytest.raises(ValueError, match="must be"):
         make([torch.zeros(2, 2, requires_grad=True)])
@@ -823,7 +846,7 @@ def test_decode_int8_and_matmul(kernels, dtype):
 def test_kernels_write_every_number_and_nothing_outside(kernels, monkeypatch):
     launch, pad, wall = kernels.launch, 64, {torch.int64: 1 << 40, torch.int32: 1 << 30, torch.int8: 77}
     def walled(kernel, grid, x, *arguments, **constants):
-        """The launch on copies that stand between two walls of NaN, which reads would spread and writes would breach."""
+        """The launch on copies between two walls of NaN, which reads would spread and writes would breach."""
         rooms = {}
         def move(t):
             key = (t.data_ptr(), t.shape, t.stride())
@@ -855,6 +878,19 @@ def test_kernels_write_every_number_and_nothing_outside(kernels, monkeypatch):
         torch.use_deterministic_algorithms(False)
     for i, result in enumerate(results):
         assert result.isfinite().all(), f"result {i} has numbers that nobody wrote"
+
+
+def test_profile_of_a_training_step_by_region(tmp_path, capsys, monkeypatch):
+    import kernels
+    monkeypatch.setattr(model_module, "cross_entropy", model_module.cross_entropy)      # which it wraps: put back after
+    kernels.main(["profile", f"--out_dir={tmp_path}", f"--data_dir={tmp_path}/none", "--d_model=32", "--n_layers=2",
+                  "--n_heads=2", "--vocab_size=50", "--context_length=16", "--batch_tokens=64", "--device=cpu"])
+    said = capsys.readouterr().out
+    shares = dict(re.findall(r"^(attention|feed-forward|norm|loss|optimizer|other|idle) .* ([\d.]+)%$", said, re.M))
+    assert len(shares) == 7 and 95 < sum(map(float, shares.values())) < 105, said
+    assert all(float(shares[name]) > 0 for name in ("attention", "feed-forward", "norm", "loss", "optimizer")), said
+    assert any(event.get("name") == "attention" for event in json.loads(
+        (tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"])
 
 
 def test_kernels_import_quietly_and_fall_back_with_one_line(tmp_path):
@@ -1215,6 +1251,17 @@ def test_ranks(ranks, size, check):
         assert said == "passed", f"rank {rank} of {size}: {said}"
 
 
+@pytest.mark.parametrize("saved", ["zero1", "fsdp", "tp"])
+def test_a_checkpoint_of_four_ranks_goes_on_in_one_process(ranks, saved):
+    weights, state = torch.load(ranks / f"{saved}.pt", weights_only=True)
+    model = ranks_model(seed=9)
+    optimizer = adamw(model.parameters())
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    steps(model, optimizer, range(3, 5), clip=optim.clip_grad_norm)
+    assert furthest(model.state_dict(), one_process()[0].state_dict()) < CLOSE
+
+
 def torchrun(*words, size=2):
     """(CompletedProcess, seconds) of a torchrun command in this folder."""
     began = time.perf_counter()
@@ -1245,6 +1292,7 @@ def test_measurements_hold_what_the_formula_predicts(tmp_path):
     assert len(rows) == 9 and (tmp_path / "parallel_cpu_2_ranks.png").stat().st_size > 10_000
     for row in rows:
         assert abs(row["held_mb"] / row["formula_mb"] - 1) < 0.05, row
+        assert abs(row["kept_mb"] / row["kept_formula_mb"] - 1) < 0.05, row
 
 
 def test_the_communication_bill_by_hand_and_as_sent(monkeypatch):
@@ -1733,6 +1781,21 @@ def test_multi_token_prediction_by_hand_and_as_a_draft():
         toy().draft(hidden.float(), targets)
 
 
+@pytest.mark.parametrize("switch", ["plain", "tied", "mtp", "2017"])
+def test_fused_loss_is_the_loss_without_the_logits(switch):
+    plain, fused = toy(switch), toy(switch, fused_loss=True)
+    tokens, targets = ids(2, 7), ids(2, 7, seed=2)
+    (_, want), (logits, loss) = (model.train()(tokens, targets) for model in (plain, fused))
+    want.backward()
+    loss.backward()
+    assert logits is None and torch.allclose(loss, want, atol=1e-6)
+    for (name, p), q in zip(fused.named_parameters(), plain.parameters()):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6), f"{name}: {(p.grad - q.grad).abs().max()}"
+    assert torch.equal(fused.eval()(tokens, targets)[0], plain.eval()(tokens))
+    with pytest.raises(ValueError, match="fsdp and tp divide"):
+        parallel.Strategy("fsdp").divide(fused)
+
+
 @pytest.mark.parametrize("settings, words",
                          [(dict(norm="batch"), "norm='batch'"), (dict(n_kv_heads=3), "n_kv_heads=3"),
                           (dict(d_model=50), "d_model=50"), (dict(head_dim=7), "7 must be even"),
@@ -1742,7 +1805,8 @@ def test_multi_token_prediction_by_hand_and_as_a_draft():
                           (dict(attention="mla", attention_backend="triton"), "triton has no attention=mla"),
                           (dict(n_shared_experts=1), "need n_experts"),
                           (dict(n_experts=2, n_experts_per_token=3), "n_experts=2"),
-                          (dict(logit_softcap=-1.0), "logit_softcap=-1.0"), (dict(rope_factor=2.0), "rope_scaling"),
+                          (dict(logit_softcap=-1.0), "logit_softcap=-1.0"),
+                          (dict(fused_loss=True, logit_softcap=1.0), "never has the logits"), (dict(rope_factor=2.0), "rope_scaling"),
                           (dict(kv_lora_rank=8), "attention=mla"), (dict(n_layers=0), "n_layers=0"),
                           (dict(rope_scaling="llama3", rope_low_freq=5.0), "rope_low_freq=5.0"),
                           (dict(mtp_depth=24), "mtp_depth=24"), (dict(n_heads=2.0), "n_heads=2.0")])
@@ -1801,7 +1865,7 @@ def test_gpt2_xl_bill_of_the_handout():
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_bills_are_what_the_model_does(switch, monkeypatch):
-    """Parameters and forward FLOPs exactly, backward FLOPs and kept activations within 1.5 %."""
+    """Parameters and forward FLOPs exactly, backward FLOPs within 1 %, kept activations within 1.5 %."""
     from accounting import activation_bytes, active_params, count_params, flops_per_token
     from torch.utils.flop_counter import FlopCounterMode
     big = dict(d_model=128, d_ff=320, context_length=64, vocab_size=512)
@@ -1809,8 +1873,7 @@ def test_bills_are_what_the_model_does(switch, monkeypatch):
     counts = count_params(model.config)
     assert counts["total"] == sum(p.numel() for p in model.parameters()) == sum(counts.values()) - counts["total"]
     assert (active_params(model.config) == counts["total"]) == (switch not in ("moe", "moe bias", "mtp"))
-    for training, tolerance in ((False, 1e-9), (True,
-                                                0.015)):  # a head for a further token has fewer positions than tokens
+    for training, tolerance in ((False, 1e-9), (True, 0.01)):
         with FlopCounterMode(display=False) as counter:
             loss = model.train(training)(ids(2, 64), ids(2, 64))[1]
             if training:
@@ -2262,26 +2325,103 @@ def test_ragged_micro_batches_equal_one_batch(corpus, tmp_path):
                                    msg=lambda m: f"{name}: {m}")  # Adam divides rounding by |g|
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_interrupted_run_equals_a_straight_one_bit_for_bit(corpus, tmp_path, optimizer):
-    tiny_run(corpus, tmp_path / "straight", optimizer=optimizer)
-    tiny_run(corpus, tmp_path / "broken", optimizer=optimizer, checkpoint_every=13, max_steps=30)
+@pytest.mark.parametrize("more", [{"optimizer": "adamw"}, {"optimizer": "muon", "loader": "epochs"},
+                                  {"optimizer": "sgd", "dtype": "float16"}], ids=str)
+def test_an_interrupted_run_equals_a_straight_one_bit_for_bit(corpus, tmp_path, more, monkeypatch):
+    monkeypatch.setattr(train.Run, "GROW_EVERY", 9)                       # so that the scale's own state matters, too
+    tiny_run(corpus, tmp_path / "straight", **more)
+    tiny_run(corpus, tmp_path / "broken", checkpoint_every=13, **more)
     # What a kill after step 17 leaves: the checkpoint of step 13, and a log that is ahead of it.
-    tiny_run(corpus, tmp_path / "first", optimizer=optimizer, checkpoint_every=13)
-    run = train.Run(
-        train.TrainConfig(
-            **TINY
-            | {"data_dir": str(corpus), "out_dir": str(tmp_path / "first"), "max_steps": 30, "optimizer": optimizer}))
+    tiny_run(corpus, tmp_path / "first", checkpoint_every=13, **more)
+    first = {"data_dir": str(corpus), "out_dir": str(tmp_path / "first"), "max_steps": 30}
+    run = train.Run(train.TrainConfig(**TINY | first | more))
     while run.step < 13:
         run.train_step()
     run.save()
-    tiny_run(corpus, tmp_path / "first", optimizer=optimizer, resume=True)
+    tiny_run(corpus, tmp_path / "first", resume=True, **more)
     for name, tensor in weights(tmp_path / "straight").items():
         assert torch.equal(tensor, weights(tmp_path / "first")[name]), name
         assert torch.equal(tensor, weights(tmp_path / "broken")[name]), f"checkpoints changed the run: {name}"
     losses = [[(line["step"], line["loss"]) for line in train.read_log(tmp_path / name / "log.jsonl") if "loss" in line]
               for name in ("straight", "first")]
     assert losses[0] == losses[1]
+
+
+def test_epochs_show_every_window_once_and_the_thread_changes_nothing():
+    tokens, config = np.arange(101, dtype=np.uint16), train.TrainConfig(seed=2, context_length=10, loader="epochs")
+    loader = train.Loader(tokens, config, 4, "cpu")                       # 10 windows of 10: 5 batches are 2 epochs
+    batches = [loader.next() for _ in range(10)]
+    starts = torch.cat([x[:, 0] for x, _ in batches])
+    assert all(sorted(epoch.tolist()) == list(range(0, 100, 10)) for epoch in starts.split(10))
+    assert not torch.equal(starts[:10], starts[10:20]) and all(torch.equal(x + 1, y) for x, y in batches)
+    generator = torch.Generator().manual_seed(3)
+    loader = train.Loader(tokens, dataclasses.replace(config, loader="random"), 4, "cpu")
+    for _ in range(5):
+        expected, (x, _) = train.get_batch(tokens, 4, 10, "cpu", generator)[0], loader.next()
+        assert torch.equal(x, expected) and torch.equal(loader.state, generator.get_state())
+
+
+def test_recomputed_activations_change_no_bit(corpus, tmp_path):
+    grads = []
+    for switch in (False, True):
+        run = train.Run(train.TrainConfig(**TINY, data_dir=str(corpus), out_dir=str(tmp_path), max_steps=1,
+                                          activation_checkpointing=switch))
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            logits, loss = run.model(*run.loader.next())
+        loss.backward()
+        grads.append([loss, sum(kept), *(p.grad for p in run.model.parameters())])
+    assert grads[1].pop(1) < grads[0].pop(1) / 2
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale(corpus, tmp_path, capsys):
+    common = dict(TINY, data_dir=str(corpus), out_dir=str(tmp_path), max_steps=9)
+
+    def step(run, gradient):
+        before = [p.detach().clone() for p in run.model.parameters()]
+        handle = run.model.ln_final.weight.register_hook(lambda g: torch.full_like(g, gradient))
+        run.train_step()
+        handle.remove()
+        return all(map(torch.equal, before, run.model.parameters()))
+
+    half = train.Run(train.TrainConfig(**common | {"dtype": "float16"}))
+    scale = half.loss_scale
+    assert step(half, math.inf) and half.loss_scale == scale / 2 and half.skipped == 0
+    assert not step(half, 1.0) and half.loss_scale == scale / 2
+    half.save()
+    entries = checkpoint.read_checkpoint(tmp_path / "ckpt.pt")
+    assert entries["loss_scale"] == scale / 2 and entries["good_steps"] == 1
+    single = train.Run(train.TrainConfig(**common, skip_bad_steps=True))
+    single.train_step()
+    assert step(single, math.nan) and single.skipped == 1 and not step(single, 1.0)
+    assert "step 2, learning rate" in (out := capsys.readouterr().out) and "gradients: ln_final.weight nan" in out
+    with pytest.raises(FloatingPointError, match="ln_final.weight inf.*good state is .*ckpt.pt"):
+        step(train.Run(train.TrainConfig(**common)), math.inf)
+
+
+def test_a_sweep_draws_up_seeds_survives_divergence_and_goes_on(corpus, tmp_path, capsys):
+    config = train.TrainConfig(**TINY | dict(data_dir=str(corpus), out_dir=str(tmp_path), max_steps=6, grad_clip=1e9))
+    words = ["learning_rate=1e-3,1e6", "n_layers=1,2", "seed=1,2"]
+    train.sweep(config, words)
+    assert capsys.readouterr().out.count("val perplexity") == 4
+    rows = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
+    assert {row["setting"] for row in rows[:2]} == {"lr=0.001,n_layers=1", "lr=0.001,n_layers=2"}
+    for row in rows[:2]:
+        a, b = row["scores"]["1"], row["scores"]["2"]
+        assert row["mean"] == pytest.approx((a + b) / 2) and row["spread"] == pytest.approx(abs(a - b) / 2 ** 0.5)
+    assert rows[0]["mean"] < rows[1]["mean"] and rows[2]["diverged"].keys() == {"1", "2"}
+    assert "seed 1 diverged at step" in (tmp_path / "sweep.txt").read_text(encoding="utf-8")
+    log = tmp_path / "lr=0.001,n_layers=1,seed=1" / "log.jsonl"
+    log.write_text(log.read_text(encoding="utf-8").rpartition('{"step"')[0], encoding="utf-8")      # killed at the end
+    train.sweep(config, words)
+    assert (out := capsys.readouterr().out).count("done before") == 7 and "resumed" in out
+    assert json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8")) == rows
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    for changes, words, message in (({}, ["sede=1"], "Did you mean seed"), ({}, ["lr"], "spans no axis"),
+                                    ({"n_heads": 1}, words, "holds a run with n_heads=2, now it is 1")):
+        with pytest.raises(ValueError, match=message):
+            train.sweep(dataclasses.replace(config, **changes), words)
 
 
 def test_how_often_one_evaluates_changes_nothing(corpus, tmp_path):
@@ -2305,7 +2445,7 @@ def test_a_diverged_run_stops_and_says_where(corpus, tmp_path):
 
 
 def test_settings_and_data_that_do_not_fit_are_refused(corpus, tmp_path, trained):
-    for more, words in (({"optimizer": "sgd"}, "optimizer='sgd'"), ({"batch_tokens": 16}, "less than one sequence"),
+    for more, words in (({"optimizer": "adam"}, "optimizer='adam'"), ({"batch_tokens": 16}, "less than one sequence"),
                         ({"max_minutes": -1.0}, "max_minutes=-1.0"), ({"vocab_size": 100}, "holds id"),
                         ({"device": "cuda:99"}, "cuda:99"), ({"n_heads": 5}, "not a multiple")):
         with pytest.raises(ValueError, match=words):
@@ -2320,6 +2460,32 @@ def test_settings_and_data_that_do_not_fit_are_refused(corpus, tmp_path, trained
     (folder / "meta.json").write_text(json.dumps(meta | {"tokenizer_sha256": "0" * 64}), encoding="utf-8")
     with pytest.raises(ValueError, match="another tokenizer"):
         tiny_run(folder, tmp_path / "other", resume=True, optimizer="muon")
+
+
+def test_distillation_by_hand_and_a_teacher_that_stays_as_it_is(corpus, tmp_path, trained):
+    student, teacher = torch.tensor([[0.0, 0.0]], requires_grad=True), torch.tensor([[2 * math.log(3), 0.0]],
+                                                                                   requires_grad=True)
+    loss = train.distillation_loss(student, teacher, temperature=2.0)      # softmax(teacher / 2) = 3/4, 1/4
+    assert loss.item() == pytest.approx(4 * (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)))
+    loss.backward()
+    torch.testing.assert_close(student.grad, torch.tensor([[-0.5, 0.5]]))         # T (p_student - p_teacher)
+    assert teacher.grad is None
+    config = train.TrainConfig(**TINY | dict(data_dir=str(corpus), out_dir=str(tmp_path), max_steps=3, d_model=16,
+                                             teacher=str(trained[0]), teacher_weight=2.0, micro_batch_size=3))
+    run = train.Run(config)
+    before = copy.deepcopy(run.teacher.state_dict())
+    run.train_step()
+    assert all(map(torch.equal, run.teacher.state_dict().values(), before.values()))
+    assert not run.teacher.training and all(p.grad is None for p in run.teacher.parameters())
+    plain = train.Run(dataclasses.replace(config, teacher=None))
+    plain.train_step()
+    assert not all(map(torch.equal, run.model.parameters(), plain.model.parameters()))
+    foreign = shutil.copytree(trained[0], tmp_path / "foreign")
+    torch.save(torch.load(foreign / "ckpt.pt", weights_only=True) | {"tokenizer_sha256": "0"}, foreign / "ckpt.pt")
+    (foreign / "tokenizer.json").unlink()
+    for more, words in (({"teacher": str(foreign)}, "another tokenizer"), ({"teacher_temperature": 0.0}, "ture=0.0")):
+        with pytest.raises(ValueError, match=words):
+            train.Run(dataclasses.replace(config, **more))
 
 
 def test_train_on_ranks_equals_one_process_and_goes_on_anywhere(corpus, tmp_path):
@@ -2806,12 +2972,14 @@ def python(*arguments, **more):
                           env=os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}, **more)
 
 
-SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "model", "data", "train", "sample", "evaluate"]
+SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "kernels", "parallel", "model", "accounting", "convert", "data",
+           "train", "sample", "evaluate"]
 
 
 def test_importing_a_script_does_nothing(tmp_path):
     code = "import sys; sys.path.insert(0, sys.argv[1]); import " + ", ".join(SCRIPTS) + \
-           "; import torch; assert not torch.cuda.is_initialized() and not {'matplotlib', 'tiktoken'} & set(sys.modules)"
+           "; import torch; assert not torch.cuda.is_initialized()" \
+           "; assert not {'matplotlib', 'tiktoken'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True,
                           cwd=tmp_path)
     assert done.returncode == 0 and done.stdout == done.stderr == "" and not list(tmp_path.iterdir()), done.stderr
@@ -2839,8 +3007,23 @@ def test_from_a_text_file_to_samples_by_commands(tmp_path):
     assert done.returncode == 0 and (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG", done.stderr
 
 
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_a_kill_inside_a_checkpoint_write_leaves_a_whole_one(tmp_path):
+    code = ("import sys, torch, checkpoint\nfor step in range(10**6):\n    checkpoint.save_checkpoint("
+            "{'w': torch.full((8_000_000,), float(step))}, None, step, sys.argv[1])")
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "ckpt.pt"], cwd=Path(__file__).parent)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "ckpt.pt").exists() or not (tmp_path / "ckpt.pt.tmp").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+    process.kill()
+    process.wait()
+    entries = checkpoint.read_checkpoint(tmp_path / "ckpt.pt")
+    assert (entries["model"]["w"] == entries["step"]).all()
+    assert (tmp_path / "ckpt.pt.tmp").exists(), "the kill came too late to prove anything"
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends signals as a terminal and a scheduler do")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
 def test_a_run_that_is_stopped_goes_on(corpus, tmp_path, number):
     command = [
         sys.executable,
