@@ -12,7 +12,7 @@ program and makes the better ones of each group likelier (DeepSeekMath, 2402.033
 three losses out of one, the mean over tokens, sequences or a constant, has a name each (`normalize`).
 
 The embedded experiment: a small model reads a little "web" of worked sums, paths and words in three styles, none
-of them an assistant's. Some 200 demonstrations, half careful and half rash, teach it the form `<think> … </think>
+of them an assistant's. A thousand demonstrations, half careful and half rash, teach it the form `<think> … </think>
 <answer> … </answer>`; what GRPO then finds by itself is that it pays to think before answering.
 
 Left out: a value model, a learned reward, packing with a mask of documents (model.py has none: a row is a document,
@@ -813,7 +813,7 @@ def base_text(tasks: list[dict], pick: random.Random) -> list[str]:
 SHAPE = dict(context_length=96, d_model=64, n_layers=3, n_heads=4, qk_norm=True)
 STAGES = {
     "base": dict(steps=1500, batch_size=64, micro_batch_size=64, lr=3e-3, muon_lr=0.02, warmup_steps=20, log_every=100),
-    "sft": dict(steps=80, batch_size=32, lr=3e-3, muon_lr=0.004, warmup_steps=5, log_every=5),
+    "sft": dict(steps=120, batch_size=32, lr=3e-3, muon_lr=0.006, warmup_steps=5, log_every=5),
     "dpo": dict(steps=60, batch_size=32, micro_batch_size=64, lr=3e-4, beta=0.1, log_every=5),
     "grpo": dict(steps=60, prompts_per_step=32, group_size=8, batch_size=128, micro_batch_size=128, lr=1e-3,
                  max_new_tokens=48, log_every=5)}
@@ -929,8 +929,7 @@ def demonstrate(config: AlignConfig) -> dict:
     sft(base, web, settings["base"], 0, make_log(lab.folder / "base"))
     finish("base", base, None)
     tuned = copy.deepcopy(base)
-    # As much of the web again as there are demonstrations: without it the model forgets what is rare among them.
-    sft(tuned, lab.demonstrations(300) + web[:300], settings["sft"], 0, make_log(lab.folder / "sft"))
+    sft(tuned, lab.demonstrations(1000), settings["sft"], 0, make_log(lab.folder / "sft"))
     finish("sft", tuned, tuned)
     preferred = copy.deepcopy(tuned)
     pairs, held = lab.pairs(tuned, "train", 1000), lab.pairs(tuned, "val", 400)
