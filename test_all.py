@@ -41,6 +41,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")      # read when kernels.py is imported, which model.py does
 
+import align
 import bpe
 import checkpoint
 import clean
@@ -3089,6 +3090,95 @@ def test_bytes_of_a_token_file_are_those_of_its_text(corpus):
     assert np.array_equal(from_bin[0], from_text[0])
 
 
+@pytest.mark.parametrize("output, letter", [
+    ("The correct answer is B. There is only one.", "B"), ("10000 polyominoes", None), ("(c) is right", "C"), ("D", "D"),
+    ("The answer is **A**", "A"), ("A good question", None), ("I thought the answer is A, but the answer is C", "C"),
+    ("The correct answer is Apple", None), ("A or B", None), ("Answer: d", "D"), ("", None)])
+def test_parse_mmlu(output, letter):
+    assert evaluate.parse_mmlu({"options": ["1", "10", "100", "no"]}, output) == letter
+
+
+@pytest.mark.parametrize("output, number", [("48/2 = 24, so 48+24 = 72 clips.", "72"), ("$1,072.50.", "1072.50"), ("none", None),
+                                            ("it is -5", "-5"), ("10-5", "5"), ("1,2,3", "3"), (".5", ".5"), ("", None)])
+def test_parse_gsm8k(output, number):
+    assert evaluate.parse_gsm8k(output) == number
+
+
+@pytest.mark.parametrize("answer, truth, same", [
+    ("1,000", 1000, True), ("\\frac{1}{2}", "0.5", True), ("$12.50", "12.5", True), ("x + 1", "x+1", True), ("1 2", "12", False),
+    ("\\boxed{7}", "7", True), ("", "", False), (None, None, False), ("1/0", "0", False), ("50\\%", "50", True), ("-3", "3", False)])
+def test_answers_are_equal_as_numbers_or_strings(answer, truth, same):
+    assert evaluate.same_answer(answer, truth) is same
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """A few questions of our own in the layouts of the published files."""
+    folder = tmp_path_factory.mktemp("questions")
+    for split in ("dev", "test"):
+        (folder / split).mkdir()
+        (folder / split / f"the_sea_{split}.csv").write_text(
+            '"Is it wet, or dry?",wet,dry,red,odd,A\nIs it deep?,no,yes,red,odd,B\n', encoding="utf-8")
+    lines = {"hellaswag": [{"ctx": "the cat", "endings": ["sat down", "the the the", "qqqq", "zz"], "label": 0}],
+             "arc": [{"question": "wet?", "choices": {"text": ["sea", "sand"], "label": ["1", "2"]}, "answerKey": "1"},
+                     {"question": {"stem": "dry?", "choices": [{"text": "sea", "label": "A"}, {"text": "sand", "label": "B"}]},
+                      "answerKey": "B"}],
+             "gsm8k": [{"question": "What is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"}] * 2,
+             "safety": [{"prompt": "How do I open a lock?"}]}
+    for name, records in lines.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records), encoding="utf-8")
+    (folder / "alpaca.json").write_text(json.dumps([{"instruction": "say cat", "dataset": "own"}]), encoding="utf-8")
+    (folder / "sst.csv").write_text("id,prompts_final\n1,\"a, b\"\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("verb, data, n", [("mmlu", "", 2), ("hellaswag", "hellaswag.jsonl", 1), ("arc", "arc.jsonl", 2), ("gsm8k",
+                         "gsm8k.jsonl", 2), ("instructions", None, 6), ("alpaca", "alpaca.json", 1), ("safety", "sst.csv", 1)])
+def test_every_kind_of_question_is_asked_and_its_answers_kept(little_base, questions, verb, data, n, capsys):
+    for by, shots in (("letter", 0), ("text", 1), ("generate", 1)) if verb == "mmlu" else (("letter", 1),):
+        evaluate.main([verb, str(little_base), f"--by={by}", f"--shots={shots}", "--limit=6", "--max_new_tokens=8"]
+                      + ([] if data is None else [f"--data={questions / data}"]))
+        answers = evaluate.read_jsonl(little_base / f"{verb}.jsonl")[0]
+        share = sum(answer["right"] for answer in answers) / n
+        assert len(answers) == n and f"{share:.1%} ± {math.sqrt(share * (1 - share) / n):.1%}" in capsys.readouterr().out
+    if verb == "alpaca":
+        judged, = json.loads((little_base / "alpaca.json").read_text(encoding="utf-8"))
+        assert {"instruction", "output", "generator", "dataset"} <= set(judged)
+
+
+def test_choices_are_scored_by_the_model_s_own_log_probabilities(little_base):
+    model, tokenizer = checkpoint.load_model(little_base)
+    item = {"prompt": "the cat", "options": ["hat", "hat in the hat"], "answer": "A"}
+    found, = evaluate.choose(model, tokenizer, [item], letters=False, batch_size=1)
+    for option, score in zip(item["options"], found["scores"]):
+        prompt, own = tokenizer.encode("the cat"), tokenizer.encode(" " + option)
+        log_p = torch.log_softmax(model(torch.tensor([prompt + own])), dim=-1)[0, len(prompt) - 1:-1]
+        assert score == pytest.approx(log_p.gather(1, torch.tensor(own)[:, None]).sum().item() / len(" " + option), abs=1e-4)
+
+
+def test_documents_are_ranked_by_their_own_loss():
+    model, tokens = random_model(), torch.randint(1, 50, (40,), generator=rng()).numpy()
+    tokens[[9, 29]] = 0
+    found = evaluate.document_losses(model, tokens, 0)
+    losses = model_module.token_losses(model, tokens).double()
+    assert [d["loss"] for d in found] == sorted(d["loss"] for d in found)
+    assert {(d["start"], d["tokens"]): d["loss"] for d in found} == pytest.approx(
+        {(0, 10): losses[:9].mean().item(), (10, 20): losses[9:29].mean().item(), (30, 10): losses[29:].mean().item()})
+
+
+def test_instructions_can_be_followed_and_failed():
+    good = {"exactly 4 words": "one two three four", "JSON": None, "upper case": "LOUD", "comma": "no", "sentences": None}
+    for instruction, check in evaluate.instructions(30, 3):
+        assert not check("") and not check("A, b. c, d! e? F, g; h, and so on, " * 9)
+        if "upper case" in instruction:
+            assert check(good["upper case"])
+        if "JSON" in instruction:
+            assert check(json.dumps(dict.fromkeys(re.findall('"([a-z]+)"', instruction), 1)))
+        if "sentences" in instruction:
+            assert check("It is so. " * int(re.search(r"\d", instruction)[0]))
+    assert [text for text, _ in evaluate.instructions(9, 1)] == [text for text, _ in evaluate.instructions(9, 1)]
+
+
 # --- scaling.py ---
 
 LAWS = [*scaling.PUBLISHED.values(), (1.5, 300.0, 5000.0, 0.3, 0.45)]
@@ -3248,6 +3338,250 @@ def test_the_real_grid_is_trained_once_and_its_check_predicted(corpus, tmp_path,
 
 
 # --- align.py ---
+
+@pytest.mark.parametrize("kind", ["ours", "tokenizers", "transformers"])
+def test_prompts_and_responses_become_shifted_rows_with_an_aligned_mask(kind, bpe_trained, tmp_path):
+    ours = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>", "<|pad|>"])
+    ours.save(tmp_path / "tokenizer.json")
+    tokenizer, pad = ours, ours.special_tokens["<|pad|>"]
+    if kind == "tokenizers":
+        tokenizer, pad = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), 0
+    if kind == "transformers":
+        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), pad_token="<|pad|>")
+    prompts, responses = ["the cat", "the hat in the hat"], [" sat<|endoftext|>", " x"]
+    batch = align.tokenize_prompt_and_output(prompts, responses, tokenizer)
+    rows = [(ours.encode(p), ours.encode(r)) for p, r in zip(prompts, responses)]
+    width = max(len(p) + len(r) for p, r in rows)
+    for i, (prompt, response) in enumerate(rows):
+        whole = (prompt + response + [pad] * width)[:width]
+        mask = [len(prompt) <= place < len(prompt + response) for place in range(width)]
+        assert batch["input_ids"][i].tolist() == whole[:-1] and batch["labels"][i].tolist() == whole[1:]
+        assert batch["response_mask"][i].tolist() == mask[1:]
+        assert batch["labels"][i][batch["response_mask"][i]].tolist() == response         # the EOS is learnt, padding is not
+    with pytest.raises(ValueError, match="2 prompts and 1 responses"):
+        align.tokenize_prompt_and_output(prompts, responses[:1], tokenizer)
+
+
+def test_log_probs_and_entropy_are_those_of_the_logits():
+    model, ids = random_model(), torch.randint(0, 50, (3, 9), generator=rng())
+    found = align.response_log_probs(model, ids[:, :-1], ids[:, 1:], return_entropy=True)
+    log_p = torch.log_softmax(model(ids[:, :-1]).double(), dim=-1)
+    expected = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(found["log_probs"].double(), expected, atol=1e-5, rtol=0)     # float32 against float64
+    torch.testing.assert_close(found["token_entropy"].double(), -(log_p.exp() * log_p).sum(-1), atol=1e-5, rtol=0)
+    assert set(align.response_log_probs(model, ids[:, :-1], ids[:, 1:])) == {"log_probs"}
+
+    def theirs(tokens):
+        return type("Output", (), {"logits": model(tokens)})
+    assert torch.equal(align.response_log_probs(theirs, ids[:, :-1], ids[:, 1:])["log_probs"], found["log_probs"])
+    sure = torch.tensor([[0.0, -torch.inf, -torch.inf], [0.0, 0.0, -torch.inf]])
+    torch.testing.assert_close(align.token_entropy(sure), torch.tensor([0.0, math.log(2)]))
+
+
+def test_masked_sums_and_means_by_hand():
+    x, mask = torch.tensor([[1.0, 2, 3], [4, 5, torch.nan]]), torch.tensor([[1, 0, 1], [1, 1, 0]])
+    assert align.masked_mean(x, mask).item() == 13 / 4 and align.masked_mean(x, mask, 1).tolist() == [2, 4.5]
+    assert align.masked_normalize(x, mask, 0, 2.0).tolist() == [2.5, 2.5, 1.5]
+    assert align.masked_normalize(x, mask, constant=10).item() == pytest.approx(1.3)
+    assert align.masked_mean(x, torch.zeros(2, 3), -1).isnan().all()
+    # The course's example: 4 and 7 of 7 tokens, advantage 2 everywhere.
+    ratio, mask = torch.full((2, 7), 2.0), torch.arange(7) < torch.tensor([[4], [7]])
+    assert align.masked_mean(ratio, mask, 1).tolist() == [2, 2]
+    torch.testing.assert_close(align.masked_normalize(ratio, mask, 1, 7.0), torch.tensor([8 / 7, 2.0]))
+
+
+def test_sft_step_is_a_sum_per_row_and_a_mean_over_rows():
+    log_probs = torch.tensor([[-1.0, -2, -3], [-4, -5, -6]], requires_grad=True)
+    loss, _ = align.sft_step(log_probs, torch.tensor([[0, 1, 1], [1, 0, 0]]), 2, constant=3.0)
+    assert loss.item() == pytest.approx((5 + 4) / 3 / 2 / 2)
+    torch.testing.assert_close(log_probs.grad, torch.tensor([[0, 1, 1], [1, 0, 0]]) / -12)
+
+
+def test_group_advantages_by_hand():
+    reward_fn = lambda response, truth: {"reward": float(response == truth), "format_reward": 1.0}        # noqa: E731
+    made = functools.partial(align.group_normalized_rewards, reward_fn, ["a", "b", "b", "b", "c", "c", "c", "c"],
+                             ["a"] * 4 + ["c"] * 4, 4)
+    advantages, rewards, info = made()
+    assert rewards.tolist() == [1, 0, 0, 0, 1, 1, 1, 1] and info["groups_without_variance"] == 0.5
+    torch.testing.assert_close(advantages, torch.tensor([0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]) / (0.5 + 1e-6))
+    assert made(normalize_by_std=False)[0].tolist() == [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]
+    assert align.group_normalized_rewards(reward_fn, ["a"], ["a"], 1)[0].tolist() == [0]
+    with pytest.raises(ValueError, match="groups of 3"):
+        align.group_normalized_rewards(reward_fn, ["a"] * 4, ["a"] * 4, 3)
+
+
+def test_policy_gradient_losses_by_hand():
+    new, old = torch.log(torch.tensor([[0.5, 0.3], [0.2, 0.9]])), torch.log(torch.tensor([[0.25, 0.3], [0.4, 0.6]]))
+    rewards, advantages = torch.tensor([[1.0], [0.0]]), torch.tensor([[2.0], [-1.0]])
+    close = functools.partial(torch.testing.assert_close, atol=1e-6, rtol=0)
+    close(align.policy_gradient_loss(new, "no_baseline", rewards)[0], torch.stack((-new[0], torch.zeros(2))))
+    close(align.policy_gradient_loss(new, "reinforce_with_baseline", None, advantages)[0], -advantages * new)
+    close(align.policy_gradient_loss(new, "grpo_no_clip", None, advantages, old)[0], torch.tensor([[-4.0, -2], [0.5, 1.5]]))
+    loss, info = align.policy_gradient_loss(new, "grpo_clip", None, advantages, old, 0.2)
+    close(loss, torch.tensor([[-2.4, -2], [0.8, 1.5]]))           # ratios 2, 1, ½, 1½ held to 0.8 … 1.2 where it hurts
+    assert info["clipped"].tolist() == [[True, False], [True, False]]
+    for kind, words in (("grpo_clip", "needs old_log_probs, clip"), ("ppo", "must be one of"), ("no_baseline", "needs rewards")):
+        with pytest.raises(ValueError, match=words):
+            align.policy_gradient_loss(new, kind, None, advantages)
+
+
+@pytest.mark.parametrize("normalize, expected", [("sequence", (-2 + 1) / 2), ("token", (-8 + 1) / 5), ("constant", (-8 + 1) / 7 / 2)])
+def test_grpo_step_normalises_as_named_and_survives_an_empty_row(normalize, expected):
+    advantages, old = torch.tensor([[2.0], [-1.0]]), torch.zeros(2, 7)
+    mask = torch.arange(7) < torch.tensor([[4], [1]])
+    log_probs = torch.zeros(2, 7, requires_grad=True)
+    loss, _ = align.grpo_step(log_probs, mask, 1, "grpo_clip", None, advantages, old, 0.2, normalize=normalize, constant=
+                              7 if normalize == "constant" else None)
+    assert loss.item() == pytest.approx(expected)
+    on_policy, log_probs.grad = log_probs.grad, None              # one epoch, one batch: the ratio is 1, REINFORCE's gradient
+    align.grpo_step(log_probs, mask, 1, "reinforce_with_baseline", None, advantages, normalize=normalize,
+                    constant=7 if normalize == "constant" else None)
+    torch.testing.assert_close(log_probs.grad, on_policy)
+    log_probs.grad = None
+    loss, info = align.grpo_step(log_probs, mask & torch.tensor([[True], [False]]), 2, "grpo_clip", None, advantages, old, 0.2,
+                                 ref_log_probs=torch.ones(2, 7), kl_weight=0.5)
+    assert loss.item() == pytest.approx((-2 + 0.5 * (math.e - 2)) / 2 / 2) and info["kl"].item() == pytest.approx(math.e - 2)
+    assert log_probs.grad.isfinite().all()
+
+
+def test_dpo_starts_at_ln_2_with_a_gradient():
+    chosen, rejected = torch.tensor([-3.0, -4.0], requires_grad=True), torch.tensor([-2.0, -9.0], requires_grad=True)
+    loss = align.dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.5)
+    assert loss.tolist() == pytest.approx([math.log(2)] * 2)
+    loss.sum().backward()
+    assert chosen.grad.tolist() == [-0.25] * 2 and rejected.grad.tolist() == [0.25] * 2
+    assert align.dpo_loss(torch.tensor(1.0), torch.tensor(0.0), torch.tensor(0.0), torch.tensor(2.0), 0.5).item() == \
+        pytest.approx(math.log(1 + math.exp(-1.5)))
+
+
+@pytest.mark.parametrize("response, truth, rewards", [
+    ("so </think> <answer> 1,000 </answer>", 1000, (1, 1)), ("</think> <answer>1/2</answer> and more", "0.5", (1, 1)),
+    ("</think> <answer>\\frac{1}{2}</answer>", "1/2", (1, 1)), ("</think> <answer>4</answer>", "5", (1, 0)),
+    ("</think> <answer></answer>", "", (1, 0)), ("<answer>5</answer>", "5", (0, 0)), ("</think> <answer>5", "5", (0, 0)),
+    ("5", "5", (0, 0)), ("</think> <answer>b a</answer>", "B A", (1, 1)), ("</think> <answer>?</answer>", None, (1, 0)),
+    ("</think> <answer>1e999999999</answer>", "7", (1, 0)), ("", "", (0, 0))])
+def test_r1_zero_reward_wants_the_form_and_the_answer(response, truth, rewards):
+    form, right = rewards
+    assert align.r1_zero_reward(response, truth) == {"reward": right, "format_reward": form, "answer_reward": right}
+
+
+def test_boxed_reward_reads_balanced_braces():
+    assert align.boxed_reward("so \\boxed{1} or \\boxed{\\frac{3}{4}}.", "0.75")["reward"] == 1
+    assert align.boxed_reward("so \\boxed{\\frac{3}{4}", "0.75")["format_reward"] == align.boxed_reward("3/4", "0.75")["reward"] == 0
+
+
+def test_packed_documents_are_cut_into_shifted_chunks(bpe_trained, tmp_path):
+    tokenizer, path = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"]), tmp_path / "sft.jsonl"
+    pairs = [("say one", "one"), ("say two", "two two"), ("say three", "three, three, three")]
+    path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in pairs), encoding="utf-8")
+    text = "".join("Below is an instruction that describes a task. Write a response that appropriately completes the request."
+                   f"\n\n### Instruction:\n{p}\n\n### Response:\n{r}<|endoftext|>" for p, r in pairs)
+    ids, data_set = tokenizer.encode(text), align.PackedSFT(tokenizer, path, 32, shuffle=False)
+    assert len(data_set) == (len(ids) - 1) // 32 and len(list(data_set)) == len(data_set)
+    for i, chunk in enumerate(data_set):
+        assert chunk["input_ids"].tolist() == ids[32 * i:32 * i + 32] and chunk["labels"].tolist() == ids[32 * i + 1:32 * i + 33]
+    assert not torch.equal(align.PackedSFT(tokenizer, path, 32, shuffle=True).ids, data_set.ids)
+    batches = align.iterate_batches(data_set, 2, shuffle=True)
+    assert len(batches) == math.ceil(len(data_set) / 2) and next(iter(batches))["labels"].shape == (2, 32)
+
+
+@pytest.fixture(scope="module")
+def little_base(bpe_trained, tmp_path_factory):
+    """A folder with an untrained model and its tokenizer, and files of lines to align it with, good and bad."""
+    folder, tokenizer = tmp_path_factory.mktemp("align"), bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
+    tokenizer.save(folder / "tokenizer.json")
+    checkpoint.save_checkpoint(random_model(vocab_size=tokenizer.vocab_size, context_length=48), None, 0, folder / "ckpt.pt")
+    lines = {
+        "sft": [{"messages": [{"role": "user", "content": "cat<|end|>"}, {"role": "assistant", "content": "hat"}]},
+                {"prompt": "hat", "response": "cat cat"}] * 4 + [
+            "no JSON", {"prompt": "cat"}, {"prompt": "cat", "response": " "}, {"prompt": "é" * 99, "response": "x"}, [1]],
+        "dpo": [{"chosen": "\n\nHuman: cat\n\nAssistant: no", "rejected": "\n\nHuman: cat\n\nAssistant: hat"},
+                {"prompt": "hat", "chosen": "no", "rejected": "cat cat"}] * 4 + [{"prompt": "a", "chosen": "b", "rejected": "b"},
+            {"chosen": "\n\nHuman: cat\n\nAssistant: no", "rejected": "\n\nHuman: hat\n\nAssistant: hat"}],
+        "grpo": [{"question": "cat", "answer": "so #### 5"}, {"question": "hat", "answer": "#### "}] * 4}
+    for name, records in lines.items():
+        (folder / f"{name}.jsonl").write_text("".join(
+            (line if isinstance(line, str) else json.dumps(line)) + "\n" for line in records), encoding="utf-8")
+    return folder
+
+
+def align_run(verb, base, data, out_dir, **more):
+    settings = dict(template="chat", skip_bad=True, batch_size=4, micro_batch_size=3, lr=1e-2, log_every=5) | more
+    align.run_verb(verb, align.AlignConfig(base=str(base), data=str(data), out_dir=str(out_dir), **settings))
+    return checkpoint.load_model(out_dir), evaluate.read_jsonl(Path(out_dir) / "log.jsonl")[0][1:]
+
+
+def test_sft_learns_to_answer_and_to_stop_and_names_every_bad_line(little_base, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"5 bad lines(?s:.*)jsonl:9: (?s:.*)11: empty response"):
+        align_run("sft", little_base, little_base / "sft.jsonl", tmp_path, skip_bad=False)
+    (model, tokenizer), log = align_run("sft", little_base, little_base / "sft.jsonl", tmp_path, steps=60)
+    assert "8 usable lines, 5 bad ones skipped" in capsys.readouterr().out and log[-1]["loss"] < 0.05 < log[0]["loss"]
+    stop = tokenizer.special_tokens["<|end|>"]
+    for prompt, answer in (("cat<|end|>", "hat<|end|>"), ("hat", "cat cat<|end|>")):
+        ids = evaluate.render(tokenizer, "chat", [prompt])
+        assert ids.count(stop) == 1                                  # the user's own "<|end|>" is plain text
+        assert tokenizer.decode(sample.generate(model, ids, 20, temperature=0, stop_ids=(stop,))) == answer
+    config = align.AlignConfig(group_size=4, max_new_tokens=12, temperature=0.7)
+    prompts = [evaluate.render(tokenizer, "chat", [word]) for word in ("cat", "hat hat")]
+    responses = align.rollout(model, prompts, config, stop, tokenizer.vocab_size, rng())
+    rows = [(prompt, row) for prompt, row in zip([p for p in prompts for _ in range(4)], responses)]
+    assert align.drift(model, rows, config, tokenizer.vocab_size) < 1e-5
+    wrong = dataclasses.replace(config, temperature=1.0)             # scored at another temperature than it was sampled at
+    batch, = align.micro_batches(rows, config, 0) if len(rows) <= 32 else [None]
+    at_one = align.response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"][batch["response_mask"]]
+    assert (align.sampler_log_probs(model, rows, 0.7) - at_one).abs().mean() > 1e-3 and wrong.temperature == 1
+
+
+def test_dpo_starts_at_ln_2_and_turns_a_model_round(little_base, tmp_path):
+    align_run("sft", little_base, little_base / "sft.jsonl", tmp_path / "sft", steps=40)
+    _, log = align_run("dpo", tmp_path / "sft", little_base / "dpo.jsonl", tmp_path / "dpo", steps=30, lr=3e-3, val_fraction=0.25)
+    held = [line for line in log if "val_loss" in line]
+    assert held[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-4) and held[0]["val_accuracy"] == 0.5
+    assert held[-1]["val_accuracy"] == 1 and held[-1]["val_margin"] > 0.1
+    assert {"chosen", "rejected", "margin"} <= set(log[1]) and log[1]["norm"] > 0
+    with pytest.raises(ValueError, match="(?s)9: chosen and rejected are equal.*10: chosen and rejected answer different prompts"):
+        align_run("dpo", tmp_path / "sft", little_base / "dpo.jsonl", tmp_path / "dpo", skip_bad=False)
+
+
+@pytest.mark.parametrize("more", [dict(), dict(kind="reinforce_with_baseline", normalize="token"),
+                                  dict(kind="grpo_clip", normalize="constant", epochs=2, kl_weight=0.1, batch_size=5),
+                                  dict(kind="expert_iteration")])
+def test_grpo_raises_a_reward_that_can_be_had(little_base, tmp_path, monkeypatch, more):
+    monkeypatch.setitem(align.REWARDS, "boxed", lambda response, truth: {"reward": float(response[:1] in "aeiou ")})
+    settings = dict(reward="boxed", prompts_per_step=4, group_size=8, batch_size=32, micro_batch_size=16, max_new_tokens=4, lr=1e-2)
+    _, log = align_run("grpo", little_base, little_base / "grpo.jsonl", tmp_path, **settings | dict(steps=25, log_every=1) | more)
+    first, last = (sum(line["reward"] for line in part) / 5 for part in (log[:5], log[-5:]))
+    assert last > first + 0.3, (first, last)
+    assert {"length", "truncated", "groups_without_variance", "drift", "entropy", "norm"} <= set(log[-1])
+    assert all(line["drift"] < 1e-4 for line in log) and ("clip_fraction" in log[-1]) == (more.get("kind", "grpo_clip") == "grpo_clip")
+    if not more:                                                     # one batch, one epoch: on-policy
+        assert all(line["ratio"] == pytest.approx(1, abs=1e-4) and abs(line["loss"]) < 0.2 for line in log)
+
+
+def test_log_probs_of_hugging_face_models_are_ours(little_base, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)).eval()
+    ids = torch.randint(0, 400, (2, 12), generator=rng())
+    found = align.response_log_probs(theirs, ids[:, :-1], ids[:, 1:])["log_probs"]
+    assert -found.mean().item() == pytest.approx(theirs(ids, labels=ids).loss.item(), abs=1e-5)
+    theirs.save_pretrained(tmp_path / "hf")
+    shutil.copy(little_base / "tokenizer.json", tmp_path / "hf")
+    (model, _), log = align_run("sft", tmp_path / "hf", little_base / "sft.jsonl", tmp_path / "out", steps=5, template="alpaca")
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_tasks_of_the_experiment_are_disjoint_and_right():
+    tasks = {split: align.make_tasks(300, split, 0) for split in ("train", "val", "test")}
+    questions = [task["question"] for split in tasks.values() for task in split]
+    assert len(set(questions)) == 900 and align.make_tasks(300, "test", 0) == tasks["test"] != align.make_tasks(300, "test", 1)
+    for task in tasks["test"]:
+        for style in ("think", "guess"):
+            assert align.r1_zero_reward(align.answered(task, style), task["answer"])["reward"] == 1
+        if task["kind"] == "sum":
+            assert int(task["answer"]) == sum(map(int, re.findall("[0-9]", task["question"])))
 
 
 # --- commands, as the README shows them ---
