@@ -416,7 +416,10 @@ class LookupDraft:
         for n in range(min(3, len(ids) - 1), 0, -1):
             for i in range(len(ids) - n - 1, -1, -1):
                 if ids[i:i + n] == ids[-n:]:
-                    drafts = torch.tensor(ids[i + n:i + n + k], device=self.device)
+                    text = list(ids)
+                    for j in range(i + n, i + n + k):      # past the end it copies itself: a period goes on
+                        text.append(text[j])
+                    drafts = torch.tensor(text[len(ids):], device=self.device)
                     size = min(self.vocab_size, how.vocab_limit or self.vocab_size)
                     return drafts.tolist(), torch.nn.functional.one_hot(drafts, size).float()
         return [], None
