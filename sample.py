@@ -67,7 +67,7 @@ class BenchConfig:
     batches: str = "1,4,16"              # prompts at once
     new_tokens: int = 32                 # tokens to decode after each prompt
     rounds: int = 3                      # every case once a round; the median counts
-    draft: str | None = None             # folder of a smaller model to speculate with; n-grams and an own head always are
+    draft: str | None = None             # folder of a smaller model to speculate with, beside n-grams and an own head
     k: int = 4                           # drafts for each pass of the model
     compile: bool = False                # also with torch.compile of the feed-forward layers
     reference: bool = False              # also transformers' generate with the same weights, where it is installed
@@ -226,8 +226,8 @@ def stream(model, prompts, max_new_tokens: int, *, stop_ids=(), cache=True, gene
     """Yield, token by token, a list with the new id of every row, None for a row that has ended.
 
     prompts: lists of ids, of any lengths. n_each: rows per prompt, which share its prefill. timing: gets prefill_s,
-    prefill_tokens, decode_s, decode_tokens, decode_bytes (weights and cache read). texts: one for every row; a row ends with its stop string. sampling: the
-    fields of Sampling.
+    prefill_tokens, decode_s, decode_tokens, decode_bytes (weights and cache read). texts: one for every row; a row ends
+    with its stop string. sampling: the fields of Sampling.
 
     A text that outgrows the context goes on from its last half context, read anew, with or without the cache; so both
     see the same window at every token, and the cost of reading is spread over half a context of new tokens.
@@ -416,7 +416,10 @@ class LookupDraft:
         for n in range(min(3, len(ids) - 1), 0, -1):
             for i in range(len(ids) - n - 1, -1, -1):
                 if ids[i:i + n] == ids[-n:]:
-                    drafts = torch.tensor(ids[i + n:i + n + k], device=self.device)
+                    text = list(ids)
+                    for j in range(i + n, i + n + k):      # past the end it copies itself: a period goes on
+                        text.append(text[j])
+                    drafts = torch.tensor(text[len(ids):], device=self.device)
                     size = min(self.vocab_size, how.vocab_limit or self.vocab_size)
                     return drafts.tolist(), torch.nn.functional.one_hot(drafts, size).float()
         return [], None
@@ -529,7 +532,7 @@ class QuantizedLinear(torch.nn.Module):
             step = ((high - low) / 15).clamp(min=1e-30).bfloat16()
             shift = (low + 8 * step.float()).bfloat16()
             q = ((weight - shift.float()[..., None]) / step.float()[..., None]).round().add(8).clamp(0, 15)
-            q, scale = q.flatten(1).to(torch.uint8), torch.stack((step, shift), dim=-1)         # (R, C), (R, C/GROUP, 2)
+            q, scale = q.flatten(1).to(torch.uint8), torch.stack((step, shift), dim=-1)       # (R, C), (R, C/GROUP, 2)
         self.rows, self.packed = R, fast_int4(weight) and self.kind == "int4"
         if self.packed:
             q, scale = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1), scale.transpose(0, 1).contiguous()
@@ -689,8 +692,9 @@ def bench(name: str, config) -> None:
     for _ in range(config.rounds):                 # in turn: what slows the machine down slows all of them
         for key, case in cases.items():
             results[key].append(run_case(*case))
-    lines = [f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.new_tokens} new tokens; "
-             f"medians of {config.rounds} rounds in turn, {torch.get_num_threads()} threads, memory {roof / 1e9:.1f} GB/s",
+    n_params = sum(p.numel() for p in model.parameters()) / 1e6
+    lines = [f"{name}: {n_params:.1f}M parameters, {config.new_tokens} new tokens; medians of {config.rounds} rounds in "
+             f"turn, {torch.get_num_threads()} threads, memory {roof / 1e9:.1f} GB/s",
              f"{'':<14}{'prompt':>6}{'batch':>6} | {'both, tok/s':>12}{'×':>6} | {'prefill, tok/s':>14} | "
              f"{'decode, tok/s':>13}{'GB/s':>6}{'of roof':>8}"]
     base = next(runs for runs in results.values())
@@ -698,7 +702,8 @@ def bench(name: str, config) -> None:
         rate, first = median(runs, "rate"), runs[0]
         line = f"{kind:<14}{context:>6}{batch:>6} | {rate:>12,.1f}{rate / median(base, 'rate'):>6.2f} | "
         if "decode_s" in first:
-            line += f"{median(runs, 'prefill_tokens', 'prefill_s'):>14,.0f} | {median(runs, 'decode_tokens', 'decode_s'):>13,.1f}"
+            line += f"{median(runs, 'prefill_tokens', 'prefill_s'):>14,.0f} | "
+            line += f"{median(runs, 'decode_tokens', 'decode_s'):>13,.1f}"
         if first.get("decode_bytes"):
             speed = median(runs, "decode_bytes", "decode_s")
             line += f"{speed / 1e9:>6.1f}{speed / roof:>8.2f}"
@@ -759,7 +764,7 @@ def explain(folder: str, config) -> None:
         entropy, top = -(row.exp() * row.clamp(min=-1e4)).sum().item() / math.log(2), row.topk(min(5, len(row)))
         likely = ", ".join(f"{show(tokenizer, other)} {value:.1%}"
                            for value, other in zip(top.values.exp().tolist(), top.indices.tolist()))
-        text, level = show(tokenizer, token), min(5, int(-math.log10(max(p, 1e-5))))      # 0: above 10 %, 5: below 0.001 %
+        text, level = show(tokenizer, token), min(5, int(-math.log10(max(p, 1e-5))))     # 0: over 10 %, 5: under 0.001 %
         about = f"p {p:.2%}, rank {rank}, entropy {entropy:.2f} bits; likeliest: {likely}"
         line.append(f"\x1b[30;48;5;{COLORS[level][0]}m{text}\x1b[0m")
         page.append(f'<tr style="background:{COLORS[level][1]}"><td>{i + 1}<td><b>{html.escape(text)}</b><td>{p:.2%}'
@@ -880,7 +885,8 @@ def report(figures: dict, config) -> None:
 def sample(folder: str, config) -> None:
     """Load the folder of a run and write."""
     if config.num_samples < 1 or config.draft and not config.cache:
-        raise ValueError(f"num_samples={config.num_samples} must be at least 1, and draft={config.draft} needs cache=true")
+        raise ValueError(
+            f"num_samples={config.num_samples} must be at least 1, and draft={config.draft} needs cache=true")
     model, tokenizer = load(folder, config)
     generator = None if config.seed is None else torch.Generator(config.device).manual_seed(config.seed)
     draft = load_draft(config.draft, model, tokenizer, config) if config.draft else None
