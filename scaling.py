@@ -11,14 +11,15 @@ Their printed law (approach 3) says 93 tokens a parameter at that budget, its re
 where alpha and beta differ (the ratio drifts with C), for other data and tokenizers, for a model that serves many
 tokens (smaller, longer: predict's inference_tokens), or past four epochs of repeated data (2305.16264).
 
-    python scaling.py                                   a simulated service explored, fitted, scored; 3 pictures
+    python scaling.py                                   a simulated service explored, fitted, scored; 3 pictures; 6 s
     python scaling.py fit RUNS.json --flops=1e21        all fits of one's own runs, and what they say at a budget
     python scaling.py plan --flops=1e18 --device=h100   writes config_plan.py, ready for train.py
     python scaling.py real                              trains 20 small models, predicts a larger one, trains that
 
-Left out: laws for repeated data, sparsity, precision; muP. Papers: Kaplan 2020 (2001.08361), Hoffmann 2022
-(2203.15556), Besiroglu 2024 (2404.10102), Sardana 2023 (2401.00448: inference), DeepSeek 2024 (2401.02954: learning
-rate, batch), Pearce 2024 (2406.12907: Kaplan and Hoffmann differ because of N without embeddings, at small scale).
+The 6 s are on one of two cores of an AMD EPYC. Left out: laws for repeated data, sparsity, precision; muP.
+Papers: Kaplan 2020 (2001.08361), Hoffmann 2022 (2203.15556), Besiroglu 2024 (2404.10102), Sardana 2023 (2401.00448:
+inference), DeepSeek 2024 (2401.02954: learning rate, batch), Pearce 2024 (2406.12907: Kaplan and Hoffmann differ
+because of N without embeddings, at small scale).
 """
 import contextlib
 import hashlib
