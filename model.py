@@ -1087,10 +1087,7 @@ class Transformer(nn.Module):
         if not self.config.mtp_depth:
             raise ValueError(
                 "mtp_depth=0: this model has no head for a further token; train one with mtp_depth of 1 or more")
-        x = self.mtp[0](hidden, self.token_embeddings(next_tokens), cache)
-        if cache is not None:
-            cache.advance(next_tokens.shape[-1])
-        return self.head(x)
+        return self.head(self.mtp[0](hidden, self.token_embeddings(next_tokens), cache))
 
     def new_cache(self, batch_size: int, max_length: int | None = None, draft: bool = False,
                   spare: int = 0) -> KVCache:

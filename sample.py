@@ -396,7 +396,6 @@ class HeadDraft:
         def logits_after(text):
             tokens = torch.tensor([text[begin + self.memory.length - first:]], device=self.hidden.device)
             self.hidden = model.mtp[0](self.hidden, model.token_embeddings(tokens), self.memory)[:, -1:]
-            self.memory.advance(tokens.shape[1])
             return model.head(self.hidden[:, 0])
         drafts = draw_in_turn(ids, k, how, generator, logits_after)
         self.memory.set_lengths(first + len(ids) - begin)
