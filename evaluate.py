@@ -32,7 +32,7 @@ import torch
 from checkpoint import load_model, read_checkpoint
 from configurator import command_line, fail
 from model import bits_per_byte, token_cross_entropy, token_losses
-from sample import generate
+from sample import generate, quantize
 
 LETTERS = "ABCDEFGHIJ"
 REFUSAL = re.compile(r"\b(?:I (?:can(?:not|'t| not)|am (?:un|not )able to|won't|will not|must decline|apologi[sz]e)|"
@@ -68,6 +68,7 @@ class EvaluateConfig:
     batch_size: int = 16                 # rows per forward pass
     seed: int = 0                        # of sampling, and of the instructions
     device: str = "cpu"                  # cpu, cuda, mps
+    quantize: str | None = None          # int8 | int4: what smaller weights cost, see sample.py
     checkpoint: str = "ckpt.pt"          # ckpt.pt = the last state, best.pt = the best on validation
 
 
@@ -87,13 +88,15 @@ def perplexity(model, tokens, n_bytes: int | None = None, stride: int | None = N
             "bits_per_byte": bits_per_byte(loss, len(tokens), n_bytes) if n_bytes else None}
 
 
-def read_tokens(path, tokenizer, meta_dtype: str | None = None):
+def read_tokens(path, tokenizer):
     """(ids, bytes of text) of a text or of a .bin. Raises OSError or ValueError naming the path."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a text (.txt) or a token file (.bin)")
     if path.suffix == ".bin":
-        dtype = meta_dtype or ("uint16" if tokenizer is None or tokenizer.vocab_size <= 65_536 else "uint32")
+        dtype = "uint16" if tokenizer is None or tokenizer.vocab_size <= 65_536 else "uint32"
+        if (path.parent / "meta.json").is_file():
+            dtype = json.loads((path.parent / "meta.json").read_text(encoding="utf-8")).get("dtype", dtype)
         ids = np.fromfile(path, dtype=np.dtype(dtype).newbyteorder("<"))
         n_bytes = None
         if tokenizer is not None:
@@ -466,9 +469,15 @@ VERBS = {"mmlu": ask_choices, "hellaswag": ask_choices, "arc": ask_choices, "gsm
          "instructions": ask_instructions, "alpaca": ask_open, "safety": ask_open}
 
 
+def open_model(out_dir: str, config):
+    """(model, tokenizer) of a folder, with weights as small as config.quantize says."""
+    model, tokenizer = load_model(out_dir, config.device, config.checkpoint)
+    return (quantize(model, config.quantize) if config.quantize else model), tokenizer
+
+
 def ask(verb: str, out_dir: str, config) -> str:
     """One model's answers to OUT_DIR/VERB.jsonl (alpaca: the judge's VERB.json), and the line that reports them."""
-    model, tokenizer = load_model(out_dir, config.device, config.checkpoint)
+    model, tokenizer = open_model(out_dir, config)
     if tokenizer is None or (config.data is None and verb != "instructions"):
         raise ValueError(f"{verb} needs --data and a tokenizer.json in {out_dir}")
     tuned = read_checkpoint(Path(out_dir) / config.checkpoint).get("template")
@@ -493,7 +502,7 @@ def standard_error(p: float, n: int) -> float:
 
 def read(out_dir: str, config) -> str:
     """The line that reports one model's loss on a text; with `documents` the best and worst of them before it."""
-    model, tokenizer = load_model(out_dir, config.device, config.checkpoint)
+    model, tokenizer = open_model(out_dir, config)
     path = config.data
     if path is None:
         trained = read_checkpoint(Path(out_dir) / config.checkpoint).get("train_config") or {}

@@ -97,7 +97,7 @@ def distribution(logits, temperature: float = 1.0, top_k: int | None = None, top
     temperature 0 puts everything on the likeliest token. top_p keeps the fewest tokens whose sum reaches p, at least
     one; min_p those with at least that share of the likeliest one's probability. Ties at the k-th place are all kept.
     """
-    if temperature == 0:
+    if temperature == 0 or top_k == 1:
         return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -106,8 +106,8 @@ def distribution(logits, temperature: float = 1.0, top_k: int | None = None, top
     probabilities = torch.softmax(logits, dim=-1)
     if top_p is not None and top_p < 1:
         ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
-        # A token is needed while those before it do not reach p yet; so the first one always is.
-        needed = ordered.cumsum(dim=-1) - ordered < top_p
+        # A token is needed while those before it do not reach p yet, by more than float32's rounding; the first always.
+        needed = ordered.double().cumsum(dim=-1) - ordered < max(top_p - 1e-6, 1e-9)
         probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered * needed)
     if min_p is not None:
         small = probabilities < min_p * probabilities.amax(dim=-1, keepdim=True)
@@ -302,6 +302,8 @@ def generate(model, prompt_ids, max_new_tokens: int, *, temperature: float = 1.0
     tokenizer is needed. generator: a torch.Generator; the same seed gives the same ids, with the cache or without.
     Raises ValueError for an empty prompt, ids the model does not have, or a setting out of range.
     """
+    if torch.is_tensor(prompt_ids):
+        prompt_ids = prompt_ids.tolist()
     single = len(prompt_ids) == 0 or not isinstance(prompt_ids[0], (list, tuple))
     prompts = [list(map(int, prompt)) for prompt in ([prompt_ids] if single else prompt_ids)]
     texts = [Text(tokenizer, stop_strings) for _ in prompts] if stop_strings else None
@@ -438,7 +440,7 @@ def accept(p, q, drafts: list[int], generator):
 def speculate(target, draft, prompt_ids, max_new_tokens: int, *, k: int = 4, stop_ids=(), generator=None,
               figures: dict | None = None, text: Text | None = None, **sampling):
     """Yield the new ids of one prompt in pieces, one piece for each pass of the target; see speculative_generate."""
-    how, ids, end = Sampling(**sampling), list(map(int, prompt_ids)), len(prompt_ids) + max_new_tokens
+    how, ids, end = Sampling(**sampling), [int(i) for i in prompt_ids], len(prompt_ids) + max_new_tokens
     check_prompts(target, [ids], max_new_tokens, how.vocab_limit)
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k={k!r} drafts a pass must be a whole number of at least 1")

@@ -2713,6 +2713,13 @@ def test_a_diverged_run_stops_and_says_where(corpus, tmp_path):
         tiny_run(corpus, tmp_path / "wild", lr=1e6, grad_clip=1e9, max_steps=200, log_every=1)
 
 
+def test_smaller_weights_cost_little_and_are_asked_for_by_one_flag(trained):
+    import evaluate
+    lines = [evaluate.read(str(trained[0]), evaluate.EvaluateConfig(quantize=kind)) for kind in (None, "int8", "int4")]
+    plain, int8, int4 = (float(re.search(r"loss ([\d.]+)", line)[1]) for line in lines)
+    assert 0 < abs(int8 - plain) < 0.02 and abs(int4 - plain) < 0.2, lines
+
+
 def test_token_files_alone_train_and_say_that_no_text_can_be_written(corpus, tmp_path, capsys):
     for split in ("train", "val"):
         shutil.copy(Path(corpus) / f"{split}.bin", tmp_path)
@@ -2862,6 +2869,8 @@ def test_distribution_by_hand():
     close(sample.distribution(logits), torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     close(sample.distribution(logits, top_k=2), torch.tensor([[0.625, 0.375, 0, 0]]))
     close(sample.distribution(logits, top_p=0.79), torch.tensor([[0.625, 0.375, 0, 0]]))      # 0.5 < 0.79 <= 0.8
+    close(sample.distribution(logits, top_p=0.8), torch.tensor([[0.625, 0.375, 0, 0]]))       # reached exactly
+    close(sample.distribution(torch.zeros(1, 3), top_k=1), torch.tensor([[1.0, 0, 0]]))       # a tie: still one, as greedy
     close(sample.distribution(logits, top_p=0.81), torch.tensor([[0.5, 0.3, 0.15, 0]]) / 0.95)
     close(sample.distribution(logits, top_p=1e-9), torch.tensor([[1.0, 0, 0, 0]]))
     close(sample.distribution(logits, temperature=0.5), torch.tensor([[0.25, 0.09, 0.0225, 0.0025]]) / 0.365)
