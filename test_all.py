@@ -2625,22 +2625,24 @@ def test_bytes_of_a_token_file_are_those_of_its_text(corpus):
 
 @pytest.mark.parametrize("output, letter", [
     ("The correct answer is B. There is only one.", "B"), ("10000 polyominoes", None), ("(c) is right", "C"),
-    ("D", "D"),    ("The answer is **A**", "A"), ("A good question", None), ("I thought the answer is A, but the answer is C", "C"),
+    ("D", "D"), ("The answer is **A**", "A"), ("A good question", None),
+    ("I thought the answer is A, but the answer is C", "C"),
     ("The correct answer is Apple", None), ("A or B", None), ("Answer: d", "D"), ("", None)])
 def test_parse_mmlu(output, letter):
     assert evaluate.parse_mmlu({"options": ["1", "10", "100", "no"]}, output) == letter
 
 
 @pytest.mark.parametrize("output, number", [
-    ("48/2 = 24, so 48+24 = 72 clips.", "72"), ("$1,072.50.", "1072.50"), ("none", None), ("it is -5", "-5"), ("10-5", "5"),
-    ("1,2,3", "3"), (".5", ".5"), ("", None)])
+    ("48/2 = 24, so 48+24 = 72 clips.", "72"), ("$1,072.50.", "1072.50"), ("none", None), ("it is -5", "-5"),
+    ("10-5", "5"), ("1,2,3", "3"), (".5", ".5"), ("", None)])
 def test_parse_gsm8k(output, number):
     assert evaluate.parse_gsm8k(output) == number
 
 
 @pytest.mark.parametrize("answer, truth, same", [
     ("1,000", 1000, True), ("\\frac{1}{2}", "0.5", True), ("$12.50", "12.5", True), ("x + 1", "x+1", True),
-    ("-3", "3", False), ("1 2", "12", False), ("\\boxed{7}", "7", True), ("", "", False), (None, None, False), ("1/0", "0", False)])
+    ("-3", "3", False), ("1 2", "12", False), ("\\boxed{7}", "7", True), ("", "", False), (None, None, False),
+    ("1/0", "0", False)])
 def test_answers_are_equal_as_numbers_or_strings(answer, truth, same):
     assert evaluate.same_answer(answer, truth) is same
 
