@@ -618,6 +618,7 @@ def make_reader(verb: str, tokenizer, template: str, context: int, config: Align
     stop, lead = end_id(tokenizer, template), " " * (template in ("qa", "r1_zero"))
 
     def read(record):
+        """Ids of one line."""
         turns, responses = conversation(record)
         if len(responses) != (2 if verb == "dpo" else 1):
             raise ValueError(f"{len(responses)} responses where {verb} takes {2 if verb == 'dpo' else 1}")
