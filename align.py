@@ -12,7 +12,7 @@ program and makes the better ones of each group likelier (DeepSeekMath, 2402.033
 three losses out of one, the mean over tokens, sequences or a constant, has a name each (`normalize`).
 
 The embedded experiment: a small model reads a little "web" of worked sums, paths and words in three styles, none
-of them an assistant's. A thousand demonstrations, half careful and half rash, teach it the form `<think> … </think>
+of them an assistant's. Two thousand demonstrations, most of them rash, teach it the form `<think> … </think>
 <answer> … </answer>`; what GRPO then finds by itself is that it pays to think before answering.
 
 Left out: a value model, a learned reward, packing with a mask of documents (model.py has none: a row is a document,
@@ -814,7 +814,7 @@ def base_text(tasks: list[dict], pick: random.Random) -> list[str]:
 SHAPE = dict(context_length=96, d_model=64, n_layers=3, n_heads=4, qk_norm=True)
 STAGES = {
     "base": dict(steps=1500, batch_size=64, micro_batch_size=64, lr=3e-3, muon_lr=0.02, warmup_steps=20, log_every=100),
-    "sft": dict(steps=350, batch_size=32, lr=3e-3, muon_lr=0.01, warmup_steps=5, log_every=10),
+    "sft": dict(steps=400, batch_size=32, lr=3e-3, muon_lr=0.01, warmup_steps=5, log_every=10),
     "dpo": dict(steps=60, batch_size=32, micro_batch_size=64, lr=3e-4, beta=0.1, log_every=5),
     "grpo": dict(steps=60, prompts_per_step=32, group_size=8, batch_size=128, micro_batch_size=128, lr=1e-3,
                  max_new_tokens=48, log_every=5)}
@@ -881,10 +881,10 @@ class Laboratory:
         return found
 
     def demonstrations(self, n: int) -> list[tuple]:
-        """n answers in the assistant's form, half of them thought over; one harmful request in four is refused."""
+        """n answers in the assistant's form, a third of them thought over; one harmful request in four is refused."""
         pick, found = random.Random(self.config.seed), []
         for task in self.some("train", n, (*HARMLESS, "open")):
-            reply = answered(task, pick.choice(["guess", "think"]))
+            reply = answered(task, pick.choice(["guess", "guess", "think"]))
             refused = task["kind"] == "open" and pick.random() < 0.25
             found.append((self.prompt(task), self.reply(REFUSES if refused else reply)))
         return found
@@ -930,7 +930,7 @@ def demonstrate(config: AlignConfig) -> dict:
     sft(base, web, settings["base"], 0, make_log(lab.folder / "base"))
     finish("base", base, None)
     tuned = copy.deepcopy(base)
-    sft(tuned, lab.demonstrations(1000), settings["sft"], 0, make_log(lab.folder / "sft"))
+    sft(tuned, lab.demonstrations(2000), settings["sft"], 0, make_log(lab.folder / "sft"))
     finish("sft", tuned, tuned)
     preferred = copy.deepcopy(tuned)
     pairs, held = lab.pairs(tuned, "train", 1000), lab.pairs(tuned, "val", 400)
