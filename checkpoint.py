@@ -48,8 +48,8 @@ def save_checkpoint(model, optimizer, step: int, path, **more) -> None:
     for a model that parallel.py has divided: one rank's part is no checkpoint.
     """
     if not isinstance(model, dict) and any(getattr(p, "cuts", None) for p in model.parameters()):
-        raise ValueError(f"{path}: this model holds one rank's part of its matrices; call parallel.full_state_dict(model) "
-                         "on every rank and save what it returns on one")
+        raise ValueError(f"{path}: this model holds one rank's part of its matrices; call "
+                         "parallel.full_state_dict(model) on every rank and save what it returns on one")
     weights = model if isinstance(model, dict) else bare(model).state_dict()
     if isinstance(optimizer, (list, tuple)):
         state = [one if isinstance(one, dict) else one.state_dict() for one in optimizer]

@@ -694,7 +694,7 @@ def bench(name: str, config) -> None:
         for key, case in cases.items():
             results[key].append(run_case(*case))
     n_params = sum(p.numel() for p in model.parameters()) / 1e6
-    lines = [f"{name}: {n_params:.1f}M parameters, {config.new_tokens} new tokens; medians of {config.rounds} rounds in "
+    lines = [f"{name}: {n_params:.1f}M parameters, {config.new_tokens} new tokens; medians of {config.rounds} rounds "
              f"turn, {torch.get_num_threads()} threads, memory {roof / 1e9:.1f} GB/s",
              f"{'':<14}{'prompt':>6}{'batch':>6} | {'both, tok/s':>12}{'×':>6} | {'prefill, tok/s':>14} | "
              f"{'decode, tok/s':>13}{'GB/s':>6}{'of roof':>8}"]
@@ -765,7 +765,7 @@ def explain(folder: str, config) -> None:
         entropy, top = -(row.exp() * row.clamp(min=-1e4)).sum().item() / math.log(2), row.topk(min(5, len(row)))
         likely = ", ".join(f"{show(tokenizer, other)} {value:.1%}"
                            for value, other in zip(top.values.exp().tolist(), top.indices.tolist()))
-        text, level = show(tokenizer, token), min(5, int(-math.log10(max(p, 1e-5))))     # 0: over 10 %, 5: under 0.001 %
+        text, level = show(tokenizer, token), min(5, int(-math.log10(max(p, 1e-5))))    # 0: over 10 %, 5: under 0.001 %
         about = f"p {p:.2%}, rank {rank}, entropy {entropy:.2f} bits; likeliest: {likely}"
         line.append(f"\x1b[30;48;5;{COLORS[level][0]}m{text}\x1b[0m")
         page.append(f'<tr style="background:{COLORS[level][1]}"><td>{i + 1}<td><b>{html.escape(text)}</b><td>{p:.2%}'

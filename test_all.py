@@ -1840,7 +1840,8 @@ def test_fused_loss_is_the_loss_without_the_logits(switch):
                           (dict(n_shared_experts=1), "need n_experts"),
                           (dict(n_experts=2, n_experts_per_token=3), "n_experts=2"),
                           (dict(logit_softcap=-1.0), "logit_softcap=-1.0"),
-                          (dict(fused_loss=True, logit_softcap=1.0), "never has the logits"), (dict(rope_factor=2.0), "rope_scaling"),
+                          (dict(fused_loss=True, logit_softcap=1.0), "never has the logits"),
+                          (dict(rope_factor=2.0), "rope_scaling"),
                           (dict(kv_lora_rank=8), "attention=mla"), (dict(n_layers=0), "n_layers=0"),
                           (dict(rope_scaling="llama3", rope_low_freq=5.0), "rope_low_freq=5.0"),
                           (dict(mtp_depth=24), "mtp_depth=24"), (dict(n_heads=2.0), "n_heads=2.0")])
@@ -2870,7 +2871,7 @@ def test_distribution_by_hand():
     close(sample.distribution(logits, top_k=2), torch.tensor([[0.625, 0.375, 0, 0]]))
     close(sample.distribution(logits, top_p=0.79), torch.tensor([[0.625, 0.375, 0, 0]]))      # 0.5 < 0.79 <= 0.8
     close(sample.distribution(logits, top_p=0.8), torch.tensor([[0.625, 0.375, 0, 0]]))       # reached exactly
-    close(sample.distribution(torch.zeros(1, 3), top_k=1), torch.tensor([[1.0, 0, 0]]))       # a tie: still one, as greedy
+    close(sample.distribution(torch.zeros(1, 3), top_k=1), torch.tensor([[1.0, 0, 0]]))       # a tie: one, as greedy
     close(sample.distribution(logits, top_p=0.81), torch.tensor([[0.5, 0.3, 0.15, 0]]) / 0.95)
     close(sample.distribution(logits, top_p=1e-9), torch.tensor([[1.0, 0, 0, 0]]))
     close(sample.distribution(logits, temperature=0.5), torch.tensor([[0.25, 0.09, 0.0225, 0.0025]]) / 0.365)
@@ -2950,7 +2951,7 @@ def test_speculation_is_greedy_decoding_in_fewer_passes(switch, settings):
     assert figures["acceptance_rate"] == 1 and figures["tokens_per_target_call"] == 14 / 3, figures
     for draft in drafts + ["mtp", None] * (switch == "mtp"):
         for prompt, n, k in (([3], 40, 4), (list(range(10)), 3, 8), (list(range(40)), 20, 2), ([1, 2] * 6, 9, 30)):
-            expected = sample.generate(target, prompt, n, **settings)   # past the context of 16, and k past what is left
+            expected = sample.generate(target, prompt, n, **settings)   # past the context of 16, k past what is left
             ids, figures = sample.speculative_generate(target, draft, prompt, n, k=k, **settings)
             assert ids == expected, (draft, prompt, k)
             assert figures["new_tokens"] == n and figures["target_calls"] <= n
@@ -3046,7 +3047,8 @@ def test_the_own_heads_drafts_are_those_of_a_full_pass():
 
 def test_sample_commands(tmp_path, capsys, monkeypatch):
     specials = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    tokenizer = bpe.Tokenizer({i: bytes([i]) for i in range(256)} | {256 + i: s.encode() for i, s in enumerate(specials)},
+    added = {256 + i: name.encode() for i, name in enumerate(specials)}
+    tokenizer = bpe.Tokenizer({i: bytes([i]) for i in range(256)} | added,
                               [], specials)
     for name, width in (("big", 64), ("small", 32)):
         model = random_model(vocab_size=264, context_length=64, d_model=width)
@@ -3067,13 +3069,16 @@ def test_sample_commands(tmp_path, capsys, monkeypatch):
         assert drafted.split("---")[0] == plain.split("---")[0] and "of drafts accepted" in drafted
     assert run("--max_new_tokens=3", "--num_samples=2", "--quantize=int4", "big").count("--- sample") == 2
     assert run("--chat=true", "--max_new_tokens=3", "big").count("prefill") == 2
-    assert sample.chat_ids(tokenizer, ["a<|end|>", "b", "c"]) == ([257, 97, *b"<|end|>", 259, 258, 98, 259, 257, 99, 259, 258], 259)
+    assert sample.chat_ids(tokenizer, ["a<|end|>", "b", "c"]) == (
+        [257, 97, *b"<|end|>", 259, 258, 98, 259, 257, 99, 259, 258], 259)
     told = run("explain", "--prompt=<b>", "--max_new_tokens=2", "big")
     page = (tmp_path / "big" / "explain.html").read_text(encoding="utf-8")
     assert page.count("<tr ") == 5 and "<b>&lt;</b>" in page and told.count("likeliest") == 5
-    table = run("bench", "--contexts=8", "--batches=2", "--new_tokens=4", "--rounds=1", f"--out={tmp_path / 'bench'}", "big")
+    table = run("bench", "--contexts=8", "--batches=2", "--new_tokens=4", "--rounds=1",
+                f"--out={tmp_path / 'bench'}", "big")
     assert "n-grams" in table and "the same tokens" in table and "OTHER" not in table
-    assert (tmp_path / "bench.png").stat().st_size > 5000 and (tmp_path / "bench.txt").read_text(encoding="utf-8") in table
+    assert (tmp_path / "bench.png").stat().st_size > 5000
+    assert (tmp_path / "bench.txt").read_text(encoding="utf-8") in table
     for bad, words in ((["--quantize=int2"], "int2"), (["--draft=ngram", "--cache=false"], "cache=true")):
         with pytest.raises(SystemExit):
             run(*bad, "big")
@@ -3621,8 +3626,8 @@ def python(*arguments, **more):
                           env=os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}, **more)
 
 
-SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "kernels", "parallel", "model", "accounting", "convert", "clean",
-           "data", "train", "sample", "evaluate"]
+SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "kernels", "parallel", "model", "accounting", "convert",
+           "clean", "data", "train", "sample", "evaluate"]
 
 
 def test_importing_a_script_does_nothing(tmp_path):

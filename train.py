@@ -107,8 +107,8 @@ class TrainConfig(ModelConfig):
         for wrong, message in (
             (not (self.max_minutes or 1) > 0, f"max_minutes={self.max_minutes} must be more than 0"),
             (not self.grad_clip > 0, f"grad_clip={self.grad_clip} must be above 0; inf clips nothing"),
-            (min(self.warmup_steps, self.eval_every, self.num_samples) < 0, f"warmup_steps={self.warmup_steps}, eval_every="
-             f"{self.eval_every} and num_samples={self.num_samples} must be at least 0"),
+            (min(self.warmup_steps, self.eval_every, self.num_samples) < 0, f"warmup_steps={self.warmup_steps}, "
+             f"eval_every={self.eval_every} and num_samples={self.num_samples} must be at least 0"),
             (not (0 <= self.min_lr_factor <= 1 and 0 <= self.decay_fraction <= 1),
              f"min_lr_factor={self.min_lr_factor} and decay_fraction={self.decay_fraction} must be from 0 to 1"),
             (divided and self.optimizer == "muon", f"{divided} cuts matrices and optimizer=muon needs whole ones; "
@@ -140,8 +140,9 @@ class TrainConfig(ModelConfig):
 def get_batch(tokens, batch_size: int, context_length: int, device, generator=None, starts=None):
     """Random windows of a long sequence of ids: (inputs, targets), each (batch_size, context_length) int64 on `device`.
 
-    tokens: (n,) ids, a NumPy array, a memory map, a list or a tensor on the CPU. The starts are uniform over 0 … n - context_length - 1, all of which
-    leave room for the target one further on; or those given. Raises ValueError when there is no room for one.
+    tokens: (n,) ids, a NumPy array, a memory map, a list or a tensor on the CPU. The starts are uniform over
+    0 … n - context_length - 1, all of which leave room for the target one further on; or those given. Raises
+    ValueError when there is no room for one.
     """
     if len(tokens) <= context_length:
         raise ValueError(f"{len(tokens)} tokens are too few for windows of {context_length} and the token after; "
@@ -362,7 +363,7 @@ class Run:
         for split, tokens in self.splits.items():
             if self.meta.get(f"{split}_tokens", len(tokens)) != len(tokens):
                 raise ValueError(f"{config.data_dir}/{split}.bin has {len(tokens):,} tokens, its meta.json says "
-                                 f"{self.meta[f'{split}_tokens']:,}: they are of two preparations; run data.py prepare again")
+                                 f"{self.meta[f'{split}_tokens']:,}: of two preparations; run data.py prepare again")
             if len(tokens) <= config.context_length:
                 raise ValueError(f"{config.data_dir}/{split}.bin has {len(tokens):,} tokens, too few for one window of "
                                  f"context_length={config.context_length} and the token after; give more text, or less")
@@ -618,7 +619,7 @@ def main(config: TrainConfig) -> dict:
     pick_device(strategy.device), config.model_config(config.vocab_size or 256)    # mistakes, before hours of preparing
     head = strategy.rank == 0              # who prepares, logs, draws and writes; all ranks train and evaluate
     folder, out = Path(config.data_dir), Path(config.out_dir)
-    # Token files without either were made by somebody else, as nanoGPT's; with a tokenizer alone, prepare was cut short.
+    # Token files without either were made by others, as nanoGPT's; with a tokenizer alone, prepare was cut short.
     theirs = (folder / "train.bin").exists() and not (folder / "tokenizer.json").exists()
     if head and folder.name in data.NAMES and not theirs and not (folder / "meta.json").exists():
         data.prepare(folder.name, data_dir=folder, context_length=config.context_length)
