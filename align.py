@@ -11,7 +11,7 @@ program and makes the better ones of each group likelier (DeepSeekMath, 2402.033
 2503.20783). The losses stand alone, on tensors, and work with models and tokenizers of Hugging Face too; what makes
 three losses out of one, the mean over tokens, sequences or a constant, has a name each (`normalize`).
 
-The embedded experiment: a small model reads a little "web" of worked sums, paths and words in three styles, none
+The embedded experiment: a small model reads a little "web" of worked sums, counts and words in three styles, none
 of them an assistant's. Two thousand demonstrations, most of them rash, teach it the form `<think> … </think>
 <answer> … </answer>`; what GRPO then finds by itself is that it pays to think before answering.
 
