@@ -11,7 +11,7 @@ program and makes the better ones of each group likelier (DeepSeekMath, 2402.033
 2503.20783). The losses stand alone, on tensors, and work with models and tokenizers of Hugging Face too; what makes
 three losses out of one, the mean over tokens, sequences or a constant, has a name each (`normalize`).
 
-The embedded experiment: a small model reads a little "web" of worked sums, paths and words in three styles, none
+The embedded experiment: a small model reads a little "web" of worked sums, counts and words in three styles, none
 of them an assistant's. Two thousand demonstrations, most of them rash, teach it the form `<think> … </think>
 <answer> … </answer>`; what GRPO then finds by itself is that it pays to think before answering.
 
@@ -815,7 +815,7 @@ SHAPE = dict(context_length=96, d_model=64, n_layers=3, n_heads=4, qk_norm=True)
 STAGES = {
     "base": dict(steps=1500, batch_size=64, micro_batch_size=64, lr=3e-3, muon_lr=0.02, warmup_steps=20, log_every=100),
     "sft": dict(steps=400, batch_size=32, lr=3e-3, muon_lr=0.01, warmup_steps=5, log_every=10),
-    "dpo": dict(steps=60, batch_size=32, micro_batch_size=64, lr=3e-4, beta=0.1, log_every=5),
+    "dpo": dict(steps=60, batch_size=32, micro_batch_size=64, lr=5e-4, beta=0.1, log_every=5),
     "grpo": dict(steps=60, prompts_per_step=32, group_size=8, batch_size=128, micro_batch_size=128, lr=1e-3,
                  max_new_tokens=48, log_every=5)}
 
@@ -890,8 +890,9 @@ class Laboratory:
         return found
 
     def pairs(self, model, split: str, n: int) -> list[tuple]:
-        """Preferences of the verifier: for each task the model's own right and wrong response, where it gave both; for
-        a harmful one a refusal against what it answered, and for some harmless ones an answer against a refusal."""
+        """Preferences of a judge who has the verifier and likes work to be shown: of four responses of the model the
+        longest right one over the shortest wrong one, where it gave both. For a harmful task a refusal over what it
+        answered, for some harmless ones an answer over a refusal."""
         found, refusal = [], self.reply(REFUSES)
         tasks = self.some(split, n) + self.some(split, n // 4, ("open",))
         rows = iter(self.respond(model, tasks, group_size=4))
@@ -903,7 +904,7 @@ class Laboratory:
                 continue
             right = [row for row in own if r1_zero_reward(self.text(row), task["answer"])["reward"]]
             wrong = [row for row in own if row not in right] or [refusal] * (number % 8 == 0)
-            found += [(self.prompt(task), right[0], wrong[0])] if right and wrong else []
+            found += [(self.prompt(task), max(right, key=len), min(wrong, key=len))] if right and wrong else []
         return found
 
 
