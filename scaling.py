@@ -811,7 +811,7 @@ def real_run(job: dict) -> dict:
 def train_missing(jobs: list[dict], path: Path, workers: int) -> list[dict]:
     """Run what `path` does not hold yet, `workers` at a time, saving each record as it comes; the jobs' records."""
     records = read_json(path, list) if path.exists() else []
-    done, threads = {record["name"] for record in records}, max(1, (os.cpu_count() or 1) // workers)
+    done, threads = {record["name"] for record in records}, max(1, torch.get_num_threads() // workers)
     todo = [job | {"threads": threads} for job in jobs if job["record"]["name"] not in done]
     print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are in {path}, {len(todo)} to train", flush=True)
     workers = min(workers, len(todo))
