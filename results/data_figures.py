@@ -215,6 +215,8 @@ def filter_pays(folder: str, out: str) -> None:
                     n_layers=4, n_heads=2, qk_norm=True, zero_init=True, batch_tokens=2048, optimizer="muon", lr=8e-3,
                     muon_lr=0.03, schedule="wsd", decay_fraction=0.7, min_lr_factor=0.02, eval_every=50, eval_steps=10,
                     log_every=50, seed=seed, device="cpu", dtype="float32"))
+                if figures["interrupted"]:
+                    return
                 (run / "final.json").write_text(json.dumps(figures, default=str), encoding="utf-8")
             final = json.loads((run / "final.json").read_text(encoding="utf-8"))
             lines.append(f"{name:<8} seed {seed}: {final['tokens']:,} tokens, held-out clean text "
