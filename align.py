@@ -815,7 +815,7 @@ SHAPE = dict(context_length=96, d_model=64, n_layers=3, n_heads=4, qk_norm=True)
 STAGES = {
     "base": dict(steps=1500, batch_size=64, micro_batch_size=64, lr=3e-3, muon_lr=0.02, warmup_steps=20, log_every=100),
     "sft": dict(steps=400, batch_size=32, lr=3e-3, muon_lr=0.01, warmup_steps=5, log_every=10),
-    "dpo": dict(steps=60, batch_size=32, micro_batch_size=64, lr=5e-4, beta=0.1, log_every=5),
+    "dpo": dict(steps=120, batch_size=32, micro_batch_size=64, lr=7e-4, beta=0.1, log_every=10),
     "grpo": dict(steps=60, prompts_per_step=32, group_size=8, batch_size=128, micro_batch_size=128, lr=1e-3,
                  max_new_tokens=48, log_every=5)}
 
