@@ -439,9 +439,10 @@ def dpo(model, pairs: list[tuple], held_out: list[tuple], config: AlignConfig, p
             now = preference(*(sums(model, held_out, side, config) for side in (1, 2)), *reference[1].T, config.beta)
             if log:
                 log(step=step, **{f"val_{name}": value for name, value in now.items()})
+            before = now["accuracy"] if step == 0 else before
             waited = 0 if best is None or now["loss"] < best["loss"] else waited + 1
             if waited == 0:
-                best, best_weights = now | {"step": step}, copy.deepcopy(model.state_dict())
+                best, best_weights = now | {"step": step, "before": before}, copy.deepcopy(model.state_dict())
             if waited > config.patience:
                 break
             model.train()
@@ -956,7 +957,8 @@ def report(figures: dict) -> str:
                  for name in COLUMNS]
         lines.append(f"{stage:<5}" + "".join(f"{cell:>14}" for cell in cells))
     best = figures["preference"]
-    lines.append(f"{best['held_out']} held-out preferences: accuracy 50.0% before DPO, {best['accuracy']:.1%} after")
+    lines.append(f"{best['held_out']} held-out preferences: accuracy {best['before']:.1%} before DPO, "
+                 f"{best['accuracy']:.1%} after")
     lines.append(", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in figures["seconds"].items()))
     return "\n".join(lines)
 
