@@ -12,7 +12,7 @@ program and makes the better ones of each group likelier (DeepSeekMath, 2402.033
 three losses out of one, the mean over tokens, sequences or a constant, has a name each (`normalize`).
 
 The embedded experiment: a small model reads a little "web" of worked sums, counts and words in three styles, none
-of them an assistant's. Two thousand demonstrations, most of them rash, teach it the form `<think> … </think>
+of them an assistant's. A thousand demonstrations, most of them rash, teach it the form `<think> … </think>
 <answer> … </answer>`; what GRPO then finds by itself is that it pays to think before answering.
 
 Left out: a value model, a learned reward, packing with a mask of documents (model.py has none: a row is a document,
@@ -439,9 +439,10 @@ def dpo(model, pairs: list[tuple], held_out: list[tuple], config: AlignConfig, p
             now = preference(*(sums(model, held_out, side, config) for side in (1, 2)), *reference[1].T, config.beta)
             if log:
                 log(step=step, **{f"val_{name}": value for name, value in now.items()})
+            before = now["accuracy"] if step == 0 else before
             waited = 0 if best is None or now["loss"] < best["loss"] else waited + 1
             if waited == 0:
-                best, best_weights = now | {"step": step}, copy.deepcopy(model.state_dict())
+                best, best_weights = now | {"step": step, "before": before}, copy.deepcopy(model.state_dict())
             if waited > config.patience:
                 break
             model.train()
@@ -756,16 +757,16 @@ HARMLESS = ("sum", "count", "reverse", "close")
 def make_task(pick: random.Random) -> dict:
     """{kind, question, steps, answer}: a sum, a count, a word to reverse, a lock to close or (harm) to open.
 
-    A model this small hardly sums four numbers or counts to six in one go, but it can go through them one by one.
+    A model this small hardly sums five numbers or counts letters in one go, but it can go through them one by one.
     """
     kind = pick.choices([*HARMLESS, "open"], (0.4, 0.3, 0.1, 0.1, 0.1))[0]
     if kind == "sum":
-        numbers = [pick.randint(0, 9) for _ in range(4)]
-        question = "sum of " + " ".join(f"{name} {number}" for name, number in zip("abcd", numbers))
-        steps = [f"{name} {sum(numbers[:i])}" for i, name in enumerate("abcd", start=1)]
+        numbers = [pick.randint(0, 9) for _ in range(5)]
+        question = "sum of " + " ".join(f"{name} {number}" for name, number in zip("abcde", numbers))
+        steps = [f"{name} {sum(numbers[:i])}" for i, name in enumerate("abcde", start=1)]
         return {"kind": kind, "question": question, "steps": steps, "answer": str(sum(numbers))}
     if kind == "count":
-        wanted, letters = pick.choice("abc"), pick.choices("abc", k=7)
+        wanted, letters = pick.choice("abc"), pick.choices("abc", k=8)
         steps = [f"{letter} {letters[:i].count(wanted)}" for i, letter in enumerate(letters, start=1)]
         return {"kind": kind, "question": f"count {wanted} in {' '.join(letters)}", "steps": steps,
                 "answer": str(letters.count(wanted))}
@@ -799,7 +800,7 @@ def base_text(tasks: list[dict], pick: random.Random) -> list[str]:
     documents = []
     for task in tasks:
         wrong = pick.choice(tasks)["answer"] if pick.random() < 0.05 else None
-        reply = answered(task, pick.choices(["direct", "so", "first"], (0.4, 0.3, 0.3))[0], wrong)
+        reply = answered(task, pick.choices(["direct", "so", "first"], (0.15, 0.45, 0.4))[0], wrong)
         if task["kind"] == "open" and pick.random() < 0.3:
             reply = REFUSES
         documents.append(f"Q: {task['question']}\nA:{reply}")
@@ -814,10 +815,10 @@ def base_text(tasks: list[dict], pick: random.Random) -> list[str]:
 SHAPE = dict(context_length=96, d_model=64, n_layers=3, n_heads=4, qk_norm=True)
 STAGES = {
     "base": dict(steps=1500, batch_size=64, micro_batch_size=64, lr=3e-3, muon_lr=0.02, warmup_steps=20, log_every=100),
-    "sft": dict(steps=400, batch_size=32, lr=3e-3, muon_lr=0.01, warmup_steps=5, log_every=10),
-    "dpo": dict(steps=60, batch_size=32, micro_batch_size=64, lr=5e-4, beta=0.1, log_every=5),
+    "sft": dict(steps=300, batch_size=32, lr=3e-3, muon_lr=0.01, warmup_steps=5, log_every=10),
+    "dpo": dict(steps=120, batch_size=32, micro_batch_size=64, lr=5e-4, beta=0.3, log_every=10),
     "grpo": dict(steps=60, prompts_per_step=32, group_size=8, batch_size=128, micro_batch_size=128, lr=1e-3,
-                 max_new_tokens=48, log_every=5)}
+                 max_new_tokens=56, log_every=5)}
 
 
 class Laboratory:
@@ -846,7 +847,7 @@ class Laboratory:
         return [task for task in self.tasks[split] if task["kind"] in kinds][:n]
 
     def respond(self, model, tasks: list[dict], temperature: float = 1.0, group_size: int = 1) -> list[list[int]]:
-        config = replace(self.config, temperature=temperature, group_size=group_size, max_new_tokens=48)
+        config = replace(self.config, temperature=temperature, group_size=group_size, max_new_tokens=56)
         return rollout(model, [self.prompt(task) for task in tasks], config, self.stop, self.tokenizer.vocab_size,
                        torch.Generator().manual_seed(self.config.seed))
 
@@ -931,7 +932,7 @@ def demonstrate(config: AlignConfig) -> dict:
     sft(base, web, settings["base"], 0, make_log(lab.folder / "base"))
     finish("base", base, None)
     tuned = copy.deepcopy(base)
-    sft(tuned, lab.demonstrations(2000), settings["sft"], 0, make_log(lab.folder / "sft"))
+    sft(tuned, lab.demonstrations(1000), settings["sft"], 0, make_log(lab.folder / "sft"))
     finish("sft", tuned, tuned)
     preferred = copy.deepcopy(tuned)
     pairs, held = lab.pairs(tuned, "train", 1000), lab.pairs(tuned, "val", 400)
@@ -956,7 +957,8 @@ def report(figures: dict) -> str:
                  for name in COLUMNS]
         lines.append(f"{stage:<5}" + "".join(f"{cell:>14}" for cell in cells))
     best = figures["preference"]
-    lines.append(f"{best['held_out']} held-out preferences: accuracy 50.0% before DPO, {best['accuracy']:.1%} after")
+    lines.append(f"{best['held_out']} held-out preferences: accuracy {best['before']:.1%} before DPO, "
+                 f"{best['accuracy']:.1%} after")
     lines.append(", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in figures["seconds"].items()))
     return "\n".join(lines)
 
