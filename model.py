@@ -420,7 +420,7 @@ def product(x, weight):
     For one row of x, reading the weights is all the work. MKL does that with a single core, oneDNN with all of them.
     """
     if ONEDNN and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")) \
-            and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.numel() >= 2 ** 18:
+            and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.numel() > 2 ** 18:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return x @ weight.T
 
