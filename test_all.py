@@ -3716,7 +3716,8 @@ def test_bad_command_lines_end_with_status_2_and_a_reason(tmp_path, arguments, w
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "data.py", "bpe.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "data.py", "bpe.py", "accounting.py", "scaling.py",
+                                    "align.py", "kernels.py", "parallel.py"])
 def test_help_lists_every_key(script):
     done = python(script, "--help")
     assert done.returncode == 0 and script in done.stdout and "--" in done.stdout, done.stderr
