@@ -1,4 +1,4 @@
-"""Of 100 seeds, how often do the 90 % intervals hold the truth? `python results/scaling_intervals.py` (about 2 minutes).
+"""Of 100 seeds, how often do 90 % intervals hold the truth? `python results/scaling_intervals.py` (about 2 minutes).
 
 Runs follow a published law with 1 % noise; N, D and loss are predicted at ten times the largest budget.
 """
@@ -19,7 +19,8 @@ def law_runs(name, budgets, spread, sizes, seed):
     """Noisy runs at `sizes` sizes, from best / spread to best * spread, of each budget."""
     (e, a, b, alpha, beta), draws, runs = scaling.PUBLISHED[name], np.random.default_rng(seed), []
     for c in budgets:
-        for n in scaling.predict(scaling.published(name), c, warn=False).n_params * np.geomspace(1 / spread, spread, sizes):
+        best = scaling.predict(scaling.published(name), c, warn=False).n_params
+        for n in best * np.geomspace(1 / spread, spread, sizes):
             loss = (e + a / n ** alpha + b / (c / 6 / n) ** beta) * math.exp(0.01 * draws.normal())
             runs.append({"n_params": n, "n_tokens": c / 6 / n, "flops": c, "loss": loss})
     return runs
@@ -35,5 +36,5 @@ for fit in (scaling.fit_isoflop, scaling.fit_parametric):
                 found = fit(law_runs(name, budgets, spread, sizes, seed))
                 found.update(scaling.predict(found, flops))
                 held.update(key for key in truth if found[f"{key}_low"] <= truth[key] <= found[f"{key}_high"])
-            print(f"{fit.__name__:<15}{name:<10}{len(budgets)} budgets from {budgets[0]:.0e}, {sizes} sizes to x{spread:<3}",
-                  *(f"{key} {held[key]}" for key in truth), flush=True)
+            grid = f"{len(budgets)} budgets from {budgets[0]:.0e}, {sizes} sizes to x{spread:<3}"
+            print(f"{fit.__name__:<15}{name:<10}{grid}", *(f"{key} {held[key]}" for key in truth), flush=True)
