@@ -103,7 +103,8 @@ def masked_normalize(x, mask, dim: int | None = None, constant: float = 1.0) -> 
 
 def masked_mean(x, mask, dim: int | None = None) -> torch.Tensor:
     """Mean of x where mask is set, over dim (None: over all); NaN where nothing is set, which callers deal with."""
-    count = mask.bool().sum() if dim is None else mask.bool().sum(dim=dim)
+    mask = mask.bool().expand_as(x)
+    count = mask.sum() if dim is None else mask.sum(dim=dim)
     return masked_normalize(x, mask, dim) / count
 
 
@@ -139,6 +140,8 @@ def group_normalized_rewards(reward_fn, responses: list[str], truths: list, grou
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if normalize_by_std:
         advantages = advantages / (std + eps)
+    # Of equal rewards the mean may be one rounding off, which dividing by eps would blow up.
+    advantages = torch.where((groups == groups[:, :1]).all(dim=1, keepdim=True), 0.0, advantages)
     info = {"reward": rewards.mean().item(), "reward_std": std.mean().item(), "reward_min": rewards.min().item(),
             "reward_max": rewards.max().item(),
             "groups_without_variance": (groups == groups[:, :1]).all(dim=1).float().mean().item()}
@@ -167,9 +170,16 @@ def policy_gradient_loss(log_probs, kind: str, rewards=None, advantages=None, ol
     if missing:
         raise ValueError(f"kind={kind} needs {', '.join(missing)}")
     weight = rewards if kind == "no_baseline" else advantages
-    weight = weight.to(log_probs).reshape(len(log_probs), 1)
+    weight = torch.as_tensor(weight).to(log_probs)
+    if weight.numel() != len(log_probs):
+        raise ValueError(f"{'rewards' if kind == 'no_baseline' else 'advantages'} of shape {tuple(weight.shape)} must be "
+                         f"one for each row, ({len(log_probs)}, 1)")
+    weight = weight.reshape(len(log_probs), 1)
     if kind in ("no_baseline", "reinforce_with_baseline"):
         return -weight * log_probs, {}
+    if old_log_probs.shape != log_probs.shape or not (clip is None or clip >= 0):
+        raise ValueError(f"old_log_probs {tuple(old_log_probs.shape)} must have the shape of log_probs "
+                         f"{tuple(log_probs.shape)}, and clip={clip} must be at least 0")
     ratio = torch.exp(log_probs - old_log_probs)
     if kind == "grpo_no_clip":
         return -ratio * weight, {"ratio": ratio.detach(), "clipped": torch.zeros_like(ratio, dtype=torch.bool)}
@@ -190,6 +200,10 @@ def grpo_step(log_probs, response_mask, accumulation_steps: float, kind: str, re
     """
     if normalize not in NORMALIZE or normalize == "constant" and constant is None:
         raise ValueError(f"normalize={normalize!r} must be one of {', '.join(NORMALIZE)}, the last with constant=")
+    # What stands on padding must not matter: a gradient through exp(inf) is NaN even where the loss is masked out.
+    old_log_probs, ref_log_probs = (other if other is None or other.shape != log_probs.shape else
+                                    torch.where(response_mask.bool(), other, log_probs.detach())
+                                    for other in (old_log_probs, ref_log_probs))
     each, info = policy_gradient_loss(log_probs, kind, rewards, advantages, old_log_probs, clip)
     info = {"ratio" if name == "ratio" else "clip_fraction": masked_mean(value.float(), response_mask)
             for name, value in info.items()}
@@ -214,6 +228,9 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> torch.T
 
     All four: log-probabilities of whole responses, summed over their tokens, (B,). Source: 2305.18290, eq. 7.
     """
+    shapes = {tuple(x.shape) for x in (chosen, rejected, ref_chosen, ref_rejected)}
+    if len(shapes) > 1:
+        raise ValueError(f"log-probabilities of shapes {sorted(shapes)} must all be (B,)")
     return -torch.nn.functional.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
 
 
@@ -232,9 +249,8 @@ def r1_zero_reward(response: str, truth) -> dict:
     The prompt ends in <think> (2501.12948, 2.2.3) or the response opens it. The last such answer counts, up to its
     closing tag: what follows is neither read nor punished. The form alone earns no reward.
     """
-    _, opened, answer = response.rpartition("</think> <answer>")
-    answer, closed, _ = answer.partition("</answer>")
-    return _grade(answer if opened and closed else None, truth)
+    answers = re.findall(r"</think> <answer>((?:(?!<answer>).)*?)</answer>", response, re.DOTALL)
+    return _grade(answers[-1] if answers else None, truth)
 
 
 def boxed_reward(response: str, truth) -> dict:

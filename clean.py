@@ -31,6 +31,7 @@ import tempfile
 import threading
 import unicodedata
 import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -122,12 +123,17 @@ def _page(record, counts: Counter):
 def extract_text(html_bytes: bytes, main_content: bool = False) -> str:
     """The visible text of a page, by Resiliparse. main_content: leave navigation, headers and footers out.
 
-    UTF-8 is tried before the encoding is guessed: a guess finds cp1252 in short UTF-8 text.
+    UTF-8 is tried before the encoding is guessed: a guess finds cp1252 in short UTF-8 text. A page of UTF-8 with a few
+    damaged bytes, cut off inside a character for example, stays UTF-8.
     """
     html2text, encoding = need("resiliparse.extract.html2text"), need("resiliparse.parse.encoding")
     try:
         page = html_bytes.decode("utf-8-sig")
     except UnicodeDecodeError:
+        page = html_bytes.decode("utf-8-sig", errors="replace")
+        damaged, whole = page.count("\ufffd"), sum(map(str.__gt__, page, itertools.repeat("\x7f")))
+        if whole > 10 * damaged:
+            return html2text.extract_plain_text(page, main_content=main_content)
         try:
             page = encoding.bytes_to_str(html_bytes, encoding.detect_encoding(html_bytes), errors="replace")
         except LookupError:                # a web encoding that Python has no codec for
@@ -502,7 +508,7 @@ class Classifier:
                 one.labels, one.weights = about["labels"], np.zeros((1 << one.settings["bits"], len(about["labels"])),
                                                                     dtype=np.float32)
                 one.weights[held["rows"]] = held["weights"]
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, TypeError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no classifier that `data.py classify train` wrote: {error}") from error
         return one
 
@@ -716,6 +722,8 @@ def dedup_minhash(paths, num_hashes: int, num_bands: int, ngrams: int, threshold
     check_bands(num_hashes, num_bands, ngrams, threshold)
     paths = listed(paths)
     targets = output_names(paths, out_dir)
+    if {target.resolve() for target in targets} & {Path(path).resolve() for path in paths}:
+        raise ValueError(f"out_dir={str(out_dir)!r} holds the input files themselves; choose another folder")
 
     def text_of(i: int) -> str:
         return Path(paths[i]).read_text(encoding="utf-8", errors="replace")
@@ -725,6 +733,8 @@ def dedup_minhash(paths, num_hashes: int, num_bands: int, ngrams: int, threshold
     for i, (path, target) in enumerate(zip(paths, targets)):
         if i not in gone:
             shutil.copyfile(path, target)
+        else:
+            target.unlink(missing_ok=True)                        # kept by an earlier run
     return [[str(paths[i]) for i in cluster] for cluster in clusters]
 
 

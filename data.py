@@ -274,6 +274,8 @@ def prepare(name_or_path, vocab_size: int | None = None, data_dir=None, context_
             _fetch_split(url, folder, train if split == "train" else val)
     else:
         source = Path(name).name
+        if Path(name).resolve() in (train.resolve(), val.resolve()):
+            raise ValueError(f"{name} is where the split itself is written; move it, or choose another data_dir")
         documents = _split_file(name, train, val)
     print(f"{folder}: " + (f"{documents} documents, " if documents else "")
           + f"{train.stat().st_size:,} bytes to train on, {val.stat().st_size:,} to validate on")
@@ -457,7 +459,7 @@ def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
     out, name, damage, languages, lengths, masked = Path(out_dir), Path(path).name, *(Counter() for _ in range(4))
     rules, samples, rows, named = _rules(config, out), {}, [], []
     funnel = {step: [0, 0] for step in ("archive", "text", *(["language"] if config.languages else []), *rules)}
-    wanted = (config.languages or "").split(",")
+    wanted = [code.strip() for code in (config.languages or "").split(",")]
 
     def passes(step: str, document: Document, size: int, address: str, reason: str) -> bool:
         if not reason:

@@ -139,15 +139,17 @@ def document_losses(model, tokens, end_id: int, stride: int | None = None, batch
 def parse_mmlu(example: dict, output: str) -> str | None:
     """The letter "A".."D" that an answer names, or None.
 
-    Taken is what follows the last "answer is", "answer:" or "option"; else a letter that the answer begins with or
-    consists of; else the only letter that stands alone. "10000 polyominoes" and the article "A" name none.
+    Taken is what follows the last "answer is" or "answer:", else the last "option" or "choice"; else a letter that the
+    answer begins with or consists of; else the only letter that stands alone. "10000 polyominoes", the article "A" and
+    "not B" name none.
     """
     of = LETTERS[:len(example.get("options") or "ABCD")]
     article = r"(?![aA] (?!(?:is|or|and|because)\b)[a-z])"
-    letter = rf"[\s*_(\[\"'$]*(?:\\boxed{{)?{article}([{of}{of.lower()}])(?![\w'])"
-    named = re.findall(rf"(?i:\banswer\s*(?:is|:)(?: the letter)?|\b(?:option|choice))(?:\s*:)?{letter}", output)
-    first = re.match(rf"[\s*_(\[]*([{of}{of.lower()}])[\s*_)\]]*(?:[.:)\]\n]|$)", output)
-    alone = set(re.findall(rf"(?<![\w']){article}([{of}])(?![\w'])", output))
+    letter = rf"[\s*_(\[\"'$]*(?:\\boxed{{)?{article}([{of}{of.lower()}])(?!\w|'\w)"
+    named = re.findall(rf"(?i:\banswer\s*(?:is|:)(?: the letter)?(?: option| choice)?)(?:\s*:)?{letter}", output)
+    named = named or re.findall(rf"(?i:\b(?:option|choice))(?:\s*:)?{letter}", output)
+    first = re.match(rf"[\s*_(\[]*([{of}{of.lower()}])[\s*_)\]]*(?:[.:)\]\n]|, (?:because|since|as)\b|$)", output)
+    alone = set(re.findall(rf"(?<!\w)(?<!\w')(?<!\bnot ){article}([{of}])(?!\w|'\w)", output))
     found = named[-1] if named else first[1] if first else alone.pop() if len(alone) == 1 else None
     return found and found.upper()
 
@@ -165,13 +167,13 @@ def parse_gsm8k(output: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     """The content of the last \\boxed{…}, braces balanced, or None."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for i in range(start + 6, len(text) if start >= 0 else 0):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[start + 7:i]
-    return None
+    opened, last = [], None
+    for brace in re.finditer(r"\\boxed\{|[{}]", text):
+        if brace[0] != "}":
+            opened.append(brace)
+        elif opened and len((begin := opened.pop())[0]) > 1 and (last is None or begin.start() > last[0]):
+            last = begin.start(), text[begin.end():brace.start()]
+    return last and last[1]                                       # one that never closes, cut off, does not count
 
 
 def _plain(answer) -> str:
@@ -180,8 +182,12 @@ def _plain(answer) -> str:
     boxed = last_boxed(text)
     text = boxed if boxed is not None else text
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\(?:left|right|[!,;: ])|\\?[$%]|\^?\\circ|\^\{\\circ\}", "", text)
-    text = re.sub(r"\\[dt]?frac\{?(-?\w+)\}?\{?(\w+)\}?", r"\1/\2", text)
+    text = text.replace("\\ ", " ").replace("{,}", ",")
+    text = re.sub(r"\\(?:left|right|[!,;:])|\\?[$%]|\^?\\circ|\^\{\\circ\}", "", text)
+    # 1\frac{1}{2} is "1 1/2": a fraction keeps away from what stands beside it. Without braces an argument is one sign.
+    text = re.sub(r"(?<=\w)\s*(\\[dt]?frac)", r" \1", text)
+    text = re.sub(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))(?=(\w?))", lambda found: (
+        f"{found[1] or found[2]}/{found[3] or found[4]}{' ' * bool(found[5])}"), text)
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?:\D|$))", "", text) if re.fullmatch(
         r"\s*[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?\s*", text) else text
     text = " ".join(text.split()).casefold()
@@ -189,10 +195,13 @@ def _plain(answer) -> str:
 
 
 def as_number(answer) -> Fraction | None:
-    """The exact value of an integer, decimal or fraction, "1,000" and "\\frac{1}{2}" too; None for anything else."""
+    """The exact value of an integer, decimal, fraction or mixed number, "1,000" and "1\\frac{1}{2}" too, or None."""
     text = _plain(answer)
+    if mixed := re.fullmatch(r"([+-]?)([0-9]{1,50}) ([0-9]{1,20}/[0-9]{1,20})", text):
+        part = as_number(mixed[3])
+        return part if part is None else (int(mixed[2]) + part) * (-1 if mixed[1] == "-" else 1)
     # The pattern also keeps out "1e999999999", whose exact value would fill the memory.
-    if len(text) > 100 or not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(/[0-9]+\.?[0-9]*)?", text):
+    if len(text) > 100 or not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,2})?(/[0-9]+\.?[0-9]*)?", text):
         return None
     above, _, below = text.partition("/")
     below = Fraction(below or "1")

@@ -69,8 +69,11 @@ def columns(runs: list[dict], purpose: str, least: int = 1) -> np.ndarray:
     """
     rows = []
     for number, run in enumerate(runs):
+        if not isinstance(run, dict):
+            raise ValueError(f"run {number} is {run!r}; every run is a dict with {', '.join(RECORD)}")
         if {"parameters", "compute_budget", "final_loss"} <= run.keys():
-            n, c = run["parameters"], run["compute_budget"]
+            n, c = (value if isinstance(value, (int, float, np.number)) else math.nan
+                    for value in (run["parameters"], run["compute_budget"]))
             run = {"n_params": n, "n_tokens": c / 6 / (n or math.nan), "flops": c, "loss": run["final_loss"]}
         for key in RECORD:
             value = run.get(key)

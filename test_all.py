@@ -2721,6 +2721,43 @@ def test_smaller_weights_cost_little_and_are_asked_for_by_one_flag(trained):
     assert 0 < abs(int8 - plain) < 0.02 and abs(int4 - plain) < 0.2, lines
 
 
+def test_answers_that_once_were_misread():
+    from align import boxed_reward, group_normalized_rewards, grpo_step, masked_mean, r1_zero_reward
+    from evaluate import parse_gsm8k, parse_mmlu, same_answer
+    for text, letter in (("The answer is C. Option A is wrong, option B is wrong", "C"), ("Answer: 'B'", "B"),
+                         ("B, because A is wrong", "B"), ("The answer is not B", None), ("answer is option (D)", "D")):
+        assert parse_mmlu({}, text) == letter, text
+    for left, right in ((r"\boxed{1\frac{1}{2}}", "1.5"), (r"3\frac15", "16/5"), (r"1{,}000", "1000"), ("0.00001", 1e-05)):
+        assert same_answer(left, right), (left, right)
+    assert not same_answer(r"\boxed{1\frac{1}{2}}", "5.5") and not same_answer(r"1\ 2", "12")
+    assert parse_gsm8k("so 3.5.") == "3.5" and parse_gsm8k("-$1,072.50") == "-1072.50"
+    assert r1_zero_reward("</think> <answer>42</answer> User: x </think> <answer> 4", "42")["reward"] == 1
+    assert boxed_reward(r"\boxed{42} or \boxed{4", "42")["reward"] == 1
+    equal = group_normalized_rewards(lambda *_: {"reward": 12.34}, ["r"] * 7, ["t"] * 7, 7)[0]
+    assert not equal.any() and masked_mean(torch.ones(3, 4), torch.ones(4)) == 1
+    log_probs, mask = torch.randn(2, 3, requires_grad=True), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    old = torch.where(mask.bool(), log_probs.detach(), -math.inf)
+    grpo_step(log_probs, mask, 1, "grpo_clip", advantages=torch.ones(2, 1), old_log_probs=old, clip=0.2)
+    assert log_probs.grad.isfinite().all() and not log_probs.grad[mask == 0].any()
+
+
+def test_data_and_scaling_refuse_what_once_did_harm(tmp_path):
+    import scaling
+    source = tmp_path / "val.txt"
+    source.write_text("one line\n" * 500, encoding="utf-8")
+    with pytest.raises(ValueError, match="where the split itself is written"):
+        data.prepare(source, data_dir=tmp_path)
+    assert source.stat().st_size == 4500
+    page = "<html><body><p>" + "Die Straße in Zürich ist schön. " * 40 + "</p></body></html>"
+    assert "Straße in Zürich" in data.extract_text(page.encode() + b"\xe4")
+    assert "Straße in Zürich" in data.extract_text(page.encode("latin-1"))
+    with pytest.raises(ValueError, match="the input files themselves"):
+        data.dedup_minhash([source], 10, 5, 2, 0.8, tmp_path)
+    for bad in ([1, 2, 3], [{"parameters": 1e6, "compute_budget": "1e18", "final_loss": 3.0}] * 8):
+        with pytest.raises(ValueError, match="run 0"):
+            scaling.fit_parametric(bad)
+
+
 def test_token_files_alone_train_and_say_that_no_text_can_be_written(corpus, tmp_path, capsys):
     for split in ("train", "val"):
         shutil.copy(Path(corpus) / f"{split}.bin", tmp_path)
