@@ -172,8 +172,8 @@ def policy_gradient_loss(log_probs, kind: str, rewards=None, advantages=None, ol
     weight = rewards if kind == "no_baseline" else advantages
     weight = torch.as_tensor(weight).to(log_probs)
     if weight.numel() != len(log_probs):
-        raise ValueError(f"{'rewards' if kind == 'no_baseline' else 'advantages'} of shape {tuple(weight.shape)} must be "
-                         f"one for each row, ({len(log_probs)}, 1)")
+        raise ValueError(f"{'rewards' if kind == 'no_baseline' else 'advantages'} of shape {tuple(weight.shape)} must "
+                         f"be one for each row, ({len(log_probs)}, 1)")
     weight = weight.reshape(len(log_probs), 1)
     if kind in ("no_baseline", "reinforce_with_baseline"):
         return -weight * log_probs, {}

@@ -273,12 +273,14 @@ def identify_language(text: str) -> tuple[str, float]:
 # Each pattern begins where a run begins and is bounded, so that a megabyte of one letter takes linear time.
 # The first pattern is a cheap necessary condition: Python's engine skips quickly to a character of a set.
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|[01]?[0-9]?[0-9])"
+_GAP = "[-. \u00a0\u2010-\u2013]?"                  # hyphens and no-break spaces as pages have them
 MASKS = {
     "|||EMAIL_ADDRESS|||": (re.compile("@"), re.compile(
         r"(?<![A-Za-z0-9À-ɏ_])[A-Za-z0-9À-ɏ_][A-Za-z0-9À-ɏ_.+%'-]{0,63}@"
         r"(?:[A-Za-z0-9À-ɏ][A-Za-z0-9À-ɏ-]{0,62}\.){1,8}[A-Za-z](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])")),
-    "|||PHONE_NUMBER|||": (re.compile(r"[0-9]{3}\)?[-. ]?[0-9]{3}[-. ]?[0-9]{4}"), re.compile(
-        r"(?<!\w)(?<!\d\.)(?:\+?1[-. ]?)?(?:\([0-9]{3}\)|[0-9]{3})[-. ]?[0-9]{3}[-. ]?[0-9]{4}(?!\w)(?!\.\d)", re.A)),
+    "|||PHONE_NUMBER|||": (re.compile(rf"[0-9]{{3}}\)?{_GAP}[0-9]{{3}}{_GAP}[0-9]{{4}}"), re.compile(
+        rf"(?<!\w)(?<!\d\.)(?:\+?1{_GAP})?(?:\([0-9]{{3}}\)|[0-9]{{3}}){_GAP}[0-9]{{3}}{_GAP}[0-9]{{4}}(?!\w)(?!\.\d)",
+        re.A)),
     "|||IP_ADDRESS|||": (re.compile(r"[0-9]\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]"), re.compile(
         rf"(?<!\w)(?<!\w\.)(?:{_OCTET}\.){{3}}{_OCTET}(?!\w)(?!\.\d)", re.A)),
 }
@@ -508,7 +510,8 @@ class Classifier:
                 one.labels, one.weights = about["labels"], np.zeros((1 << one.settings["bits"], len(about["labels"])),
                                                                     dtype=np.float32)
                 one.weights[held["rows"]] = held["weights"]
-        except (ValueError, KeyError, TypeError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, TypeError, EOFError, NotImplementedError, zlib.error,
+                zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no classifier that `data.py classify train` wrote: {error}") from error
         return one
 
@@ -518,8 +521,14 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return p / p.sum()
 
 
-@functools.cache
 def load_classifier(path: str):
+    """As load_classifier_of, once for each state of the file: a new one at an old path is read anew."""
+    state = os.stat(path)
+    return load_classifier_of(str(path), (state.st_mtime_ns, state.st_size))
+
+
+@functools.cache
+def load_classifier_of(path: str, state: tuple):
     """(function text -> (label, probability), its labels) from a file of ours or a fastText .bin (Dolma's, DCLM's)."""
     if Path(path).suffix in (".bin", ".ftz"):
         model = load_fasttext(path)

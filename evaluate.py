@@ -201,7 +201,8 @@ def as_number(answer) -> Fraction | None:
         part = as_number(mixed[3])
         return part if part is None else (int(mixed[2]) + part) * (-1 if mixed[1] == "-" else 1)
     # The pattern also keeps out "1e999999999", whose exact value would fill the memory.
-    if len(text) > 100 or not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,2})?(/[0-9]+\.?[0-9]*)?", text):
+    decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,2})?(/[0-9]+\.?[0-9]*)?"
+    if len(text) > 100 or not re.fullmatch(decimal, text):
         return None
     above, _, below = text.partition("/")
     below = Fraction(below or "1")

@@ -239,7 +239,8 @@ def stream(model, prompts, max_new_tokens: int, *, stop_ids=(), cache=True, gene
     timing.update(prefill_s=0.0, prefill_tokens=0, decode_s=0.0, decode_tokens=0, decode_bytes=0)
     rows = [list(prompt) for prompt in prompts]
     starts = [max(0, len(row) - context) for row in rows]           # each row's window begins here
-    alive, memory, stop_ids, n_bytes = None, None, {int(i) for i in stop_ids}, weight_bytes(model, len(prompts) * n_each)
+    stop_ids, n_bytes = {int(i) for i in stop_ids}, weight_bytes(model, len(prompts) * n_each)
+    alive = memory = None
     for _ in range(max_new_tokens):
         began = time.perf_counter()
         for i in alive if alive is not None else ():

@@ -274,6 +274,9 @@ def fit_parametric(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) 
         # Smoothed: nearly a fit of least absolute error, it passes through some runs, whose residuals are then 0.
         noise = (rng.choice(rest, shape) + rest.std() * rng.normal(size=shape)) / math.sqrt(2)
         law = law_fit(x, y, np.vstack([target, fitted + noise]), start=law)
+    if not np.isfinite(law[0]).all() or min(law[0, 1], law[0, 3]) < 1e-3:
+        raise ValueError(f"the loss of these runs does not fall with N and D both (alpha {law[0, 1]:.2g}, beta "
+                         f"{law[0, 3]:.2g}); give runs that differ in both, trained to their end")
     return make_fit("parametric", law, log_c)
 
 

@@ -2727,7 +2727,8 @@ def test_answers_that_once_were_misread():
     for text, letter in (("The answer is C. Option A is wrong, option B is wrong", "C"), ("Answer: 'B'", "B"),
                          ("B, because A is wrong", "B"), ("The answer is not B", None), ("answer is option (D)", "D")):
         assert parse_mmlu({}, text) == letter, text
-    for left, right in ((r"\boxed{1\frac{1}{2}}", "1.5"), (r"3\frac15", "16/5"), (r"1{,}000", "1000"), ("0.00001", 1e-05)):
+    for left, right in ((r"\boxed{1\frac{1}{2}}", "1.5"), (r"3\frac15", "16/5"), (r"1{,}000", "1000"),
+                        ("0.00001", 1e-05)):
         assert same_answer(left, right), (left, right)
     assert not same_answer(r"\boxed{1\frac{1}{2}}", "5.5") and not same_answer(r"1\ 2", "12")
     assert parse_gsm8k("so 3.5.") == "3.5" and parse_gsm8k("-$1,072.50") == "-1072.50"
@@ -2753,6 +2754,11 @@ def test_data_and_scaling_refuse_what_once_did_harm(tmp_path):
     assert "Straße in Zürich" in data.extract_text(page.encode("latin-1"))
     with pytest.raises(ValueError, match="the input files themselves"):
         data.dedup_minhash([source], 10, 5, 2, 0.8, tmp_path)
+    assert data.mask_phone_numbers("call (283)\u00a0182\u20113829")[1] == 1
+    flat = [{"n_params": n, "n_tokens": c / 6 / n, "flops": c, "loss": 3.0}
+            for c in (1e17, 1e18) for n in (1e7, 3e7, 1e8)]
+    with pytest.raises(ValueError, match="does not fall with N and D"):
+        scaling.fit_parametric(flat)
     for bad in ([1, 2, 3], [{"parameters": 1e6, "compute_budget": "1e18", "final_loss": 3.0}] * 8):
         with pytest.raises(ValueError, match="run 0"):
             scaling.fit_parametric(bad)
@@ -3753,8 +3759,8 @@ def test_bad_command_lines_end_with_status_2_and_a_reason(tmp_path, arguments, w
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "data.py", "bpe.py", "accounting.py", "scaling.py",
-                                    "align.py", "kernels.py", "parallel.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "data.py", "bpe.py", "accounting.py",
+                                    "scaling.py", "align.py", "kernels.py", "parallel.py"])
 def test_help_lists_every_key(script):
     done = python(script, "--help")
     assert done.returncode == 0 and script in done.stdout and "--" in done.stdout, done.stderr
