@@ -2718,7 +2718,7 @@ def test_smaller_weights_cost_little_and_are_asked_for_by_one_flag(trained):
     import evaluate
     lines = [evaluate.read(str(trained[0]), evaluate.EvaluateConfig(quantize=kind)) for kind in (None, "int8", "int4")]
     plain, int8, int4 = (float(re.search(r"loss ([\d.]+)", line)[1]) for line in lines)
-    assert 0 < abs(int8 - plain) < 0.02 and abs(int4 - plain) < 0.2, lines
+    assert abs(int8 - plain) < 0.02 and 0 < abs(int4 - plain) < 0.2, lines
 
 
 def test_answers_that_once_were_misread():
