@@ -411,18 +411,40 @@ def lowered(x):
 
 # Whether torch has oneDNN's product, which multiplies by a weight matrix in the layout it has, for this processor.
 ONEDNN = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-          and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+          and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+          and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
 
 
 def product(x, weight):
     """x @ weightᵀ; in float32 on a CPU and without gradients by oneDNN, unless the matrix is small.
 
     For one row of x, reading the weights is all the work. MKL does that with a single core, oneDNN with all of them.
+    For several rows oneDNN reads them faster in blocks, where `in_blocks` has made some.
     """
     if ONEDNN and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")) \
-            and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.numel() > 2 ** 18:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+            and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+        blocks = getattr(weight, "blocks", None)
+        if blocks is not None or weight.numel() > 2 ** 18:
+            return torch.ops.mkldnn._linear_pointwise(x, weight if blocks is None else blocks, None, "none", [], "")
     return x @ weight.T
+
+
+@contextlib.contextmanager
+def in_blocks(model, rows: int):
+    """Around many passes of so many rows each: the float32 weights of a model on a CPU also in oneDNN's order.
+
+    A block of 16 x 64 weights then serves all rows from the registers. It takes the memory of the weights once more,
+    and the time that 25 passes of 16 rows win. Does nothing where there is no oneDNN.
+    """
+    weights = [module.weight for module in model.modules() if type(module) is Linear]
+    weights = [weight for weight in weights if ONEDNN and weight.device.type == "cpu" and weight.dtype == torch.float32]
+    try:
+        for weight in weights:
+            weight.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        yield
+    finally:
+        for weight in weights:
+            weight.__dict__.pop("blocks", None)
 
 
 def truncated_normal(shape, std: float) -> torch.Tensor:

@@ -32,7 +32,7 @@ import torch
 
 from checkpoint import load_model
 from configurator import command_line, fail
-from model import PRESETS, Linear, ModelConfig, Transformer, product
+from model import PRESETS, Linear, ModelConfig, Transformer, in_blocks, product
 
 END_OF_TEXT = "<|endoftext|>"
 GROUP = 64                               # numbers of a row that share a scale in int4
@@ -242,42 +242,45 @@ def stream(model, prompts, max_new_tokens: int, *, stop_ids=(), cache=True, gene
     starts = [max(0, len(row) - context) for row in rows]           # each row's window begins here
     stop_ids, n_bytes = {int(i) for i in stop_ids}, weight_bytes(model, len(prompts) * n_each)
     alive = memory = None
-    for _ in range(max_new_tokens):
-        began = time.perf_counter()
-        for i in alive if alive is not None else ():
-            if len(rows[i]) - starts[i] > context:
-                starts[i], memory = len(rows[i]) - max(1, context // 2), None
-        phase = "decode"
-        if alive is None:  # the prompts, once each, however many rows they give
-            phase = "prefill"
-            logits, memory = prefill(model, [row[start:] for row, start in zip(rows, starts)], cache)
-            source = [i for i in range(len(prompts)) for _ in range(n_each)]
-            rows, starts = [list(rows[i]) for i in source], [starts[i] for i in source]
-            alive, logits = list(range(len(rows))), logits[source]
-            if memory is not None and n_each > 1:
-                memory.select(source)
-        elif memory is None:
-            logits, memory = prefill(model, [rows[i][starts[i]:] for i in alive], cache)
-        else:
-            timing["decode_bytes"] += n_bytes + memory.n_bytes * memory.length // memory.max_length
-            last = torch.tensor([[rows[i][-1]] for i in alive], device=device)
-            logits = model(last, cache=memory)[:, -1]
-        ids = how.draw(logits, [rows[i] for i in alive], generator)
-        timing[f"{phase}_s"] += time.perf_counter() - began
-        timing[f"{phase}_tokens"] += sum(map(len, prompts)) if phase == "prefill" else len(ids)
-        given, left = [None] * len(rows), []
-        for n, (i, token) in enumerate(zip(alive, ids)):
-            rows[i].append(token)
-            given[i] = token
-            if not ends(token, stop_ids, texts and texts[i]):
-                left.append(n)
-        yield given
-        if len(left) < len(alive):
-            alive = [alive[n] for n in left]
-            if not alive:
-                return
-            if memory is not None:
-                memory.select(left)
+    n_rows, began = len(prompts) * n_each, time.perf_counter()
+    with in_blocks(model, n_rows) if n_rows >= 4 and max_new_tokens >= 32 else contextlib.nullcontext():
+        timing["prefill_s"] += time.perf_counter() - began
+        for _ in range(max_new_tokens):
+            began = time.perf_counter()
+            for i in alive if alive is not None else ():
+                if len(rows[i]) - starts[i] > context:
+                    starts[i], memory = len(rows[i]) - max(1, context // 2), None
+            phase = "decode"
+            if alive is None:  # the prompts, once each, however many rows they give
+                phase = "prefill"
+                logits, memory = prefill(model, [row[start:] for row, start in zip(rows, starts)], cache)
+                source = [i for i in range(len(prompts)) for _ in range(n_each)]
+                rows, starts = [list(rows[i]) for i in source], [starts[i] for i in source]
+                alive, logits = list(range(len(rows))), logits[source]
+                if memory is not None and n_each > 1:
+                    memory.select(source)
+            elif memory is None:
+                logits, memory = prefill(model, [rows[i][starts[i]:] for i in alive], cache)
+            else:
+                timing["decode_bytes"] += n_bytes + memory.n_bytes * memory.length // memory.max_length
+                last = torch.tensor([[rows[i][-1]] for i in alive], device=device)
+                logits = model(last, cache=memory)[:, -1]
+            ids = how.draw(logits, [rows[i] for i in alive], generator)
+            timing[f"{phase}_s"] += time.perf_counter() - began
+            timing[f"{phase}_tokens"] += sum(map(len, prompts)) if phase == "prefill" else len(ids)
+            given, left = [None] * len(rows), []
+            for n, (i, token) in enumerate(zip(alive, ids)):
+                rows[i].append(token)
+                given[i] = token
+                if not ends(token, stop_ids, texts and texts[i]):
+                    left.append(n)
+            yield given
+            if len(left) < len(alive):
+                alive = [alive[n] for n in left]
+                if not alive:
+                    return
+                if memory is not None:
+                    memory.select(left)
 
 
 def prefill(model, windows: list[list[int]], cache: bool):

@@ -65,6 +65,8 @@ class TrainConfig(ModelConfig):
     optimizer: str = "adamw"                 # adamw | muon (for matrices in blocks) | sgd | adagrad | rmsprop
     lr: float = 1e-3                         # peak learning rate of all but muon
     muon_lr: float = 0.02                    # muon's peak learning rate
+    muon_steps: int = 5                      # muon's Newton-Schulz steps: fewer are faster and less orthogonal
+    embedding_lr: float | None = None        # peak learning rate of the embedding tables; none = lr
     weight_decay: float = 0.1                # of matrices, but for muon's
     muon_weight_decay: float = 0.0           # of muon
     beta1: float = 0.9                       # adamw's decay of the first moment
@@ -106,6 +108,8 @@ class TrainConfig(ModelConfig):
         divided = f"parallel={self.parallel}" if self.parallel == "fsdp" else f"tp={self.tp}" if self.tp > 1 else None
         for wrong, message in (
             (not (self.max_minutes or 1) > 0, f"max_minutes={self.max_minutes} must be more than 0"),
+            (self.embedding_lr is not None and not 0 < self.embedding_lr < math.inf,
+             f"embedding_lr={self.embedding_lr} must be above 0, or none to be lr"),
             (not self.grad_clip > 0, f"grad_clip={self.grad_clip} must be above 0; inf clips nothing"),
             (min(self.warmup_steps, self.eval_every, self.num_samples) < 0, f"warmup_steps={self.warmup_steps}, "
              f"eval_every={self.eval_every} and num_samples={self.num_samples} must be at least 0"),
@@ -292,22 +296,24 @@ def peak_flops(device: str, dtype: str) -> float | None:
 def make_optimizers(model: Transformer, config: TrainConfig, make=lambda cls, groups, **more: cls(groups, **more)):
     """One or two optimizers in a list; each group keeps its peak rate as `peak_lr`, which the schedule scales.
 
-    Matrices decay, vectors (norm weights) do not: a norm pulled to zero has nothing to win. The embedding is a table
-    of vectors and is not decayed either. make(class, groups, **settings): parallel.Strategy.optimizer.
+    Matrices decay, vectors (norm weights) do not: a norm pulled to zero has nothing to win. An embedding is a table
+    of vectors and is not decayed either; its rows start at size 1 a number and most get a gradient in few steps only,
+    so they can do with a far larger rate. make(class, groups, **settings): parallel.Strategy.optimizer.
     """
-    hidden, other, vectors = [], [], []
+    hidden, other, vectors, tables = [], [], [], []
     for name, parameter in model.named_parameters():
         in_block = ".attn." in name or ".ffn." in name
-        is_vector = parameter.dim() < 2 or "embeddings" in name
-        (vectors if is_vector else hidden if in_block else other).append(parameter)
+        (tables if "embeddings" in name else vectors if parameter.dim() < 2 else hidden if in_block
+         else other).append(parameter)
     matrices = other if config.optimizer == "muon" else hidden + other
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0},
+              {"params": tables, "weight_decay": 0.0, "lr": config.embedding_lr or config.lr}]
     settings = {"sgd": {"momentum": config.momentum}, "rmsprop": {"beta": config.beta2}, "adagrad": {}}
     optimizers = [make(OTHERS.get(config.optimizer, optim.AdamW), [group for group in groups if group["params"]],
                        lr=config.lr, **settings.get(config.optimizer, {"betas": (config.beta1, config.beta2)}))]
     if config.optimizer == "muon":
         optimizers.append(make(optim.Muon, hidden, lr=config.muon_lr, momentum=config.momentum,
-                               weight_decay=config.muon_weight_decay))
+                               weight_decay=config.muon_weight_decay, ns_steps=config.muon_steps))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
