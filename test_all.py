@@ -2595,6 +2595,26 @@ def test_ragged_micro_batches_equal_one_batch(corpus, tmp_path):
                                    msg=lambda m: f"{name}: {m}")  # Adam divides rounding by |g|
 
 
+def test_each_kind_of_parameter_gets_its_own_rate_decay_and_optimizer():
+    model = train.Transformer(train.ModelConfig(vocab_size=64, context_length=8, d_model=16, n_layers=1, n_heads=2,
+                                                position="learned"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    config = train.TrainConfig(context_length=8, optimizer="muon", lr=0.01, muon_lr=0.03, muon_steps=3,
+                               embedding_lr=0.2, weight_decay=0.5)
+    found = {names[id(p)]: (type(o).__name__, group["peak_lr"], group["weight_decay"])
+             for o in train.make_optimizers(model, config) for group in o.param_groups for p in group["params"]}
+    assert len(found) == len(names)
+    for name, treated in found.items():
+        wanted = (("AdamW", 0.2, 0.0) if "embeddings" in name else ("AdamW", 0.01, 0.5) if name == "lm_head.weight" else
+                  ("AdamW", 0.01, 0.0) if ".ln" in name or name == "ln_final.weight" else ("Muon", 0.03, 0.0))
+        assert treated == wanted, name
+    assert train.make_optimizers(model, config)[1].param_groups[0]["ns_steps"] == 3
+    plain = train.make_optimizers(model, train.TrainConfig(context_length=8, lr=0.01))
+    assert {group["peak_lr"] for o in plain for group in o.param_groups} == {0.01}
+    with pytest.raises(ValueError, match="embedding_lr"):
+        train.TrainConfig(embedding_lr=0.0)
+
+
 @pytest.mark.parametrize("more", [{"optimizer": "adamw"}, {"optimizer": "muon", "loader": "epochs"},
                                   {"optimizer": "sgd", "dtype": "float16"}], ids=str)
 def test_an_interrupted_run_equals_a_straight_one_bit_for_bit(corpus, tmp_path, more, monkeypatch):
@@ -2898,6 +2918,28 @@ def test_a_ragged_batch_writes_what_each_prompt_writes_alone():
     stop = alone[1][4]
     cut = [ids[:ids.index(stop) + 1] if stop in ids else ids for ids in alone]
     assert sample.generate(model, prompts, 20, temperature=0, stop_ids=(stop,)) == cut != alone
+
+
+@pytest.mark.skipif(not model_module.ONEDNN, reason="this torch has no oneDNN product for this processor")
+def test_weights_in_blocks_give_the_same_logits_and_texts_and_are_gone_afterwards():
+    model = random_model(d_model=64, n_heads=4, context_length=64)
+    prompts = [[5], [1, 2, 3, 4, 5, 6], [7, 8], list(range(14)), [9] * 3]
+    kept = [hasattr(p, "blocks") for p in model.parameters()]
+    for rows in (1, 3, 16, 50):
+        tokens = torch.randint(model.config.vocab_size, (rows, 4), generator=rng())
+        with torch.no_grad():
+            plain = model(tokens)
+            with model_module.in_blocks(model, 16):
+                assert all(hasattr(m.weight, "blocks") for m in model.modules() if isinstance(m, model_module.Linear))
+                torch.testing.assert_close(model(tokens), plain, atol=1e-5, rtol=1e-5)
+                assert model.lm_head.weight.blocks.is_mkldnn, "the blocks are oneDNN's"
+    alone = [sample.generate(model, prompt, 40, temperature=0) for prompt in prompts]
+    assert sample.generate(model, prompts, 40, temperature=0) == alone
+    steps = sample.stream(model, prompts, 40)
+    next(steps)
+    assert hasattr(model.lm_head.weight, "blocks")
+    steps.close()                                                # as an abandoned loop does
+    assert [hasattr(p, "blocks") for p in model.parameters()] == kept == [False] * len(kept)
 
 
 def test_samples_of_one_prompt_share_its_prefill():
