@@ -242,15 +242,16 @@ def stream(model, prompts, max_new_tokens: int, *, stop_ids=(), cache=True, gene
     starts = [max(0, len(row) - context) for row in rows]           # each row's window begins here
     stop_ids, n_bytes = {int(i) for i in stop_ids}, weight_bytes(model, len(prompts) * n_each)
     alive = memory = None
-    n_rows, began = len(prompts) * n_each, time.perf_counter()
-    with in_blocks(model, n_rows) if n_rows >= 4 and max_new_tokens >= 32 else contextlib.nullcontext():
-        timing["prefill_s"] += time.perf_counter() - began
-        for _ in range(max_new_tokens):
+    n_rows = len(prompts) * n_each
+    with contextlib.ExitStack() as decoding:
+        for step in range(max_new_tokens):
             began = time.perf_counter()
             for i in alive if alive is not None else ():
                 if len(rows[i]) - starts[i] > context:
                     starts[i], memory = len(rows[i]) - max(1, context // 2), None
             phase = "decode"
+            if step == 1 and n_rows >= 4 and max_new_tokens >= 32:       # enough of both to be worth it
+                decoding.enter_context(in_blocks(model, n_rows))
             if alive is None:  # the prompts, once each, however many rows they give
                 phase = "prefill"
                 logits, memory = prefill(model, [row[start:] for row, start in zip(rows, starts)], cache)

@@ -2936,7 +2936,7 @@ def test_weights_in_blocks_give_the_same_logits_and_texts_and_are_gone_afterward
     alone = [sample.generate(model, prompt, 40, temperature=0) for prompt in prompts]
     assert sample.generate(model, prompts, 40, temperature=0) == alone
     steps = sample.stream(model, prompts, 40)
-    next(steps)
+    next(steps), next(steps)
     assert hasattr(model.lm_head.weight, "blocks")
     steps.close()                                                # as an abandoned loop does
     assert [hasattr(p, "blocks") for p in model.parameters()] == kept == [False] * len(kept)
