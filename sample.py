@@ -659,6 +659,9 @@ def reference(model):
 def bench_cases(model, draft, config) -> dict:
     """What is measured, by its row in the table: (name, context, batch) -> arguments of run_case."""
     contexts, batches = ([int(n) for n in text.split(",")] for text in (config.contexts, config.batches))
+    if config.new_tokens < 2 or config.rounds < 1 or config.k < 1:
+        raise ValueError(f"new_tokens={config.new_tokens} must be at least 2, of which one is prefill's; "
+                         f"rounds={config.rounds} and k={config.k} at least 1")
     if max(contexts) + config.new_tokens > model.config.context_length or min(contexts + batches) < 1:
         raise ValueError(f"contexts={config.contexts} with new_tokens={config.new_tokens} must be 1 … "
                          f"{model.config.context_length}, the model's context, and batches={config.batches} at least 1")
@@ -764,6 +767,8 @@ def explain(folder: str, config) -> None:
                          f"context of {model.config.context_length}; explain looks at one context, give less")
     new = generate(model, ids, config.max_new_tokens, temperature=0, vocab_limit=tokenizer.vocab_size)
     ids = ([end] if end is not None and ids[0] != end and room > len(new) else []) + ids + new
+    if len(ids) < 2:
+        raise ValueError("nothing to explain: give a --prompt, or max_new_tokens of at least 1")
     log_p = torch.log_softmax(model(torch.tensor([ids[:-1]], device=config.device))[0].float(), dim=-1)
     page, line = [], []
     for i, (row, token) in enumerate(zip(log_p, ids[1:])):
@@ -931,7 +936,7 @@ def main(argv: list[str]) -> None:
         fail(f"give one folder of a training run. {USAGE}")
     try:
         do(files[0], config)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:    # the last: torch without that device
         fail(error)
     except (EOFError, KeyboardInterrupt):
         print()

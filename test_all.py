@@ -2690,6 +2690,52 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(corpus, tmp_path, capsy
         step(train.Run(train.TrainConfig(**common)), math.inf)
 
 
+def test_settings_given_on_resuming_count_and_another_optimizer_is_refused(corpus, tmp_path):
+    tiny_run(corpus, tmp_path, max_steps=2, weight_decay=0.1)
+    asked = TINY | dict(data_dir=str(corpus), out_dir=str(tmp_path), max_steps=4, resume=True)
+    run = train.Run(train.TrainConfig(**asked | dict(weight_decay=0.7, beta1=0.5, lr=0.03)))
+    run.restore()
+    group = run.optimizers[0].param_groups[0]
+    assert (group["weight_decay"], group["betas"], group["peak_lr"]) == (0.7, (0.5, 0.95), 0.03)
+    assert run.step == 2 and run.optimizers[0].state, "the moments come from the checkpoint"
+    with pytest.raises(ValueError, match="trained with optimizer=adamw, whose state optimizer=sgd cannot"):
+        train.main(train.TrainConfig(**asked | dict(optimizer="sgd")))
+
+
+def test_a_fresh_run_keeps_the_checkpoints_of_another_one_apart(corpus, tmp_path):
+    tiny_run(corpus, tmp_path, max_steps=10, checkpoint_every=5)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    with pytest.raises(FloatingPointError, match="last good state is not saved yet"):
+        tiny_run(corpus, tmp_path, max_steps=30, lr=1e30, grad_clip=math.inf, optimizer="sgd", eval_every=0)
+    assert not (tmp_path / "ckpt.pt").exists() and (tmp_path / "ckpt.old.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags, minutes", [
+    ("--max_steps=9", None), ("--max_steps=9 --max-minutes=3", 3.0), ("--max_minutes=.5 --max_steps=9", 0.5), ("", 2.4),
+    ("--max_steps=9 --max_minutes=none", None), ("--max_steps=none", 2.4), ("sweep max_steps=3,4", None),
+    ("sweep max_steps=3,4 --max_minutes=none", None), ("--max_minutes=1", 1.0)])
+def test_a_time_limit_is_dropped_for_steps_and_only_when_it_was_not_asked_for(flags, minutes, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(train, "main", lambda config: seen.append(config) or {"interrupted": None})
+    monkeypatch.setattr(train, "sweep", lambda config, words: seen.append(config))
+    train.run_command_line(flags.split())
+    assert seen[0].max_minutes == minutes
+
+
+def test_a_signal_in_the_last_evaluation_ends_the_program(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.Run, "full_loss", lambda run: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
+    settings = [f"--{name}={value}" for name, value in TINY.items()]
+    with pytest.raises(SystemExit) as end:
+        train.run_command_line(["sweep", "seed=1,2", "--max_steps=2", f"--data_dir={corpus}", f"--out_dir={tmp_path}",
+                                *settings])
+    assert end.value.code == 130 and (tmp_path / "seed=1" / "ckpt.pt").exists() and not (tmp_path / "seed=2").exists()
+
+
+def test_the_rate_of_a_run_limited_by_the_clock_starts_at_its_peak_without_warmup():
+    config = train.TrainConfig(schedule="wsd", warmup_steps=0, max_minutes=1.0)
+    assert train.lr_factor(config, 1, math.inf) == 1.0
+
+
 def test_a_sweep_draws_up_seeds_survives_divergence_and_goes_on(corpus, tmp_path, capsys):
     config = train.TrainConfig(**TINY | dict(data_dir=str(corpus), out_dir=str(tmp_path), max_steps=6, grad_clip=1e9))
     words = ["learning_rate=1e-3,1e6", "n_layers=1,2", "seed=1,2"]
@@ -2709,9 +2755,11 @@ def test_a_sweep_draws_up_seeds_survives_divergence_and_goes_on(corpus, tmp_path
     assert json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8")) == rows
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     for changes, words, message in (({}, ["sede=1"], "Did you mean seed"), ({}, ["lr"], "spans no axis"),
+                                    ({}, ["seed=7", "n_heads=1,3"], "not a multiple of n_heads=3"),
                                     ({"n_heads": 1}, words, "holds a run with n_heads=2, now it is 1")):
         with pytest.raises(ValueError, match=message):
             train.sweep(dataclasses.replace(config, **changes), words)
+    assert not list(tmp_path.glob("seed=7*")), "no point is trained before all are known to be possible"
 
 
 def test_how_often_one_evaluates_changes_nothing(corpus, tmp_path):

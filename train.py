@@ -327,7 +327,7 @@ def print_parameters(model: Transformer, optimizers: list, lr: float) -> None:
     for optimizer in optimizers:
         kind = type(getattr(optimizer, "local", optimizer)).__name__             # local: what ZeRO-1 divides
         for group in optimizer.param_groups:
-            treated = kind, f"{group['peak_lr'] / lr:.3g}", f"{group['weight_decay']:g}"
+            treated = kind, f"{group['peak_lr'] / lr:.3g}" if lr else "-", f"{group['weight_decay']:g}"
             for p in group["params"]:
                 found.setdefault((tuple(parallel.full_shape(p)), treated), []).append(names[id(p)])
     rows = []
@@ -347,7 +347,7 @@ def lr_factor(config: TrainConfig, step: int, total_steps: float) -> float:
     if config.schedule == "cosine":
         return optim.cosine_schedule(step, 1.0, config.min_lr_factor, warmup, total_steps)
     decay = total_steps * config.decay_fraction if config.schedule == "wsd" else 0
-    end = math.inf if config.schedule == "constant" else max(total_steps - decay - warmup, 0)
+    end = math.inf if config.schedule == "constant" or math.isinf(total_steps) else max(total_steps - decay - warmup, 0)
     return optim.wsd_schedule(step, 1.0, config.min_lr_factor, warmup, end, max(decay, 1))
 
 
@@ -523,15 +523,20 @@ class Run:
         if entries.get("tokenizer_sha256") != self.tokenizer_sha256:
             raise ValueError(f"{path} was trained with another tokenizer than {self.config.data_dir} was made with; "
                              "give the data_dir it was trained on, or another out_dir")
+        trained_by = (entries.get("train_config") or {}).get("optimizer", self.config.optimizer)
+        if trained_by != self.config.optimizer:
+            raise ValueError(f"{path} was trained with optimizer={trained_by}, whose state optimizer="
+                             f"{self.config.optimizer} cannot go on with; give that one, or another out_dir")
         load_weights(self.model, parallel.take_state_dict(self.model, entries["model"]), path)
-        peaks = [[group["peak_lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        wanted = [[{name: value for name, value in group.items() if name != "params"} for group in
+                   optimizer.param_groups] for optimizer in self.optimizers]
         states = entries["optimizer"]
         if isinstance(states, list) and len(states) == len(self.optimizers):      # load_optimizer refuses all else
             states = [parallel.take_optimizer_state(*pair) for pair in zip(self.optimizers, states)]
         load_optimizer(self.optimizers, states, path)
-        for optimizer, rates in zip(self.optimizers, peaks):  # a rate asked for on resuming wins over the saved one
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["peak_lr"] = rate
+        for optimizer, settings in zip(self.optimizers, wanted):    # what is asked for on resuming wins over the saved
+            for group, new in zip(optimizer.param_groups, settings):
+                group.update(new)
         self.loader.position, self.loader.state = entries["data_position"], entries["rng"]["batches"].cpu()
         self.loader.generator.set_state(self.loader.state)
         torch.set_rng_state(entries["rng"]["torch"].cpu())
@@ -579,8 +584,8 @@ def plot(out_dirs, path) -> None:
         log = read_log(Path(out_dir) / "log.jsonl")
         for key, row, name, style in (("loss", 0, "train", {"alpha": 0.4}), ("lr", 1, None, {}),
                                       ("val_loss", 0, "validation", {"marker": "o", "markersize": 3})):
-            lines = [line for line in log if key in line]
             for axis, x in zip(axes[row], ("step", "seconds")):
+                lines = [line for line in log if key in line and x in line]
                 axis.plot([line[x] for line in lines], [line[key] for line in lines], color=f"C{number}", linewidth=1,
                           label=name and f"{Path(out_dir).name} {name}", **style)
     axes[0, 0].set_ylabel("loss, nats per token")
@@ -634,14 +639,19 @@ def main(config: TrainConfig) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     if config.resume:
         run.restore()
+    elif head:                             # of another run that was here before: neither this one's nor lost
+        for name in ("ckpt", "best"):
+            if (out / f"{name}.pt").exists():
+                os.replace(out / f"{name}.pt", out / f"{name}.old.pt")
     if head and (folder / "tokenizer.json").exists():
         shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
     elif head and not config.resume:
         (out / "tokenizer.json").unlink(missing_ok=True)       # of another run that was here before
     log = open_log(out if head else None, header(run), run.step if config.resume else None)
     print_start(run)
-    with Stop() as stop, log:
-        last_loss = train(run, log, stop)
+    with log:
+        with Stop() as stop:
+            last_loss = train(run, log, stop)
         if stop.agreed is None:
             val_loss = run.full_loss()
             bits = run.bits_per_byte(val_loss)
@@ -749,10 +759,10 @@ def show_samples(config: TrainConfig) -> None:
         return
     sys.stdout.flush()
     flags = f"--num_samples={config.num_samples} --seed={config.seed} --max_new_tokens=100".split()
-    subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), config.out_dir, *flags], check=True)
+    subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), config.out_dir, *flags], check=False)
     print(f"\nnext: python sample.py {config.out_dir} --prompt='ROMEO' --temperature=0.8\n"
           f"      python evaluate.py {config.out_dir}\n"
-          f"      python train.py --resume=true --max_minutes=10        (train it on; plot: {config.out_dir}/loss.png)")
+          f"      the same command with --resume=true --max_minutes=10 to train it on; plot: {config.out_dir}/loss.png")
 
 
 # --- sweep ---
@@ -764,9 +774,13 @@ def sweep(config: TrainConfig, words: list[str]) -> int | None:
     table is made: several sweeps into one folder share it. Returns the signal that stopped it, or None.
     Raises ValueError when a folder holds a run with other settings, or no run has ended.
     """
+    runs = []
     for point in grid(TrainConfig, words) if words else []:
         folder = Path(config.out_dir) / re.sub(r"[^\w.+=,-]", "_", ",".join(f"{k}={v}" for k, v in point.items()))
         one = replace(config, **point, out_dir=folder.as_posix(), num_samples=0, resume=(folder / "ckpt.pt").exists())
+        one.model_config(one.vocab_size or 256)    # a point that cannot be is known before the first is trained
+        runs.append((folder, one))
+    for folder, one in runs:
         log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
         for key, value in asdict(one).items() if log else ():
             if key not in ("resume", "out_dir") and log[0]["config"].get(key, value) != value:
@@ -802,7 +816,8 @@ def sweep_rows(out_dir) -> list[dict]:
             setting = ",".join(part for part in parts if not part.startswith("seed=")) or "as configured"
             row = rows.setdefault(setting, dict(setting=setting, mean=None, spread=None, scores={}, diverged={}))
             last, scores = log[-1], row["scores"]
-            row |= {"steps": last["step"], "tokens": last["step"] * log[0]["config"]["batch_tokens"],
+            step, context = log[0]["config"]["batch_tokens"], log[0]["config"]["context_length"]
+            row |= {"steps": last["step"], "tokens": last["step"] * (step // context * context),
                     "seconds": last["seconds"]}
             if "diverged" in last:
                 row["diverged"][log[0]["seed"]] = last["step"]
@@ -860,13 +875,16 @@ def run_command_line(argv: list[str]) -> None:
             target = Path(config.out_dir if sources["out_dir"] == "flag" else files[0]) / "loss.png"
             plot(files, target)
             return print(target)
-        by_steps = sources["max_steps"] == "flag" or any(word.startswith("max_steps=") for word in files)
-        if by_steps and not re.search(r"--max_minutes=\d", " ".join(argv)):
+        by_steps = config.max_steps and sources["max_steps"] == "flag" or "max_steps=" in " ".join(files)
+        no_limit = sources["max_minutes"] != "flag" or re.search("--max.minutes=none", " ".join(argv), re.IGNORECASE)
+        if by_steps and no_limit:
             config.max_minutes = None  # asked for steps: a time limit from the file is not meant
         print_config(config, sources)
         interrupted = sweep(config, files) if verb == "sweep" else main(config)["interrupted"]
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
+    except KeyboardInterrupt:              # a second one, or one after training, when all is saved
+        interrupted = signal.SIGINT
     if interrupted is not None:
         sys.exit(128 + interrupted)
 

@@ -10,7 +10,7 @@ for name in ${*:-ablations learning_rate muon embedding width depth batch vocabu
     case $name in
     ablations) for change in "" norm=none norm_position=post position=none qk_norm=false "ffn=silu d_ff=512"; do
         sweep $change --max_steps=300 --warmup_steps=30; done ;;
-    learning_rate) sweep lr=1e-3,3e-3,1e-2,3e-2,1e-1,1,30 --optimizer=adamw --embedding_lr=none --max_steps=300 --warmup_steps=30 ;;
+    learning_rate) sweep lr=1e-3,3e-3,1e-2,1e-1,30 --optimizer=adamw --embedding_lr=none --max_steps=300 --warmup_steps=30 ;;
     muon) sweep muon_lr=0.01,0.02,0.03,0.06 --max_steps=300 --warmup_steps=30
         sweep muon_steps=5 --max_steps=300 --warmup_steps=30 ;;
     embedding) sweep embedding_lr=0.008,0.04,0.16,0.64 --max_steps=300 --warmup_steps=30 ;;
