@@ -184,8 +184,7 @@ class Muon(_Optimizer):
         for shape, pairs in same_shape.items():                   # equal shapes share one batched product
             scale = max(1.0, shape[-2] / shape[-1]) ** 0.5
             updates = orthogonalize(torch.stack([u for _, u in pairs]), group["ns_steps"])
-            torch._foreach_add_([p for p, _ in pairs], [u.to(p.dtype) for (p, _), u in zip(pairs, updates)],
-                                alpha=-group["lr"] * scale)
+            torch._foreach_add_([p for p, _ in pairs], list(updates.to(pairs[0][0].dtype)), alpha=-group["lr"] * scale)
 
 
 # --- schedules: step number to learning rate ---
