@@ -1,8 +1,8 @@
 """Shakespeare's plays on two CPU cores, from nothing to samples in under three minutes: `python train.py`.
 
-144 seconds of training are 1,200 to 1,500 steps of 2,048 tokens on two cores of an AMD EPYC: about 3 million tokens,
+144 seconds of training are 1,300 to 1,600 steps of 2,048 tokens on two cores of an AMD EPYC: about 3 million tokens,
 twice the corpus, for 1.3 million parameters. In so little time a small model that sees much text beats a large one that
-sees little: results/shakespeare_shapes.txt has the shapes that were tried. Target: 2.05 bits per byte of validation.
+sees little: results/shakespeare_shapes.txt has what was tried. Target: 2.0 bits per byte of validation.
 """
 data_dir = "data/shakespeare"
 out_dir = "out/shakespeare"
