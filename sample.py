@@ -703,7 +703,7 @@ def bench(name: str, config) -> None:
         for key, case in cases.items():
             results[key].append(run_case(*case))
     n_params = sum(p.numel() for p in model.parameters()) / 1e6
-    lines = [f"{name}: {n_params:.1f}M parameters, {config.new_tokens} new tokens; medians of {config.rounds} rounds "
+    lines = [f"{name}: {n_params:.1f}M parameters, {config.new_tokens} new tokens; medians of {config.rounds} rounds in "
              f"turn, {torch.get_num_threads()} threads, memory {roof / 1e9:.1f} GB/s",
              f"{'':<14}{'prompt':>6}{'batch':>6} | {'both, tok/s':>12}{'×':>6} | {'prefill, tok/s':>14} | "
              f"{'decode, tok/s':>13}{'GB/s':>6}{'of roof':>8}"]
