@@ -3,8 +3,9 @@
 Where the choices come from. Vocabulary 32,000 and context 512: the course's rules. 12 layers of 768: GPT-2 small
 (Radford 2019), untied as in the course. Muon for the matrices in the blocks with momentum 0.95, five Newton-Schulz
 steps and lr 0.02, QK-norm, last matrices starting at 0, a linear decay to 0 over the last 60 %: Jordan's GPT-2 speed
-runs (github.com/KellerJordan/modded-nanogpt). AdamW's lr 3e-3 for embeddings and head, 131,072 tokens a step and
-warmup 300: ours, a guess from the small model of config_shakespeare.py, not swept at this size.
+runs (github.com/KellerJordan/modded-nanogpt), whose embedding also learns about 100 times as fast as the head. AdamW's
+lr 3e-3 for the head and 20 times that for the embedding, windows that do not overlap, 131,072 tokens a step and warmup
+300: ours, from the small model of config_shakespeare.py, not swept at this size.
 Bill: 84.9 million parameters in the blocks + 24.6 million in the head = 109.5 million in matrix products; 714 MFLOP
 a token by 6 N + 12 L d T; at an assumed MFU of 40 % of 989 TFLOP/s 554,000 tokens a second, so 88 minutes are 2.93
 billion tokens, 22,300 steps and 2.1e18 FLOP. Assumed, not measured: it has not been run. The clock decides, not the
@@ -24,8 +25,10 @@ zero_init = True
 
 batch_tokens = 256 * context_length
 micro_batch_size = 64
+loader = "epochs"
 optimizer = "muon"
 lr = 3e-3
+embedding_lr = 0.06
 muon_lr = 0.02
 schedule = "wsd"
 decay_fraction = 0.6

@@ -18,6 +18,7 @@ n_heads = 16
 batch_tokens = 128 * context_length
 max_steps = 327_680_000 // batch_tokens
 micro_batch_size = 128
+loader = "epochs"
 lr = 3e-3
 warmup_steps = 200
 weight_decay = 0.1
