@@ -279,7 +279,8 @@ def prepare(name_or_path, vocab_size: int | None = None, data_dir=None, context_
         documents = _split_file(name, train, val)
     print(f"{folder}: " + (f"{documents} documents, " if documents else "")
           + f"{train.stat().st_size:,} bytes to train on, {val.stat().st_size:,} to validate on")
-    meta = tokenize(folder, vocab_size or VOCAB_SIZES.get(name, 4096), source, context_length, workers)
+    vocab_size = VOCAB_SIZES.get(name, 4096) if vocab_size is None else vocab_size
+    meta = tokenize(folder, vocab_size, source, context_length, workers)
     print(
         f"{folder}: {meta['train_tokens']:,} + {meta['val_tokens']:,} tokens, vocabulary {meta['vocab_size']:,}, "
         f"{meta['train_bytes'] / meta['train_tokens']:.2f} bytes per token, {time.time() - started:.1f} s")

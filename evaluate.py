@@ -32,7 +32,7 @@ import torch
 from checkpoint import load_model, read_checkpoint
 from configurator import command_line, fail
 from model import bits_per_byte, token_cross_entropy, token_losses
-from sample import CHATS, conversation, generate, quantize
+from sample import CHATS, conversation, evaluating, generate, quantize
 
 LETTERS = "ABCDEFGHIJ"
 REFUSAL = re.compile(r"\b(?:I (?:can(?:not|'t| not)|am (?:un|not )able to|won't|will not|must decline|apologi[sz]e)|"
@@ -78,9 +78,8 @@ def perplexity(model, tokens, n_bytes: int | None = None, stride: int | None = N
     tokens: (n,) ids. n_bytes: bytes of UTF-8 that all of them stand for. The first token has nothing before it and is
     not predicted; the others have at least context_length - stride tokens before them, as far as the text has so many.
     """
-    was_training = model.training
-    losses = token_losses(model.eval(), tokens, stride, batch_size).double()
-    model.train(was_training)
+    with evaluating(model):
+        losses = token_losses(model, tokens, stride, batch_size).double()
     loss = losses.mean().item()
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": len(tokens),
             "bits_per_byte": bits_per_byte(loss, len(tokens), n_bytes) if n_bytes else None}
