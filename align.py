@@ -8,12 +8,11 @@
 A base model goes on with a text. SFT shows it the form of an answer, on few examples. DPO raises what people prefer
 over what they do not, without a reward model (Rafailov 2023, 2305.18290). GRPO lets it answer, checks the answers by
 program and makes the better ones of each group likelier (DeepSeekMath, 2402.03300; R1, 2501.12948; Dr. GRPO,
-2503.20783). The losses stand alone, on tensors, and work with models and tokenizers of Hugging Face too; what makes
-three losses out of one, the mean over tokens, sequences or a constant, has a name each (`normalize`).
+2503.20783). The losses stand alone, on tensors, and take models and tokenizers of Hugging Face too.
 
-The embedded experiment: a small model reads a little "web" of worked sums, counts and words in three styles, none
-of them an assistant's. A thousand demonstrations, most of them rash, teach it the form `<think> … </think>
-<answer> … </answer>`; what GRPO then finds by itself is that it pays to think before answering.
+The embedded experiment: a small model reads a little "web" of worked sums, counts and words, none of it an assistant's.
+A thousand demonstrations, most of them rash, teach it the form `<think> … </think> <answer> … </answer>`; GRPO then
+finds by itself that it pays to think before answering.
 
 Left out: a value model, a learned reward, packing with a mask of documents (model.py has none: a row is a document,
 rows of like length share a batch), resuming, and several GPUs.
@@ -97,7 +96,7 @@ def response_log_probs(model, input_ids, labels, return_entropy: bool = False, *
 
 def masked_normalize(x, mask, dim: int | None = None, constant: float = 1.0) -> torch.Tensor:
     """Sum of x where mask is set, over dim (None: over all), divided by constant."""
-    kept = torch.where(mask.bool(), x, torch.zeros((), dtype=x.dtype, device=x.device))     # not x * 0: NaN would stay
+    kept = torch.where(mask.bool(), x, 0.0)                         # not x * mask: NaN would stay
     return (kept.sum() if dim is None else kept.sum(dim=dim)) / constant
 
 
@@ -141,10 +140,10 @@ def group_normalized_rewards(reward_fn, responses: list[str], truths: list, grou
     if normalize_by_std:
         advantages = advantages / (std + eps)
     # Of equal rewards the mean may be one rounding off, which dividing by eps would blow up.
-    advantages = torch.where((groups == groups[:, :1]).all(dim=1, keepdim=True), 0.0, advantages)
+    equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
+    advantages = torch.where(equal, 0.0, advantages)
     info = {"reward": rewards.mean().item(), "reward_std": std.mean().item(), "reward_min": rewards.min().item(),
-            "reward_max": rewards.max().item(),
-            "groups_without_variance": (groups == groups[:, :1]).all(dim=1).float().mean().item()}
+            "reward_max": rewards.max().item(), "groups_without_variance": equal.float().mean().item()}
     for name in ("format_reward", "answer_reward"):
         if all(name in score for score in scores):
             info[name] = sum(float(score[name]) for score in scores) / len(scores)
@@ -181,9 +180,8 @@ def policy_gradient_loss(log_probs, kind: str, rewards=None, advantages=None, ol
         raise ValueError(f"old_log_probs {tuple(old_log_probs.shape)} must have the shape of log_probs "
                          f"{tuple(log_probs.shape)}, and clip={clip} must be at least 0")
     ratio = torch.exp(log_probs - old_log_probs)
-    if kind == "grpo_no_clip":
-        return -ratio * weight, {"ratio": ratio.detach(), "clipped": torch.zeros_like(ratio, dtype=torch.bool)}
-    plain, bounded = ratio * weight, ratio.clamp(1 - clip, 1 + clip) * weight
+    plain = ratio * weight
+    bounded = plain if kind == "grpo_no_clip" else ratio.clamp(1 - clip, 1 + clip) * weight
     return -torch.minimum(plain, bounded), {"ratio": ratio.detach(), "clipped": bounded < plain}
 
 
@@ -350,11 +348,12 @@ class Learner:
 
     def __init__(self, model, config: AlignConfig, total_steps: int):
         self.model, self.config, self.total_steps, self.done = model.train(), config, total_steps, 0
-        self.optimizers = [AdamW(model.parameters(), config.lr, (0.9, 0.95), weight_decay=config.weight_decay)]
-        if config.muon_lr:
-            hidden = {name: p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("layers.")}
-            rest = [p for name, p in model.named_parameters() if name not in hidden]
-            self.optimizers = [AdamW(rest, config.lr, (0.9, 0.95)), Muon(hidden.values(), config.muon_lr)]
+        hidden, rest = [], []
+        for name, p in model.named_parameters():
+            (hidden if config.muon_lr and p.dim() == 2 and name.startswith("layers.") else rest).append(p)
+        self.optimizers = [AdamW(rest, config.lr, (0.9, 0.95), weight_decay=config.weight_decay)]
+        if hidden:
+            self.optimizers.append(Muon(hidden, config.muon_lr))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["peak_lr"] = group["lr"]
@@ -666,8 +665,7 @@ def add_tokens(model, tokenizer, tokens) -> tuple:
         tokenizer.save(path)
         layout = json.loads(path.read_text(encoding="utf-8"))
         fresh = [token for token in tokens if token not in tokenizer.special_tokens]
-        no = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        layout["added_tokens"] += [{"id": i, "content": token, "special": True} | no
+        layout["added_tokens"] += [{"id": i, "content": token, "special": True}
                                    for i, token in enumerate(fresh, tokenizer.vocab_size)]
         path.write_text(json.dumps(layout, ensure_ascii=False), encoding="utf-8")
         grown = bpe.Tokenizer.load(path)
@@ -830,8 +828,9 @@ def base_text(tasks: list[dict], pick: random.Random) -> list[str]:
 
 SHAPE = dict(context_length=96, d_model=64, n_layers=3, n_heads=4, qk_norm=True)
 STAGES = {
-    "base": dict(steps=1500, batch_size=64, micro_batch_size=64, lr=3e-3, muon_lr=0.02, warmup_steps=20, log_every=100),
-    "sft": dict(steps=300, batch_size=32, lr=3e-3, muon_lr=0.01, warmup_steps=5, log_every=10),
+    "base": dict(steps=1500, batch_size=64, micro_batch_size=64, lr=3e-3, muon_lr=0.02, weight_decay=0.01,
+                 warmup_steps=20, log_every=100),
+    "sft": dict(steps=300, batch_size=32, lr=3e-3, muon_lr=0.01, weight_decay=0.01, warmup_steps=5, log_every=10),
     "dpo": dict(steps=120, batch_size=32, micro_batch_size=64, lr=5e-4, beta=0.3, log_every=10),
     "grpo": dict(steps=60, prompts_per_step=32, group_size=8, batch_size=128, micro_batch_size=128, lr=1e-3,
                  max_new_tokens=56, log_every=5)}
@@ -981,10 +980,9 @@ def report(figures: dict) -> str:
 
 def plot(folder, table: dict) -> None:
     """Learning curves of all stages to FOLDER/curves.png, from their logs."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(17, 4), layout="constrained")
+    axes = figure.subplots(1, 4)
     for axis, label, curves in zip(axes, ("nats a token", "share, or nats", "share of answers", "tokens an answer"), (
             {"base": ["loss"], "sft": ["loss"]}, {"dpo": ["val_accuracy", "val_margin", "val_loss"]},
             {"grpo": ["reward", "format_reward", "groups_without_variance", "clip_fraction"]}, {"grpo": ["length"]})):
@@ -997,7 +995,6 @@ def plot(folder, table: dict) -> None:
         axis.legend(fontsize=8)
     figure.suptitle(f"python align.py --out_dir={folder}", fontsize=9)
     figure.savefig(Path(folder) / "curves.png", dpi=100)
-    plt.close(figure)
 
 
 USAGE = """usage: python align.py [--out_dir= --seed=]                                  the embedded experiment

@@ -1,7 +1,8 @@
 """Train on many ranks: data (DDP), optimizer state (ZeRO-1), weights (FSDP) or matrices (tensor parallel) divided.
 
-torch.distributed carries the bytes (gloo on CPUs, NCCL on CUDA) and torchrun starts the processes. What is sent, when
-and why is written here. A rank is one process with one device; all ranks run the same program.
+torch.distributed carries the bytes (gloo on CPUs, NCCL on CUDA), torchrun starts the processes; what is sent, when and
+why is written here. A rank is one process with one device; all run the same program and end with the weights that one
+process would have got, up to rounding.
 
     strategy            a rank holds                                  a step sends per rank, N = bytes of weights
     DDP                 everything                                    2 N (W-1)/W     all-reduce of gradients
@@ -9,11 +10,9 @@ and why is written here. A rank is one process with one device; all ranks run th
     FSDP                1/W of weights, gradients and state           3 N (W-1)/W     gather twice, reduce-scatter once
     tensor parallel     1/W of every matrix, all of the batch         4 all-reduces of (B, T, C) a block
 
-All give the weights that one process would have got, up to rounding: `test_all.py` holds each against that. Gradients
-are averaged; where ranks hold unequal numbers of tokens, scale each loss by its share of them times W.
-
-Left out: pipelines, sequence parallelism, making a model that fits no single host (weights are made whole, then cut),
-buffers that change in training (sent once, at the start), hiding ZeRO-1's broadcast behind the next forward.
+Gradients are averaged; where ranks hold unequal numbers of tokens, scale each loss by its share of them times W.
+Left out: pipelines, sequence parallelism, models that fit no single host (weights are made whole, then cut), buffers
+that change in training.
 
 Papers: Li 2020 (DDP, 2006.15704), Rajbhandari 2019 (ZeRO, 1910.02054), Zhao 2023 (FSDP, 2304.11277),
 Shoeybi 2019 (Megatron-LM, 1909.08053), Thakur 2005 (ring collectives, doi 10.1177/1094342005051521).
@@ -66,8 +65,8 @@ def start(device: str | None = None, timeout_s: float = 600.0) -> torch.device:
 def ending():
     """Around the whole of a rank's work: a failure ends all ranks, with this rank's traceback, and nothing hangs.
 
-    The failed process must go at once, and not wait at exit for peers that wait for it: then torchrun sees it and ends
-    the others, and without torchrun their connections break. KeyboardInterrupt and SystemExit pass.
+    The failed process must go at once, not wait at exit for peers that wait for it: then torchrun ends the others.
+    KeyboardInterrupt and SystemExit pass.
     """
     try:
         yield
@@ -101,8 +100,8 @@ Mesh = namedtuple("Mesh", "dp tp dp_rank tp_rank")     # this rank's groups in a
 def make_mesh(dp: int, tp: int) -> Mesh:
     """A dp x tp table over all ranks. Every rank must call it.
 
-    Rank = dp_rank · tp + tp_rank: neighbours share a tensor-parallel group, because that one sends most (four
-    activations a block, with nothing to hide them behind) and neighbours sit in one host, on its fastest links.
+    Rank = dp_rank · tp + tp_rank: neighbours sit in one host, on its fastest links, and so share a tensor-parallel
+    group, which sends most (four activations a block) and has nothing to hide it behind.
     Raises ValueError when dp · tp is not the number of ranks.
     """
     rank, size = world()
@@ -160,8 +159,8 @@ def all_gather(out: torch.Tensor, x: torch.Tensor, group=None):
 def exchange(out: torch.Tensor, x: torch.Tensor, group=None):
     """Give rank r the r-th of W equal parts of x and put what it gives into the r-th part of `out`; returns the work.
 
-    With a sum over the W parts this is a reduce-scatter. It sends what a ring sends, N (W-1)/W, but the sum is ours: in
-    float32 when float16 travels, and always in the same order. (gloo's own is a whole all-reduce: twice the bytes.)
+    With a sum over the W parts this is a reduce-scatter: a ring's bytes, N (W-1)/W, but the sum is ours, in float32
+    when float16 travels and always in the same order. (gloo's own is a whole all-reduce: twice the bytes.)
     """
     if world(group)[1] == 1:
         out.copy_(x.reshape(out.shape))
@@ -184,8 +183,8 @@ def broadcast(tensors, group=None) -> None:
 class Cut:
     """One division of a tensor of `length` along `dim` among the ranks of a group: ceil(length / W) each.
 
-    The last ranks may get less, or nothing. A parameter that was divided keeps its cuts in `.cuts`, in order: state
-    dicts, optimizer states and the gradient's norm follow from it, whoever did the cutting.
+    The last ranks may get less, or nothing. A divided parameter keeps its cuts in `.cuts`, in order: state dicts,
+    optimizer states and the gradient's norm follow from them.
     """
 
     def __init__(self, dim: int, length: int, group=None):
@@ -276,8 +275,8 @@ def take_optimizer_state(optimizer, state: dict) -> dict:
 def clip_grad_norm(params, max_norm: float, eps: float = 1e-6) -> torch.Tensor:
     """optim.clip_grad_norm where parameters may be divided: the norm is that of the whole gradient, on every rank.
 
-    Squares are summed over the ranks that share a parameter, once per set of groups; a replicated one counts once.
-    Collective. Returns the norm before clipping, a float32 scalar tensor.
+    Squares are summed over the ranks that share a parameter; a replicated one counts once. Collective. Returns the norm
+    before clipping, a float32 scalar tensor.
     """
     grads = {}
     for p in params:       # ranks must agree on the collectives: one whose part has no gradient takes part with 0
@@ -303,17 +302,14 @@ class Bucket:
     """
 
     def __init__(self, params):
-        self.params, self.ready, self.work, self.buffer = params, set(), None, None
+        self.params, self.ready, self.work = params, set(), None
         # float16 and bfloat16 gradients travel in float32: a sum over many ranks would lose their few digits.
         self.dtype = torch.promote_types(params[0].dtype, torch.float32)
-
-    def open(self) -> None:
-        """Make the buffer, once: `.grad` will be views of it, so it is all the memory that gradients take."""
-        if self.buffer is None:
-            sizes = [p.numel() for p in self.params] + [len(self.params)]
-            self.buffer = torch.empty(sum(sizes), dtype=self.dtype, device=self.params[0].device)
-            *views, self.counts = self.buffer.split(sizes)
-            self.views = {p: view.view(p.shape) for p, view in zip(self.params, views)}
+        # `.grad` will be views of the buffer, so it is all the memory that gradients take.
+        sizes = [p.numel() for p in params] + [len(params)]
+        self.buffer = torch.empty(sum(sizes), dtype=self.dtype, device=params[0].device)
+        *views, self.counts = self.buffer.split(sizes)
+        self.views = {p: view.view(p.shape) for p, view in zip(params, views)}
 
     def complete(self) -> bool:
         """Every gradient is here."""
@@ -321,7 +317,6 @@ class Bucket:
 
     def take(self, p, scale: float) -> None:
         """Move p's gradient, times scale, into the buffer: its own memory is free again at once."""
-        self.open()
         if p.grad.dtype == self.dtype:
             torch.mul(p.grad, scale, out=self.views[p])
         else:
@@ -333,9 +328,9 @@ class Bucket:
 class GradientAverage:
     """The mean over ranks of the gradients of `params`, by one all-reduce per bucket of up to bucket_bytes.
 
-    overlap: send a bucket as soon as backward has filled it, and not only in `finish`. Buckets are filled from the last
-    parameter to the first, as backward comes by them, and are sent in that order on every rank: collectives are matched
-    by order alone, and ranks whose backward runs differently (an unused layer) must not pair different buckets.
+    overlap: send a bucket as soon as backward has filled it, and not only in `finish`. Buckets are filled and sent from
+    the last parameter to the first, as backward comes by them, on every rank: collectives are matched by order alone,
+    and ranks whose backward runs differently (an unused layer) must not pair different buckets.
     """
 
     def __init__(self, params, group, bucket_bytes: float, overlap: bool, one_by_one: bool = False):
@@ -348,8 +343,8 @@ class GradientAverage:
                 filled, kind = 0, (p.dtype, p.device)
             parts[-1].append(p)
             filled += p.nbytes
-        self.buckets = [Bucket(part) for part in parts]
-        if overlap and self.size > 1:
+        self.buckets = [Bucket(part) for part in parts] if self.size > 1 else []
+        if overlap:
             for bucket in self.buckets:
                 for p in bucket.params:
                     p.register_post_accumulate_grad_hook(lambda p, bucket=bucket: self._arrived(p, bucket))
@@ -365,7 +360,6 @@ class GradientAverage:
 
     def _send(self) -> None:
         bucket, self.sent = self.buckets[self.sent], self.sent + 1
-        bucket.open()
         bucket.counts.fill_(1)
         for i, p in enumerate(bucket.params):
             if p not in bucket.ready and p.grad is not None:
@@ -379,8 +373,6 @@ class GradientAverage:
 
     def finish(self) -> None:
         """Send what has not gone yet, wait for all, and hand the means to `.grad`."""
-        if self.size == 1:
-            return
         while self.sent < len(self.buckets):
             self._send()
         for bucket in self.buckets:
@@ -425,7 +417,6 @@ class DDP(nn.Module):
         self.average = GradientAverage(trained, group, size, mode in ("overlapped", "bucketed"), mode == "naive")
 
     def forward(self, *args, **kwargs):
-        """The module's own."""
         return self.module(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -449,10 +440,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         optimizer = ShardedOptimizer(model.parameters(), AdamW, lr=1e-3)
 
-    Whole parameters go to ranks, largest first, each to the rank that has least: so Muon, which needs whole matrices,
-    works as well as AdamW, and its matrix products are divided with the state. `param_groups` is the complete one: what
-    is set there (a learning rate) holds for every rank's part. Gradients must be averaged already (DDP).
-    Source: 1910.02054, section 5.1 (there in equal flat slices).
+    Whole parameters go to ranks, largest first, each to the rank that has least: so Muon works, which needs whole
+    matrices, and its products are divided too. `param_groups` is complete: what is set there (a learning rate) holds on
+    every rank. Gradients must be averaged already (DDP). Source: 1910.02054, section 5.1 (there in equal flat slices).
     """
 
     def __init__(self, params, optimizer_cls, group=None, **kwargs):
@@ -482,10 +472,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 self.local.state.pop(p, None)                  # Adagrad makes its state at once, for all
         mine["params"] = [p for p in group["params"] if self.owner[p] == self.rank]
 
-    def _share_settings(self) -> None:
-        for group, mine in zip(self.param_groups, self.local.param_groups):
-            mine.update(settings(group))
-
     @torch.no_grad()
     def step(self, closure=None):
         """Step the own part, then bring everybody's parameters up to date. Collective. Returns the closure's loss."""
@@ -493,7 +479,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._share_settings()
+        for group, mine in zip(self.param_groups, self.local.param_groups):
+            mine.update(settings(group))
         self.local.step()
         works = [send("broadcast", dist.broadcast, as_bytes(p), group=self.group, group_src=owner)
                  for p, owner in self.owner.items() if p.requires_grad and p.numel()]
@@ -538,9 +525,8 @@ def settings(group: dict) -> dict:
 class Unit:
     """Matrices that are gathered, used and given up together: a block's, or those of one module outside the blocks.
 
-    The parameters themselves are this rank's rows. While the module runs, it has `fulls` in their place, parameters
-    whose memory is given back after use (their storage is cut to 0 bytes) and filled again for backward: what autograd
-    kept of them points to the same storage.
+    The parameters themselves are this rank's rows. While a module runs, it has `fulls` in their place, whose storage is
+    cut to 0 bytes after use and filled again for backward: what autograd kept of them points to it.
     """
 
     def __init__(self, group, dtype):
@@ -548,7 +534,8 @@ class Unit:
         self.slots, self.casts = [], []             # places in modules: (module, name, parameter)
         self.fulls, self.flats = {}, {}             # by parameter: what the module sees; its memory, in W equal parts
         self.works, self.whole = None, False        # being gathered; gathered
-        self.calls, self.in_backward, self.lookup = 0, False, True
+        self.calls, self.in_backward, self.sent = 0, False, False       # calls: forwards whose backward is to come
+        self.lookup = True                          # of tables alone: their backward does not read them
 
     def add(self, module) -> None:
         """Cut all matrices of `module`."""
@@ -556,7 +543,6 @@ class Unit:
             own = {name: p for name, p in owner._parameters.items() if p is not None}
             if not any(p.dim() > 1 for p in own.values()):
                 continue
-            # Backward of a table lookup needs the gradient only, not the table.
             self.lookup &= type(owner).__name__ == "Embedding"                     # torch's and model.py's
             for name, p in own.items():
                 if p.dim() > 1:
@@ -613,24 +599,6 @@ class Unit:
             owner._parameters[name] = p.to(self.dtype) if inside else p
 
 
-class Order:
-    """The order in which units came last time, to know which one comes next."""
-
-    def __init__(self):
-        self.last, self.now = [], []
-
-    def restart(self) -> None:
-        """From the first one again."""
-        if self.now:
-            self.last, self.now = self.now, []
-
-    def after(self, unit):
-        """Note that `unit` runs now; the one that ran after it last time, or None."""
-        self.now.append(unit)
-        n = len(self.now)
-        return self.last[n] if n < len(self.last) and self.last[n - 1] is unit else None
-
-
 class FSDP(nn.Module):
     """Fully sharded data parallel: each rank keeps 1/W of every matrix, of its gradient and of its optimizer state.
 
@@ -642,13 +610,12 @@ class FSDP(nn.Module):
     compute_dtype: what travels and what the matrices compute in (float16, bfloat16); the parts stay as they are, and
     gradients are summed in float32.
 
-    A unit (one entry of a ModuleList, or one module outside them) is gathered before its forward, while the unit before
-    it still computes, given up after it, gathered again before its backward, one ahead too; its gradients travel while
-    the next unit's backward computes. The last unit is kept: its backward comes at once. Each backward sends, so
-    micro-batches add up without more ado. Works under activation checkpointing of whole units. All ranks must run the
-    same modules in the same order. Rank 0's parameters go to all ranks here. A matrix is whole only inside the forward
-    of the module that owns it: a parent that reads `child.weight` by itself would read this rank's rows.
-    Source: 1910.02054, section 5.3; 2304.11277.
+    A unit (an entry of a ModuleList, or a module outside them) is gathered while the unit before it computes, given up
+    after its forward, and gathered again, one ahead too, for backward; its gradients travel during the next unit's
+    backward. The last unit is kept: its backward comes at once. Each backward sends, so micro-batches add up. Works
+    under activation checkpointing of whole units. All ranks must run the same modules in the same order; rank 0's
+    parameters go to all here. A matrix is whole only inside the forward of the module that owns it: a parent that reads
+    `child.weight` by itself would read this rank's rows. Source: 1910.02054, section 5.3; 2304.11277.
     """
 
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, group=None):
@@ -670,9 +637,9 @@ class FSDP(nn.Module):
             found.update((p, unit) for p in matrices)
             piece.register_forward_pre_hook(lambda _, args, unit=unit: self._before_forward(unit))
             piece.register_forward_hook(lambda _, args, output, unit=unit: self._after_forward(unit, output))
-        self.forwards, self.backwards = Order(), Order()
-        self.open, self.flushed, self.sending = [], set(), []
-        self.had_gradient = {}
+        self.order, self.ran = [], []               # units in the order of the last forward; of this one
+        self.sending, self.had_gradient = [], {}
+        module.register_forward_hook(lambda module, args, output: self._end_forward())
         vectors = [p for p in module.parameters() if p.requires_grad and p not in found]
         self.average = GradientAverage(vectors, group, math.inf, overlap=False)
 
@@ -685,7 +652,6 @@ class FSDP(nn.Module):
                 yield from cls._pieces(child, isinstance(module, nn.ModuleList))
 
     def forward(self, *args, **kwargs):
-        """The module's own."""
         return self.module(*args, **kwargs)
 
     def _restart(self) -> None:
@@ -693,15 +659,18 @@ class FSDP(nn.Module):
             if unit.in_backward:
                 self._flush(unit)
             unit.free()
-        self.forwards.restart()
-        self.backwards.restart()
+        self.ran = []
+
+    def _end_forward(self) -> None:
+        self.order = list(self.ran)
 
     def _before_forward(self, unit) -> None:
         unit.fetch()
-        # While checkpointing runs it again, backward fetches what comes next.
-        following = None if unit.in_backward else self.forwards.after(unit)
-        if following is not None:
-            following.fetch()
+        if not unit.in_backward:                    # while checkpointing runs it again, backward has fetched ahead
+            self.ran.append(unit)
+            n = len(self.ran)
+            if n < len(self.order) and self.order[:n] == self.ran:
+                self.order[n].fetch()
         unit.ready()
         unit.swap(inside=True)
 
@@ -709,34 +678,33 @@ class FSDP(nn.Module):
         unit.swap(inside=False)
         if unit.in_backward:
             return
-        last, keep = self.forwards.last, False
+        keep = False
         outputs = [x for x in torch.utils._pytree.tree_leaves(output) if torch.is_tensor(x) and x.requires_grad]
         if outputs and torch.is_grad_enabled():
             unit.calls += 1
             torch.autograd.graph.register_multi_grad_hook(outputs, lambda _: self._before_backward(unit), mode="any")
-            keep = len(self.forwards.now) == len(last) and last[-1] is unit
+            keep = self.ran == self.order
         if not keep:
             unit.free()
 
     def _before_backward(self, unit) -> None:
         unit.calls -= 1
         # Now, and not when its last gradient arrives, a unit is known to be done: this moment is the same on all ranks.
-        for other in [other for other in self.open if other is not unit and other.calls <= 0]:
-            self._flush(other)
-        if unit not in self.open:
-            self.open.append(unit)
+        for other in self.units:
+            if other.in_backward and other is not unit and other.calls <= 0:
+                self._flush(other)
         unit.in_backward = True
-        if not unit.lookup:
-            unit.fetch()
-        following = self.backwards.after(unit)
-        if following is not None and not following.lookup:
-            following.fetch()
-        if not unit.lookup:
+        while self.ran and self.ran.pop() is not unit:         # backward comes by them from the last to the first
+            pass
+        needed = [other for other in (unit, *self.ran[-1:]) if not other.lookup]
+        for other in needed:                                   # the next one is on its way while this one computes
+            other.fetch()
+        if unit in needed:
             unit.ready()
 
     def _flush(self, unit) -> None:
         """Send a unit's gradients to the ranks that own them, and give up its memory."""
-        before, self.flushed = len(self.sending), self.flushed | {unit}
+        before = len(self.sending)
         for p, full in unit.fulls.items():
             if not p.requires_grad:
                 continue
@@ -749,8 +717,7 @@ class FSDP(nn.Module):
             self.sending.append((p, exchange(parts, mine, self.group), parts, mine))
         unit.swap(inside=False)
         unit.free()
-        unit.in_backward, unit.calls = False, 0
-        self.open = [other for other in self.open if other is not unit]
+        unit.in_backward, unit.calls, unit.sent = False, 0, True
         # Those of the unit before have had this unit's backward to travel in. More in flight would hold more memory.
         for _ in range(before):
             self._receive(*self.sending.pop(0))
@@ -766,8 +733,9 @@ class FSDP(nn.Module):
     def finish_gradient_synchronization(self) -> None:
         """Call on all ranks after backward and before the step: `.grad` is then this rank's part of the mean."""
         for unit in self.units:
-            if unit in self.open or unit not in self.flushed:
+            if unit.in_backward or not unit.sent:
                 self._flush(unit)
+            unit.sent = False
         while self.sending:
             self._receive(*self.sending.pop(0))
         self.average.finish()
@@ -776,7 +744,7 @@ class FSDP(nn.Module):
         for p, flag in zip(self.had_gradient, flags):
             if not flag:
                 p.grad = None                       # no rank had one: as with one process, the optimizer skips it
-        self.had_gradient, self.flushed = {}, set()
+        self.had_gradient = {}
 
     def full_state_dict(self) -> dict:
         """The undivided module's state dict, plain names, on every rank; collective: call it on all, or it hangs."""
@@ -844,7 +812,6 @@ class Divided(nn.Module):
                 p.cuts = [*cuts_of(p), self.cut]
 
     def plus_bias(self, y):
-        """y with the bias, if there is one."""
         return y if self.bias is None else y + self.bias
 
 
@@ -861,7 +828,7 @@ class ColumnParallelLinear(Divided):
 
     def forward(self, x):
         y = self.plus_bias((CopyToRanks.apply(x, self.group) if self.copy_input else x) @ self.weight.T)
-        return GatherColumns.apply(y, Cut(y.dim() - 1, self.cut.length, self.group)) if self.gather_output else y
+        return GatherColumns.apply(y, Cut(-1, self.cut.length, self.group)) if self.gather_output else y
 
 
 class RowParallelLinear(Divided):
@@ -926,9 +893,9 @@ PLAN = {"token_embeddings": "vocabulary", "q_proj": "column", "k_proj": "column"
 def tensor_parallel(model: nn.Module, group=None, plan: dict = PLAN) -> nn.Module:
     """Divide the matrices of `model` (a Transformer) in place over the ranks of `group`, by the plan; returns it.
 
-    Attention heads are divided (the query, key and value columns of a head lie together), feed-forward columns, and
-    the vocabulary. Rank 0's weights count. `model(tokens, targets)` works as before, on the same tokens on all ranks;
-    `vocab_parallel_loss` spares the gathering of logits. Names of parameters do not change. No cache: sample elsewhere.
+    Attention heads are divided (query, key and value columns of a head lie together), feed-forward columns, and the
+    vocabulary. Rank 0's weights count. `model(tokens, targets)` works as before, on the same tokens on all ranks;
+    `vocab_parallel_loss` spares the gathering of logits. Names of parameters stay. No cache: sample elsewhere.
     Raises ValueError when heads or feed-forward widths do not divide by the number of ranks, or attention is latent.
     """
     size, c = world(group)[1], model.config
@@ -957,9 +924,9 @@ def tensor_parallel(model: nn.Module, group=None, plan: dict = PLAN) -> nn.Modul
             parent.register_forward_pre_hook(copy)         # one f for all the columns that read the same x
         if "q_proj" in styles:
             parent.config = types.SimpleNamespace(**vars(c) | heads)
-            for norm in (getattr(parent, name, None) for name in ("q_norm", "k_norm")):
-                if norm is not None:                       # a weight for all heads, of which a rank sees only its own
-                    norm.weight.register_hook(lambda grad: reduce(grad.clone(), group))
+            for norm in (parent.q_norm, parent.k_norm) if c.qk_norm else ():
+                # Its weight serves all heads, of which a rank sees only its own.
+                norm.weight.register_hook(lambda grad: reduce(grad.clone(), group))
     return model
 
 
@@ -1147,10 +1114,7 @@ def strategies(config: BenchConfig, device) -> dict:
 
 
 def live_storages() -> dict:
-    """Address -> bytes of all storages that a tensor of this process points to.
-
-    Without what lives in C++ alone, as the buckets of torch's DDP and what autograd keeps.
-    """
+    """Address -> bytes of all storages that Python's tensors point to; what C++ alone holds (autograd) is missing."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
     tensors = [getattr(x, "_local_tensor", x) for x in tensors]           # a DTensor is a cover around its part
@@ -1218,27 +1182,27 @@ def measure(config: BenchConfig, device) -> tuple[list[dict], dict]:
         finish()
         held = sum(live_storages().values()) - before
         rows.append({"name": name, "held_mb": held / 1e6, "formula_mb": formula / 1e6, "kept_mb": kept / 1e6,
-                     "kept_formula_mb": kept_formula / 1e6, "seconds": []})
+                     "kept_formula_mb": kept_formula / 1e6})
         optimizer.zero_grad()
-    for turn in range(config.steps + 1):
-        for row in rows if turn % 2 else rows[::-1]:
-            TRACE = [] if turn == config.steps else None       # one more, to look at
+    seconds = {name: [] for name in running}
+    for turn in range(config.steps):
+        for name in seconds if turn % 2 else reversed(seconds):
             dist.barrier()
-            phases = step_phases(running[row["name"]], batch)
-            if TRACE is None:
-                row["seconds"].append(phases[-1][2] - phases[0][1])
-                continue
-            time.sleep(0.05)                                   # the backend's threads note their ends a moment later
-            waits, sent = ([s for s in TRACE if (s[0] == "wait") == waiting] for waiting in (True, False))
-            traces[row["name"]] = {"computing": phases, "waiting": waits, "sending": sent}
-            busy, waited = union([s[1:] for s in sent]), sum(b - a for _, a, b in waits)
-            row |= {"sending_ms": 1000 * busy, "waiting_ms": 1000 * waited,
-                    "hidden": max(0, 1 - waited / busy) if busy else None}
-    TRACE = None
+            phases = step_phases(running[name], batch)
+            seconds[name].append(phases[-1][2] - phases[0][1])
     for row in rows:
-        seconds = sorted(row.pop("seconds"))
-        row |= {"ms": 1000 * seconds[len(seconds) // 2], "fastest_ms": 1000 * seconds[0]}
-    return rows, {row["name"]: traces[row["name"]] for row in rows}
+        name, TRACE = row["name"], []                          # one more step, to look at
+        dist.barrier()
+        phases = step_phases(running[name], batch)
+        time.sleep(0.05)                                       # the backend's threads note their ends a moment later
+        waits, sent = ([s for s in TRACE if (s[0] == "wait") == waiting] for waiting in (True, False))
+        traces[name] = {"computing": phases, "waiting": waits, "sending": sent}
+        busy, waited = union([s[1:] for s in sent]), sum(b - a for _, a, b in waits)
+        row |= {"sending_ms": 1000 * busy, "waiting_ms": 1000 * waited,
+                "hidden": max(0, 1 - waited / busy) if busy else None,
+                "ms": 1000 * sorted(seconds[name])[config.steps // 2], "fastest_ms": 1000 * min(seconds[name])}
+    TRACE = None
+    return rows, traces
 
 
 def report(config: BenchConfig, device, bandwidth, rows) -> str:
@@ -1265,14 +1229,14 @@ def report(config: BenchConfig, device, bandwidth, rows) -> str:
 
 def draw(traces: dict, path) -> None:
     """The traced step of each of our strategies on rank 0: what is computed, waited for and sent, when."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
     kinds = ("forward", "backward", "finish", "optimizer", "all-reduce", "all-gather", "reduce-scatter", "wait",
              "broadcast")
     colors = {kind: f"C{i}" for i, kind in enumerate(kinds)}
     ours = {name: trace for name, trace in traces.items() if not name.startswith("torch")}
-    figure, axes = plt.subplots(len(ours), 1, figsize=(11, 1.3 * len(ours) + 0.8), sharex=True, layout="constrained")
+    figure = Figure(figsize=(11, 1.3 * len(ours) + 0.8), layout="constrained")
+    axes = figure.subplots(len(ours), 1, sharex=True)
     for axis, (name, trace) in zip(axes, ours.items()):
         zero = trace["computing"][0][1]
         for row, spans in enumerate(trace.values()):
@@ -1280,12 +1244,11 @@ def draw(traces: dict, path) -> None:
                 span = 1000 * (a - zero), 1000 * (b - a)
                 axis.broken_barh([span], (2.1 - row, 0.8), color=colors[kind], alpha=0.8)
         axis.set(yticks=(2.5, 1.5, 0.5), yticklabels=list(trace), ylabel=name.replace(" ", "\n", 1))
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
-    figure.legend(handles, colors, ncols=9, loc="outside upper center", fontsize=8)
+    figure.legend([Patch(color=color) for color in colors.values()], colors, ncols=9, loc="outside upper center",
+                  fontsize=8)
     axes[-1].set_xlabel("ms since the step began, rank 0; torchrun --standalone "
                         f"--nproc_per_node={world()[1]} parallel.py {' '.join(sys.argv[1:])}")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main(config: BenchConfig) -> None:

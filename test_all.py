@@ -3744,6 +3744,15 @@ def test_grpo_raises_a_reward_that_can_be_had(little_base, tmp_path, monkeypatch
         assert all(line["ratio"] == pytest.approx(1, abs=1e-4) and abs(line["loss"]) < 0.2 for line in log)
 
 
+@pytest.mark.parametrize("muon_lr", [0.0, 0.01])
+def test_weight_decay_is_adamws_beside_muon_too(muon_lr):
+    model = random_model()
+    learner = align.Learner(model, align.AlignConfig(muon_lr=muon_lr, weight_decay=0.3), 10)
+    groups = [group for optimizer in learner.optimizers for group in optimizer.param_groups]
+    assert [group["weight_decay"] for group in groups] == [0.3] + [0.0] * (muon_lr > 0)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
 def test_log_probs_of_hugging_face_models_are_ours(little_base, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
