@@ -497,7 +497,7 @@ class _Merger:
     Distinct words lie end to end in one array, linked by `nxt` and `prv`, parted by the symbol -1. Two facts keep it
     small. A pair comes into being at one moment, when the later of its two symbols is made, so its places are listed
     once. And from then on it only gets rarer, so a heap of counts that are too high is enough: the top is counted
-    again when it is reached. Pairs rarer than `floor` wait outside the heap, and most never enter it.
+    again when it is reached. The pairs of one moment wait in the heap as one entry, and most never leave it.
     """
 
     def __init__(self, words, counts):
@@ -508,21 +508,9 @@ class _Merger:
         self.nxt, self.prv = np.arange(1, len(self.sym) + 1), np.arange(-1, len(self.sym) - 1)
         # Ties go to the greatest pair of byte strings, heapq gives the least: bytes upside down, and an end above all.
         self.order = [chr(255 - i) + "\u0100" for i in range(256)]
-        self.heap, self.cold, self.places = [], [], []
+        self.heap = []
         first = np.flatnonzero((self.sym[:-1] >= 0) & (self.sym[1:] >= 0))
-        keys = self.sym[first] * 256 + self.sym[first + 1]
-        by_key = np.argsort(keys.astype(np.uint16), kind="stable")
-        keys, first = keys[by_key], first[by_key]
-        starts = np.flatnonzero(np.diff(keys, prepend=-1))
-        for key, count, places in zip(keys[starts].tolist(), self._sums(first, starts), np.split(first, starts[1:])):
-            self._push(int(count), key >> 8, key & 255, places)
-        self.floor = -self.heap[0][0] if self.heap else 1
-
-    def _sums(self, places, starts):
-        return np.add.reduceat(self.freq[places], starts) if len(starts) else starts
-
-    def _push(self, count, a, b, places):
-        heapq.heappush(self.heap, (-count, self.order[a] + self.order[b], a, b, places))
+        self._add_pairs((self.sym[first] * 256 + self.sym[first + 1]).astype(np.uint16), first)    # 16 bits: radix sort
 
     def run(self, n_merges):
         """Yield up to n_merges pairs of symbols; the new symbols are 256, 257, …"""
@@ -532,27 +520,25 @@ class _Merger:
                 return
             a, b, places = pair
             self.order.append(self.order[a][:-1] + self.order[b])
-            self._merge(a, b, places, len(self.order) - 1)
+            self._merge(a, b, places)
             yield a, b
 
     def _pop(self):
-        """The pair with the largest true count, or None when there is none."""
-        while True:
-            while not self.heap or -self.heap[0][0] < self.floor:
-                if not self.heap and not self.cold:
-                    return None
-                self.floor //= 2
-                self._warm()
-            count, _, a, b, places = heapq.heappop(self.heap)
+        """(a, b, places) of the pair with the largest true count, or None when there is none."""
+        while self.heap:
+            count, order, a, b, places = heapq.heappop(self.heap)
+            if not order:
+                self._take_apart(a, b, places)
+                continue
             places = places[(self.sym[places] == a) & (self.sym[self.nxt[places]] == b)]
             now = int(self.freq[places].sum())
             if now == -count:
                 return a, b, places
             if now:
-                self._push(now, a, b, places)
+                heapq.heappush(self.heap, (-now, order, a, b, places))
 
-    def _merge(self, a, b, places, new):
-        sym, nxt, prv = self.sym, self.nxt, self.prv
+    def _merge(self, a, b, places):
+        sym, nxt, prv, new = self.sym, self.nxt, self.prv, len(self.order) - 1
         if a == b:    # in "aaa" the pairs overlap: every other one of a run, from its left
             breaks = np.flatnonzero(np.concatenate([[True], places[1:] != nxt[places[:-1]]]))
             runs = np.arange(len(places)) - np.repeat(breaks, np.diff(breaks, append=len(places)))
@@ -562,40 +548,36 @@ class _Merger:
         sym[places], sym[second] = new, -2
         nxt[places], prv[after] = after, places
         before = prv[places]
-        left, right = sym[before], sym[after]
-        # New neighbours: (left, new) gets an even key, (new, right) an odd one. (new, new) is seen once, from its left.
-        keys = np.concatenate([left * 2, right * 2 + 1])
+        left, right = sym[before].astype(np.int64), sym[after].astype(np.int64)
+        # New neighbours: (left, new) and (new, right); (new, new) is seen once, from its left.
+        keys = np.concatenate([left * len(self.order) + new, new * len(self.order) + right])
         where = np.concatenate([before, places])
         keep = np.concatenate([(left >= 0) & (left != new), right >= 0])
-        keys, where = keys[keep], where[keep]
+        self._add_pairs(keys[keep], where[keep])
+
+    def _add_pairs(self, keys, where):
+        """List the places of new pairs; the key of (a, b) is a · (number of symbols) + b."""
         if not len(keys):
             return
         by_key = np.argsort(keys, kind="stable")
         keys, where = keys[by_key], where[by_key]
         starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-        counts, keys, ends = self._sums(where, starts), keys[starts], np.append(starts[1:], len(where))
-        hot = counts >= self.floor
-        for i in np.flatnonzero(hot).tolist():
-            self._arrive(int(counts[i]), int(keys[i]), new, where[starts[i]:ends[i]])
-        if not hot.all():
-            cold = ~hot
-            self.cold.append((keys[cold], counts[cold], starts[cold], ends[cold],
-                              np.full(cold.sum(), len(self.places))))
-            self.places.append((new, where))
+        ends = np.append(starts[1:], len(where))
+        counts = np.add.reduceat(self.freq[where], starts)
+        self._wait(len(self.order), where, np.stack([counts, keys[starts], starts, ends]))
 
-    def _arrive(self, count, key, new, places):
-        self._push(count, *((new, key >> 1) if key & 1 else (key >> 1, new)), places)
+    def _wait(self, n_symbols, where, table):
+        # Without an order it comes before the pairs of its largest count, and is taken apart in time.
+        heapq.heappush(self.heap, (-int(table[0].max()), "", n_symbols, where, table))
 
-    def _warm(self):
-        """Move the waiting pairs that reach the floor into the heap."""
-        if not self.cold:
-            return
-        columns = [np.concatenate(column) for column in zip(*self.cold)]
-        hot = columns[1] >= self.floor
-        for key, count, start, end, batch in zip(*(c[hot].tolist() for c in columns)):
-            new, where = self.places[batch]
-            self._arrive(count, key, new, where[start:end])
-        self.cold = [] if hot.all() else [tuple(c[~hot] for c in columns)]
+    def _take_apart(self, n_symbols, where, table):
+        """Put the pairs that have half the largest count into the heap by themselves; the others wait on."""
+        often = 2 * table[0] >= table[0].max()
+        for count, key, start, end in table[:, often].T.tolist():
+            a, b = divmod(key, n_symbols)
+            heapq.heappush(self.heap, (-count, self.order[a] + self.order[b], a, b, where[start:end]))
+        if not often.all():
+            self._wait(n_symbols, where, table[:, ~often])
 
 
 # --- the tokenizer ---
