@@ -561,6 +561,7 @@ class _Merger:
             return
         by_key = np.argsort(keys, kind="stable")
         keys, where = keys[by_key], where[by_key]
+        del by_key    # at first as large as the words
         starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
         ends = np.append(starts[1:], len(where))
         counts = np.add.reduceat(self.freq[where], starts)
