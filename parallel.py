@@ -276,7 +276,7 @@ def clip_grad_norm(params, max_norm: float, eps: float = 1e-6) -> torch.Tensor:
     """optim.clip_grad_norm where parameters may be divided: the norm is that of the whole gradient, on every rank.
 
     Squares are summed over the ranks that share a parameter; a replicated one counts once. Collective. Returns the norm
-    before clipping, a float32 scalar tensor.
+    before clipping, a float32 scalar tensor; where it is not finite the gradients stay as they are.
     """
     grads = {}
     for p in params:       # ranks must agree on the collectives: one whose part has no gradient takes part with 0
@@ -288,8 +288,9 @@ def clip_grad_norm(params, max_norm: float, eps: float = 1e-6) -> torch.Tensor:
         for group in groups:
             reduce(squares[-1], group)
     norm = torch.stack([square.to(squares[-1].device) for square in squares]).sum().sqrt()
+    factor = torch.where(norm.isfinite(), torch.clamp(max_norm / (norm + eps), max=1.0), 1.0)
     for same in grads.values():
-        torch._foreach_mul_(same, torch.clamp(max_norm / (norm + eps), max=1.0))
+        torch._foreach_mul_(same, factor)
     return norm
 
 

@@ -383,9 +383,9 @@ class Run:
         self.flops_per_token = accounting.flops_per_token(self.model.config, config.context_length, True)["total"]
         # From here on self.model may hold only this rank's part.
         self.strategy.divide(self.model, None if self.dtype == "float32" else DTYPES[self.dtype])
-        self.cut = config.parallel == "fsdp" or config.tp > 1
         self.optimizers = make_optimizers(self.model, config, self.strategy.optimizer)
-        use_compile = self.device.startswith("cuda") and not self.cut if config.compile is None else config.compile
+        cut = config.parallel == "fsdp" or config.tp > 1
+        use_compile = self.device.startswith("cuda") and not cut if config.compile is None else config.compile
         self.forward = torch.compile(self.model) if use_compile else self.model
         self.sequences = config.batch_tokens // config.context_length
         self.loader = Loader(self.splits["train"], config, self.sequences, self.device)
@@ -441,8 +441,7 @@ class Run:
         loss = self.strategy.mean(loss)
         if self.loss_scale != 1:
             torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / self.loss_scale)
-        clip = parallel.clip_grad_norm if self.cut else optim.clip_grad_norm
-        norm = clip(self.model.parameters(), config.grad_clip)
+        norm = optim.clip_grad_norm(self.model.parameters(), config.grad_clip)
         self.step += 1
         # Asking waits for the device, once a step; in return a bad step is known before it has touched a weight.
         if self.is_good(loss.item(), norm.item(), config.lr * factor):
