@@ -6,15 +6,12 @@ only by moving fewer bytes: that is all that fusing means. A matrix product reus
 bound by arithmetic. Attention is a matrix product, a softmax and another product, and the T x T matrix between them
 would make it wait for memory; FlashAttention keeps that matrix on the chip, a tile at a time.
 
-In reading order: matmul (tiles, L2 grouping, autotuning: the lesson), FlashAttention-2 in plain PyTorch, then in
-Triton, RMSNorm, SwiGLU, RoPE, softmax, cross entropy, the linear layer fused with it, attention to a cache for one new
-token, and the int8 matrix-vector product of quantised decoding. Below them the table and the benchmarks.
+Read matmul first (tiles, L2 grouping, autotuning: the lesson), then FlashAttention-2 in plain PyTorch, then in Triton.
 
 Where they run: on CUDA; on the CPU through Triton's interpreter when TRITON_INTERPRET=1 is set before this file is
 imported (slow, exact, for tests); elsewhere the PyTorch reference takes over and says so in one line.
 
-Left out: dropout, arbitrary masks and biases, second derivatives, fp8, and TMA or warp specialisation, which are
-Hopper's own and would hide the algorithm.
+Left out: dropout, arbitrary masks, second derivatives, fp8, and Hopper's own TMA, which would hide the algorithm.
 
 Papers: FlashAttention 2205.14135, FlashAttention-2 2307.08691, online softmax 1805.02867, RMSNorm 1910.07467,
 SwiGLU 2002.05202, RoPE 2104.09864, chunked linear cross entropy 2410.10989 (Liger), split-K decoding 2311.01282.
@@ -31,7 +28,7 @@ import sys
 import torch
 from torch import Tensor
 
-if __name__ == "__main__" and not torch.cuda.is_available():
+if __name__ == "__main__" and sys.argv[1:2] != ["profile"] and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")     # read when a kernel is decorated, hence before the import
 try:
     import triton
@@ -86,7 +83,7 @@ def announce(reason: str) -> None:
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether x goes to a kernel. Says once, in one line, why it does not; float64 never does."""
+    """Whether x goes to a kernel; says once why it does not. float64 never does."""
     if x.dtype == torch.float64:
         return False
     if triton is not None and (x.is_cuda or INTERPRET):
@@ -233,10 +230,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 # --- FlashAttention-2 in PyTorch: the algorithm to read ---
 
 def attention_reference(q, k, v, is_causal=False, window=None):
-    """softmax(q kᵀ / √D) v with the whole score matrix in memory: what the tiled versions must equal.
-
-    q (..., H, Tq, D), k and v (..., K, Tk, D), H a multiple of K. The diagonal ends in the bottom right corner.
-    """
+    """softmax(q kᵀ / √D) v with the whole score matrix in memory: what the tiled versions must equal."""
     group = check_attention(q, k, v, is_causal, window)
     if group > 1:
         k, v = k.repeat_interleave(group, dim=-3), v.repeat_interleave(group, dim=-3)
@@ -349,7 +343,8 @@ class FlashAttentionPyTorch(torch.autograd.Function):
     """o (..., Tq, D) = softmax(q kᵀ / √D) v by tiles, in plain PyTorch; see flash_forward_tiled.
 
     apply(q, k, v, is_causal=False, window=None): q (..., Tq, D); k and v (..., Tk, D) with q's leading dimensions, or
-    with a divisor of the last of them (grouped queries). window=w: a query sees itself and the w-1 keys before it.
+    with a divisor of the last of them (grouped queries). Causal: query i sees the keys up to i + Tk - Tq (the diagonal
+    ends bottom right), with window=w only the last w of those; a query that sees none gives zeros.
     """
 
     @staticmethod
@@ -409,9 +404,9 @@ def _part(part: constexpr, lo, a, b, hi):
 
 
 @jit
-def _base2(lse, index, count, CHECK: constexpr):
+def _base2(lse, index, count):
     """L in base 2 for a tile of queries; 0 for a row that saw no key, so that exp2(-inf - L) is 0 and not NaN."""
-    row = tl.load(lse + index, mask=index < count, other=0.0) if CHECK else tl.load(lse + index)
+    row = tl.load(lse + index, mask=index < count, other=0.0)
     return tl.where(row == -float("inf"), 0.0, row) * LOG2E
 
 
@@ -458,15 +453,43 @@ def _flash_forward(q, k, v, o, lse, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk,
     tl.store(lse + row * Tq + query, (m + tl.log2(l_safe)) / LOG2E, mask=query < Tq)
 
 
+@autotuned(FLASH_KEY, {"BLOCK_Q": 64, "BLOCK_K": 32}, QUERY_TILES)
 @jit(do_not_specialize=NOT_SPECIALIZED)
-def _flash_delta(o, do, delta, q_b, q_h, q_t, heads, Tq, D: constexpr, D_PAD: constexpr, BLOCK_Q: constexpr):
-    """delta (B, H, Tq) = rowsum(dO ∘ O) = rowsum(dP ∘ P): what the softmax's gradient subtracts from each row of dP."""
-    blocks = tl.cdiv(Tq, BLOCK_Q)
-    q0, row = tl.program_id(0) % blocks * BLOCK_Q, (tl.program_id(0) // blocks).to(tl.int64)
-    q_offset, query = row // heads * q_b + row % heads * q_h, q0 + tl.arange(0, BLOCK_Q)
-    o_tile = _tile(o + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, True).to(tl.float32)
-    do_tile = _tile(do + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, True).to(tl.float32)
-    tl.store(delta + row * Tq + query, tl.sum(o_tile * do_tile, axis=1), mask=query < Tq)
+def _flash_backward_queries(q, k, v, o, do, lse, delta, dq, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk, window, scale,
+                            T_BUCKET: constexpr, GROUP: constexpr, D: constexpr, D_PAD: constexpr, CAUSAL: constexpr,
+                            WINDOW: constexpr, PRECISION: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
+    """One program: dQ = dS K / √D of BLOCK_Q queries of one head; walks over the keys as the forward pass does.
+
+    Also delta (B, H, Tq) = rowsum(dO ∘ O) = rowsum(dP ∘ P), which the softmax's gradient subtracts from each row of dP,
+    and which the kernel for the keys needs: so this one runs first.
+    """
+    blocks, pid = tl.cdiv(Tq, BLOCK_Q), tl.program_id(0)
+    q0 = (blocks - 1 - pid % blocks) * BLOCK_Q
+    row = (pid // blocks).to(tl.int64)
+    q_offset = row // heads * q_b + row % heads * q_h
+    k_offset = row // heads * k_b + row % heads // GROUP * k_h
+    q_tile = _tile(q + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, True)
+    do_tile = _tile(do + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, True)
+    query, shift = q0 + tl.arange(0, BLOCK_Q), Tk - Tq
+    row_lse = _base2(lse + row * Tq, query, Tq)
+    o_tile = _tile(o + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, True)
+    row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), axis=1)
+    tl.store(delta + row * Tq + query, row_delta, mask=query < Tq)
+    dq_tile = tl.zeros((BLOCK_Q, D_PAD), tl.float32)
+    lo, a, b, hi = _key_range(q0, Tk, shift, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_K)
+    for part in tl.static_range(0 if WINDOW else 1, 3):
+        first, last = _part(part, lo, a, b, hi)
+        for k0 in range(first, last, BLOCK_K):
+            k_tile = _tile(k + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, part != 1)
+            s = _dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRECISION)
+            if part != 1:
+                key = k0 + tl.arange(0, BLOCK_K)
+                s = tl.where(_seen(query[:, None], key[None, :], Tk, shift, window, CAUSAL, WINDOW), s, -float("inf"))
+            p = tl.exp2(s * scale - row_lse[:, None])
+            v_tile = _tile(v + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, part != 1)
+            dp = _dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRECISION)
+            dq_tile = _dot((p * (dp - row_delta[:, None])).to(k_tile.dtype), k_tile, dq_tile, PRECISION)
+    _put(dq + q_offset, q0, q_t, Tq, dq_tile * (scale / LOG2E), BLOCK_Q, D, D_PAD)
 
 
 @autotuned(FLASH_KEY, {"BLOCK_Q": 32, "BLOCK_K": 64}, KEY_TILES)
@@ -512,7 +535,7 @@ def _flash_backward_keys(q, k, v, do, lse, delta, dk, dv, q_b, q_h, q_t, k_b, k_
                     # Queries past the end need no mask: their rows of q and dO are zero.
                     seen = _seen(query[None, :], key[:, None], Tk, shift, window, CAUSAL, WINDOW)
                     s = tl.where(seen, s, -float("inf"))
-                p = tl.exp2(s * scale - _base2(lse + first, query, Tq, part != 1)[None, :])
+                p = tl.exp2(s * scale - _base2(lse + first, query, Tq)[None, :])
                 do_tile = _tile(do + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, part != 1)
                 dv_tile = _dot(p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
                 dp = _dot(v_tile, tl.trans(do_tile), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), PRECISION)
@@ -522,52 +545,15 @@ def _flash_backward_keys(q, k, v, do, lse, delta, dk, dv, q_b, q_h, q_t, k_b, k_
     _put(dv + k_offset, k0, k_t, Tk, dv_tile, BLOCK_K, D, D_PAD)
 
 
-@autotuned(FLASH_KEY, {"BLOCK_Q": 64, "BLOCK_K": 32}, QUERY_TILES)
-@jit(do_not_specialize=NOT_SPECIALIZED)
-def _flash_backward_queries(q, k, v, do, lse, delta, dq, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk, window, scale,
-                            T_BUCKET: constexpr, GROUP: constexpr, D: constexpr, D_PAD: constexpr, CAUSAL: constexpr,
-                            WINDOW: constexpr, PRECISION: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
-    """One program: dQ = dS K / √D of BLOCK_Q queries of one head; walks over the keys as the forward pass does."""
-    blocks, pid = tl.cdiv(Tq, BLOCK_Q), tl.program_id(0)
-    q0 = (blocks - 1 - pid % blocks) * BLOCK_Q
-    row = (pid // blocks).to(tl.int64)
-    q_offset = row // heads * q_b + row % heads * q_h
-    k_offset = row // heads * k_b + row % heads // GROUP * k_h
-    q_tile = _tile(q + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, True)
-    do_tile = _tile(do + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, True)
-    query, shift = q0 + tl.arange(0, BLOCK_Q), Tk - Tq
-    row_lse = _base2(lse + row * Tq, query, Tq, True)
-    row_delta = tl.load(delta + row * Tq + query, mask=query < Tq, other=0.0)
-    dq_tile = tl.zeros((BLOCK_Q, D_PAD), tl.float32)
-    lo, a, b, hi = _key_range(q0, Tk, shift, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_K)
-    for part in tl.static_range(0 if WINDOW else 1, 3):
-        first, last = _part(part, lo, a, b, hi)
-        for k0 in range(first, last, BLOCK_K):
-            k_tile = _tile(k + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, part != 1)
-            s = _dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRECISION)
-            if part != 1:
-                key = k0 + tl.arange(0, BLOCK_K)
-                s = tl.where(_seen(query[:, None], key[None, :], Tk, shift, window, CAUSAL, WINDOW), s, -float("inf"))
-            p = tl.exp2(s * scale - row_lse[:, None])
-            v_tile = _tile(v + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, part != 1)
-            dp = _dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRECISION)
-            dq_tile = _dot((p * (dp - row_delta[:, None])).to(k_tile.dtype), k_tile, dq_tile, PRECISION)
-    _put(dq + q_offset, q0, q_t, Tq, dq_tile * (scale / LOG2E), BLOCK_Q, D, D_PAD)
+def as_heads(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """x (..., T, D) as (B, H, T, D) with the strides of `like`, or dense when that is not given, D contiguous.
 
-
-def four(x: Tensor) -> Tensor:
-    """x (..., T, D) as (B, H, T, D) with the last dimension contiguous; a view whenever the strides allow."""
-    x = x.reshape(-1, *((1,) * (3 - x.dim()) + x.shape[-3:]))
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def laid_out(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """x with the strides of `like`, or without holes when that is not given; copied only when it differs.
-
-    In practice nothing is: q, k and v are projections (B, T, H, D) seen as (B, H, T, D), and so are their gradients.
+    Copied only where it differs. In practice nothing is: q, k and v are projections (B, T, H, D) seen as (B, H, T, D),
+    and so are their gradients.
     """
-    if like is None:
-        like = torch.empty_like(x, device="meta")
+    x = x.reshape(-1, *((1,) * (3 - x.dim()) + x.shape[-3:]))
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    like = torch.empty_like(x, device="meta") if like is None else like
     if x.stride() == like.stride():
         return x
     return torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
@@ -587,10 +573,8 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int 
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     if not q.numel() or not k.numel():
         return torch.zeros_like(q), lse.fill_(-math.inf)
-    q4, k4, v4 = laid_out(four(q)), four(k), four(v)
-    if k4.stride() != v4.stride():                     # a slice of a cache stays where it is: there the two agree
-        k4 = laid_out(k4)
-        v4 = laid_out(v4, k4)
+    q4, k4 = as_heads(q), as_heads(k)
+    v4 = as_heads(v, k4)
     o4, (sizes, constants) = torch.empty_like(q4), flash_arguments(q4, k4, is_causal, window)
     B, H, Tq, _ = q4.shape
     launch(_flash_forward, lambda tile: (-(-Tq // tile["BLOCK_Q"]) * B * H,), q, q4, k4, v4, o4, lse, *sizes,
@@ -601,29 +585,24 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int 
 @opaque
 def flash_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, is_causal: bool,
                    window: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) from the delta kernel, the key kernel and the query kernel."""
+    """(dq, dk, dv) from the query kernel and then the key kernel."""
     if not q.numel() or not k.numel():
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    q4, k4 = laid_out(four(q)), laid_out(four(k))
-    o4, do4, v4 = laid_out(four(o), q4), laid_out(four(do), q4), laid_out(four(v), k4)
+    q4, k4 = as_heads(q), as_heads(k)
+    o4, do4, v4 = as_heads(o, q4), as_heads(do, q4), as_heads(v, k4)
     dq, dk, dv, delta = torch.empty_like(q4), torch.empty_like(k4), torch.empty_like(v4), torch.empty_like(lse)
-    (B, H, Tq, D), (_, K, Tk, _) = q4.shape, k4.shape
+    (B, H, Tq, _), (_, K, Tk, _) = q4.shape, k4.shape
     sizes, constants = flash_arguments(q4, k4, is_causal, window)
-    launch(_flash_delta, (-(-Tq // 64) * B * H,), q, o4, do4, delta, *q4.stride()[:3], H, Tq, D=D,
-           D_PAD=constants["D_PAD"], BLOCK_Q=64)
+    launch(_flash_backward_queries, lambda tile: (-(-Tq // tile["BLOCK_Q"]) * B * H,), q, q4, k4, v4, o4, do4, lse,
+           delta, dq, *sizes, **constants)
     launch(_flash_backward_keys, lambda tile: (-(-Tk // tile["BLOCK_K"]) * B * K,), q, q4, k4, v4, do4, lse, delta,
            dk, dv, *sizes, **constants)
-    launch(_flash_backward_queries, lambda tile: (-(-Tq // tile["BLOCK_Q"]) * B * H,), q, q4, k4, v4, do4, lse, delta,
-           dq, *sizes, **constants)
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
 
 class FlashAttentionTriton(torch.autograd.Function):
-    """o (..., Tq, D) = softmax(q kᵀ / √D) v; apply(q, k, v, is_causal=False, window=None).
+    """o = softmax(q kᵀ / √D) v in Triton: FlashAttentionPyTorch in float32, float16 or bfloat16, summed in float32.
 
-    q: (..., Tq, D). k, v: (..., Tk, D) with q's leading dimensions, or a divisor of the last of them (grouped queries).
-    One of float32, float16, bfloat16; sums are in float32. Causal: query i sees the keys up to i + Tk - Tq (the
-    diagonal ends bottom right), with window=w only the last w of those; a query that sees none gives zeros.
     Saved for backward: q, k, v, o and L (..., Tq), the natural log of the sum of exp(scores); P is computed again.
     Gradient: see flash_backward_tiled. Forward 4 Tq Tk D FLOPs a head, backward 10 (ours 14, P twice), half if causal;
     bytes: q, k, v, o once: bound by arithmetic from a few hundred keys up.
@@ -666,7 +645,7 @@ def autocast(*tensors):
 # --- RMSNorm ---
 
 def rms_norm_reference(x, weight, eps=1e-5, residual=None):
-    """What rms_norm computes, in the order it computes it: float32 (or float64) inside, x's dtype outside."""
+    """float32 (or float64) inside, x's dtype outside."""
     h = x if residual is None else x + residual
     h32 = h.to(torch.promote_types(h.dtype, torch.float32))
     y = (h32 * torch.rsqrt(h32.square().mean(dim=-1, keepdim=True) + eps) * weight).to(x.dtype)
@@ -729,7 +708,6 @@ def rms_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) 
 
 @opaque
 def rms_backward(h: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor, dh: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(dx, dweight)."""
     h2, tile = rows_of(h), row_tile(h.shape[-1])
     # Enough programs to fill the chip, few enough that their partial sums of dweight are nothing.
     programs = min(-(-len(h2) // tile["ROWS"]), 4 * processors(h))
@@ -740,8 +718,6 @@ def rms_backward(h: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor, dh: Tensor
 
 
 class RMSNorm(torch.autograd.Function):
-    """The autograd side of rms_norm: y alone, or (y, h) with a residual."""
-
     @staticmethod
     def forward(ctx, x, weight, eps, residual):
         y, h, rstd = rms_forward(x, weight, eps, residual)
@@ -799,7 +775,6 @@ def _swiglu_backward(gate, up, dy, dgate, dup, count, BLOCK: constexpr):
 
 @opaque
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """y."""
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     launch(_swiglu_forward, (-(-gate.numel() // 2048),), gate, gate, up, y, gate.numel(), BLOCK=2048, num_warps=8)
@@ -808,7 +783,6 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
 
 @opaque
 def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """(dgate, dup)."""
     gate, up, dy = gate.contiguous(), up.contiguous(), dy.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     launch(_swiglu_backward, (-(-gate.numel() // 2048),), gate, gate, up, dy, dgate, dup, gate.numel(),
@@ -817,8 +791,6 @@ def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tenso
 
 
 class SwiGLU(torch.autograd.Function):
-    """The autograd side of swiglu; saves the two inputs and nothing between."""
-
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
@@ -855,7 +827,7 @@ def apply_rope_reference(q, k, cos, sin, interleaved=False):
 
 
 @jit
-def _turn(x, out, cos, sin, x_h, out_h, HEADS: constexpr, HEADS_PAD: constexpr, HALF: constexpr, HALF_PAD: constexpr,
+def _turn(x, out, cos, sin, x_h, HEADS: constexpr, HEADS_PAD: constexpr, HALF: constexpr, HALF_PAD: constexpr,
           INTERLEAVED: constexpr):
     """Rotate all heads of one token: x and out point at its first number, cos and sin (1, HALF_PAD)."""
     head, i = tl.arange(0, HEADS_PAD)[:, None], tl.arange(0, HALF_PAD)[None, :]
@@ -863,14 +835,14 @@ def _turn(x, out, cos, sin, x_h, out_h, HEADS: constexpr, HEADS_PAD: constexpr, 
     first, second = (2 * i, 2 * i + 1) if INTERLEAVED else (i, i + HALF)
     a = tl.load(x + rows * x_h + first, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(x + rows * x_h + second, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + rows * out_h + first, (a * cos - b * sin).to(out.dtype.element_ty), mask=mask)
-    tl.store(out + rows * out_h + second, (a * sin + b * cos).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + rows * x_h + first, (a * cos - b * sin).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + rows * x_h + second, (a * sin + b * cos).to(out.dtype.element_ty), mask=mask)
 
 
 @jit(do_not_specialize=["T"])
-def _rope(q, k, q_out, k_out, cos, sin, q_b, q_h, q_t, k_b, k_h, k_t, qo_b, qo_h, qo_t, ko_b, ko_h, ko_t, cos_b, cos_t,
-          T, H: constexpr, H_PAD: constexpr, K: constexpr, K_PAD: constexpr, HALF: constexpr, HALF_PAD: constexpr,
-          INTERLEAVED: constexpr, INVERSE: constexpr):
+def _rope(q, k, q_out, k_out, cos, sin, q_b, q_h, q_t, k_b, k_h, k_t, cos_b, cos_t, T, H: constexpr, H_PAD: constexpr,
+          K: constexpr, K_PAD: constexpr, HALF: constexpr, HALF_PAD: constexpr, INTERLEAVED: constexpr,
+          INVERSE: constexpr):
     """One program turns q (B, H, T, D) and k (B, K, T, D) of one token. INVERSE turns back: that is the gradient."""
     pid = tl.program_id(0).to(tl.int64)
     batch, t, i = pid // T, pid % T, tl.arange(0, HALF_PAD)[None, :]
@@ -878,27 +850,26 @@ def _rope(q, k, q_out, k_out, cos, sin, q_b, q_h, q_t, k_b, k_h, k_t, qo_b, qo_h
     s = tl.load(sin + batch * cos_b + t * cos_t + i, mask=i < HALF, other=0.0)
     if INVERSE:
         s = -s
-    _turn(q + batch * q_b + t * q_t, q_out + batch * qo_b + t * qo_t, c, s, q_h, qo_h, H, H_PAD, HALF, HALF_PAD,
-          INTERLEAVED)
-    _turn(k + batch * k_b + t * k_t, k_out + batch * ko_b + t * ko_t, c, s, k_h, ko_h, K, K_PAD, HALF, HALF_PAD,
-          INTERLEAVED)
+    q_first, k_first = batch * q_b + t * q_t, batch * k_b + t * k_t
+    _turn(q + q_first, q_out + q_first, c, s, q_h, H, H_PAD, HALF, HALF_PAD, INTERLEAVED)
+    _turn(k + k_first, k_out + k_first, c, s, k_h, K, K_PAD, HALF, HALF_PAD, INTERLEAVED)
 
 
 @opaque
 def rope_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool,
               inverse: bool) -> tuple[Tensor, Tensor]:
     """q and k turned, or turned back, by one launch."""
-    q, k = four(q), four(k)
+    q, k = as_heads(q), as_heads(k)
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     (B, H, T, D), K = q.shape, k.shape[1]
-    launch(_rope, (B * T,), q, q, k, q_out, k_out, cos, sin, *(s for t in (q, k, q_out, k_out) for s in t.stride()[:3]),
+    launch(_rope, (B * T,), q, q, k, q_out, k_out, cos, sin, *q.stride()[:3], *k.stride()[:3],
            cos.stride(0) if cos.dim() == 3 else 0, cos.stride(-2), T, H=H, H_PAD=power_of_2(H), K=K,
            K_PAD=power_of_2(K), HALF=D // 2, HALF_PAD=power_of_2(D // 2), INTERLEAVED=interleaved, INVERSE=inverse)
     return q_out, k_out
 
 
 class RoPE(torch.autograd.Function):
-    """The autograd side of apply_rope: a rotation's gradient is the rotation back, so only the tables are saved."""
+    """A rotation's gradient is the rotation back, so only the tables are saved."""
 
     @staticmethod
     def forward(ctx, q, k, cos, sin, interleaved):
@@ -912,7 +883,7 @@ class RoPE(torch.autograd.Function):
 
 
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False):
-    """(q, k) with rotary positions (2104.09864, eq. 34) from one launch; both read in place, strided or not.
+    """(q, k) with rotary positions (2104.09864, eq. 34) from one launch.
 
     q: (B, H, T, D), k: (B, K, T, D), D even. cos, sin: (T, D/2) or (B, T, D/2), float32, as model.rope_tables makes.
     Pairs are (i, i + D/2), or (2i, 2i + 1) when interleaved. Moves each element in and out once for 3 FLOPs: bound
@@ -995,8 +966,6 @@ def softmax_rows(x: Tensor, dy: Tensor | None) -> Tensor:
 
 
 class Softmax(torch.autograd.Function):
-    """The autograd side of softmax; saves its output."""
-
     @staticmethod
     def forward(ctx, x):
         y = softmax_rows(x, None)
@@ -1114,8 +1083,6 @@ def per_token(grad, targets, ignore_index, reduction):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The autograd side of cross_entropy; saves the logits and one number a row."""
-
     @staticmethod
     def forward(ctx, logits, targets, ignore_index, reduction, overwrite):
         x, t = rows_of(logits), targets.reshape(-1).contiguous()
@@ -1175,9 +1142,7 @@ def chunked_losses(x, weight, targets, ignore_index, chunk, upstream):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The autograd side of linear_cross_entropy.
-
-    With mean or sum the upstream gradient is one number, known to be a factor of everything: the gradients are made
+    """With mean or sum the upstream gradient is one number, known to be a factor of everything: the gradients are made
     at once in the forward pass, while each chunk's logits are there, and backward multiplies (2410.10989, section 3.2).
     With none it differs by row: backward then computes the logits again.
     """
@@ -1231,12 +1196,11 @@ def decode_reference(q, k, v, lengths=None):
     """Attention of one query a head, q (B, H, D), to the first lengths[b] of k and v (B, K, T, D)."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    lengths = torch.full((1,), k.shape[2], device=q.device) if lengths is None else lengths
+    past = (torch.arange(k.shape[2], device=q.device) >= lengths[:, None])[:, None]       # (B, 1, T)
     scores = torch.einsum("bhd,bhtd->bht", q, k) / math.sqrt(q.shape[-1])
-    if lengths is not None:
-        past = torch.arange(k.shape[2], device=q.device) >= lengths[:, None]
-        scores = scores.masked_fill(past[:, None], torch.finfo(scores.dtype).min)
-        return torch.einsum("bht,bhtd->bhd", scores.softmax(dim=-1).masked_fill(past[:, None], 0.0), v)
-    return torch.einsum("bht,bhtd->bhd", scores.softmax(dim=-1), v)
+    weights = scores.masked_fill(past, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    return torch.einsum("bht,bhtd->bhd", weights.masked_fill(past, 0.0), v)
 
 
 @jit(do_not_specialize=["K", "splits", "span"])
@@ -1367,23 +1331,29 @@ def int8_matvec(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 # --- the measurements: correctness, speed, one training step ---
 
 class Work:
-    """A kernel with what it is compared to: functions of the same inputs, and the least work a pass can do.
+    """A kernel with what it is compared to: functions of the same inputs, the first `wanted` of which get gradients.
 
-    flops and moved (bytes) are those of a forward pass and of forward and backward together; (x, None) has no backward.
-    The first `wanted` inputs get gradients.
+    flops and moved (bytes) are the least for (a forward pass, forward and backward together), None without backward.
     """
 
     def __init__(self, name, ours, reference, inputs, wanted, flops, moved, **fused):
         self.name, self.ours, self.reference, self.inputs, self.wanted = name, ours, reference, inputs, wanted
         self.flops, self.moved, self.fused = flops, moved, fused
 
-    def run(self, function, inputs, backward=True):
-        """Outputs of function(*inputs), followed by the gradients when there are any to have."""
-        xs = [x.detach().requires_grad_(backward and i < self.wanted) for i, x in enumerate(inputs)]
-        outs = function(*xs)
-        outs = list(outs) if isinstance(outs, tuple) else [outs]
-        ups = [torch.ones_like(o).cumsum(-1).remainder(3) - 1 if o.dim() else torch.ones_like(o) for o in outs]
-        return outs + list(torch.autograd.grad(outs, xs[:self.wanted], ups)) if backward and self.wanted else outs
+    def runner(self, function, inputs, backward):
+        """A call without arguments that lists the outputs of function(*inputs), then with `backward` the gradients."""
+        xs, ups = [x.detach().requires_grad_(backward and i < self.wanted) for i, x in enumerate(inputs)], []
+        def run():
+            outs = function(*xs)
+            outs = list(outs) if isinstance(outs, tuple) else [outs]
+            if not backward:
+                return outs
+            if not ups:                                # drawn in bfloat16: the same numbers whatever the dtype
+                generator = torch.Generator(outs[0].device).manual_seed(1)
+                ups.extend(torch.randn(o.shape, generator=generator, device=o.device, dtype=torch.bfloat16).to(o.dtype)
+                           for o in outs)
+            return outs + list(torch.autograd.grad(outs, xs[:self.wanted], ups))
+        return run
 
 
 def workloads(device, dtype, T=130, D=64, B=1, H=4, K=2, C=256, V=1000):
@@ -1440,31 +1410,21 @@ def check(device) -> None:
           f"{'':22}{'dtype':10}{'forward':>9}{'backward':>9}   reference in that dtype")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for work in workloads(device, dtype):
-            right = work.run(work.reference, [x.double() if x.is_floating_point() else x for x in work.inputs])
-            row = []
+            exact = [x.double() if x.is_floating_point() else x for x in work.inputs]
+            right = work.runner(work.reference, exact, work.wanted > 0)()
+            row = ""
             for function in (work.ours, work.reference):
+                found = work.runner(function, work.inputs, work.wanted > 0)()
                 errors = [((a.double() - b).abs().max() / b.abs().max().clamp(min=1)).item()
-                          for a, b in zip(work.run(function, work.inputs), right)]
+                          for a, b in zip(found, right)]
                 cut = len(errors) - work.wanted
-                row += [f"{max(errors[:cut]):9.1e}", f"{max(errors[cut:]):9.1e}" if work.wanted else f"{'-':>9}"]
-            print(f"{work.name:22}{str(dtype)[6:]:10}{row[0]}{row[1]}  {row[2]}{row[3]}", flush=True)
+                row += f"{max(errors[:cut]):9.1e}" + (f"{max(errors[cut:]):9.1e}  " if work.wanted else f"{'-':>9}  ")
+            print(f"{work.name:22}{str(dtype)[6:]:10}{row.rstrip()}", flush=True)
 
 
 def time_ms(run) -> float:
-    """Median time of run() on the GPU in ms by CUDA events: at least 5, until 0.3 s. A gigabyte of zeros is written
-    before each, which empties the L2 cache and lets the CPU queue the launches ahead."""
-    flush, times = torch.empty(1 << 30, dtype=torch.int8, device="cuda"), []
-    for _ in range(3):
-        run()
-    while len(times) < 5 or (sum(times) < 300 and len(times) < 100):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+    """Median time of run() on the GPU in ms, with the L2 cache emptied before each and the launches queued ahead."""
+    return triton.testing.do_bench(run, rep=300, return_mode="median")
 
 
 def roofs(dtype) -> tuple[float, float]:
@@ -1478,20 +1438,14 @@ def measure(work, backend, function, backward, peaks) -> dict:
     """One row of the benchmark table; ms is None and `why` says it where the backend cannot do the work."""
     row = dict(kernel=work.name, backend=backend, **{"pass": "forward+backward" if backward else "forward"})
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     try:
-        xs = [x.detach().requires_grad_(backward and i < work.wanted) for i, x in enumerate(work.inputs)]
-        outs = function(*xs)
-        ups = [torch.randn_like(o) for o in (outs if isinstance(outs, tuple) else (outs,))]
-        del outs
-        def run():
-            outs = function(*xs)
-            if backward:
-                torch.autograd.grad(outs, xs[:work.wanted], ups)
-        run()
-        row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
         with torch.set_grad_enabled(backward):
+            run = work.runner(function, work.inputs, backward)
+            run()                                      # compiles and tunes, whose memory does not count
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run()
+            row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
             row["ms"] = ms = time_ms(run)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         return row | dict(ms=None, why=str(error).splitlines()[0][:100])
@@ -1501,8 +1455,7 @@ def measure(work, backend, function, backward, peaks) -> dict:
 
 
 def benchmark(tokens, only, out) -> None:
-    """Time every kernel over `tokens` in bfloat16; kernels.csv, kernels.json and kernels.png go to the folder out."""
-    import csv
+    """Time every kernel over `tokens` in bfloat16; the figures go to kernels.json and kernels.png in the folder out."""
     import datetime
     import json
     import subprocess
@@ -1515,8 +1468,6 @@ def benchmark(tokens, only, out) -> None:
                  peak_tflops=peaks[0] / 1e12, peak_gb_per_s=peaks[1] / 1e9)
     print(about, flush=True)
     os.makedirs(out, exist_ok=True)
-    columns = ["kernel", "pass", "tokens", "D", "backend", "ms", "tflops", "gb_per_s", "flops_per_byte",
-               "share_of_roof", "peak_mb", "why"]
     for D, T in ((D, T) for D in (64, 128) for T in tokens):
         # 16,384 tokens or one sequence, 2,048 wide, as the papers of FlashAttention measure; GPT-2's vocabulary.
         for work in workloads("cuda", torch.bfloat16, T, D, max(1, 16384 // T), 2048 // D, 2048 // D, 2048, 50304):
@@ -1532,12 +1483,8 @@ def benchmark(tokens, only, out) -> None:
                         f"{row['ms']:9.3f} ms {row['tflops']:7.1f} TFLOP/s {row['gb_per_s']:7.0f} GB/s "
                         f"{row['share_of_roof']:6.1%} of the roof {row['peak_mb']:8.0f} MB")
                     print(f"{work.name:21}{row['pass']:17}{T:6} D {D:3} {backend:8}{figures}", flush=True)
-            with open(os.path.join(out, "kernels.csv"), "w", encoding="utf-8", newline="") as file:
-                table = csv.DictWriter(file, columns)
-                table.writeheader()
-                table.writerows(rows)
-    with open(os.path.join(out, "kernels.json"), "w", encoding="utf-8") as file:
-        json.dump(about | {"rows": rows}, file, indent=1)
+            with open(os.path.join(out, "kernels.json"), "w", encoding="utf-8") as file:       # as far as it has come
+                json.dump(about | {"rows": rows}, file, indent=1)
     draw(rows, about, os.path.join(out, "kernels.png"))
 
 
@@ -1578,35 +1525,23 @@ def profile(argv) -> None:
     A forward operation belongs to the module it runs in, a backward one to that of the forward operation which it
     differentiates: autograd's sequence numbers tell.
     """
+    import itertools
     import statistics
     import time
-    import model as model_file
     import train
     from configurator import command_line
+    from model import Transformer
     _, _, config, _ = command_line(train.TrainConfig, argv, "python kernels.py profile config_x.py [--key=value …]")
     device = train.pick_device(config.device)
     dtype = train.DTYPES[train.pick_dtype(config.dtype, device)]
     meta = train.data.read_meta(config.data_dir) if os.path.isdir(config.data_dir) else {}
     on_gpu, vocab_size = device.startswith("cuda"), config.vocab_size or meta.get("vocab_size") or 50304
-    model = model_file.Transformer(config.model_config(vocab_size)).to(device)
+    model = Transformer(config.model_config(vocab_size)).to(device)
     optimizers = train.make_optimizers(model, config, lambda cls, groups, **settings: cls(groups, **settings))
     size = (config.micro_batch_size or config.batch_tokens // config.context_length, config.context_length)
     x, y = torch.randint(vocab_size, size, device=device), torch.randint(vocab_size, size, device=device)
 
-    def region(label, function):
-        def inside(*arguments, **keywords):
-            with torch.profiler.record_function(label):
-                return function(*arguments, **keywords)
-        return inside
-
-    def forward():
-        with torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32):
-            return model(x, y)[1]
-
-    def step_optimizer():
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    region = torch.profiler.record_function
 
     def clock():
         if on_gpu:
@@ -1615,12 +1550,17 @@ def profile(argv) -> None:
 
     def step():
         marks = [clock()]
-        loss = forward()
+        with torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32):
+            loss = model(x, y)[1]
         marks.append(clock())
         loss.backward()
         marks.append(clock())
-        region("optimizer", step_optimizer)()
-        return [b - a for a, b in zip(marks, [*marks[1:], clock()])]
+        with region("optimizer"):
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        marks.append(clock())
+        return [after - before for before, after in itertools.pairwise(marks)]
 
     times = [step() for _ in range(13)][3:]                                     # the first three warm up
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {vocab_size:,} ids, {size[0]} x {size[1]} "
@@ -1630,13 +1570,10 @@ def profile(argv) -> None:
         print(f"{name:14}{statistics.mean(column):9.2f}{statistics.stdev(column):8.2f}")
     for path, module in model.named_modules():
         name = path.split(".")[-1]
-        kind = {"attn": "attention", "ffn": "feed-forward", "lm_head": "loss", "ln_final": "norm", "ln1": "norm",
-                "ln2": "norm"}.get(name)
+        kind = {"attn": "attention", "ffn": "feed-forward", "ln_final": "norm", "ln1": "norm", "ln2": "norm"}.get(name)
         if kind:
-            module.forward = region(kind, module.forward)
-    for name in ("cross_entropy", "linear_cross_entropy"):
-        if hasattr(model_file, name):
-            setattr(model_file, name, region("loss", getattr(model_file, name)))
+            module.forward = region(kind)(module.forward)
+    model.head_loss = region("loss")(model.head_loss)                           # the norm in it remains a norm
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
     with torch.profiler.profile(activities=activities) as profiler:
         wall_ms = sum(step())
@@ -1684,7 +1621,7 @@ def main(argv) -> None:
                                      epilog="python kernels.py profile config_x.py profiles a training step")
     parser.add_argument("--tokens", default="512,1024,2048,4096,8192,16384,32768,65536", help="lengths to time")
     parser.add_argument("--only", default="", help="kernels to time, by name; all when empty")
-    parser.add_argument("--out", default="results", help="folder for kernels.csv, kernels.json and kernels.png")
+    parser.add_argument("--out", default="results", help="folder for kernels.json and kernels.png")
     options = parser.parse_args(argv)
     check("cuda" if torch.cuda.is_available() else "cpu")
     if torch.cuda.is_available():

@@ -904,11 +904,12 @@ def test_kernels_write_every_number_and_nothing_outside(kernels, monkeypatch):
         assert result.isfinite().all(), f"result {i} has numbers that nobody wrote"
 
 
-def test_profile_of_a_training_step_by_region(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("fused_loss", ["false", "true"])
+def test_profile_of_a_training_step_by_region(tmp_path, capsys, fused_loss):
     import kernels
-    monkeypatch.setattr(model_module, "cross_entropy", model_module.cross_entropy)      # which it wraps: put back after
     kernels.main(["profile", f"--out_dir={tmp_path}", f"--data_dir={tmp_path}/none", "--d_model=32", "--n_layers=2",
-                  "--n_heads=2", "--vocab_size=50", "--context_length=16", "--batch_tokens=64", "--device=cpu"])
+                  "--n_heads=2", "--vocab_size=50", "--context_length=16", "--batch_tokens=64", "--device=cpu",
+                  f"--fused_loss={fused_loss}"])
     said = capsys.readouterr().out
     shares = dict(re.findall(r"^(attention|feed-forward|norm|loss|optimizer|other|idle) .* ([\d.]+)%$", said, re.M))
     assert len(shares) == 7 and 95 < sum(map(float, shares.values())) < 105, said
