@@ -2556,6 +2556,13 @@ def weights(out_dir) -> dict:
     return torch.load(Path(out_dir) / "ckpt.pt", weights_only=True)["model"]
 
 
+def test_a_model_gone_wild_is_still_scored(corpus, tmp_path):
+    """No norm and a rate far too large: 10^4 nats a token, of which no float is the perplexity."""
+    wild = tiny_run(corpus, tmp_path, norm="none", qk_norm=False, optimizer="sgd", lr=100.0, max_steps=10,
+                    warmup_steps=0, skip_bad_steps=True)
+    assert wild["val_loss"] > 710 or math.isnan(wild["val_loss"]), wild
+
+
 def test_batches_are_windows_with_the_next_token():
     tokens = np.arange(100, dtype=np.uint16)
     x, y = train.get_batch(tokens, 4, 7, "cpu")

@@ -667,8 +667,9 @@ def main(config: TrainConfig) -> dict:
         show_samples(config)
     elif head and config.num_samples:
         print(f"no samples: {folder} has no tokenizer.json to write text with")
+    in_bits, perplexity = "n/a" if bits is None else f"{bits:.4f}", math.exp(min(val_loss, 700))     # e^710 overflows
     print(f"step {run.step}, {run.seconds:.1f} s of training | val loss {val_loss:.4f} | "
-          f"val perplexity {math.exp(val_loss):.2f} | val bits per byte {'n/a' if bits is None else f'{bits:.4f}'}")
+          f"val perplexity {perplexity:.2f} | val bits per byte {in_bits}")
     return figures | {"val_loss": val_loss, "val_bits_per_byte": bits}
 
 
