@@ -56,7 +56,8 @@ def count_params(config: ModelConfig) -> dict:
     block = _block_params(c) | {"norms": 2 * norm}
     parts = {
         "token_embeddings": c.vocab_size * C,
-        "position_embeddings": c.context_length * C if c.position == "learned" else 0}
+        "position_embeddings": c.context_length * C if c.position == "learned" else 0,
+        "smear_gate": C * c.smear}
     parts |= {name: c.n_layers * n for name, n in block.items()}
     parts["norms"] += norm * (c.norm_position == "pre")
     parts["mtp"] = c.mtp_depth * (sum(block.values()) + 2 * C + 2 * C * C)
@@ -167,7 +168,7 @@ def activation_bytes(config: ModelConfig, T: int, dtype: str = "float32") -> int
     """
     c, C, low = config, config.d_model, BYTES[dtype]
     stream = max(4, low)             # the residual stream and what a norm saves stay float32 under autocast
-    per_token = 0
+    per_token = C * stream * c.smear                              # the embedding of the token before
     for _ in range(c.n_layers + c.mtp_depth):
         per_token += 2 * _norm_bytes(c, C, stream, low) + _attention_bytes(c, low) + _ffn_bytes(c, low)
     per_token += c.mtp_depth * (2 * _norm_bytes(c, C, stream, 0) + 2 * C * low)

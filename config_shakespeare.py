@@ -14,6 +14,7 @@ n_layers = 4
 n_heads = 1
 qk_norm = True
 zero_init = True
+smear = True
 
 batch_tokens = 8 * context_length
 loader = "epochs"

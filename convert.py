@@ -145,7 +145,8 @@ def architecture_of(config: ModelConfig) -> str:
     place there.
     """
     plain = ModelConfig()
-    same = ("norm_position", "attention", "logit_softcap", "mtp_depth", "n_shared_experts", "rope_interleaved")
+    same = ("norm_position", "attention", "logit_softcap", "mtp_depth", "n_shared_experts", "rope_interleaved",
+            "smear")
     wrong = [name for name in same if getattr(config, name) != getattr(plain, name)]
     if config.norm == "layer":
         name = "GPT2LMHeadModel"

@@ -64,6 +64,7 @@ class ModelConfig:
     bias: bool = False               # a bias in every linear layer but the head, and in LayerNorm (GPT-2)
     qkv_bias: bool = False           # a bias in the query, key and value projections only (Qwen2, 2407.10671)
     tie_embeddings: bool = False     # the head is the embedding matrix (1608.05859)
+    smear: bool = False  # add to each embedding the one before it, times a gate for each number (cf. RWKV, 2305.13048)
     zero_init: bool = False          # each block's last matrices start at 0, so that the model starts as the identity
     logit_softcap: float | None = None     # logits become cap * tanh(logits / cap) (Gemma 2, 2408.00118)
     sliding_window: int | None = None  # a position sees this many positions, itself included (2310.06825); none = all
@@ -675,6 +676,7 @@ class KVCache:
         self.k, self.v = ([torch.zeros(batch_size, heads, n, width, device=device, dtype=dtype) for n in slots]
                           for width in self.widths)
         self.starts = [0] * len(slots)             # the position in slot 0 of each layer
+        self.ids = torch.zeros(batch_size, max_length, dtype=torch.long, device=device) if config.smear else None
         self.device = torch.device(device)
         self._rows = [0] * batch_size              # positions held by each row
         self._alone = {}                           # the same for layers that are called one by one
@@ -737,6 +739,12 @@ class KVCache:
                 store[rows, :, positions - start] = new.transpose(1, 2).to(store.dtype)
         return tuple(store[:, :, low - start:end - start] for store in held)
 
+    def before(self, tokens, positions):
+        """The ids one position before each of `tokens` (B, T), -1 before the first; keeps tokens for the next call."""
+        positions = positions.expand_as(tokens)
+        self.ids.scatter_(1, positions, tokens)
+        return self.ids.gather(1, (positions - 1).clamp(min=0)).masked_fill(positions == 0, -1)
+
     def _slide(self, layer: int, low: int, end: int) -> None:
         """Give a sliding layer room up to `end` and one window more, keeping positions from `low` on."""
         kept = slice(low - self.starts[layer], self.length - self.starts[layer])
@@ -752,6 +760,7 @@ class KVCache:
         """
         rows = torch.as_tensor(rows, device=self.device)
         self.k, self.v = [store[rows] for store in self.k], [store[rows] for store in self.v]
+        self.ids = None if self.ids is None else self.ids[rows]
         self._rows = [self._rows[row] for row in rows.tolist()]
         self.batch_size = len(self._rows)
         self._count()
@@ -1013,6 +1022,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.token_embeddings = Embedding(config.vocab_size, config.d_model)
+        if config.smear:
+            self.smear_gate = nn.Parameter(torch.zeros(config.d_model))
         if config.position == "learned":
             self.position_embeddings = Embedding(config.context_length, config.d_model)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -1057,6 +1068,8 @@ class Transformer(nn.Module):
         """The residual stream after the last block, (B, T, C): what `head` turns into logits and `draft` continues."""
         plan = plan or self.plan(tokens, cache)
         x = self.token_embeddings(tokens)                                       # (B, T, C)
+        if self.config.smear:
+            x = self.smeared(x, tokens, cache, plan)
         if self.config.position == "learned":
             x = x + self.position_embeddings(plan.positions)
         elif self.config.position == "sinusoidal":
@@ -1066,6 +1079,17 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(tokens.shape[-1])
         return x
+
+    def smeared(self, x, tokens, cache, plan):
+        """x_t + sigmoid(g) ∘ x_(t-1), x the embeddings (B, T, C): the first layer then sees pairs of tokens, for which
+        attention would need a layer.
+        """
+        if cache is None:
+            before = nn.functional.pad(x[:, :-1], (0, 0, 1, 0))
+        else:
+            ids = cache.before(tokens, plan.positions)
+            before = self.token_embeddings(ids.clamp(min=0)) * (ids >= 0).unsqueeze(-1)
+        return x + torch.sigmoid(self.smear_gate) * before
 
     def head(self, x):
         """Logits (B, T, V) of a residual stream (B, T, C)."""
