@@ -124,11 +124,11 @@ class AdamW(_Optimizer):
         torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
         # Parameters without a gradient in some steps (an idle expert) lag behind, so each tensor has its own t.
         steps = [s["step"].item() for s in states]
+        # lr · m̂ / (√v̂ + eps) with √(1 - b2^t) taken out above and below the line: two passes fewer over all tensors.
+        roots, lr = [math.sqrt(1 - beta2 ** t) for t in steps], float(group["lr"])        # torch's may be a tensor
         denominators = torch._foreach_sqrt(v)
-        torch._foreach_div_(denominators, [math.sqrt(1 - beta2 ** t) for t in steps])
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_mul_(denominators, [1 - beta1 ** t for t in steps])
-        torch._foreach_addcdiv_(params, m, denominators, -float(group["lr"]))        # a tensor, as torch's may be
+        torch._foreach_add_(denominators, [group["eps"] * root for root in roots])
+        torch._foreach_addcdiv_(params, m, denominators, [-lr * root / (1 - beta1 ** t) for root, t in zip(roots, steps)])
         self.decay(group, params)
 
 
