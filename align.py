@@ -499,9 +499,9 @@ def rollout(model, prompts: list[list[int]], config: AlignConfig, stop: int, voc
 def sampler_log_probs(model, rows: list[tuple], temperature: float, vocab_limit: int | None = None) -> torch.Tensor:
     """log p of every response token of the rows, one after another, as the sampler saw it: token by token against the
     cache, from its own distribution."""
-    logits, memory = prefill(model, [prompt for prompt, _ in rows], True)
-    found = []
-    for t in range(max(len(response) for _, response in rows)):
+    longest, found = max(len(response) for _, response in rows), []
+    logits, memory = prefill(model, [prompt for prompt, _ in rows], True, longest)
+    for t in range(longest):
         ids = torch.tensor([response[min(t, len(response) - 1)] for _, response in rows], device=logits.device)
         logits = logits[:, :vocab_limit]
         found.append(distribution(logits, temperature).gather(1, ids[:, None]).log())

@@ -254,14 +254,14 @@ def stream(model, prompts, max_new_tokens: int, *, stop_ids=(), cache=True, gene
                 decoding.enter_context(in_blocks(model, n_rows))
             if alive is None:  # the prompts, once each, however many rows they give
                 phase = "prefill"
-                logits, memory = prefill(model, [row[start:] for row, start in zip(rows, starts)], cache)
+                logits, memory = prefill(model, [row[start:] for row, start in zip(rows, starts)], cache, max_new_tokens)
                 source = [i for i in range(len(prompts)) for _ in range(n_each)]
                 rows, starts = [list(rows[i]) for i in source], [starts[i] for i in source]
                 alive, logits = list(range(len(rows))), logits[source]
                 if memory is not None and n_each > 1:
                     memory.select(source)
             elif memory is None:
-                logits, memory = prefill(model, [rows[i][starts[i]:] for i in alive], cache)
+                logits, memory = prefill(model, [rows[i][starts[i]:] for i in alive], cache, max_new_tokens - step)
             else:
                 timing["decode_bytes"] += n_bytes + memory.n_bytes * memory.length // memory.max_length
                 last = torch.tensor([[rows[i][-1]] for i in alive], device=device)
@@ -284,12 +284,16 @@ def stream(model, prompts, max_new_tokens: int, *, stop_ids=(), cache=True, gene
                     memory.select(left)
 
 
-def prefill(model, windows: list[list[int]], cache: bool):
-    """Read windows of ids in one pass: (logits of each one's last token (B, V), a cache that holds them or None)."""
+def prefill(model, windows: list[list[int]], cache: bool, n_new: int):
+    """Read windows of ids in one pass: (logits of each one's last token (B, V), a cache that holds them or None).
+
+    n_new: the tokens to come, for which the cache has room, up to the context: a cache for all of it is slow to make.
+    """
     lengths, device = [len(window) for window in windows], next(model.parameters()).device
     # Padding stands on the right, where a causal model cannot see it from the left; the cache then forgets it.
     tokens = torch.tensor([window + [0] * (max(lengths) - len(window)) for window in windows], device=device)
-    memory = model.new_cache(len(windows)) if cache else None
+    room = min(model.config.context_length, max(lengths) + n_new)
+    memory = model.new_cache(len(windows), room) if cache else None
     hidden = model.hidden(tokens, memory)
     if memory is not None:
         memory.set_lengths(lengths)
