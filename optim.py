@@ -125,10 +125,11 @@ class AdamW(_Optimizer):
         # Parameters without a gradient in some steps (an idle expert) lag behind, so each tensor has its own t.
         steps = [s["step"].item() for s in states]
         # lr · m̂ / (√v̂ + eps) with √(1 - b2^t) taken out above and below the line: two passes fewer over all tensors.
-        roots, lr = [math.sqrt(1 - beta2 ** t) for t in steps], float(group["lr"])        # torch's may be a tensor
+        roots = [math.sqrt(1 - beta2 ** t) for t in steps]
+        rates = [-float(group["lr"]) * root / (1 - beta1 ** t) for root, t in zip(roots, steps)]  # lr may be a tensor
         denominators = torch._foreach_sqrt(v)
         torch._foreach_add_(denominators, [group["eps"] * root for root in roots])
-        torch._foreach_addcdiv_(params, m, denominators, [-lr * root / (1 - beta1 ** t) for root, t in zip(roots, steps)])
+        torch._foreach_addcdiv_(params, m, denominators, rates)
         self.decay(group, params)
 
 

@@ -254,7 +254,8 @@ def stream(model, prompts, max_new_tokens: int, *, stop_ids=(), cache=True, gene
                 decoding.enter_context(in_blocks(model, n_rows))
             if alive is None:  # the prompts, once each, however many rows they give
                 phase = "prefill"
-                logits, memory = prefill(model, [row[start:] for row, start in zip(rows, starts)], cache, max_new_tokens)
+                windows = [row[start:] for row, start in zip(rows, starts)]
+                logits, memory = prefill(model, windows, cache, max_new_tokens)
                 source = [i for i in range(len(prompts)) for _ in range(n_each)]
                 rows, starts = [list(rows[i]) for i in source], [starts[i] for i in source]
                 alive, logits = list(range(len(rows))), logits[source]
@@ -701,14 +702,15 @@ def bench(name: str, config) -> None:
     else:
         model = Transformer(ModelConfig(**shape)).to(config.device).eval()
     draft = load_draft(config.draft, model, tokenizer, config) if config.draft else None
-    cases, roof = bench_cases(model, draft, config), bandwidth(config.device)
+    cases, roofs = bench_cases(model, draft, config), []
     results = {key: [] for key in cases}
     for _ in range(config.rounds):                 # in turn: what slows the machine down slows all of them
+        roofs.append(bandwidth(config.device))
         for key, case in cases.items():
             results[key].append(run_case(*case))
-    n_params = sum(p.numel() for p in model.parameters()) / 1e6
-    lines = [f"{name}: {n_params:.1f}M parameters, {config.new_tokens} new tokens; medians of {config.rounds} rounds in "
-             f"turn, {torch.get_num_threads()} threads, memory {roof / 1e9:.1f} GB/s",
+    roof, n_params = statistics.median(roofs), sum(p.numel() for p in model.parameters()) / 1e6
+    lines = [f"{name}: {n_params:.1f}M parameters, {config.new_tokens} new tokens; medians of {config.rounds} rounds "
+             f"in turn, {torch.get_num_threads()} threads, memory {roof / 1e9:.1f} GB/s",
              f"{'':<14}{'prompt':>6}{'batch':>6} | {'both, tok/s':>12}{'×':>6} | {'prefill, tok/s':>14} | "
              f"{'decode, tok/s':>13}{'GB/s':>6}{'of roof':>8}"]
     base = next(runs for runs in results.values())
