@@ -31,7 +31,7 @@ import torch
 
 from checkpoint import load_model, read_checkpoint
 from configurator import command_line, fail
-from model import bits_per_byte, token_cross_entropy, token_losses
+from model import bits_per_byte, perplexity_of, token_cross_entropy, token_losses
 from sample import CHATS, conversation, evaluating, generate, quantize
 
 LETTERS = "ABCDEFGHIJ"
@@ -81,7 +81,7 @@ def perplexity(model, tokens, n_bytes: int | None = None, stride: int | None = N
     with evaluating(model):
         losses = token_losses(model, tokens, stride, batch_size).double()
     loss = losses.mean().item()
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": len(tokens),
+    return {"loss": loss, "perplexity": perplexity_of(loss), "tokens": len(tokens),
             "bits_per_byte": bits_per_byte(loss, len(tokens), n_bytes) if n_bytes else None}
 
 

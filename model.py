@@ -676,7 +676,9 @@ class KVCache:
         self.k, self.v = ([torch.zeros(batch_size, heads, n, width, device=device, dtype=dtype) for n in slots]
                           for width in self.widths)
         self.starts = [0] * len(slots)             # the position in slot 0 of each layer
-        self.ids = torch.zeros(batch_size, max_length, dtype=torch.long, device=device) if config.smear else None
+        self.ids = None                            # (batch_size, max_length), for `before`
+        if config.smear and windows is None:
+            self.ids = torch.zeros(batch_size, max_length, dtype=torch.long, device=device)
         self.device = torch.device(device)
         self._rows = [0] * batch_size              # positions held by each row
         self._alone = {}                           # the same for layers that are called one by one
@@ -689,7 +691,14 @@ class KVCache:
 
     @property
     def n_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.k + self.v)
+        """Bytes of memory it takes."""
+        return sum(t.numel() * t.element_size() for t in [*self.k, *self.v, *([] if self.ids is None else [self.ids])])
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of keys and values that one more token of every row reads: a sliding layer's last window only."""
+        return sum(t[:, :, :min(self.length, window or self.length)].numel() * t.element_size()
+                   for stores in (self.k, self.v) for t, window in zip(stores, self.windows))
 
     def set_lengths(self, lengths) -> None:
         """Say how many positions of each row count; the rest will be overwritten. An int cuts all rows to that length.
@@ -742,7 +751,7 @@ class KVCache:
     def before(self, tokens, positions):
         """The ids one position before each of `tokens` (B, T), -1 before the first; keeps tokens for the next call."""
         positions = positions.expand_as(tokens)
-        self.ids.scatter_(1, positions, tokens)
+        self.ids.scatter_(1, positions, tokens.to(self.ids.dtype))
         return self.ids.gather(1, (positions - 1).clamp(min=0)).masked_fill(positions == 0, -1)
 
     def _slide(self, layer: int, low: int, end: int) -> None:
@@ -1089,7 +1098,7 @@ class Transformer(nn.Module):
         else:
             ids = cache.before(tokens, plan.positions)
             before = self.token_embeddings(ids.clamp(min=0)) * (ids >= 0).unsqueeze(-1)
-        return x + torch.sigmoid(self.smear_gate) * before
+        return x + torch.sigmoid(self.smear_gate).to(x.dtype) * before
 
     def head(self, x):
         """Logits (B, T, V) of a residual stream (B, T, C)."""
@@ -1194,6 +1203,11 @@ def token_losses(model, tokens, stride: int | None = None, batch_size: int = 16)
             fresh = 0 if s == 0 else length - stride
             losses[s + fresh:s + length] = row[fresh:]
     return losses
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean loss in nats per token; inf where that is more than a float can be."""
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 def bits_per_byte(loss: float, n_tokens: int, n_bytes: int) -> float:

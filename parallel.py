@@ -39,6 +39,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from optim import norms
+
 TRACE = None        # a list: every collective and every wait then leaves (kind, start, end) in it, in seconds
 
 
@@ -284,7 +286,7 @@ def clip_grad_norm(params, max_norm: float, eps: float = 1e-6) -> torch.Tensor:
         same += [p.grad] if p.grad is not None else []
     squares = [torch.zeros(())]
     for groups, same in grads.items():
-        squares.append(torch.stack([n.float() for n in torch._foreach_norm(same)]).square().sum())
+        squares.append(torch.stack(norms(same)).square().sum())
         for group in groups:
             reduce(squares[-1], group)
     norm = torch.stack([square.to(squares[-1].device) for square in squares]).sum().sqrt()

@@ -264,7 +264,7 @@ def stream(model, prompts, max_new_tokens: int, *, stop_ids=(), cache=True, gene
             elif memory is None:
                 logits, memory = prefill(model, [rows[i][starts[i]:] for i in alive], cache, max_new_tokens - step)
             else:
-                timing["decode_bytes"] += n_bytes + memory.n_bytes * memory.length // memory.max_length
+                timing["decode_bytes"] += n_bytes + memory.bytes_read
                 last = torch.tensor([[rows[i][-1]] for i in alive], device=device)
                 logits = model(last, cache=memory)[:, -1]
             ids = how.draw(logits, [rows[i] for i in alive], generator)
@@ -346,11 +346,11 @@ FIGURES = ("new_tokens", "target_calls", "drafted", "accepted", "rejected", "acc
 class Window:
     """One text in front of a model, with a cache of what has been read; where the text changed, it is read anew.
 
-    Windows of a text longer than the context move as those of `stream` do.
+    Windows of a text longer than the context move as those of `stream` do. end: the length that the text will have.
     """
 
-    def __init__(self, model, spare: int = 0):
-        self.model, self.spare, self.start, self.memory = model, spare, None, None
+    def __init__(self, model, end: int, spare: int = 0):
+        self.model, self.end, self.spare, self.start, self.memory = model, end, spare, None, None
 
     def fit(self, ids) -> int:
         """Move the window where ids have outgrown it; how many more tokens it has room for."""
@@ -361,10 +361,14 @@ class Window:
             self.start, self.memory = len(ids) - max(1, context // 2), None
         return context - (len(ids) - self.start)
 
+    def room(self) -> int:
+        """Positions that a cache of this window can come to hold."""
+        return min(self.model.config.context_length, self.end - self.start)
+
     def read(self, ids, drafts=()):
         """Logits (1 + drafts, V) after ids and after each draft. What the cache held beyond ids[:-1] is forgotten."""
         if self.memory is None:
-            self.memory = self.model.new_cache(1, spare=self.spare)
+            self.memory = self.model.new_cache(1, self.room(), spare=self.spare)
         window = ids[self.start:]
         self.first = min(self.memory.length, len(window) - 1)
         self.memory.set_lengths(self.first)
@@ -385,8 +389,8 @@ def draw_in_turn(ids, k: int, how: Sampling, generator, logits_after):
 class ModelDraft:
     """Drafts by a smaller model."""
 
-    def __init__(self, model, k: int):
-        self.window = Window(model, spare=k)         # each draft is a call of its own, and all may be taken back
+    def __init__(self, model, end: int, k: int):
+        self.window = Window(model, end, spare=k)    # each draft is a call of its own, and all may be taken back
 
     def propose(self, ids, k: int, how: Sampling, generator):
         return draw_in_turn(ids, min(k, self.window.fit(ids) + 1), how, generator, self.window.read)
@@ -401,7 +405,7 @@ class HeadDraft:
     def propose(self, ids, k: int, how: Sampling, generator):
         model, first = self.window.model, self.window.first
         if first == 0:
-            self.memory = model.new_cache(1, draft=True)
+            self.memory = model.new_cache(1, self.window.room(), draft=True)
         # It reads pairs of a hidden state of the model and the token after it; only the true ones stay in its cache.
         begin = self.window.start + first + 1
         self.hidden = self.window.hidden[:, :len(ids) - begin]
@@ -455,7 +459,7 @@ def speculate(target, draft, prompt_ids, max_new_tokens: int, *, k: int = 4, sto
     check_prompts(target, [ids], max_new_tokens, how.vocab_limit)
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k={k!r} drafts a pass must be a whole number of at least 1")
-    window = Window(target)
+    window = Window(target, end)
     if draft in (None, "mtp"):
         if not target.config.mtp_depth:
             raise ValueError("mtp_depth=0: this model has no head for a further token to draft with; "
@@ -469,7 +473,7 @@ def speculate(target, draft, prompt_ids, max_new_tokens: int, *, k: int = 4, sto
         raise ValueError(f"the draft has a vocabulary of {draft.config.vocab_size}, the target one of "
                          f"{target.config.vocab_size}; both must be trained with the same tokenizer")
     else:
-        drafter = ModelDraft(draft, k)
+        drafter = ModelDraft(draft, end, k)
     figures = {} if figures is None else figures
     for name in FIGURES:                 # those of several texts add up
         figures.setdefault(name, 0)

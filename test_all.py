@@ -538,6 +538,11 @@ def test_polynomials_of_muon_are_the_nearest_to_one(steps, error):
     assert (x - 1).abs().max() < error
 
 
+def test_many_rounds_of_muon_end_at_one():
+    values = torch.linalg.svdvals(optim.orthogonalize(torch.randn(64, 96, generator=rng()), 40).float())
+    assert 0.98 < values.min() and values.max() < 1.02, values
+
+
 def test_muon_step_is_the_orthogonalized_momentum():
     p = torch.zeros(8, 4, requires_grad=True)
     gradient = torch.randn(8, 4, generator=torch.Generator().manual_seed(2))
@@ -573,6 +578,11 @@ def test_clipping_is_global_and_skips_missing_gradients():
     assert torch.equal(a.grad, before) and c.grad is None
     b.grad = torch.tensor([0.0, math.inf])
     assert optim.clip_grad_norm([a, b], 1.0).item() == math.inf and torch.equal(a.grad, before)
+    half = torch.zeros(100_000, dtype=torch.float16, requires_grad=True)
+    half.grad = torch.full_like(half, 300.0)
+    for clip in (optim.clip_grad_norm, parallel.clip_grad_norm):         # a norm of 94,868 is none that float16 has
+        assert clip([half], 1000.0).item() == pytest.approx(300 * 100_000 ** 0.5 if clip is optim.clip_grad_norm else 1000,
+                                                            rel=2e-3)
 
 
 @pytest.mark.parametrize("make", [lambda p: optim.AdamW(p, lr=-1), lambda p: optim.AdamW(p, betas=(1.0, 0.9)),
@@ -3024,6 +3034,15 @@ def test_weights_in_blocks_give_the_same_logits_and_texts_and_are_gone_afterward
     assert [hasattr(p, "blocks") for p in model.parameters()] == kept == [False] * len(kept)
 
 
+def test_a_cache_takes_ids_of_any_integer_and_knows_what_a_token_reads():
+    model, tokens = toy("smear window").eval(), ids(2, 10)
+    cache = model.new_cache(2, 12)
+    torch.testing.assert_close(model(tokens.int(), cache=cache), model(tokens))
+    width = model.config.n_kv_heads * model.config.head_dim * 4
+    assert cache.bytes_read == 2 * 2 * sum(4 if window else 10 for window in model.config.windows) * width
+    assert cache.n_bytes > cache.bytes_read and model.new_cache(2, 12, draft=True).ids is None
+
+
 def test_samples_of_one_prompt_share_its_prefill():
     model = random_model()
     rows = list(zip(*sample.stream(model, [[1, 2, 3]], 12, generator=rng(), n_each=3)))
@@ -3199,7 +3218,7 @@ def test_a_quantised_model_still_writes(switch):
 
 def test_the_own_heads_drafts_are_those_of_a_full_pass():
     model = random_model(mtp_depth=1, context_length=64)
-    window, text = sample.Window(model), [1, 2, 3, 4]
+    window, text = sample.Window(model, 64), [1, 2, 3, 4]
     drafter, rejected = sample.HeadDraft(window), []
     for token in (9, 10, 11):                              # the cache of the head goes on over rejected drafts
         window.fit(text)
@@ -3262,6 +3281,7 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary():
         math.log2(50) / 2, rel=1e-5)
     with pytest.raises(ValueError, match="at least 2 tokens"):
         evaluate.perplexity(model, [1])
+    assert model_module.perplexity_of(1e5) == math.inf and math.isnan(model_module.perplexity_of(math.nan))
 
 
 def test_bytes_of_a_token_file_are_those_of_its_text(corpus):

@@ -42,7 +42,7 @@ import parallel
 from checkpoint import (load_checkpoint, load_model, load_optimizer, load_weights, read_checkpoint,  # noqa: F401
                         save_checkpoint, write_atomically)
 from configurator import command_line, fail, grid, print_config
-from model import ModelConfig, Transformer, bits_per_byte, token_losses
+from model import ModelConfig, Transformer, bits_per_byte, perplexity_of, token_losses
 
 DEFAULT_CONFIG = "config_shakespeare.py"
 DEFAULT_MINUTES = 2.0                    # when neither max_steps nor max_minutes is given
@@ -667,9 +667,9 @@ def main(config: TrainConfig) -> dict:
         show_samples(config)
     elif head and config.num_samples:
         print(f"no samples: {folder} has no tokenizer.json to write text with")
-    in_bits, perplexity = "n/a" if bits is None else f"{bits:.4f}", math.exp(min(val_loss, 700))     # e^710 overflows
+    in_bits = "n/a" if bits is None else f"{bits:.4f}"
     print(f"step {run.step}, {run.seconds:.1f} s of training | val loss {val_loss:.4f} | "
-          f"val perplexity {perplexity:.2f} | val bits per byte {in_bits}")
+          f"val perplexity {perplexity_of(val_loss):.2f} | val bits per byte {in_bits}")
     return figures | {"val_loss": val_loss, "val_bits_per_byte": bits}
 
 

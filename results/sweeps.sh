@@ -1,5 +1,5 @@
 #!/bin/sh
-# The sweeps behind config_shakespeare.py and the course's ablations: `SEEDS=1,2,3 sh results/sweeps.sh [NAME …]`, resumable.
+# The sweeps behind config_shakespeare.py and the course's ablations, resumable: `SEEDS=1,2,3 sh results/sweeps.sh [NAME …]`.
 # 300 steps of the default are 46 s on one thread of an AMD EPYC. Ablations, rates and batches take equal tokens;
 # shapes and vocabularies take as many steps as fit in the time of 300 of the default's (153 ms a step; width 96: 114,
 # 192: 270; 2 layers: 93, 6: 207; vocabulary 1,024: 137, 4,096: 185).
@@ -8,9 +8,11 @@ seeds=${SEEDS:-1,2,3}
 sweep() { python train.py sweep "$@" "seed=$seeds" --out_dir="out/$name" --max_minutes=none --eval_every=0; }
 for name in ${*:-ablations learning_rate muon muon_steps embedding width depth batch vocabulary}; do
     case $name in
-    ablations) for change in "" smear=false norm=none norm_position=post position=none qk_norm=false "ffn=silu d_ff=512"; do
+    ablations)
+        for change in "" smear=false norm=none norm_position=post position=none qk_norm=false "ffn=silu d_ff=512"; do
         sweep $change --max_steps=300 --warmup_steps=30; done ;;
-    learning_rate) sweep lr=1e-3,3e-3,1e-2,1e-1,30 --optimizer=adamw --embedding_lr=none --max_steps=300 --warmup_steps=30 ;;
+    learning_rate)
+        sweep lr=1e-3,3e-3,1e-2,1e-1,30 --optimizer=adamw --embedding_lr=none --max_steps=300 --warmup_steps=30 ;;
     muon) sweep muon_lr=0.02,0.03,0.04 --max_steps=300 --warmup_steps=30 ;;
     muon_steps) sweep muon_steps=2,3,5 --max_steps=300 --warmup_steps=30 ;;
     embedding) sweep embedding_lr=0.008,0.04,0.16,0.64 --max_steps=300 --warmup_steps=30 ;;
