@@ -1,5 +1,5 @@
 #!/bin/sh
-# The sweeps behind config_shakespeare.py and the course's ablations, resumable: `SEEDS=1,2,3 sh results/sweeps.sh [NAME …]`.
+# The sweeps behind config_shakespeare.py and the ablations, resumable: `SEEDS=1,2,3 sh results/sweeps.sh [NAME …]`.
 # 300 steps of the default are 46 s on one thread of an AMD EPYC. Ablations, rates and batches take equal tokens;
 # shapes and vocabularies take as many steps as fit in the time of 300 of the default's (153 ms a step; width 96: 114,
 # 192: 270; 2 layers: 93, 6: 207; vocabulary 1,024: 137, 4,096: 185).
