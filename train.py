@@ -842,14 +842,20 @@ def print_sweep(rows: list[dict]) -> None:
 
 
 def plot_sweep(rows: list[dict], path) -> None:
-    """Every run's score as a dot and each setting's mean as a bar; by the settings' numbers, or else best first."""
+    """Every run's score as a dot and each setting's mean as a bar; by the settings' numbers, or else best first.
+
+    Scores half as large again as the best, of runs that have all but diverged, are arrows at the edge.
+    """
     from matplotlib.figure import Figure
     rows = sorted((row for row in rows if row["scores"]), reverse=True,
                   key=lambda row: [float(number) for number in re.findall(r"=([-+.\de]+)(?=,|$)", row["setting"])])
     axis = Figure(figsize=(7.5, 1.5 + 0.35 * len(rows)), layout="constrained").subplots()
+    edge = 1.5 * min(score for row in rows for score in row["scores"].values())
     for y, row in enumerate(rows):
-        axis.plot(list(row["scores"].values()), [y] * len(row["scores"]), "o", alpha=0.5, color="C0")
-        axis.plot(row["mean"], y, "|", markersize=14, color="C1")
+        for score in row["scores"].values():
+            axis.plot(min(score, edge), y, "o" if score <= edge else ">", alpha=0.5, color="C0")
+        if row["mean"] <= edge:
+            axis.plot(row["mean"], y, "|", markersize=14, color="C1")
         axis.set_xlabel("validation, " + row["measure"])
     axis.set(yticks=range(len(rows)), yticklabels=[row["setting"] for row in rows])
     axis.set_title(f"python train.py sweep --out_dir={Path(path).parent.as_posix()}", fontsize=9)
