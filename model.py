@@ -425,7 +425,7 @@ def product(x, weight):
     if ONEDNN and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")) \
             and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
         blocks = getattr(weight, "blocks", None)
-        if blocks is not None or weight.numel() > 2 ** 18:
+        if blocks is not None or weight.numel() > 2 ** 16:
             return torch.ops.mkldnn._linear_pointwise(x, weight if blocks is None else blocks, None, "none", [], "")
     return x @ weight.T
 
