@@ -137,7 +137,8 @@ def format_help(config_class: type, usage: str) -> str:
     lines = [
         usage.strip(), "", "settings, each with its default (a config file changes defaults, a flag wins over both):"]
     for field in dataclasses.fields(config_class):
-        lines.append(f"  --{f'{field.name}={field.default}'.lower():<34} {comments.get(field.name, '')}".rstrip())
+        default = field.default if isinstance(field.default, str) else str(field.default).lower()
+        lines.append(f"  --{f'{field.name}={default}':<34} {comments.get(field.name, '')}".rstrip())
     return "\n".join(lines)
 
 
@@ -149,11 +150,16 @@ def nearest(word: str, allowed) -> str:
     return f" Did you mean {near[0]}?" if near else ""
 
 
+ALIASES = {"learning_rate": "lr"}        # what others call a setting
+
+
 def parse_flags(argv: list[str]) -> tuple[dict, list[str]]:
     """Split arguments into `{key: text}` from `--key=value`, and the rest in order.
 
     >>> parse_flags(["out/x", "--top_k=5"])
     ({'top_k': '5'}, ['out/x'])
+    >>> parse_flags(["--learning-rate=1e-3"])
+    ({'lr': '1e-3'}, [])
     """
     flags, rest = {}, []
     for argument in argv:
@@ -163,7 +169,8 @@ def parse_flags(argv: list[str]) -> tuple[dict, list[str]]:
         key, equals, value = argument[2:].partition("=")
         if not equals:
             raise ConfigError(f"{argument} has no value; write --{key}=VALUE (for a switch, --{key}=true)")
-        flags[key.replace("-", "_")] = value
+        key = key.replace("-", "_")
+        flags[ALIASES.get(key, key)] = value
     return flags, rest
 
 
@@ -193,7 +200,7 @@ def grid(config_class: type, words: list[str]) -> list[dict]:
     hints, axes = typing.get_type_hints(config_class), []
     for word in words:
         key, _, values = word.partition("=")
-        key = {"learning_rate": "lr"}.get(key, key)
+        key = ALIASES.get(key, key)
         if not values or key not in hints or key in ("out_dir", "resume"):
             raise ConfigError(f"{word!r} spans no axis; write key=a,b with a setting as key.{nearest(key, hints)} "
                               "--help lists them all")

@@ -775,8 +775,9 @@ def explain(folder: str, config) -> None:
     if config.max_new_tokens > room:
         raise ValueError(f"{len(ids)} tokens of prompt and max_new_tokens={config.max_new_tokens} pass the model's "
                          f"context of {model.config.context_length}; explain looks at one context, give less")
-    new = generate(model, ids, config.max_new_tokens, temperature=0, vocab_limit=tokenizer.vocab_size)
-    ids = ([end] if end is not None and ids[0] != end and room > len(new) else []) + ids + new
+    if end is not None and ids[0] != end and room > config.max_new_tokens:    # before the first token, the beginning
+        ids = [end] + ids
+    ids += generate(model, ids, config.max_new_tokens, temperature=0, vocab_limit=tokenizer.vocab_size)
     if len(ids) < 2:
         raise ValueError("nothing to explain: give a --prompt, or max_new_tokens of at least 1")
     log_p = torch.log_softmax(model(torch.tensor([ids[:-1]], device=config.device))[0].float(), dim=-1)
@@ -919,6 +920,8 @@ def sample(folder: str, config) -> None:
     generator = None if config.seed is None else torch.Generator(config.device).manual_seed(config.seed)
     draft = load_draft(config.draft, model, tokenizer, config) if config.draft else None
     turns, prompt = [], config.prompt
+    if config.chat:
+        chat_ids(tokenizer, [""])          # refuses a model that is not for it, before anything is typed
     while True:
         if (config.chat or config.interactive) and not prompt:
             prompt = input("you> " if config.chat else "prompt> ")

@@ -2746,12 +2746,13 @@ def test_settings_given_on_resuming_count_and_another_optimizer_is_refused(corpu
         train.main(train.TrainConfig(**asked | dict(optimizer="sgd")))
 
 
-def test_a_fresh_run_keeps_the_checkpoints_of_another_one_apart(corpus, tmp_path):
+def test_a_fresh_run_keeps_the_checkpoints_of_another_one_apart(corpus, tmp_path, capsys):
     tiny_run(corpus, tmp_path, max_steps=10, checkpoint_every=5)
     before = (tmp_path / "ckpt.pt").read_bytes()
     with pytest.raises(FloatingPointError, match="last good state is not saved yet"):
         tiny_run(corpus, tmp_path, max_steps=30, lr=1e30, grad_clip=math.inf, optimizer="sgd", eval_every=0)
     assert not (tmp_path / "ckpt.pt").exists() and (tmp_path / "ckpt.old.pt").read_bytes() == before
+    assert "its ckpt.pt is ckpt.old.pt from now on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, minutes", [
@@ -3260,6 +3261,7 @@ def test_sample_commands(tmp_path, capsys, monkeypatch):
     told = run("explain", "--prompt=<b>", "--max_new_tokens=2", "big")
     page = (tmp_path / "big" / "explain.html").read_text(encoding="utf-8")
     assert page.count("<tr ") == 5 and "<b>&lt;</b>" in page and told.count("likeliest") == 5
+    assert told.count("rank 1,") >= 2, "what the model went on with is the likeliest"
     table = run("bench", "--contexts=8", "--batches=2", "--new_tokens=4", "--rounds=1",
                 f"--out={tmp_path / 'bench'}", "big")
     assert "n-grams" in table and "the same tokens" in table and "OTHER" not in table

@@ -65,7 +65,7 @@ class TrainConfig(ModelConfig):
     optimizer: str = "adamw"                 # adamw | muon (for matrices in blocks) | sgd | adagrad | rmsprop
     lr: float = 1e-3                         # peak learning rate of all but muon
     muon_lr: float = 0.02                    # muon's peak learning rate
-    muon_steps: int = 5                      # muon's Newton-Schulz steps: fewer are faster and less orthogonal
+    muon_steps: int = 5                      # muon's rounds of matrix products: fewer are faster, less orthogonal
     embedding_lr: float | None = None        # peak learning rate of the embedding tables; none = lr
     weight_decay: float = 0.1                # of matrices, but for muon's
     muon_weight_decay: float = 0.0           # of muon
@@ -465,16 +465,18 @@ class Run:
             return good
         sizes = {name: p.grad.abs().max().item() for name, p in self.model.named_parameters() if p.grad is not None}
         largest = sorted(sizes, key=lambda name: sizes[name] if math.isfinite(sizes[name]) else math.inf)[:-4:-1]
-        message = (f"loss {loss} and gradient norm {norm} at step {self.step}, learning rate {lr:.2e}; largest "
+        message = (f"loss {loss:.4g} and gradient norm {norm:.4g} at step {self.step}, learning rate {lr:.2e}; largest "
                    "gradients: " + ", ".join(f"{name} {sizes[name]:.2g}" for name in largest))
         if self.config.skip_bad_steps and self.bad_in_a_row <= BAD_IN_A_ROW:
             self.skipped += 1
             print(f"skipped: {message}", flush=True)
             return False
         saved = Path(self.config.out_dir) / "ckpt.pt"
+        skip = (f"{BAD_IN_A_ROW} steps in a row were skipped before" if self.config.skip_bad_steps else
+                "or skip single bad steps with --skip_bad_steps=true")
         raise FloatingPointError(
             f"{message}: the run has diverged. The last good state is {saved if saved.exists() else 'not saved yet'}; "
-            "lower --lr (or --muon_lr), raise --warmup_steps, or skip single bad steps with --skip_bad_steps=true")
+            f"lower --lr (or --muon_lr), raise --warmup_steps; {skip}")
 
     @torch.no_grad()
     def estimate_loss(self) -> float:
@@ -642,6 +644,7 @@ def main(config: TrainConfig) -> dict:
         for name in ("ckpt", "best"):
             if (out / f"{name}.pt").exists():
                 os.replace(out / f"{name}.pt", out / f"{name}.old.pt")
+                print(f"{out} holds a run already: its {name}.pt is {name}.old.pt from now on; to go on, --resume=true")
     if head and (folder / "tokenizer.json").exists():
         shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
     elif head and not config.resume:
@@ -729,7 +732,8 @@ def train(run: Run, log, stop: Stop) -> float | None:
             extra = {"loss_scale": run.loss_scale} if run.dtype == "float16" else {}
             write(log, run, loss=last_loss, lr=lr, norm=norm.item(), ms=ms, tokens_per_s=1000 * step_tokens / ms,
                   mfu=mfu, skipped=run.skipped, **extra)
-            print(f"{run.step:>6}/{config.max_steps or round(run.total_steps())} | loss {last_loss:.4f} | "
+            end = config.max_steps or max(round(run.total_steps()), run.step)
+            print(f"{run.step:>6}/{end} | loss {last_loss:.4f} | "
                   f"lr {lr:.2e} | norm {norm:.2f} | {ms:.0f} ms | {1000 * step_tokens / ms:,.0f} tok/s | "
                   f"mfu {'n/a' if mfu is None else f'{100 * mfu:.1f} %'} | "
                   f"eta {max(run.seconds * (1 / run.progress() - 1), 0):.0f} s", flush=True)
