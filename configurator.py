@@ -35,6 +35,7 @@ def coerce(key: str, value, annotation):
 
     >>> coerce("max_steps", "1e4", int)
     10000
+
     Raises ConfigError naming the key, the value and the type.
     """
     options = [option for option in typing.get_args(annotation) or (annotation,)

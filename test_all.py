@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import doctest
 import functools
 import gzip
 import hashlib
@@ -3826,6 +3827,12 @@ def python(*arguments, **more):
 
 SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "kernels", "parallel", "model", "accounting", "convert",
            "clean", "data", "train", "sample", "evaluate"]
+
+
+@pytest.mark.parametrize("module", [bpe, clean, configurator, data, evaluate, model_module, parallel])
+def test_examples_in_docstrings_are_true(module):
+    found = doctest.testmod(module)
+    assert found.attempted > 0 and found.failed == 0, found
 
 
 def test_importing_a_script_does_nothing(tmp_path):
