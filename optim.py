@@ -245,13 +245,13 @@ def wsd_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, sta
 
 # --- clipping ---
 
-@torch.no_grad()
 def norms(grads) -> list[torch.Tensor]:
     """The L2 norm of each, a float32 scalar: in float16 one above 65,504 would be infinite."""
     wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
     return [norm.float() for norm in torch._foreach_norm(grads, 2, wide)]
 
 
+@torch.no_grad()
 def clip_grad_norm(params, max_norm: float, eps: float = 1e-6) -> torch.Tensor:
     """Scale all gradients in place by max_norm / (norm + eps) when their common L2 norm is above max_norm.
 

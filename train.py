@@ -644,7 +644,7 @@ def main(config: TrainConfig) -> dict:
         for name in ("ckpt", "best"):
             if (out / f"{name}.pt").exists():
                 os.replace(out / f"{name}.pt", out / f"{name}.old.pt")
-                print(f"{out} holds a run already: its {name}.pt is {name}.old.pt from now on; to go on, --resume=true")
+                print(f"{out} holds a run already: its {name}.pt is kept as {name}.old.pt")
     if head and (folder / "tokenizer.json").exists():
         shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
     elif head and not config.resume:
