@@ -3048,6 +3048,15 @@ def test_a_cache_takes_ids_of_any_integer_and_knows_what_a_token_reads():
     assert cache.n_bytes > cache.bytes_read and model.new_cache(2, 12, draft=True).ids is None
 
 
+def test_a_gate_in_float32_leaves_the_stream_in_bfloat16():
+    """As under FSDP with compute_dtype=bfloat16, which casts matrices and leaves vectors."""
+    model, seen = toy("smear").to(torch.bfloat16), []
+    model.smear_gate = torch.nn.Parameter(model.smear_gate.detach().float())
+    model.layers[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0].dtype))
+    model(ids(2, 5))
+    assert seen == [torch.bfloat16]
+
+
 def test_samples_of_one_prompt_share_its_prefill():
     model = random_model()
     rows = list(zip(*sample.stream(model, [[1, 2, 3]], 12, generator=rng(), n_each=3)))
