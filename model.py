@@ -435,7 +435,7 @@ def in_blocks(model, rows: int):
     """Around many passes of so many rows each: the float32 weights of a model on a CPU also in oneDNN's order.
 
     A block of 16 x 64 weights then serves all rows from the registers. It takes the memory of the weights once more,
-    and the time that ten passes of 16 rows win; thousands of rows are faster without. Nothing where oneDNN is not.
+    and the time that 10 to 30 passes of 16 rows win; thousands of rows are faster without. Nothing where oneDNN is not.
     """
     weights = [module.weight for module in model.modules() if type(module) is Linear]
     weights = [weight for weight in weights if ONEDNN and weight.device.type == "cpu" and weight.dtype == torch.float32]
