@@ -2770,8 +2770,10 @@ def test_a_time_limit_is_dropped_for_steps_and_only_when_it_was_not_asked_for(fl
     assert seen[0].max_minutes == minutes
 
 
-def test_a_signal_in_the_last_evaluation_ends_the_program(corpus, tmp_path, monkeypatch, capsys):
+def test_a_signal_in_the_last_evaluation_ends_the_program(corpus, tmp_path, monkeypatch, capsys, request):
     monkeypatch.setattr(train.Run, "full_loss", lambda run: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job starts without
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     settings = [f"--{name}={value}" for name, value in TINY.items()]
     with pytest.raises(SystemExit) as end:
         train.run_command_line(["sweep", "seed=1,2", "--max_steps=2", f"--data_dir={corpus}", f"--out_dir={tmp_path}",
