@@ -68,12 +68,12 @@ def autotuned(key, small, large):
 
 def fitting(configs, arguments, **constants):
     """The tiles worth timing. R rows of a padded head of D numbers are R x D float32 sums in the warps' registers; past
-    16,384 for 4 warps they spill. IEEE float32 products hold their inputs there too: four times earlier, and compiling
-    what spills takes minutes."""
+    16,384 for 4 warps they spill. IEEE float32 products hold their inputs there too: eight times earlier, and compiling
+    what spills takes long."""
     exact = constants.get("PRECISION") == "ieee"
     def cost(config):
         rows = max(size for name, size in config.kwargs.items() if name.startswith("BLOCK"))
-        return rows * constants.get("D_PAD", 64) * (4 if exact else 4 / config.num_warps)
+        return rows * constants.get("D_PAD", 64) * (8 if exact else 4 / config.num_warps)
     return [config for config in configs if cost(config) <= 128 * 128] or [min(configs, key=cost)]
 
 
@@ -365,8 +365,8 @@ QUERY_TILES = [({"BLOCK_Q": q, "BLOCK_K": k}, warps, stages) for q, k, warps, st
     (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3), (128, 32, 4, 3),
     (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1))]
 KEY_TILES = [({"BLOCK_Q": q, "BLOCK_K": k}, warps, stages) for q, k, warps, stages in (
-    (128, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3),
-    (64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1))]
+    (64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 3), (32, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 8, 2),
+    (32, 64, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1))]
 FLASH_KEY = ["T_BUCKET", "D", "CAUSAL", "WINDOW", "PRECISION"]
 NOT_SPECIALIZED = ["heads", "Tq", "Tk", "window"]      # a length of 1 or a multiple of 16 must not mean another kernel
 
@@ -398,16 +398,27 @@ def _key_range(q0, Tk, shift, window, CAUSAL: constexpr, WINDOW: constexpr, BLOC
 
 
 @jit
-def _part(part: constexpr, lo, a, b, hi):
-    """(first, last) of part 0, 1 or 2 of the tiles between lo, a, b and hi."""
-    return (lo, a) if part == 0 else ((a, b) if part == 1 else (b, hi))
+def _row(base, index, count, CHECK: constexpr):
+    """The numbers at `index` of a row of `count`; as in _tile."""
+    if CHECK:
+        numbers = tl.load(base + index, mask=index < count, other=0.0)
+    else:
+        numbers = tl.load(base + index)
+    return numbers
 
 
 @jit
-def _base2(lse, index, count):
-    """L in base 2 for a tile of queries; 0 for a row that saw no key, so that exp2(-inf - L) is 0 and not NaN."""
-    row = tl.load(lse + index, mask=index < count, other=0.0)
-    return tl.where(row == -float("inf"), 0.0, row) * LOG2E
+def _walk(MASKED: constexpr, lo, a, b, hi):
+    """(first, last) of the loop over the tiles between a and b, or over those before a and from b on; see _start."""
+    return (lo, hi - (b - a)) if MASKED else (a, b)
+
+
+@jit
+def _start(i, MASKED: constexpr, a, b):
+    """Where the tile at i of a _walk starts: the masked one goes from lo to a, and on from b."""
+    if MASKED:
+        i = tl.where(i < a, i, i + (b - a))
+    return i
 
 
 @autotuned(FLASH_KEY, {"BLOCK_Q": 64, "BLOCK_K": 32}, QUERY_TILES)
@@ -433,19 +444,20 @@ def _flash_forward(q, k, v, o, lse, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk,
     acc = tl.zeros((BLOCK_Q, D_PAD), tl.float32)
     query, shift = q0 + tl.arange(0, BLOCK_Q), Tk - Tq
     lo, a, b, hi = _key_range(q0, Tk, shift, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_K)
-    # Unrolled by the compiler into up to three loops: cut by the window, seen by all (no mask), cut by diagonal or end.
-    for part in tl.static_range(0 if WINDOW else 1, 3):
-        first, last = _part(part, lo, a, b, hi)
-        for k0 in range(first, last, BLOCK_K):
-            k_tile = _tile(k + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, part != 1)
+    # Two loops: over the tiles that all queries see, without a mask, and over those cut by window, diagonal or end.
+    for MASKED in tl.static_range(2):
+        first, last = _walk(MASKED, lo, a, b, hi)
+        for i in range(first, last, BLOCK_K):
+            k0 = _start(i, MASKED, a, b)
+            k_tile = _tile(k + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, MASKED)
             s = _dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRECISION)
-            if part != 1:
+            if MASKED:
                 key = k0 + tl.arange(0, BLOCK_K)
                 s = tl.where(_seen(query[:, None], key[None, :], Tk, shift, window, CAUSAL, WINDOW), s, -float("inf"))
             m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
             m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)               # -inf - -inf would be NaN
             p, shrink = tl.exp2(s * scale - m_safe[:, None]), tl.exp2(m - m_safe)
-            v_tile = _tile(v + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, part != 1)
+            v_tile = _tile(v + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, MASKED)
             acc = _dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)
             l, m = l * shrink + tl.sum(p, axis=1), m_new
     l_safe = tl.where(l == 0.0, 1.0, l)                                         # a row without keys: 0, L = -inf
@@ -455,13 +467,15 @@ def _flash_forward(q, k, v, o, lse, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk,
 
 @autotuned(FLASH_KEY, {"BLOCK_Q": 64, "BLOCK_K": 32}, QUERY_TILES)
 @jit(do_not_specialize=NOT_SPECIALIZED)
-def _flash_backward_queries(q, k, v, o, do, lse, delta, dq, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk, window, scale,
-                            T_BUCKET: constexpr, GROUP: constexpr, D: constexpr, D_PAD: constexpr, CAUSAL: constexpr,
-                            WINDOW: constexpr, PRECISION: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
+def _flash_backward_queries(q, k, v, o, do, lse, lse2, delta, dq, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk, window,
+                            scale, T_BUCKET: constexpr, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
+                            CAUSAL: constexpr, WINDOW: constexpr, PRECISION: constexpr, BLOCK_Q: constexpr,
+                            BLOCK_K: constexpr):
     """One program: dQ = dS K / √D of BLOCK_Q queries of one head; walks over the keys as the forward pass does.
 
-    Also delta (B, H, Tq) = rowsum(dO ∘ O) = rowsum(dP ∘ P), which the softmax's gradient subtracts from each row of dP,
-    and which the kernel for the keys needs: so this one runs first.
+    It also leaves what the kernel for the keys would otherwise compute once for each tile: delta (B, H, Tq) =
+    rowsum(dO ∘ O) = rowsum(dP ∘ P), which the softmax's gradient subtracts from each row of dP, and lse2, L in base 2
+    with 0 for a row that saw no key. So this one runs first.
     """
     blocks, pid = tl.cdiv(Tq, BLOCK_Q), tl.program_id(0)
     q0 = (blocks - 1 - pid % blocks) * BLOCK_Q
@@ -471,22 +485,25 @@ def _flash_backward_queries(q, k, v, o, do, lse, delta, dq, q_b, q_h, q_t, k_b, 
     q_tile = _tile(q + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, True)
     do_tile = _tile(do + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, True)
     query, shift = q0 + tl.arange(0, BLOCK_Q), Tk - Tq
-    row_lse = _base2(lse + row * Tq, query, Tq)
+    row_lse = _row(lse + row * Tq, query, Tq, True) * LOG2E
+    row_lse = tl.where(row_lse == -float("inf"), 0.0, row_lse)                  # exp2(-inf - 0) is 0, and not NaN
     o_tile = _tile(o + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, True)
     row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), axis=1)
+    tl.store(lse2 + row * Tq + query, row_lse, mask=query < Tq)
     tl.store(delta + row * Tq + query, row_delta, mask=query < Tq)
     dq_tile = tl.zeros((BLOCK_Q, D_PAD), tl.float32)
     lo, a, b, hi = _key_range(q0, Tk, shift, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_K)
-    for part in tl.static_range(0 if WINDOW else 1, 3):
-        first, last = _part(part, lo, a, b, hi)
-        for k0 in range(first, last, BLOCK_K):
-            k_tile = _tile(k + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, part != 1)
+    for MASKED in tl.static_range(2):
+        first, last = _walk(MASKED, lo, a, b, hi)
+        for i in range(first, last, BLOCK_K):
+            k0 = _start(i, MASKED, a, b)
+            k_tile = _tile(k + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, MASKED)
             s = _dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRECISION)
-            if part != 1:
+            if MASKED:
                 key = k0 + tl.arange(0, BLOCK_K)
                 s = tl.where(_seen(query[:, None], key[None, :], Tk, shift, window, CAUSAL, WINDOW), s, -float("inf"))
             p = tl.exp2(s * scale - row_lse[:, None])
-            v_tile = _tile(v + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, part != 1)
+            v_tile = _tile(v + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, MASKED)
             dp = _dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRECISION)
             dq_tile = _dot((p * (dp - row_delta[:, None])).to(k_tile.dtype), k_tile, dq_tile, PRECISION)
     _put(dq + q_offset, q0, q_t, Tq, dq_tile * (scale / LOG2E), BLOCK_Q, D, D_PAD)
@@ -494,7 +511,7 @@ def _flash_backward_queries(q, k, v, o, do, lse, delta, dq, q_b, q_h, q_t, k_b, 
 
 @autotuned(FLASH_KEY, {"BLOCK_Q": 32, "BLOCK_K": 64}, KEY_TILES)
 @jit(do_not_specialize=NOT_SPECIALIZED)
-def _flash_backward_keys(q, k, v, do, lse, delta, dk, dv, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk, window, scale,
+def _flash_backward_keys(q, k, v, do, lse2, delta, dk, dv, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk, window, scale,
                          T_BUCKET: constexpr, GROUP: constexpr, D: constexpr, D_PAD: constexpr, CAUSAL: constexpr,
                          WINDOW: constexpr, PRECISION: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
     """One program: dK and dV of BLOCK_K keys of one key/value head, summed over its query heads in a fixed order.
@@ -525,21 +542,22 @@ def _flash_backward_keys(q, k, v, do, lse, delta, dk, dv, q_b, q_h, q_t, k_b, k_
     for member in range(GROUP):
         head = key_head * GROUP + member
         q_offset, first = batch * q_b + head * q_h, (batch * heads + head) * Tq
-        for part in tl.static_range(0 if CAUSAL else 1, 3):
-            begin, end = _part(part, lo, a, b, hi)
-            for q0 in range(begin, end, BLOCK_Q):
+        for MASKED in tl.static_range(2):
+            begin, end = _walk(MASKED, lo, a, b, hi)
+            for i in range(begin, end, BLOCK_Q):
+                q0 = _start(i, MASKED, a, b)
                 query = q0 + tl.arange(0, BLOCK_Q)
-                q_tile = _tile(q + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, part != 1)
+                q_tile = _tile(q + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, MASKED)
                 s = _dot(k_tile, tl.trans(q_tile), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), PRECISION)
-                if part != 1:
+                if MASKED:
                     # Queries past the end need no mask: their rows of q and dO are zero.
                     seen = _seen(query[None, :], key[:, None], Tk, shift, window, CAUSAL, WINDOW)
                     s = tl.where(seen, s, -float("inf"))
-                p = tl.exp2(s * scale - _base2(lse + first, query, Tq)[None, :])
-                do_tile = _tile(do + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, part != 1)
+                p = tl.exp2(s * scale - _row(lse2 + first, query, Tq, MASKED)[None, :])
+                do_tile = _tile(do + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, MASKED)
                 dv_tile = _dot(p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
                 dp = _dot(v_tile, tl.trans(do_tile), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), PRECISION)
-                ds = p * (dp - tl.load(delta + first + query, mask=query < Tq, other=0.0)[None, :])
+                ds = p * (dp - _row(delta + first, query, Tq, MASKED)[None, :])
                 dk_tile = _dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
     _put(dk + k_offset, k0, k_t, Tk, dk_tile * (scale / LOG2E), BLOCK_K, D, D_PAD)
     _put(dv + k_offset, k0, k_t, Tk, dv_tile, BLOCK_K, D, D_PAD)
@@ -590,12 +608,13 @@ def flash_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: 
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     q4, k4 = as_heads(q), as_heads(k)
     o4, do4, v4 = as_heads(o, q4), as_heads(do, q4), as_heads(v, k4)
-    dq, dk, dv, delta = torch.empty_like(q4), torch.empty_like(k4), torch.empty_like(v4), torch.empty_like(lse)
+    dq, dk, dv = torch.empty_like(q4), torch.empty_like(k4), torch.empty_like(v4)
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     (B, H, Tq, _), (_, K, Tk, _) = q4.shape, k4.shape
     sizes, constants = flash_arguments(q4, k4, is_causal, window)
     launch(_flash_backward_queries, lambda tile: (-(-Tq // tile["BLOCK_Q"]) * B * H,), q, q4, k4, v4, o4, do4, lse,
-           delta, dq, *sizes, **constants)
-    launch(_flash_backward_keys, lambda tile: (-(-Tk // tile["BLOCK_K"]) * B * K,), q, q4, k4, v4, do4, lse, delta,
+           lse2, delta, dq, *sizes, **constants)
+    launch(_flash_backward_keys, lambda tile: (-(-Tk // tile["BLOCK_K"]) * B * K,), q, q4, k4, v4, do4, lse2, delta,
            dk, dv, *sizes, **constants)
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
@@ -864,7 +883,8 @@ def rope_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool,
     (B, H, T, D), K = q.shape, k.shape[1]
     launch(_rope, (B * T,), q, q, k, q_out, k_out, cos, sin, *q.stride()[:3], *k.stride()[:3],
            cos.stride(0) if cos.dim() == 3 else 0, cos.stride(-2), T, H=H, H_PAD=power_of_2(H), K=K,
-           K_PAD=power_of_2(K), HALF=D // 2, HALF_PAD=power_of_2(D // 2), INTERLEAVED=interleaved, INVERSE=inverse)
+           K_PAD=power_of_2(K), HALF=D // 2, HALF_PAD=power_of_2(D // 2), INTERLEAVED=interleaved, INVERSE=inverse,
+           num_warps=min(8, power_of_2(H * D // 512)))                          # 8 numbers, 16 bytes, a thread
     return q_out, k_out
 
 
