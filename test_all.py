@@ -917,6 +917,30 @@ def test_kernels_write_every_number_and_nothing_outside(kernels, monkeypatch):
         assert result.isfinite().all(), f"result {i} has numbers that nobody wrote"
 
 
+def test_the_benchmark_of_kernels_writes_table_and_plot(kernels, tmp_path, monkeypatch, capsys):
+    """All of it but the GPU: small workloads where the tensors of the tests are, and every call said to take 2 ms."""
+    small = kernels.workloads
+    monkeypatch.setattr(kernels, "workloads", lambda device, dtype, T, D, *sizes: small(
+        torch.get_default_device(), dtype, T, D, 1, 2, 2, 32, 40))
+    monkeypatch.setattr(kernels, "time_ms", lambda run: run() and 2.0)
+    monkeypatch.setattr(kernels, "roofs", lambda dtype: (1e12, 1e11))
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    if not torch.cuda.is_available():
+        for name in ("get_device_name", "reset_peak_memory_stats", "max_memory_allocated"):
+            monkeypatch.setattr(torch.cuda, name, lambda: {"get_device_name": "none"}.get(name, 0))
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, "580.1\n"))
+    kernels.benchmark([17], [], str(tmp_path))
+    said = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
+    rows = {(r["kernel"], r["pass"], r["backend"], r["D"]): r for r in said["rows"]}
+    row = rows["attention", "forward", "ours", 64]
+    assert row["tflops"] == pytest.approx(4 * 64 * 2 * 17 * 17 / 2 / 2e-3 / 1e12) and row["ms"] == 2
+    assert row["share_of_roof"] == pytest.approx(max(row["tflops"], row["gb_per_s"] / 100))
+    assert rows["attention", "forward+backward", "cudnn", 128]["ms"] is None or torch.cuda.is_available()
+    assert len({kernel for kernel, *_ in rows}) == 11 and ("swiglu", "forward", "ours", 128) not in rows
+    assert said["driver"] == "580.1" and (tmp_path / "kernels.png").stat().st_size > 10_000
+    assert "% of the roof" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("fused_loss", ["false", "true"])
 def test_profile_of_a_training_step_by_region(tmp_path, capsys, fused_loss):
     import kernels
