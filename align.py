@@ -270,7 +270,7 @@ class PackedSFT(torch.utils.data.Dataset):
     """
 
     def __init__(self, tokenizer, path, context_length: int, shuffle: bool, seed: int = 0):
-        documents = [need(record, "prompt", "response") for record in read_jsonl(path)[0]]
+        documents = read_jsonl(path, lambda record: need(record, "prompt", "response"))[0]
         if shuffle:
             random.Random(seed).shuffle(documents)
         theirs, ids = hasattr(tokenizer, "eos_token_id"), []

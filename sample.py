@@ -451,6 +451,13 @@ def accept(p, q, drafts: list[int], generator):
     return len(drafts), torch.multinomial(p[-1], 1, generator=generator).item()
 
 
+def check_head(model) -> None:
+    """Raises ValueError where the model has no multi-token head to draft with."""
+    if not model.config.mtp_depth:
+        raise ValueError("mtp_depth=0: this model has no head for a further token to draft with; "
+                         "give a smaller model, or ngram to look drafts up in the text")
+
+
 @torch.inference_mode()
 def speculate(target, draft, prompt_ids, max_new_tokens: int, *, k: int = 4, stop_ids=(), generator=None,
               figures: dict | None = None, text: Text | None = None, **sampling):
@@ -461,9 +468,7 @@ def speculate(target, draft, prompt_ids, max_new_tokens: int, *, k: int = 4, sto
         raise ValueError(f"k={k!r} drafts a pass must be a whole number of at least 1")
     window = Window(target, end)
     if draft in (None, "mtp"):
-        if not target.config.mtp_depth:
-            raise ValueError("mtp_depth=0: this model has no head for a further token to draft with; "
-                             "give a smaller model, or ngram to look drafts up in the text")
+        check_head(target)
         drafter = HeadDraft(window)
     elif draft == "ngram":
         drafter = LookupDraft(target.config.vocab_size, next(target.parameters()).device)
@@ -864,6 +869,8 @@ def load(folder: str, config):
 def load_draft(name: str, model, tokenizer, config):
     """What --draft names: mtp, ngram, or the folder of a smaller model with the same tokenizer."""
     if name in ("mtp", "ngram"):
+        if name == "mtp":
+            check_head(model)                          # here, before the prompt is printed
         return name
     draft, its_tokenizer = load_model(name, config.device, config.checkpoint)
     if tokenizer is not None and (its_tokenizer is None or its_tokenizer.vocab != tokenizer.vocab):

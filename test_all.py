@@ -2405,7 +2405,8 @@ def test_text_and_language_of_pages_in_any_encoding():
     texts = {data.extract_text(page.encode(code))[-18:] for code in ("utf-8", "utf-8-sig", "cp1252")}
     assert texts == {"Ein “Café” für 5 €"}
     assert data.extract_text("<p>привет мир, как дела".encode("koi8-r")) == "привет мир, как дела"
-    for text, language in (("A short text in English.", "en"), ("欢迎来到\n我们的网站", "zh"), ("", "und")):
+    for text, language in (("A short text in English.", "en"), ("欢迎来到\n我们的网站", "zh"), ("", "und"),
+                           ("half a pair, \ud800, in a text", "en")):
         code, score = data.identify_language(text)
         assert code == language and (0.5 < score <= 1 or not text)
 
@@ -3321,10 +3322,12 @@ def test_sample_commands(tmp_path, capsys, monkeypatch):
     assert "n-grams" in table and "the same tokens" in table and "OTHER" not in table
     assert (tmp_path / "bench.png").stat().st_size > 5000
     assert (tmp_path / "bench.txt").read_text(encoding="utf-8") in table
-    for bad, words in ((["--quantize=int2"], "int2"), (["--draft=ngram", "--cache=false"], "cache=true")):
+    for bad, words in ((["--quantize=int2"], "int2"), (["--draft=ngram", "--cache=false"], "cache=true"),
+                       (["--draft=mtp", "--prompt=the king"], "mtp_depth=0")):
         with pytest.raises(SystemExit):
             run(*bad, "big")
-        assert words in capsys.readouterr().err
+        said = capsys.readouterr()
+        assert words in said.err and "the king" not in said.out
 
 
 # --- evaluate.py ---
@@ -3751,6 +3754,10 @@ def test_packed_documents_are_cut_into_shifted_chunks(bpe_trained, tmp_path):
         assert chunk["input_ids"].tolist() == ids[32 * i:32 * i + 32]
         assert chunk["labels"].tolist() == ids[32 * i + 1:32 * i + 33]
     assert not torch.equal(align.PackedSFT(tokenizer, path, 32, shuffle=True).ids, data_set.ids)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"prompt": "no answer"}\n')
+    with pytest.raises(ValueError, match="sft.jsonl:4: .*response"):
+        align.PackedSFT(tokenizer, path, 32, shuffle=False)
     batches = align.iterate_batches(data_set, 2, shuffle=True)
     assert len(batches) == math.ceil(len(data_set) / 2) and next(iter(batches))["labels"].shape == (2, 32)
 
