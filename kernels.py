@@ -368,7 +368,8 @@ KEY_TILES = [({"BLOCK_Q": q, "BLOCK_K": k}, warps, stages) for q, k, warps, stag
     (64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 3), (32, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 8, 2),
     (32, 64, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1))]
 FLASH_KEY = ["T_BUCKET", "D", "CAUSAL", "WINDOW", "PRECISION"]
-NOT_SPECIALIZED = ["heads", "Tq", "Tk", "window"]      # a length of 1 or a multiple of 16 must not mean another kernel
+# What must not mean another kernel to compile: a length of 1 or a multiple of 16. T_BUCKET is only there to tune by.
+NOT_SPECIALIZED = ["heads", "Tq", "Tk", "window", "T_BUCKET"]
 
 
 @jit
@@ -423,7 +424,7 @@ def _start(i, MASKED: constexpr, a, b):
 
 @autotuned(FLASH_KEY, {"BLOCK_Q": 64, "BLOCK_K": 32}, QUERY_TILES)
 @jit(do_not_specialize=NOT_SPECIALIZED)
-def _flash_forward(q, k, v, o, lse, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk, window, scale, T_BUCKET: constexpr,
+def _flash_forward(q, k, v, o, lse, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk, window, scale, T_BUCKET,
                    GROUP: constexpr, D: constexpr, D_PAD: constexpr, CAUSAL: constexpr, WINDOW: constexpr,
                    PRECISION: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
     """One program: BLOCK_Q queries of one head. q, o (B, H, Tq, D) share strides, so do k, v (B, K, Tk, D);
@@ -468,7 +469,7 @@ def _flash_forward(q, k, v, o, lse, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk,
 @autotuned(FLASH_KEY, {"BLOCK_Q": 64, "BLOCK_K": 32}, QUERY_TILES)
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def _flash_backward_queries(q, k, v, o, do, lse, lse2, delta, dq, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk, window,
-                            scale, T_BUCKET: constexpr, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
+                            scale, T_BUCKET, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
                             CAUSAL: constexpr, WINDOW: constexpr, PRECISION: constexpr, BLOCK_Q: constexpr,
                             BLOCK_K: constexpr):
     """One program: dQ = dS K / √D of BLOCK_Q queries of one head; walks over the keys as the forward pass does.
@@ -512,7 +513,7 @@ def _flash_backward_queries(q, k, v, o, do, lse, lse2, delta, dq, q_b, q_h, q_t,
 @autotuned(FLASH_KEY, {"BLOCK_Q": 32, "BLOCK_K": 64}, KEY_TILES)
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def _flash_backward_keys(q, k, v, do, lse2, delta, dk, dv, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk, window, scale,
-                         T_BUCKET: constexpr, GROUP: constexpr, D: constexpr, D_PAD: constexpr, CAUSAL: constexpr,
+                         T_BUCKET, GROUP: constexpr, D: constexpr, D_PAD: constexpr, CAUSAL: constexpr,
                          WINDOW: constexpr, PRECISION: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
     """One program: dK and dV of BLOCK_K keys of one key/value head, summed over its query heads in a fixed order.
 
