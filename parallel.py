@@ -1004,6 +1004,12 @@ class Strategy:
         """Mean of a number over the ranks along the data."""
         return reduce(x.clone(), self.mesh.dp) / self.dp
 
+    def total(self, number: float) -> float:
+        """Its sum over the ranks along the data."""
+        if self.dp == 1:
+            return number
+        return reduce(torch.tensor(number, dtype=torch.float64, device=self.device), self.mesh.dp).item()
+
     def largest(self, *numbers: float) -> list[float]:
         """The largest of each number over all ranks: what they act upon must be the same on all."""
         if self.size == 1:

@@ -2993,23 +2993,27 @@ def test_train_on_ranks_equals_one_process_and_goes_on_anywhere(corpus, tmp_path
     common = ["train.py", config, f"--data_dir={corpus}"]
 
     def run(out, size, steps, *flags):
-        words = [*common, f"--out_dir={tmp_path / out}", f"--max_steps={steps}", "--eval_every=5",
+        words = [*common, f"--out_dir={tmp_path / out}", f"--max_steps={steps}", "--eval_every=2",
                  "--micro_batch_size=3", "--grad_clip=0.3", *flags]
         done, _ = torchrun(*words, size=size)
         assert done.returncode == 0, done.stderr
         assert "val bits per byte" in done.stdout and done.stdout.count("val perplexity") == 1, "one rank speaks"
-        return train.read_log(tmp_path / out / "log.jsonl")
 
-    straight = tiny_run(corpus, tmp_path / "one", max_steps=10, grad_clip=0.3, eval_every=5)
+    tiny_run(corpus, tmp_path / "one", max_steps=10, grad_clip=0.3, eval_every=2, micro_batch_size=3)
     run("two", 2, 5, "--parallel=fsdp")                        # 5 are the warmup: the schedule of the 10 begins alike
     (tmp_path / "three").mkdir()
     shutil.copy(tmp_path / "two" / "ckpt.pt", tmp_path / "three" / "ckpt.pt")
-    log = run("two", 2, 10, "--tp=2", "--resume=true")
-    run("three", 3, 10, "--parallel=zero1", "--resume=true")   # 8 sequences on 3 ranks
-    for out in ("two", "three"):
+    run("two", 2, 10, "--tp=2", "--resume=true")
+    run("three", 3, 10, "--parallel=zero1", "--resume=true")   # 8 sequences and 2 evaluation batches on 3 ranks
+
+    def losses(out):
+        log = train.read_log(tmp_path / out / "log.jsonl")
+        return {line["step"]: line["val_loss"] for line in log if "val_loss" in line}
+    for out, steps in (("two", (2, 4, 6, 8, 10)), ("three", (6, 8, 10))):
+        found, right = losses(out), losses("one")
+        assert [found[step] for step in steps] == pytest.approx([right[step] for step in steps], abs=1e-4)
         for (name, tensor), other in zip(weights(tmp_path / "one").items(), weights(tmp_path / out).values()):
             torch.testing.assert_close(tensor, other, atol=5e-5, rtol=0, msg=lambda m: f"{out}, {name}: {m}")
-    assert abs([line["val_loss"] for line in log if "val_loss" in line][-1] - straight["val_loss"]) < 1e-4
     with pytest.raises(ValueError, match="parallel=fsdp cuts matrices and optimizer=muon needs whole ones"):
         train.TrainConfig(**TINY, parallel="fsdp", optimizer="muon")
 

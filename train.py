@@ -480,16 +480,23 @@ class Run:
 
     @torch.no_grad()
     def estimate_loss(self) -> float:
-        """Mean loss over eval_steps validation batches, the same ones every time, from their own generator."""
+        """Mean loss over eval_steps validation batches, the same ones every time, from their own generator.
+
+        Ranks along the data take turns. All make equally many passes, as a pass may be collective: who has none left
+        makes one that counts 0.
+        """
         self.model.eval()
         generator, total = torch.Generator().manual_seed(self.config.seed + 2), 0.0
-        size = self.config.micro_batch_size or self.sequences
-        for _ in range(self.config.eval_steps):
-            batch = get_batch(self.splits["val"], size, self.config.context_length, self.device, generator)
+        size, steps = self.config.micro_batch_size or self.sequences, self.config.eval_steps
+        ranks, rank = self.strategy.dp, self.strategy.mesh.dp_rank
+        for first in range(0, steps, ranks):
+            batches = [get_batch(self.splits["val"], size, self.config.context_length, self.device, generator)
+                       for _ in range(min(ranks, steps - first))]
             with self.autocast():
-                total += self.model(*batch)[1].item()
+                loss = self.model(*batches[rank % len(batches)])[1]
+            total += loss.item() if rank < len(batches) else 0.0
         self.model.train()
-        return self.strategy.same(total / self.config.eval_steps)
+        return self.strategy.same(self.strategy.total(total) / steps)
 
     def full_loss(self) -> float:
         """Mean loss over the whole validation split, every token predicted with at least half a context before it."""
