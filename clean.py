@@ -254,8 +254,8 @@ def load_fasttext(path: str | None = None):
 
 
 def _predict(model, text: str) -> tuple[str, float]:
-    # fastText refuses line ends and the halves of surrogate pairs that JSON may hold, and reads a text of many megabytes
-    # to the end for a label that a page suffices for.
+    # fastText refuses line ends and the halves of surrogate pairs that JSON may hold, and reads a text of many
+    # megabytes to the end for a label that a page suffices for.
     line = " ".join(text[:MODEL_CHARS].split()).encode("utf-8", "replace").decode()
     labels, scores = model.predict(line, on_unicode_error="replace")
     return (labels[0].removeprefix("__label__"), min(float(scores[0]), 1.0)) if labels else ("und", 0.0)

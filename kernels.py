@@ -68,12 +68,12 @@ def autotuned(key, small, large):
 
 def fitting(configs, arguments, **constants):
     """The tiles worth timing. R rows of a padded head of D numbers are R x D float32 sums in the warps' registers; past
-    16,384 for 4 warps they spill. IEEE float32 products hold their inputs there too: eight times earlier, and compiling
-    what spills takes long."""
+    16,384 for 4 warps they spill. IEEE float32 products hold their inputs there too: eight times earlier, and what
+    spills compiles for up to 20 s."""
     exact = constants.get("PRECISION") == "ieee"
     def cost(config):
         rows = max(size for name, size in config.kwargs.items() if name.startswith("BLOCK"))
-        return rows * constants.get("D_PAD", 64) * (8 if exact else 4 / config.num_warps)
+        return rows * constants.get("D_PAD", 32) * (8 if exact else 4 / config.num_warps)
     return [config for config in configs if cost(config) <= 128 * 128] or [min(configs, key=cost)]
 
 
@@ -368,8 +368,7 @@ KEY_TILES = [({"BLOCK_Q": q, "BLOCK_K": k}, warps, stages) for q, k, warps, stag
     (64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 3), (32, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 8, 2),
     (32, 64, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1))]
 FLASH_KEY = ["T_BUCKET", "D", "CAUSAL", "WINDOW", "PRECISION"]
-# What must not mean another kernel to compile: a length of 1 or a multiple of 16. T_BUCKET is only there to tune by.
-NOT_SPECIALIZED = ["heads", "Tq", "Tk", "window", "T_BUCKET"]
+NOT_SPECIALIZED = ["heads", "Tq", "Tk", "window"]      # a length of 1 or a multiple of 16 must not mean another kernel
 
 
 @jit
@@ -400,7 +399,7 @@ def _key_range(q0, Tk, shift, window, CAUSAL: constexpr, WINDOW: constexpr, BLOC
 
 @jit
 def _row(base, index, count, CHECK: constexpr):
-    """The numbers at `index` of a row of `count`; as in _tile."""
+    """The numbers at `index` of a row of `count`, zero past its end; CHECK is off where the caller knows better."""
     if CHECK:
         numbers = tl.load(base + index, mask=index < count, other=0.0)
     else:
@@ -409,15 +408,16 @@ def _row(base, index, count, CHECK: constexpr):
 
 
 @jit
-def _walk(MASKED: constexpr, lo, a, b, hi):
-    """(first, last) of the loop over the tiles between a and b, or over those before a and from b on; see _start."""
-    return (lo, hi - (b - a)) if MASKED else (a, b)
+def _walk(MASKED: constexpr, BOTH: constexpr, lo, a, b, hi):
+    """(first, last) of a loop over tiles: the whole ones from a to b, or the MASKED ones from b to hi and, if BOTH ends
+    may be cut, from lo to a. Those are one loop, which counts on from a as if the tiles from a to b were not there."""
+    return (a, b) if not MASKED else ((lo, hi - (b - a)) if BOTH else (b, hi))
 
 
 @jit
-def _start(i, MASKED: constexpr, a, b):
-    """Where the tile at i of a _walk starts: the masked one goes from lo to a, and on from b."""
-    if MASKED:
+def _start(i, MASKED: constexpr, BOTH: constexpr, a, b):
+    """Where the tile that a _walk counts as i starts."""
+    if MASKED and BOTH:
         i = tl.where(i < a, i, i + (b - a))
     return i
 
@@ -447,9 +447,9 @@ def _flash_forward(q, k, v, o, lse, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk,
     lo, a, b, hi = _key_range(q0, Tk, shift, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_K)
     # Two loops: over the tiles that all queries see, without a mask, and over those cut by window, diagonal or end.
     for MASKED in tl.static_range(2):
-        first, last = _walk(MASKED, lo, a, b, hi)
+        first, last = _walk(MASKED, WINDOW, lo, a, b, hi)
         for i in range(first, last, BLOCK_K):
-            k0 = _start(i, MASKED, a, b)
+            k0 = _start(i, MASKED, WINDOW, a, b)
             k_tile = _tile(k + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, MASKED)
             s = _dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRECISION)
             if MASKED:
@@ -469,9 +469,8 @@ def _flash_forward(q, k, v, o, lse, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk,
 @autotuned(FLASH_KEY, {"BLOCK_Q": 64, "BLOCK_K": 32}, QUERY_TILES)
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def _flash_backward_queries(q, k, v, o, do, lse, lse2, delta, dq, q_b, q_h, q_t, k_b, k_h, k_t, heads, Tq, Tk, window,
-                            scale, T_BUCKET, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
-                            CAUSAL: constexpr, WINDOW: constexpr, PRECISION: constexpr, BLOCK_Q: constexpr,
-                            BLOCK_K: constexpr):
+                            scale, T_BUCKET, GROUP: constexpr, D: constexpr, D_PAD: constexpr, CAUSAL: constexpr,
+                            WINDOW: constexpr, PRECISION: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
     """One program: dQ = dS K / √D of BLOCK_Q queries of one head; walks over the keys as the forward pass does.
 
     It also leaves what the kernel for the keys would otherwise compute once for each tile: delta (B, H, Tq) =
@@ -486,7 +485,7 @@ def _flash_backward_queries(q, k, v, o, do, lse, lse2, delta, dq, q_b, q_h, q_t,
     q_tile = _tile(q + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, True)
     do_tile = _tile(do + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, True)
     query, shift = q0 + tl.arange(0, BLOCK_Q), Tk - Tq
-    row_lse = _row(lse + row * Tq, query, Tq, True) * LOG2E
+    row_lse = tl.load(lse + row * Tq + query, mask=query < Tq, other=0.0) * LOG2E
     row_lse = tl.where(row_lse == -float("inf"), 0.0, row_lse)                  # exp2(-inf - 0) is 0, and not NaN
     o_tile = _tile(o + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, True)
     row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), axis=1)
@@ -495,9 +494,9 @@ def _flash_backward_queries(q, k, v, o, do, lse, lse2, delta, dq, q_b, q_h, q_t,
     dq_tile = tl.zeros((BLOCK_Q, D_PAD), tl.float32)
     lo, a, b, hi = _key_range(q0, Tk, shift, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_K)
     for MASKED in tl.static_range(2):
-        first, last = _walk(MASKED, lo, a, b, hi)
+        first, last = _walk(MASKED, WINDOW, lo, a, b, hi)
         for i in range(first, last, BLOCK_K):
-            k0 = _start(i, MASKED, a, b)
+            k0 = _start(i, MASKED, WINDOW, a, b)
             k_tile = _tile(k + k_offset, k0, k_t, Tk, BLOCK_K, D, D_PAD, MASKED)
             s = _dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRECISION)
             if MASKED:
@@ -542,11 +541,11 @@ def _flash_backward_keys(q, k, v, do, lse2, delta, dk, dv, q_b, q_h, q_t, k_b, k
     b = tl.maximum(a, b)
     for member in range(GROUP):
         head = key_head * GROUP + member
-        q_offset, first = batch * q_b + head * q_h, (batch * heads + head) * Tq
+        q_offset, row_offset = batch * q_b + head * q_h, (batch * heads + head) * Tq
         for MASKED in tl.static_range(2):
-            begin, end = _walk(MASKED, lo, a, b, hi)
-            for i in range(begin, end, BLOCK_Q):
-                q0 = _start(i, MASKED, a, b)
+            first, last = _walk(MASKED, CAUSAL, lo, a, b, hi)
+            for i in range(first, last, BLOCK_Q):
+                q0 = _start(i, MASKED, CAUSAL, a, b)
                 query = q0 + tl.arange(0, BLOCK_Q)
                 q_tile = _tile(q + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, MASKED)
                 s = _dot(k_tile, tl.trans(q_tile), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), PRECISION)
@@ -554,11 +553,11 @@ def _flash_backward_keys(q, k, v, do, lse2, delta, dk, dv, q_b, q_h, q_t, k_b, k
                     # Queries past the end need no mask: their rows of q and dO are zero.
                     seen = _seen(query[None, :], key[:, None], Tk, shift, window, CAUSAL, WINDOW)
                     s = tl.where(seen, s, -float("inf"))
-                p = tl.exp2(s * scale - _row(lse2 + first, query, Tq, MASKED)[None, :])
+                p = tl.exp2(s * scale - _row(lse2 + row_offset, query, Tq, MASKED)[None, :])
                 do_tile = _tile(do + q_offset, q0, q_t, Tq, BLOCK_Q, D, D_PAD, MASKED)
                 dv_tile = _dot(p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
                 dp = _dot(v_tile, tl.trans(do_tile), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), PRECISION)
-                ds = p * (dp - _row(delta + first, query, Tq, MASKED)[None, :])
+                ds = p * (dp - _row(delta + row_offset, query, Tq, MASKED)[None, :])
                 dk_tile = _dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
     _put(dk + k_offset, k0, k_t, Tk, dk_tile * (scale / LOG2E), BLOCK_K, D, D_PAD)
     _put(dv + k_offset, k0, k_t, Tk, dv_tile, BLOCK_K, D, D_PAD)
@@ -579,9 +578,10 @@ def as_heads(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def flash_arguments(q, k, is_causal, window):
-    """(strides and sizes, constants) common to the kernels. T_BUCKET: lengths that share one autotuned tile."""
+    """(strides and sizes, constants) common to the kernels. T_BUCKET: lengths that share one autotuned tile. A window of
+    Tk is no limit, and a larger one might not fit 32 bits."""
     (_, H, Tq, D), Tk = q.shape, k.shape[2]
-    return (*q.stride()[:3], *k.stride()[:3], H, Tq, Tk, window or 0, math.log2(math.e) / math.sqrt(D)), dict(
+    return (*q.stride()[:3], *k.stride()[:3], H, Tq, Tk, min(window or 0, Tk), math.log2(math.e) / math.sqrt(D)), dict(
         T_BUCKET=min(max(power_of_2(max(Tq, Tk)), 512), 8192), GROUP=H // k.shape[1], D=D, D_PAD=power_of_2(D, 16),
         CAUSAL=bool(is_causal), WINDOW=window is not None, PRECISION=dot_precision(q))
 

@@ -472,7 +472,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.owner[p] = self.load.index(min(self.load))
             self.load[self.owner[p]] += p.numel()
             if self.owner[p] != self.rank:
-                self.local.state.pop(p, None)                  # up to torch 2.11 Adagrad makes its state at once
+                self.local.state.pop(p, None)                  # Adagrad makes its state at once, for all
         mine["params"] = [p for p in group["params"] if self.owner[p] == self.rank]
 
     @torch.no_grad()

@@ -868,9 +868,9 @@ def load(folder: str, config):
 
 def load_draft(name: str, model, tokenizer, config):
     """What --draft names: mtp, ngram, or the folder of a smaller model with the same tokenizer."""
+    if name == "mtp":
+        check_head(model)
     if name in ("mtp", "ngram"):
-        if name == "mtp":
-            check_head(model)                          # here, before the prompt is printed
         return name
     draft, its_tokenizer = load_model(name, config.device, config.checkpoint)
     if tokenizer is not None and (its_tokenizer is None or its_tokenizer.vocab != tokenizer.vocab):

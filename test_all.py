@@ -13,6 +13,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import importlib.metadata
 import json
 import math
 import os
@@ -603,7 +604,7 @@ FLASH_CASES = [                    # Tq, Tk, D, query heads a key head, causal, 
     (64, 64, 16, 2, True, 64), (64, 17, 80, 1, True, 7), (64, 130, 32, 4, True, None), (65, 65, 32, 1, True, 17),
     (65, 64, 64, 4, True, None), (65, 130, 80, 2, False, None), (127, 127, 64, 2, True, 1),
     (127, 64, 16, 1, False, None), (127, 130, 32, 4, True, 65), (130, 130, 80, 1, True, None),
-    (130, 127, 32, 2, True, 33), (130, 7, 16, 4, True, None)]
+    (130, 127, 32, 2, True, 33), (130, 7, 16, 4, True, None), (130, 97, 16, 1, True, 2 ** 31 - 1)]
 TOLERANCE = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}      # a few roundings at the size of the largest entry
 
 
@@ -918,16 +919,20 @@ def test_kernels_write_every_number_and_nothing_outside(kernels, monkeypatch):
 
 
 def test_the_benchmark_of_kernels_writes_table_and_plot(kernels, tmp_path, monkeypatch, capsys):
-    """All of it but the GPU: small workloads where the tensors of the tests are, and every call said to take 2 ms."""
+    """All of it but the GPU: small workloads on the tests' device, and every call said to take 2 ms."""
     small = kernels.workloads
+
+    def two_ms(run):
+        run()
+        return 2.0
     monkeypatch.setattr(kernels, "workloads", lambda device, dtype, T, D, *sizes: small(
         torch.get_default_device(), dtype, T, D, 1, 2, 2, 32, 40))
-    monkeypatch.setattr(kernels, "time_ms", lambda run: run() and 2.0)
+    monkeypatch.setattr(kernels, "time_ms", two_ms)
     monkeypatch.setattr(kernels, "roofs", lambda dtype: (1e12, 1e11))
     monkeypatch.setattr(torch, "compile", lambda function: function)
     if not torch.cuda.is_available():
-        for name in ("get_device_name", "reset_peak_memory_stats", "max_memory_allocated"):
-            monkeypatch.setattr(torch.cuda, name, lambda: {"get_device_name": "none"}.get(name, 0))
+        for name, value in (("get_device_name", "none"), ("reset_peak_memory_stats", None), ("max_memory_allocated", 0)):
+            monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, "580.1\n"))
     kernels.benchmark([17], [], str(tmp_path))
     said = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
@@ -937,7 +942,8 @@ def test_the_benchmark_of_kernels_writes_table_and_plot(kernels, tmp_path, monke
     assert row["share_of_roof"] == pytest.approx(max(row["tflops"], row["gb_per_s"] / 100))
     assert rows["attention", "forward+backward", "cudnn", 128]["ms"] is None or torch.cuda.is_available()
     assert len({kernel for kernel, *_ in rows}) == 11 and ("swiglu", "forward", "ours", 128) not in rows
-    assert said["driver"] == "580.1" and (tmp_path / "kernels.png").stat().st_size > 10_000
+    assert (said["driver"], said["card"]) == ("580.1", torch.cuda.get_device_name())
+    assert (tmp_path / "kernels.png").stat().st_size > 10_000
     assert "% of the roof" in capsys.readouterr().out
 
 
@@ -960,13 +966,27 @@ def test_kernels_compile_for_a_hopper_gpu_that_is_not_there(tmp_path, monkeypatc
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     done = python("results/kernels_sm90.py", "D=64", "dtypes=bfloat16", "tiles=1")
     assert done.returncode == 0, done.stderr
-    lines = dict(re.findall(r"^(\w+) bfloat16(.*)", done.stdout, re.M))
-    assert len(lines) == 16, done.stdout
+    lines = dict(re.findall(r"^(\w+ bfloat16(?: [a-zD]+(?:=\d+)?)*) +(\d.*)", done.stdout, re.M))
+    assert len(lines) == 21, done.stdout
     for name, line in lines.items():
         registers, spilled, kilobytes = re.search(r"(\d+) registers +(\d+) B spilled +([\d.]+) KB", line).groups()
-        assert int(registers) <= 255 and spilled == "0" and float(kilobytes) <= 227, f"{name}: {line}"
-        assert ("wgmma" in line) == (name.startswith("flash") or name == "matmul"), f"{name}: {line}"
-        assert "SERIALISED" not in line or name == "matmul", f"{name}: {line}"      # which Triton 3.6 does to this tile
+        assert spilled == "0" and "TOO LARGE" not in line, f"{name}: {line}"
+        assert ("wgmma" in line) == name.startswith(("flash", "matmul")), f"{name}: {line}"
+        if name.startswith("flash") or importlib.metadata.version("triton") >= "3.7":        # 3.6 does it to matmul
+            assert "SERIALISED" not in line, f"{name}: {line}"
+
+
+def test_tiles_worth_timing():
+    kernels = pytest.importorskip("kernels")
+    pytest.importorskip("triton")
+    def sizes(tiles, **constants):
+        configs = [kernels.triton.Config(blocks, num_warps=warps, num_stages=n) for blocks, warps, n in tiles]
+        return [tuple(config.kwargs.values()) for config in kernels.fitting(configs, {}, **constants)]
+    assert len(sizes(kernels.MATMUL_TILES, PRECISION="tf32")) == len(kernels.MATMUL_TILES)
+    assert sizes(kernels.MATMUL_TILES, PRECISION="ieee") == [(64, 64, 32), (32, 64, 32)]
+    assert max(sizes(kernels.QUERY_TILES, PRECISION="tf32", D_PAD=128)) == (128, 128)
+    assert set(sizes(kernels.KEY_TILES, PRECISION="ieee", D_PAD=64)) == {(32, 32), (16, 16)}
+    assert sizes(kernels.KEY_TILES, PRECISION="ieee", D_PAD=256) == [(16, 16)]
 
 
 def test_kernels_import_quietly_and_fall_back_with_one_line(tmp_path):
@@ -1169,7 +1189,8 @@ def check_sharded_optimizer(rank, size, tmp):
         ways = lambda p: cls(p, lr=0.01), lambda p: parallel.ShardedOptimizer(p, cls, lr=0.01)      # noqa: E731
         for model, make in zip(models, ways):
             hidden, others, later = groups(model)
-            alone = cls in (optim.Muon, torch.optim.Adagrad)       # torch 2.11's Adagrad cannot take groups later on
+            # Adagrad of torch 2.11 does not step groups that came later.
+            alone = cls is optim.Muon or cls is torch.optim.Adagrad and not torch.__version__ >= "2.12"
             made.append(make(hidden if alone else others))
             if not alone:
                 made[-1].add_param_group({"params": later, "weight_decay": 0.5})

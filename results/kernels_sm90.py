@@ -1,11 +1,13 @@
 """What the compiler makes of each kernel for a Hopper GPU (sm_90), with none at hand: Triton and ptxas need no GPU.
 
-    python results/kernels_sm90.py [only=attention,matmul] [D=64,128] [dtypes=bfloat16,float32] [tiles=1]
+    python results/kernels_sm90.py > results/kernels_sm90.txt           (2 minutes)
+    python results/kernels_sm90.py only=attention,matmul D=64 dtypes=bfloat16 tiles=1
 
-`tiles` is how many of those that the autotuner would time; all when not given. For each kernel and tile: registers a thread and bytes of them spilled to memory, shared memory a program (227 KB are
-there), which matrix instruction, instructions in the innermost loop that has them (the unmasked one, where there are
-two), and whether ptxas had to serialise the asynchronous products (its remark C7510 or C7515), which costs much of
-their speed. Not shown, because it needs the GPU: how long anything takes.
+tiles: only the first so many of those that the autotuner would time. Each kernel and tile gets a line: registers a
+thread and bytes of them spilled to memory, shared memory a program (TOO LARGE over a Hopper's 227 KB: such a tile is
+dropped there), which matrix instruction, instructions in the shortest loop that has one (the tiles without a mask), and
+SERIALISED where ptxas says that the asynchronous products wait for each other, which costs much of their speed.
+Not shown, because it needs the GPU: how long anything takes.
 """
 import collections
 import os
@@ -59,32 +61,35 @@ def innermost(sass):
 def describe(name, tile, compiled):
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = os.path.join(folder, "k.ptx"), os.path.join(folder, "k.cubin")
-        with open(ptx, "w") as file:
+        with open(ptx, "w", encoding="utf-8") as file:
             file.write(compiled.asm["ptx"])
         said = tool("ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", cubin)
         loop = innermost(tool("cuobjdump", "-sass", cubin))
     registers, spilled = re.search(r"Used (\d+) registers", said)[1], re.search(r"(\d+) bytes spill stores", said)[1]
-    product = "wgmma" if loop["HGMMA"] else "mma"
-    print(f"{name:40}{tile:18}{registers:>4} registers {spilled:>5} B spilled {compiled.metadata.shared / 1024:6.1f} KB"
-          f"{f'  {product:6}{loop.total():4} in the loop' if loop else ''}"
-          f"{'  SERIALISED' if re.search('C751[05]', said) else ''}", flush=True)
+    kilobytes = compiled.metadata.shared / 1024
+    line = f"{name:52}{tile:18}{registers:>4} registers {spilled:>5} B spilled {kilobytes:6.1f} KB"
+    line += f"  {'wgmma' if loop['HGMMA'] else 'mma':6}{loop.total():4} in the loop" if loop else ""
+    print(line + "  TOO LARGE" * (kilobytes > 227) + "  SERIALISED" * ("serialized" in said), flush=True)
 
 
-def main(only="", D="64,128", dtypes="bfloat16,float32", tiles="0"):
+def main(only: str = "", D: str = "64,128", dtypes: str = "bfloat16,float32", tiles: int | None = None):
     triton.runtime.driver.set_active(Hopper())
-    kernels.use_triton, seen = lambda x: True, set()
+    kernels.use_triton = lambda x: True
+    seen = set()
 
     def compile_instead(kernel, grid, x, *arguments, **constants):
         configs = [None]
         if hasattr(kernel, "configs"):
-            configs = kernels.fitting(kernel.configs, {}, **constants)[:int(tiles) or None]
+            configs = kernels.fitting(kernel.configs, {}, **constants)[:tiles]
             kernel = kernel.fn
+        name = f"{kernel.__name__[1:]} {str(x.dtype)[6:]}" + (f" D={constants['D']}" if "D" in constants else "")
+        name += " residual" * constants.get("RESIDUAL", False) + " window" * constants.get("WINDOW", False)
+        name += f" group={constants['GROUP']}" if constants.get("GROUP", 1) > 1 and "D" in constants else ""
         for config in configs:
             tile, more = "", {}
             if config is not None:
                 tile = f"{'x'.join(map(str, config.kwargs.values()))} w{config.num_warps} s{config.num_stages}"
                 more = config.all_kwargs()
-            name = f"{kernel.__name__[1:]} {str(x.dtype)[6:]}" + (f" D={constants['D']}" if "D" in constants else "")
             if (name, tile) not in seen:
                 seen.add((name, tile))
                 describe(name, tile, kernel.warmup(*arguments, grid=(1,), **constants, **more))
@@ -92,11 +97,21 @@ def main(only="", D="64,128", dtypes="bfloat16,float32", tiles="0"):
     kernels.launch = compile_instead
     print(f"torch {torch.__version__}, triton {triton.__version__}, {tool('ptxas', '--version').split()[-1]}")
     for dtype in dtypes.split(","):
-        for width in D.split(","):
-            for work in kernels.workloads("cpu", getattr(torch, dtype), 256, int(width), 1, 4, 4, 768, 1024):
+        for width in map(int, D.split(",")):
+            works = kernels.workloads("cpu", getattr(torch, dtype), 256, width, 1, 4, 4, 768, 1024)
+            q, k, v = works[0].inputs
+            works.append(kernels.Work("window", lambda q, k, v: kernels.flash_attention(q, k, v, window=99), None,
+                                      (q, k[:, :1], v[:, :1]), 3, None, None))
+            names = [work.name for work in works]
+            if wrong := set(filter(None, only.split(","))) - set(names):
+                raise SystemExit(f"only={','.join(wrong)} is none of {', '.join(names)}")
+            for work in works:
                 if not only or work.name in only.split(","):
                     work.runner(work.ours, work.inputs, work.wanted > 0)()
 
 
 if __name__ == "__main__":
-    main(**dict(argument.split("=") for argument in sys.argv[1:]))
+    options = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
+    if wrong := options.keys() - {"only", "D", "dtypes", "tiles"}:
+        raise SystemExit(f"{', '.join(wrong)}: give only=, D=, dtypes= or tiles=\n{__doc__}")
+    main(**options | ({"tiles": int(options["tiles"])} if "tiles" in options else {}))
