@@ -1,6 +1,6 @@
 """What the compiler makes of each kernel for a Hopper GPU (sm_90), with none at hand: Triton and ptxas need no GPU.
 
-    python results/kernels_sm90.py > results/kernels_sm90.txt           (2 minutes)
+    python results/kernels_sm90.py > results/kernels_sm90.txt           (4 minutes)
     python results/kernels_sm90.py only=attention,matmul D=64 dtypes=bfloat16 tiles=1
 
 tiles: only the first so many of those that the autotuner would time. Each kernel and tile gets a line: registers a
@@ -67,7 +67,7 @@ def describe(name, tile, compiled):
         loop = innermost(tool("cuobjdump", "-sass", cubin))
     registers, spilled = re.search(r"Used (\d+) registers", said)[1], re.search(r"(\d+) bytes spill stores", said)[1]
     kilobytes = compiled.metadata.shared / 1024
-    line = f"{name:52}{tile:18}{registers:>4} registers {spilled:>5} B spilled {kilobytes:6.1f} KB"
+    line = f"{name:54}{tile:18}{registers:>4} registers {spilled:>5} B spilled {kilobytes:6.1f} KB"
     line += f"  {'wgmma' if loop['HGMMA'] else 'mma':6}{loop.total():4} in the loop" if loop else ""
     print(line + "  TOO LARGE" * (kilobytes > 227) + "  SERIALISED" * ("serialized" in said), flush=True)
 
