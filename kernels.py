@@ -68,8 +68,8 @@ def autotuned(key, small, large):
 
 def fitting(configs, arguments, **constants):
     """The tiles worth timing. R rows of a padded head of D numbers are R x D float32 sums in the warps' registers; past
-    16,384 for 4 warps they spill. IEEE float32 products hold their inputs there too: eight times earlier, and what
-    spills compiles for up to 20 s."""
+    16,384 for 4 warps they spill. IEEE float32 products hold their inputs there too: eight times earlier, and the
+    worst of those that spill take ten seconds to compile."""
     exact = constants.get("PRECISION") == "ieee"
     def cost(config):
         rows = max(size for name, size in config.kwargs.items() if name.startswith("BLOCK"))
@@ -578,8 +578,8 @@ def as_heads(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def flash_arguments(q, k, is_causal, window):
-    """(strides and sizes, constants) common to the kernels. T_BUCKET: lengths that share one autotuned tile. A window of
-    Tk is no limit, and a larger one might not fit 32 bits."""
+    """(strides and sizes, constants) common to the kernels. T_BUCKET: lengths that share one autotuned tile. A window
+    of Tk is no limit, and a larger one might not fit 32 bits."""
     (_, H, Tq, D), Tk = q.shape, k.shape[2]
     return (*q.stride()[:3], *k.stride()[:3], H, Tq, Tk, min(window or 0, Tk), math.log2(math.e) / math.sqrt(D)), dict(
         T_BUCKET=min(max(power_of_2(max(Tq, Tk)), 512), 8192), GROUP=H // k.shape[1], D=D, D_PAD=power_of_2(D, 16),

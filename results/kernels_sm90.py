@@ -39,6 +39,7 @@ class Hopper:
 
 
 def tool(name, *arguments):
+    """What one of the programs that Triton brings along prints."""
     command = [getattr(triton.knobs.nvidia, name).path, *arguments]
     out = subprocess.run(command, capture_output=True, text=True, check=True)
     return out.stdout + out.stderr
@@ -59,6 +60,7 @@ def innermost(sass):
 
 
 def describe(name, tile, compiled):
+    """Print the line of a compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = os.path.join(folder, "k.ptx"), os.path.join(folder, "k.cubin")
         with open(ptx, "w", encoding="utf-8") as file:
@@ -73,11 +75,13 @@ def describe(name, tile, compiled):
 
 
 def main(only: str = "", D: str = "64,128", dtypes: str = "bfloat16,float32", tiles: int | None = None):
+    """Call every kernel as the benchmark does, and attention with a window and grouped heads, but only compile them."""
     triton.runtime.driver.set_active(Hopper())
     kernels.use_triton = lambda x: True
     seen = set()
 
     def compile_instead(kernel, grid, x, *arguments, **constants):
+        """In place of kernels.launch: each tile's kernel is compiled and described, nothing runs."""
         configs = [None]
         if hasattr(kernel, "configs"):
             configs = kernels.fitting(kernel.configs, {}, **constants)[:tiles]
