@@ -21,30 +21,11 @@ from dataclasses import dataclass, fields
 import torch
 
 from configurator import fail, format_help, parse_flags, read_config_file, resolve
+from machine import DEVICES, find_device
 from model import PRESETS, ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STATES = {"adamw": 2, "muon": 1, "sgd": 0}  # float32 numbers an optimizer keeps for each parameter (muon: its matrices)
-
-
-@dataclass
-class Device:
-    """What a chip can do at its best: dense, without sparsity."""
-    flops: float                     # bfloat16 with float32 sums (float16 on V100), FLOP/s
-    bytes_per_s: float               # of its memory
-    memory_bytes: float
-    source: str
-
-
-DEVICES = {
-    "V100": Device(125e12, 900e9, 32e9, "NVIDIA V100 data sheet, SXM2 32 GB, float16"),
-    "A100": Device(312e12, 2039e9, 80e9, "NVIDIA A100 data sheet, SXM 80 GB"),
-    "H100": Device(989e12, 3350e9, 80e9, "NVIDIA H100 data sheet, SXM; printed there with sparsity, halved"),
-    "H200": Device(989e12, 4800e9, 141e9, "NVIDIA H200 data sheet, SXM; printed there with sparsity, halved"),
-    "B200": Device(2250e12, 8000e9, 180e9,
-                   "NVIDIA DGX B200 data sheet, an eighth of it; printed there with sparsity, halved"),
-    "L40S": Device(362e12, 864e9, 48e9, "NVIDIA L40S data sheet"),
-    "RTX 4090": Device(165e12, 1008e9, 24e9, "NVIDIA Ada GPU architecture white paper, appendix A, float32 sums"), }
 
 
 # --- parameters ---
@@ -226,12 +207,6 @@ def largest_batch(config: ModelConfig, memory: float, context_length: int | None
 
 
 # --- time and money ---
-
-def find_device(name: str) -> Device:
-    if name not in DEVICES:
-        raise ValueError(f"device={name!r} is not known; there are {', '.join(DEVICES)}")
-    return DEVICES[name]
-
 
 def training_hours(config: ModelConfig, tokens: float, device: str, mfu: float = 0.4, n_devices: int = 1,
                    context_length: int | None = None) -> float:

@@ -28,6 +28,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from machine import (CrossEntropy, FastRMSNorm, FastRotate, FastSwiGLU, SHORT_CONTEXT, fast, in_blocks,  # noqa: F401
+                     product, short_attention, wide)
+
 
 # --- configuration ---
 
@@ -225,11 +228,6 @@ def relu2(x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x).square()
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """x in float32, or as it is in float64: sums of a thousand bfloat16 numbers keep two digits."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean of -log softmax(logits)[target] in nats, a scalar in float32 (float64 for float64 logits).
 
@@ -290,118 +288,6 @@ def rotate(x, cos, sin, interleaved: bool = False):
 # --- the same with their gradients written out ---
 # Autograd keeps and allocates an intermediate for every operation, and fresh memory is what a CPU is slow at.
 
-def fast(function, simple, *arguments):
-    """`function`, a torch.autograd.Function, when run line by line; `simple` under torch.compile, which fuses it
-    itself.
-    """
-    # For one new token the fixed cost of an autograd.Function is more than the arithmetic.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() and arguments[0].numel() < 2 ** 14:
-        return simple(*arguments)
-    return function.apply(*arguments)
-
-
-class CrossEntropy(torch.autograd.Function):
-    """token_cross_entropy with the gradient softmax(logits) - onehot(target).
-
-    Autograd would keep several float32 copies of the largest tensor of the whole model. This keeps the logits and one
-    number a row, and goes through them in pieces that fit the processor's cache.
-    """
-    PIECE = 2 ** 18                  # elements
-
-    @staticmethod
-    def pieces(rows, width):
-        step = max(1, CrossEntropy.PIECE // width)
-        return [slice(i, i + step) for i in range(0, rows, step)]
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        flat, ids = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
-        maxima = wide(flat.amax(dim=-1, keepdim=True))
-        log_sum = torch.empty_like(maxima)                                                         # (rows, 1)
-        for piece in CrossEntropy.pieces(*flat.shape):
-            exponentials = (flat[piece] - maxima[piece]).exp_()
-            log_sum[piece] = exponentials.sum(dim=-1, keepdim=True).log_().add_(maxima[piece])
-        ctx.save_for_backward(logits, targets, log_sum)
-        return (log_sum - flat.gather(-1, ids)).reshape(targets.shape)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        logits, targets, log_sum = ctx.saved_tensors
-        flat, ids, grad = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1), grad.reshape(-1, 1)
-        dlogits = torch.empty_like(flat)
-        for piece in CrossEntropy.pieces(*flat.shape):
-            probabilities = (flat[piece] - log_sum[piece]).exp_()
-            probabilities.scatter_add_(-1, ids[piece], torch.full_like(log_sum[piece], -1.0))
-            dlogits[piece] = probabilities.mul_(grad[piece])
-        return dlogits.view(logits.shape), None
-
-
-class FastRMSNorm(torch.autograd.Function):
-    """rms_norm, y = n w with n = x r and r = 1 / sqrt(mean(x²) + eps); dx = r (g w - n mean(g w n)), dw = sum(g n)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        y = wide(x)
-        r = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, r)
-        return (y * r).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight, r = ctx.saved_tensors
-        g, n = wide(grad), wide(x) * r
-        gn = g * n
-        dweight = gn.reshape(-1, gn.shape[-1]).sum(dim=0)
-        inner = gn.mul_(weight).mean(dim=-1, keepdim=True)
-        dx = torch.mul(g, weight, out=gn).addcmul_(n, inner, value=-1).mul_(r)
-        return dx.to(x.dtype), dweight.to(weight.dtype), None
-
-
-class FastSwiGLU(torch.autograd.Function):
-    """swiglu; with s = sigmoid(gate): dgate = g up (s + silu (1 - s)), dup = g silu."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return torch.sigmoid(gate).mul_(gate).mul_(up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        s = torch.sigmoid(gate)
-        y = s * gate
-        dup = grad * y
-        dgate = y.addcmul_(y, s, value=-1).add_(s).mul_(up).mul_(grad)
-        return dgate, dup
-
-
-class FastRotate(torch.autograd.Function):
-    """rotate without copies; its gradient turns back by the same angle."""
-
-    @staticmethod
-    def turned(x, cos, sin, sign: int, interleaved: bool):
-        out = torch.empty_like(x)
-        (a, b), (out_a, out_b) = ((t[..., 0::2], t[..., 1::2]) if interleaved else t.chunk(2, dim=-1) for t in (x, out))
-        torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-sign)
-        torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=sign)
-        return out
-
-    @staticmethod
-    def forward(ctx, x, cos, sin, interleaved):
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        return FastRotate.turned(x, cos, sin, 1, interleaved)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return FastRotate.turned(grad, *ctx.saved_tensors, -1, ctx.interleaved), None, None, None
-
-
 def lowered(x):
     """x in the dtype that autocast wants for matrix products: cast once here instead of once a product."""
     kind = x.device.type
@@ -409,44 +295,6 @@ def lowered(x):
 
 
 # --- layers ---
-
-# Whether torch has oneDNN's product, which multiplies by a weight matrix in the layout it has, for this processor.
-ONEDNN = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-          and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-          and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
-
-
-def product(x, weight):
-    """x @ weightᵀ; in float32 on a CPU and without gradients by oneDNN, unless the matrix is small.
-
-    For one row of x, reading the weights is all the work. MKL does that with a single core, oneDNN with all of them.
-    For several rows oneDNN reads them faster in blocks, where `in_blocks` has made some.
-    """
-    if ONEDNN and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")) \
-            and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
-        blocks = getattr(weight, "blocks", None)
-        if blocks is not None or weight.numel() > 2 ** 16:
-            return torch.ops.mkldnn._linear_pointwise(x, weight if blocks is None else blocks, None, "none", [], "")
-    return x @ weight.T
-
-
-@contextlib.contextmanager
-def in_blocks(model, rows: int):
-    """Around many passes of so many rows each: the float32 weights of a model on a CPU also in oneDNN's order.
-
-    A block of 16 x 64 weights then serves all rows from the registers. It takes the memory of the weights once more,
-    and the time that 10 to 30 passes of 16 rows win; thousands of rows are faster without. Nothing where oneDNN is not.
-    """
-    weights = [module.weight for module in model.modules() if type(module) is Linear]
-    weights = [weight for weight in weights if ONEDNN and weight.device.type == "cpu" and weight.dtype == torch.float32]
-    try:
-        for weight in weights:
-            weight.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-        yield
-    finally:
-        for weight in weights:
-            weight.__dict__.pop("blocks", None)
-
 
 def truncated_normal(shape, std: float) -> torch.Tensor:
     """N(0, std²) cut at three standard deviations."""
@@ -847,24 +695,6 @@ class Layer(nn.Module):
             return self.run(x, cache, plan)
         with contextlib.nullcontext() if cache is None else cache.alone(self.layer, x.shape[1]):
             return self.run(x, cache, Plan(self.config, x, positions, cache, (self.window,)))
-
-
-SHORT_CONTEXT = 512                  # positions up to which three batched products beat torch's fused kernel on a CPU
-
-
-def short_attention(q, k, v):
-    """Causal attention with the T x T scores written out: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D).
-
-    torch's fused kernel for the CPU is made for long sequences; up to a few hundred positions in bfloat16 its backward
-    alone costs more than these three batched products, forward and backward.
-    """
-    (B, H, T, D), K = q.shape, k.shape[1]
-    if H != K:
-        k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
-    q, k, v = (t.reshape(B * H, T, -1) for t in (q, k, v))
-    ahead = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
-    scores = torch.baddbmm(ahead.expand(B * H, T, T), q, k.mT, alpha=1 / math.sqrt(D))
-    return (torch.softmax(scores, dim=-1) @ v).view(B, H, T, -1)
 
 
 def attend(config: ModelConfig, q, k, v, mask, causal: bool, window: int | None):

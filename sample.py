@@ -32,7 +32,8 @@ import torch
 
 from checkpoint import load_model
 from configurator import command_line, fail
-from model import PRESETS, Linear, ModelConfig, Transformer, in_blocks, product
+from machine import bandwidth, in_blocks, product
+from model import PRESETS, Linear, ModelConfig, Transformer
 
 END_OF_TEXT = "<|endoftext|>"
 GROUP = 64                               # numbers of a row that share a scale in int4
@@ -630,16 +631,6 @@ SHAPES = {"llama-30m": dict(vocab_size=32_000, context_length=1024, d_model=512,
                             tie_embeddings=True),
           "llama-124m": dict(vocab_size=50_257, context_length=1024, d_model=768, n_layers=12, n_heads=12, d_ff=2048,
                              tie_embeddings=True)}
-
-
-def bandwidth(device) -> float:
-    """Bytes per second that a sum over far more numbers than any cache holds reads: the roof of decoding."""
-    numbers, times = torch.ones(2 ** 26, device=device), []
-    for _ in range(6):
-        began = time.perf_counter()
-        numbers.sum().item()
-        times.append(time.perf_counter() - began)
-    return numbers.numel() * numbers.element_size() / min(times)
 
 
 def run_case(model, prompts, n_new: int, draft=None, k: int = 4, cache: bool = True) -> dict:

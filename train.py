@@ -14,7 +14,6 @@ lost: every random draw has its own generator, all of it is in the checkpoint, a
 Papers: Kaplan 2020 (2001.08361) for the shape of it, Chowdhery 2022 (PaLM, 2204.02311, appendix B) for the MFU.
 """
 import contextlib
-import ctypes
 import functools
 import json
 import math
@@ -41,16 +40,15 @@ import optim
 import parallel
 from checkpoint import (load_checkpoint, load_model, load_optimizer, load_weights, read_checkpoint,  # noqa: F401
                         save_checkpoint, write_atomically)
+from compress import distillation_loss
 from configurator import command_line, fail, grid, print_config
+from machine import DTYPES, Stop, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from model import ModelConfig, Transformer, bits_per_byte, perplexity_of, token_losses
 
 DEFAULT_CONFIG = "config_shakespeare.py"
 DEFAULT_MINUTES = 2.0                    # when neither max_steps nor max_minutes is given
 BAD_IN_A_ROW = 10                        # bad steps that skip_bad_steps takes for accidents; more are a divergence
 OTHERS = {"sgd": optim.SGD, "adagrad": optim.AdaGrad, "rmsprop": optim.RMSProp}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 @dataclass
 class TrainConfig(ModelConfig):
     """Every setting of a training run, the model's included."""
@@ -206,17 +204,6 @@ def check_vocabulary(config: TrainConfig, meta: dict, splits: dict) -> int:
 
 # --- distillation ---
 
-def distillation_loss(logits, teacher_logits, temperature: float = 1.0):
-    """T² KL(teacher || student) of softmax(logits / T), in nats per token; a scalar (1503.02531, section 2).
-
-    logits, teacher_logits: (..., V). T² keeps the gradient's size the same for every T. None flows to the teacher.
-    """
-    student, teacher = (x.float() / temperature for x in (logits, teacher_logits.detach()))
-    student = student - student.logsumexp(dim=-1, keepdim=True)
-    teacher = teacher - teacher.logsumexp(dim=-1, keepdim=True)
-    return temperature ** 2 * (teacher.exp() * (teacher - student)).sum(dim=-1).mean()
-
-
 def load_teacher(config: TrainConfig, vocab_size: int, tokenizer_sha256: str | None, device: str) -> Transformer:
     """The model of config.teacher, frozen. Raises ValueError when it reads other ids than the student."""
     theirs = read_checkpoint(Path(config.teacher) / "ckpt.pt").get("tokenizer_sha256")
@@ -230,66 +217,6 @@ def load_teacher(config: TrainConfig, vocab_size: int, tokenizer_sha256: str | N
 
 
 # --- the machine ---
-
-def pick_device(wanted: str | None) -> str:
-    """`wanted`, or the best device of this machine. Raises ValueError when it is not there."""
-    if wanted is None:
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=wanted)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={wanted!r} cannot be used here ({reason}); try --device=cpu") from None
-    return wanted
-
-
-def matmul_flops(device: str, dtype: torch.dtype, size=1024, clock=time.perf_counter, products=1) -> float:
-    """FLOP/s of a square matrix product, the best of twenty tries because others may use the machine too."""
-    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(20):
-        start = clock()
-        for _ in range(products):
-            torch.mm(a, b)
-        best = min(best, clock() - start)
-    return 2 * size ** 3 * products / best
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks: each step asks for the same hundred megabytes again, and mapping them anew
-    page by page took a fifth of the default model's step. Elsewhere this does nothing.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6"), -1, -3       # the numbers are malloc.h's
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
-
-
-def pick_dtype(wanted: str | None, device: str) -> str:
-    """bfloat16 where it is native (Ampere and later; CPUs: measured), float16 on older CUDA, else float32."""
-    if wanted is not None:
-        return wanted
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    if device != "cpu":
-        return "float32"
-    # CPU time on one thread: unlike the clock, it does not ask who else is running. Four, as its tick may be coarse.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    low, full = (matmul_flops("cpu", dtype, 512, time.thread_time, 4) for dtype in (torch.bfloat16, torch.float32))
-    torch.set_num_threads(threads)
-    return "bfloat16" if low > 1.5 * full else "float32"
-
-
-def peak_flops(device: str, dtype: str) -> float | None:
-    """FLOP/s that MFU is a share of: the data sheet's on a known GPU, a measured product on a CPU, None elsewhere."""
-    if device == "cpu":
-        return matmul_flops(device, DTYPES[dtype]) if dtype != "float16" else None
-    if device.startswith("cuda") and dtype != "float32":
-        name = torch.cuda.get_device_name(device)
-        return next((chip.flops for key, chip in accounting.DEVICES.items() if key in name), None)
-    return None
-
 
 # --- optimizers ---
 
@@ -605,26 +532,6 @@ def plot(out_dirs, path) -> None:
 
 
 # --- main ---
-
-class Stop:
-    """Turns the first Ctrl-C, SIGTERM or (Slurm's warning) SIGUSR1 into a flag; a second one acts at once."""
-
-    def __enter__(self):
-        self.signal, self.agreed, self.before = None, None, {}    # agreed: one that all ranks know of
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            with contextlib.suppress(AttributeError, ValueError):    # not on this system; not in the main thread
-                self.before[getattr(signal, name)] = signal.signal(getattr(signal, name), self.catch)
-        return self
-
-    def catch(self, number, frame):
-        self.signal = number
-        self.__exit__()
-        print(f"\n{signal.Signals(number).name}: saving after this step", flush=True)
-
-    def __exit__(self, *_):
-        while self.before:
-            signal.signal(*self.before.popitem())
-
 
 def main(config: TrainConfig) -> dict:
     """Train as `config` says and return the final figures.

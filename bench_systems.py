@@ -1,0 +1,3 @@
+"""What machines do: the verbs of bench.py that measure steps, memory, kernels and ranks."""
+
+VERBS = {}

@@ -1,0 +1,311 @@
+"""What this machine is and does fastest: devices, dtypes, peaks, bandwidth, signals; and what a CPU wants done differently.
+
+Moved here from the first edition's train.py, model.py, sample.py and accounting.py; see each function.
+"""
+import contextlib
+import ctypes
+import math
+import platform
+import signal
+import time
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# --- devices ---
+
+@dataclass
+class Device:
+    """What a chip can do at its best: dense, without sparsity."""
+    flops: float                     # bfloat16 with float32 sums (float16 on V100), FLOP/s
+    bytes_per_s: float               # of its memory
+    memory_bytes: float
+    source: str
+
+
+DEVICES = {
+    "V100": Device(125e12, 900e9, 32e9, "NVIDIA V100 data sheet, SXM2 32 GB, float16"),
+    "A100": Device(312e12, 2039e9, 80e9, "NVIDIA A100 data sheet, SXM 80 GB"),
+    "H100": Device(989e12, 3350e9, 80e9, "NVIDIA H100 data sheet, SXM; printed there with sparsity, halved"),
+    "H200": Device(989e12, 4800e9, 141e9, "NVIDIA H200 data sheet, SXM; printed there with sparsity, halved"),
+    "B200": Device(2250e12, 8000e9, 180e9,
+                   "NVIDIA DGX B200 data sheet, an eighth of it; printed there with sparsity, halved"),
+    "L40S": Device(362e12, 864e9, 48e9, "NVIDIA L40S data sheet"),
+    "RTX 4090": Device(165e12, 1008e9, 24e9, "NVIDIA Ada GPU architecture white paper, appendix A, float32 sums"), }
+
+
+def find_device(name: str) -> Device:
+    if name not in DEVICES:
+        raise ValueError(f"device={name!r} is not known; there are {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
+def pick_device(wanted: str | None) -> str:
+    """`wanted`, or the best device of this machine. Raises ValueError when it is not there."""
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={wanted!r} cannot be used here ({reason}); try --device=cpu") from None
+    return wanted
+
+
+def matmul_flops(device: str, dtype: torch.dtype, size=1024, clock=time.perf_counter, products=1) -> float:
+    """FLOP/s of a square matrix product, the best of twenty tries because others may use the machine too."""
+    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(20):
+        start = clock()
+        for _ in range(products):
+            torch.mm(a, b)
+        best = min(best, clock() - start)
+    return 2 * size ** 3 * products / best
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks: each step asks for the same hundred megabytes again, and mapping them anew
+    page by page took a fifth of the default model's step. Elsewhere this does nothing.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6"), -1, -3       # the numbers are malloc.h's
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def pick_dtype(wanted: str | None, device: str) -> str:
+    """bfloat16 where it is native (Ampere and later; CPUs: measured), float16 on older CUDA, else float32."""
+    if wanted is not None:
+        return wanted
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device != "cpu":
+        return "float32"
+    # CPU time on one thread: unlike the clock, it does not ask who else is running. Four, as its tick may be coarse.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    low, full = (matmul_flops("cpu", dtype, 512, time.thread_time, 4) for dtype in (torch.bfloat16, torch.float32))
+    torch.set_num_threads(threads)
+    return "bfloat16" if low > 1.5 * full else "float32"
+
+
+def peak_flops(device: str, dtype: str) -> float | None:
+    """FLOP/s that MFU is a share of: the data sheet's on a known GPU, a measured product on a CPU, None elsewhere."""
+    if device == "cpu":
+        return matmul_flops(device, DTYPES[dtype]) if dtype != "float16" else None
+    if device.startswith("cuda") and dtype != "float32":
+        name = torch.cuda.get_device_name(device)
+        return next((chip.flops for key, chip in DEVICES.items() if key in name), None)
+    return None
+
+
+def bandwidth(device) -> float:
+    """Bytes per second that a sum over far more numbers than any cache holds reads: the roof of decoding."""
+    numbers, times = torch.ones(2 ** 26, device=device), []
+    for _ in range(6):
+        began = time.perf_counter()
+        numbers.sum().item()
+        times.append(time.perf_counter() - began)
+    return numbers.numel() * numbers.element_size() / min(times)
+
+
+# --- signals ---
+
+class Stop:
+    """Turns the first Ctrl-C, SIGTERM or (Slurm's warning) SIGUSR1 into a flag; a second one acts at once."""
+
+    def __enter__(self):
+        self.signal, self.agreed, self.before = None, None, {}    # agreed: one that all ranks know of
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            with contextlib.suppress(AttributeError, ValueError):    # not on this system; not in the main thread
+                self.before[getattr(signal, name)] = signal.signal(getattr(signal, name), self.catch)
+        return self
+
+    def catch(self, number, frame):
+        self.signal = number
+        self.__exit__()
+        print(f"\n{signal.Signals(number).name}: saving after this step", flush=True)
+
+    def __exit__(self, *_):
+        while self.before:
+            signal.signal(*self.before.popitem())
+
+
+# --- what a CPU wants done differently ---
+# Autograd keeps and allocates an intermediate for every operation, and fresh memory is what a CPU is slow at.
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, or as it is in float64: sums of a thousand bfloat16 numbers keep two digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def fast(function, simple, *arguments):
+    """`function`, a torch.autograd.Function, when run line by line; `simple` under torch.compile, which fuses it
+    itself.
+    """
+    # For one new token the fixed cost of an autograd.Function is more than the arithmetic.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() and arguments[0].numel() < 2 ** 14:
+        return simple(*arguments)
+    return function.apply(*arguments)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """token_cross_entropy with the gradient softmax(logits) - onehot(target).
+
+    Autograd would keep several float32 copies of the largest tensor of the whole model. This keeps the logits and one
+    number a row, and goes through them in pieces that fit the processor's cache.
+    """
+    PIECE = 2 ** 18                  # elements
+
+    @staticmethod
+    def pieces(rows, width):
+        step = max(1, CrossEntropy.PIECE // width)
+        return [slice(i, i + step) for i in range(0, rows, step)]
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        flat, ids = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
+        maxima = wide(flat.amax(dim=-1, keepdim=True))
+        log_sum = torch.empty_like(maxima)                                                         # (rows, 1)
+        for piece in CrossEntropy.pieces(*flat.shape):
+            exponentials = (flat[piece] - maxima[piece]).exp_()
+            log_sum[piece] = exponentials.sum(dim=-1, keepdim=True).log_().add_(maxima[piece])
+        ctx.save_for_backward(logits, targets, log_sum)
+        return (log_sum - flat.gather(-1, ids)).reshape(targets.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        logits, targets, log_sum = ctx.saved_tensors
+        flat, ids, grad = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1), grad.reshape(-1, 1)
+        dlogits = torch.empty_like(flat)
+        for piece in CrossEntropy.pieces(*flat.shape):
+            probabilities = (flat[piece] - log_sum[piece]).exp_()
+            probabilities.scatter_add_(-1, ids[piece], torch.full_like(log_sum[piece], -1.0))
+            dlogits[piece] = probabilities.mul_(grad[piece])
+        return dlogits.view(logits.shape), None
+
+
+class FastRMSNorm(torch.autograd.Function):
+    """rms_norm, y = n w with n = x r and r = 1 / sqrt(mean(x²) + eps); dx = r (g w - n mean(g w n)), dw = sum(g n)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y = wide(x)
+        r = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (y * r).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, r = ctx.saved_tensors
+        g, n = wide(grad), wide(x) * r
+        gn = g * n
+        dweight = gn.reshape(-1, gn.shape[-1]).sum(dim=0)
+        inner = gn.mul_(weight).mean(dim=-1, keepdim=True)
+        dx = torch.mul(g, weight, out=gn).addcmul_(n, inner, value=-1).mul_(r)
+        return dx.to(x.dtype), dweight.to(weight.dtype), None
+
+
+class FastSwiGLU(torch.autograd.Function):
+    """swiglu; with s = sigmoid(gate): dgate = g up (s + silu (1 - s)), dup = g silu."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return torch.sigmoid(gate).mul_(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        s = torch.sigmoid(gate)
+        y = s * gate
+        dup = grad * y
+        dgate = y.addcmul_(y, s, value=-1).add_(s).mul_(up).mul_(grad)
+        return dgate, dup
+
+
+class FastRotate(torch.autograd.Function):
+    """rotate without copies; its gradient turns back by the same angle."""
+
+    @staticmethod
+    def turned(x, cos, sin, sign: int, interleaved: bool):
+        out = torch.empty_like(x)
+        (a, b), (out_a, out_b) = ((t[..., 0::2], t[..., 1::2]) if interleaved else t.chunk(2, dim=-1) for t in (x, out))
+        torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-sign)
+        torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=sign)
+        return out
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, interleaved):
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return FastRotate.turned(x, cos, sin, 1, interleaved)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return FastRotate.turned(grad, *ctx.saved_tensors, -1, ctx.interleaved), None, None, None
+
+
+# Whether torch has oneDNN's product, which multiplies by a weight matrix in the layout it has, for this processor.
+ONEDNN = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+          and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+          and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
+
+
+def product(x, weight):
+    """x @ weightᵀ; in float32 on a CPU and without gradients by oneDNN, unless the matrix is small.
+
+    For one row of x, reading the weights is all the work. MKL does that with a single core, oneDNN with all of them.
+    For several rows oneDNN reads them faster in blocks, where `in_blocks` has made some.
+    """
+    if ONEDNN and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")) \
+            and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+        blocks = getattr(weight, "blocks", None)
+        if blocks is not None or weight.numel() > 2 ** 16:
+            return torch.ops.mkldnn._linear_pointwise(x, weight if blocks is None else blocks, None, "none", [], "")
+    return x @ weight.T
+
+
+@contextlib.contextmanager
+def in_blocks(model, rows: int):
+    """Around many passes of so many rows each: the float32 weights of a model on a CPU also in oneDNN's order.
+
+    A block of 16 x 64 weights then serves all rows from the registers. It takes the memory of the weights once more,
+    and the time that 10 to 30 passes of 16 rows win; thousands of rows are faster without. Nothing where oneDNN is not.
+    """
+    weights = [module.weight for module in model.modules() if type(module).__name__ == "Linear"]
+    weights = [weight for weight in weights if ONEDNN and weight.device.type == "cpu" and weight.dtype == torch.float32]
+    try:
+        for weight in weights:
+            weight.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        yield
+    finally:
+        for weight in weights:
+            weight.__dict__.pop("blocks", None)
+
+
+SHORT_CONTEXT = 512                  # positions up to which three batched products beat torch's fused kernel on a CPU
+
+
+def short_attention(q, k, v):
+    """Causal attention with the T x T scores written out: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D).
+
+    torch's fused kernel for the CPU is made for long sequences; up to a few hundred positions in bfloat16 its backward
+    alone costs more than these three batched products, forward and backward.
+    """
+    (B, H, T, D), K = q.shape, k.shape[1]
+    if H != K:
+        k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
+    q, k, v = (t.reshape(B * H, T, -1) for t in (q, k, v))
+    ahead = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
+    scores = torch.baddbmm(ahead.expand(B * H, T, T), q, k.mT, alpha=1 / math.sqrt(D))
+    return (torch.softmax(scores, dim=-1) @ v).view(B, H, T, -1)

@@ -1,0 +1,382 @@
+"""Claims about bpe.py."""
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import tracemalloc
+import warnings
+from collections import Counter
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+import tokenizers
+import torch
+
+from common import BPE_TEXT, bpe_write, ids, rng# noqa: F401
+import bpe
+import train
+
+def bpe_naive(texts, n_merges):
+    """The ten-line trainer: count every pair anew each time, merge the best everywhere."""
+    words, merges = Counter(tuple(w.encode()[i:i + 1] for i in range(len(w.encode())))
+                            for t in texts for w in regex.findall(bpe.GPT2_PATTERN, t)), []
+    while len(merges) < n_merges:
+        pairs = Counter()
+        for word, n in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        if not pairs:
+            break
+        best = max(pairs, key=lambda p: (pairs[p], p))
+        merges.append(best)
+        merged = Counter()
+        for word, n in words.items():
+            out, i = [], 0
+            while i < len(word):
+                step = 2 if word[i:i + 2] == best else 1
+                out.append(b"".join(word[i:i + step]))
+                i += step
+            merged[tuple(out)] += n
+        words = merged
+    return merges
+
+
+def bpe_random_text(rng, n):
+    """Text from a small alphabet full of corner cases, or from all of Unicode."""
+    pools = [
+        "ab", "ab '\n", "'sdmtlvre ' \u017f", "  \t\r\na1.", "\u0085\u00a0\u180e\u200b\u200d\u3000\u2003 \u2028ax1!",
+        "é日\u0301ᄀ 's😀𝒳", "\x00\x1c\x1f ab'1", None]
+    pool = rng.choice(pools)
+    if pool:
+        return "".join(rng.choice(pool) for _ in range(n))
+    codes = (rng.choice([rng.randrange(0x110000), rng.randrange(0x3100), rng.randrange(256)]) for _ in range(n))
+    return "".join(chr(c) for c in codes if not 0xD800 <= c < 0xE000)
+
+
+def bpe_reference(tok):
+    """tiktoken with our ranks and GPT-2's pattern."""
+    plain = {t: i for i, t in tok.vocab.items() if i not in tok.special_tokens.values()}
+    return tiktoken.Encoding("ours", pat_str=bpe._GPT2_SPELLINGS[2], mergeable_ranks=plain,
+                             special_tokens=tok.special_tokens)
+
+
+def bpe_mixture(rng, n, *pieces):
+    """`n` pieces of text, each a random one, a part of BPE_TEXT or one of `pieces`."""
+    return "".join(rng.choice([bpe_random_text(rng, rng.randrange(30)), BPE_TEXT[:rng.randrange(240)], *pieces])
+                   for _ in range(n))
+
+
+def test_bpe_handout_example(tmp_path):
+    words = ["low"] * 5 + ["lower"] * 2 + ["widest"] * 3 + ["newest"] * 6
+    vocab, merges = bpe.train_bpe(bpe_write(tmp_path / "t", "<|x|>".join(words)), 257 + 12, ["<|x|>"])
+    assert [(a + b" " + b).decode() for a, b in merges] == [
+        "s t", "e st", "o w", "l ow", "w est", "n e", "ne west", "w i", "wi d", "wid est", "low e", "lowe r"]
+    assert list(vocab) == list(range(269)) and vocab[97] == b"a" and vocab[256] == b"st" and vocab[268] == b"<|x|>"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bpe_trains_as_the_naive_trainer_does(seed, tmp_path, monkeypatch):
+    rng = random.Random(seed)
+    for _ in range(4):
+        text = "".join(bpe_random_text(rng, 30) + rng.choice(["", "<|e|>", " "]) for _ in range(8)) + "aaaa"
+        path, n = bpe_write(tmp_path / "t", text), rng.randrange(60)
+        monkeypatch.setattr(bpe, "BLOCK_BYTES", rng.choice([7, 50, 1 << 22]))
+        monkeypatch.setattr(bpe._Cutter.blocks, "__defaults__", (rng.choice([5, 1 << 18]),))
+        expected = bpe_naive(text.split("<|e|>"), n)
+        for pattern in bpe.GPT2_PATTERN, f"(?:{bpe.GPT2_PATTERN})":    # the fast path, and not
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                vocab, merges = bpe.train_bpe(path, 257 + n, ["<|e|>"], pattern=pattern)
+            assert merges == expected
+            assert bpe.Tokenizer(vocab, merges, ["<|e|>"], pattern=pattern).decode(range(len(vocab)))
+
+
+def test_bpe_workers_and_hash_seeds_change_nothing(tmp_path, monkeypatch, bpe_trained):
+    path, specials = bpe_write(tmp_path / "t", BPE_TEXT), ["<|endoftext|>"]
+    monkeypatch.setattr(bpe, "BLOCK_BYTES", 100)
+    assert len(list(bpe._Cutter(bpe.GPT2_PATTERN, []).ranges(path))) > 4
+    tok = bpe.Tokenizer(*bpe_trained, specials)
+    for workers, seed in (2, "1"), (3, "2"):
+        monkeypatch.setenv("PYTHONHASHSEED", seed)    # of the workers
+        assert bpe.train_bpe(path, 340, specials, workers=workers) == bpe_trained
+        assert tok.encode_file(path, tmp_path / "x.bin", workers=workers) == len(tok.encode(BPE_TEXT))
+        assert np.fromfile(tmp_path / "x.bin", "<u2").tolist() == tok.encode(BPE_TEXT)
+    (tmp_path / "bad").write_bytes(b"ok " * 200 + b"\xff")
+    with pytest.raises(ValueError, match=r"bad is not UTF-8: byte 0xff at offset 600"):    # from a worker
+        bpe.train_bpe(tmp_path / "bad", 300, specials, workers=2)
+
+
+def test_bpe_small_files_and_encode_start_no_process(tmp_path, monkeypatch, bpe_trained):
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a process was started"))
+    path = bpe_write(tmp_path / "t", BPE_TEXT)
+    assert bpe.train_bpe(path, 340) == bpe.train_bpe(path, 340, workers=8) == bpe_trained
+    tok = bpe.Tokenizer(*bpe_trained)
+    assert tok.encode_file(path, tmp_path / "b") == len(tok.encode(BPE_TEXT))
+
+
+def test_bpe_counts_do_not_overflow():
+    merger = bpe._Merger([b"ab", b"cd", b"xy"], [2 ** 40, 2 ** 40 + 1, 2 ** 31])
+    assert [merger._pop()[:2] for _ in range(3)] == [(99, 100), (97, 98), (120, 121)]
+
+
+@pytest.mark.parametrize("content, arguments, error, words",
+                         [("", {}, ValueError, "empty"), ("abc", {"vocab_size": 256}, ValueError, "at least 257"),
+                          ("abc", {"vocab_size": "9"}, TypeError, "'9'"),
+                          ("abc", {"special_tokens": "<|x|>"}, TypeError, "list"),
+                          ("abc", {"special_tokens": ["a", "a"]}, ValueError, "twice"),
+                          ("abc", {"special_tokens": [""]}, ValueError, "empty"),
+                          ("abc", {"pattern": "("}, ValueError, "regular expression"),
+                          ("abc", {"workers": 0}, ValueError, "workers"), (None, {}, OSError, "nowhere")])
+def test_bpe_training_refuses(content, arguments, error, words, tmp_path):
+    path = tmp_path / "nowhere" if content is None else bpe_write(tmp_path / "t", content)
+    with pytest.raises(error, match=words):
+        bpe.train_bpe(path, **{"vocab_size": 300, **arguments})
+
+
+def test_bpe_stops_when_no_pair_is_left(tmp_path):
+    with pytest.warns(UserWarning, match="no pair is left .* 259 entries, not the 400"):
+        vocab, merges = bpe.train_bpe(bpe_write(tmp_path / "t", "abc"), 400)
+    assert merges == [(b"b", b"c"), (b"a", b"bc")] and len(vocab) == 259
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bpe_numpy_boundaries_are_the_pattern_s(seed):
+    rng, compiled = random.Random(seed), regex.compile(bpe.GPT2_PATTERN)
+    special = [b"<|e|>", b"'", b"s ", "\u00a0a".encode()]
+    for _ in range(2500):
+        text, tokens = bpe_random_text(rng, rng.randrange(40)), rng.sample(special, rng.randrange(3))
+        block, split, expected = text.encode(), bpe._alternatives(tokens), []
+        for i, piece in enumerate(split.split(block) if split else [block]):
+            expected += [piece] if i % 2 else [p.encode() for p in bpe._pretokens(compiled, piece.decode())]
+        starts = bpe._boundaries(block, bpe._token_spans(block, split, tokens)).tolist()
+        assert [block[a:b] for a, b in zip(starts, [*starts[1:], len(block)])] == expected, (text, tokens)
+
+
+def test_bpe_table_is_a_dictionary():
+    rng, table, expected = np.random.default_rng(0), bpe._Table(2), {}
+    values = np.append(rng.integers(1, 2 ** 63, 39), 0)    # few enough that keys with one half in common share slots
+    for _ in range(40):
+        lo, hi = rng.choice(values, (2, 60)).astype(np.uint64)
+        assert table.find(lo, hi).tolist() == [expected.get(key, -1) for key in zip(lo.tolist(), hi.tolist())]
+        new = sorted({(a, b) for a, b in zip(lo.tolist(), hi.tolist()) if b and (a, b) not in expected})[:9]
+        expected.update((key, len(expected) + i) for i, key in enumerate(new))
+        columns = np.array(new, np.uint64).reshape(-1, 2).T
+        table.add(*columns, np.array([expected[key] for key in new], np.int32))
+
+
+@pytest.mark.parametrize("fast_bytes", [0, 1 << 60])
+def test_bpe_ids_are_tiktokens(fast_bytes, bpe_trained, monkeypatch):
+    monkeypatch.setattr(bpe, "FAST_BYTES", fast_bytes)
+    monkeypatch.setattr(bpe._FastEncoder, "KEPT_WORDS", 60)    # forgets often
+    monkeypatch.setattr(bpe._Cutter.blocks, "__defaults__", (64,))
+    tok, rng = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>", "<|endoftext|><|endoftext|>", "a b"]), random.Random(0)
+    theirs = bpe_reference(tok)
+    for _ in range(300):
+        text = bpe_mixture(rng, 6, *tok.special_tokens)
+        ids = tok.encode(text)
+        assert ids == theirs.encode(text, allowed_special="all") and tok.decode(ids) == text
+        assert tok.encode(text, allowed_special=set()) == theirs.encode_ordinary(text)
+        assert tok.encode(text, {"a b"}) == theirs.encode(text, allowed_special={"a b"}, disallowed_special=())
+    assert tok.encode("") == [] and tok.decode([]) == ""
+    assert bool(tok._fast) == (fast_bytes == 0) and all(fast.words.count < 60 + 100 for fast in tok._fast.values())
+
+
+@pytest.mark.parametrize("run", ["a", " ", "7", "\n", "日", "ab", "'s"])
+def test_bpe_long_runs_cost_n_log_n(run, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tok = bpe.Tokenizer(*bpe.train_bpe(bpe_write(tmp_path / "t", run * 999), 300, []))
+    looked_up = 0
+
+    class Counted(dict):
+        def __contains__(self, key):
+            nonlocal looked_up
+            looked_up += 1
+            return super().__contains__(key)
+    tok._ranks = Counted(tok._ranks)
+    text = run * 20_000
+    assert tok.encode(text) == bpe_reference(tok).encode_ordinary(text)
+    assert looked_up <= 3 * len(text.encode())    # one a byte, two a merge
+
+
+def test_bpe_stream_gives_the_same_ids(bpe_trained, monkeypatch):
+    monkeypatch.setattr(bpe, "STREAM_CHARS", 10)
+    rng, patterns = random.Random(1), (*bpe._GPT2_SPELLINGS, *bpe._GPT4_SPELLINGS, r"\w+|\s", r"[^\n]*(?=\n)")
+    for k in range(400):
+        specials, pattern = ["<|endoftext|>", "<|endoftext|><|endoftext|>", "e c"], patterns[k % len(patterns)]
+        tok, text = bpe.Tokenizer(*bpe_trained, specials, pattern=pattern), bpe_mixture(rng, 5, *specials)
+        cuts = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(20)))
+        chunks = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+        assert list(tok.encode_iterable(chunks)) == tok.encode(text), (text, chunks)
+
+
+def test_bpe_stream_memory_is_constant(bpe_trained):
+    tok, rng = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"]), random.Random(0)
+    lines = ("".join(rng.choices("abcdefghij    ", k=60)) + ".\n" for _ in range(6000))
+    tracemalloc.start()
+    n = sum(1 for _ in tok.encode_iterable(lines))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n > 60_000 and peak < 1_000_000, peak
+
+
+def test_bpe_encode_file(tmp_path, bpe_trained):
+    tok, out = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"]), tmp_path / "x.bin"
+    text = BPE_TEXT + "\rmac\n\r\n"
+    n = tok.encode_file(bpe_write(tmp_path / "t", text), out)
+    ids = np.fromfile(out, "<u2")
+    assert n == len(ids) and ids.tolist() == tok.encode(text) and tok.decode(ids) == text
+    wide = bpe.Tokenizer({**tok.vocab, 65536: b"<|far|>"}, tok.merges, ["<|far|>"])
+    wide.encode_file(bpe_write(tmp_path / "t", "a<|far|>"), tmp_path / "y.bin")
+    assert np.fromfile(tmp_path / "y.bin", "<u4").tolist() == [97, 65536]
+    (tmp_path / "bad").write_bytes(b"ab\xff")
+    with pytest.raises(ValueError, match="bad is not UTF-8: byte 0xff at offset 2"):
+        tok.encode_file(tmp_path / "bad", out)
+    assert np.array_equal(np.fromfile(out, "<u2"), ids)    # the old file is whole, and nothing else lies about
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "t", "x.bin", "y.bin"]
+
+
+def test_bpe_decode_and_bad_arguments(bpe_trained):
+    tok = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
+    ids = tok.encode(BPE_TEXT)
+    for kind in np.array, np.uint16, torch.tensor, iter, lambda x: list(np.array(x)), lambda x: list(torch.tensor(x)):
+        assert tok.decode(kind(ids)) == BPE_TEXT
+    assert tok.decode([0xE6, 0x97, 97]) == "\ufffda" and tok.decode_bytes([0xE6, 97]) == b"\xe6a"
+    assert pickle.loads(pickle.dumps(tok)).encode(BPE_TEXT) == ids
+    for bad in [340], [-1], np.array([7, 340]):
+        with pytest.raises(ValueError, match=f"id {bad[-1]} .* 0 to 339"):
+            tok.decode(bad)
+    for call, error, words in (
+            (lambda: tok.decode([1.0]), TypeError, "float"), (lambda: tok.encode(b"x"), TypeError, "bytes"),
+            (lambda: tok.encode("x", {"<|no|>"}), ValueError, "endoftext"),
+            (lambda: tok.encode("\ud800"), ValueError, "surrogate"),
+            (lambda: bpe.Tokenizer({0: b"a"}, []).encode("b"), ValueError, "no token for the byte b'b'"),
+            (lambda: bpe.Tokenizer({0: b"a"}, [(b"a", b"a")]), ValueError, "merge 0.*b'aa' is not in")):
+        with pytest.raises(error, match=words):
+            call()
+
+
+def test_bpe_gpt2_files(tmp_path, bpe_trained):
+    order = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    order += [b for b in range(256) if b not in order]    # GPT-2's ids of the bytes: "!" is 0
+    texts = {b: chr(b) if i < 188 else chr(256 + i - 188) for i, b in enumerate(order)}
+    merges = bpe_trained[1]
+    write = lambda token: "".join(texts[b] for b in token)
+    vocab = {write(t): i for i, t in enumerate([*(bytes([b]) for b in order), *(a + b for a, b in merges)])}
+    (tmp_path / "vocab.json").write_text(json.dumps({**vocab, "<|endoftext|>": len(vocab)}), encoding="utf-8")
+    lines = "".join(f"{write(a)} {write(b)}\n" for a, b in merges)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + lines, encoding="utf-8")
+    tok = bpe.Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt", ["<|endoftext|>", "<|new|>"])
+    assert tok.vocab[0] == b"!" and tok.special_tokens == {"<|endoftext|>": len(vocab), "<|new|>": len(vocab) + 1}
+    assert tok.encode(BPE_TEXT) == bpe_reference(tok).encode(BPE_TEXT, allowed_special="all")
+    (tmp_path / "merges.txt").write_text("a b c\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="merges.txt.*'a b c'"):
+        bpe.Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
+
+
+@pytest.mark.parametrize("pattern", [bpe.GPT2_PATTERN, bpe._GPT4_SPELLINGS[0], r"\w+|[^\w\s]"])
+def test_bpe_saved_file_is_hugging_faces(pattern, tmp_path, bpe_trained):
+    tok, path = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>", "a b"], pattern=pattern), tmp_path / "tokenizer.json"
+    tok.save(path)
+    theirs, again = tokenizers.Tokenizer.from_file(str(path)), bpe.Tokenizer.load(path)
+    for name in "vocab", "merges", "special_tokens", "pattern":
+        assert getattr(again, name) == getattr(tok, name)
+    rng = random.Random(2)
+    for _ in range(200):
+        text = bpe_random_text(rng, 30) + rng.choice([BPE_TEXT, "a b", "<|endoftext|><|endoftext|>"])
+        assert theirs.encode(text).ids == tok.encode(text) == again.encode(text), text
+
+
+def bpe_foreign(path, bpe_trained):
+    """A file as Llama 3 and Qwen 2 have them: merges as pairs, a word that no merge makes, NFC, a token not special."""
+    bpe.Tokenizer(*bpe_trained, ["<|im start|>", "<tool>", "é!"], pattern=bpe._GPT4_SPELLINGS[0]).save(path)
+    layout = json.loads(path.read_text(encoding="utf-8"))
+    layout["normalizer"], layout["model"]["ignore_merges"] = {"type": "NFC"}, True
+    layout["model"]["merges"] = [merge.split(" ") for merge in layout["model"]["merges"]]
+    layout["model"]["vocab"]["zebra"] = layout["model"]["vocab"].pop("<|endoftext|>")
+    layout["added_tokens"][1]["special"] = False
+    return layout
+
+
+def test_bpe_loads_what_llama_and_qwen_write(tmp_path, bpe_trained):
+    path, again = tmp_path / "tokenizer.json", tmp_path / "again.json"
+    path.write_text(json.dumps(bpe_foreign(path, bpe_trained)), encoding="utf-8")
+    tok, theirs = bpe.Tokenizer.load(path), tokenizers.Tokenizer.from_file(str(path))
+    tok.save(again)
+    rng = random.Random(3)
+    for _ in range(200):
+        text = bpe_mixture(rng, 6, "zebra", "<|im start|>", "<tool>", "e\u0301!", "é!")
+        assert tok.encode(text) == theirs.encode(text).ids == bpe.Tokenizer.load(again).encode(text), text
+        assert list(tok.encode_iterable(text)) == tok.encode(text)
+    assert 340 not in tok.encode("<|im start|>", set()) and 341 in tok.encode("<tool>", set())
+
+
+@pytest.mark.parametrize("where, value, words",
+                         [("model type", "WordPiece", "model's type is 'WordPiece'"),
+                          ("model byte_fallback", True, "byte_fallback"), ("model vocab zebra", 3, "id 3"),
+                          ("model vocab a&b", 77777, "'a&b' .id 77777"), ("model merges 0", "a", "merge 0 is 'a'"),
+                          ("normalizer type", "Lowercase", "normalizer is 'Lowercase'"),
+                          ("decoder type", "Metaspace", "decoder is 'Metaspace'"),
+                          ("truncation", {"max_length": 5}, "truncation"), ("model", None, "no tokenizer.json"),
+                          ("pre_tokenizer", {"type": "Metaspace"}, "pre_tokenizer is .'Metaspace'"),
+                          ("pre_tokenizer", None, "no tokenizer.json"),
+                          ("pre_tokenizer pretokenizers 1 add_prefix_space", True, "add_prefix_space"),
+                          ("pre_tokenizer pretokenizers 0 behavior", "Removed", "Removed"),
+                          ("added_tokens 0 lstrip", True, "lstrip"), ("added_tokens 0 normalized", True, "normalized"),
+                          ("added_tokens 0 id", 0, "id 0")])
+def test_bpe_foreign_files_are_refused_by_name(where, value, words, tmp_path, bpe_trained):
+    path = tmp_path / "tokenizer.json"
+    part = layout = bpe_foreign(path, bpe_trained)
+    *way, last = [int(key) if key.isdigit() else key for key in where.split()]
+    for key in way:
+        part = part[key]
+    part[last.replace("&", " ") if isinstance(last, str) else last] = value
+    path.write_text(json.dumps(layout), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"(?s)tokenizer.json.*({words.replace('&', ' ')})"):
+        bpe.Tokenizer.load(path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe{}", b"{}"])
+def test_bpe_broken_files_are_refused(content, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        bpe.Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+def test_bpe_what_it_replaces(tmp_path):
+    text = "the cat in the hat"
+    tok = bpe.Tokenizer(*bpe.train_bpe(bpe_write(tmp_path / "t", text), 256 + 3, []))
+    assert len(tok.encode(text)) == 12 and bpe.compression_ratio(text, tok) == 1.5
+    love = "I love LLM"
+    assert len(bpe.ByteTokenizer().encode(love)) * 8 == 80 and len(bpe.CharTokenizer().encode(love)) == 10
+    words = bpe.WordTokenizer(love)
+    assert words.encode(love + " LLMs") == [1, 2, 3, 0] and words.decode([1, 2, 3, 0]) == "I love LLM<unk>"
+    for other in bpe.CharTokenizer(), bpe.CharTokenizer(BPE_TEXT), bpe.ByteTokenizer(), bpe.WordTokenizer(BPE_TEXT):
+        assert other.decode(np.array(other.encode(BPE_TEXT))) == BPE_TEXT and other.encode("") == []
+        with pytest.raises(ValueError, match="0 to"):
+            other.decode([other.vocab_size])
+    assert bpe.CharTokenizer("ab").encode("abc") == [0, 1, 2] and bpe.CharTokenizer("ab").decode([2]) == "\ufffd"
+    with pytest.raises(ValueError, match="empty"):
+        bpe.compression_ratio("", tok)
+
+
+def test_bpe_commands(tmp_path):
+    def run(*arguments):
+        done = subprocess.run([sys.executable, bpe.__file__, *map(str, arguments)], capture_output=True,
+                              encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+        return done.returncode, done.stdout + done.stderr
+    text, out = bpe_write(tmp_path / "t.txt", BPE_TEXT), tmp_path / "tokenizer.json"
+    assert run("train", text, "--vocab_size=350", f"--out={out}")[0] == 0 and bpe.Tokenizer.load(out).vocab_size == 350
+    assert run("encode", out, text, f"--out={tmp_path / 'x.bin'}")[0] == 0
+    assert bpe.Tokenizer.load(out).decode(np.fromfile(tmp_path / "x.bin", "<u2")) == BPE_TEXT
+    status, shown = run("show", out, "the cat")
+    assert status == 0 and "t h e" in shown and "merge" in shown
+    assert "BPE 300" in run("compare", text, "--sizes=300")[1]
+    assert "equal ids" in run("bench", text, "--vocab_size=300", "--repeats=1")[1]
+    assert run("train", text, "--vocab_sise=9") [0] == 2 and "'--vocab_size'" in run("train", text, "--vocab_sise=9")[1]
+    assert run("trian")[0] == 2 and "'train'" in run("trian")[1] and run("train", tmp_path / "nothing")[0] == 1
+    assert run("--help")[0] == 0 and all(f"--{key} VALUE" in run("--help")[1] for key in bpe.KEYS)

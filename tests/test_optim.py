@@ -1,0 +1,163 @@
+"""Claims about optim.py."""
+import math
+
+import pytest
+import torch
+
+from common import rng, steps# noqa: F401
+import optim
+import parallel
+
+def copies(shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    first = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    return first, [p.detach().clone().requires_grad_() for p in first]
+
+
+def test_adamw_follows_torch_for_1000_steps():
+    ours, theirs = copies([(5, 7), (3,), (2, 2, 2)])
+    a, b = optim.AdamW(ours, lr=1e-3, weight_decay=0.01), torch.optim.AdamW(theirs, lr=1e-3, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(1000):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    largest = max((p - q).abs().max().item() for p, q in zip(ours, theirs))
+    assert largest < 2e-6, largest  # decay after the step instead of before: lr² · decay a step, and float32 rounding
+
+
+def test_adamw_first_step_by_hand():
+    p = torch.tensor([1.0], requires_grad=True)
+    optimizer = optim.AdamW([p], lr=0.1, betas=(0.9, 0.99), eps=0.0, weight_decay=0.5)
+    p.grad = torch.tensor([4.0])
+    optimizer.step()
+    assert p.item() == pytest.approx((1.0 - 0.1) * (1 - 0.1 * 0.5))       # m̂/√v̂ = 1 on the first step, then decay
+
+
+def test_adamw_state_moves_to_torch_and_back():
+    ours, theirs = copies([(4, 3)])
+    a, b = optim.AdamW(ours), torch.optim.AdamW(theirs)
+    for p, optimizer in ((ours[0], a), (theirs[0], b)):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert set(a.state_dict()["state"][0]) == set(b.state_dict()["state"][0])
+    b.load_state_dict(a.state_dict())
+    a.load_state_dict(b.state_dict())
+    a.step()
+    b.step()
+    torch.testing.assert_close(ours[0], theirs[0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    (lambda p: optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+    (lambda p: optim.AdaGrad(p, lr=0.1), lambda p: torch.optim.Adagrad(p, lr=0.1)),
+    (lambda p: optim.RMSProp(p, lr=0.1, beta=0.9), lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.9))])
+def test_the_steps_towards_adam_follow_torch(ours, theirs):
+    mine, others = copies([(5, 7), (3,)])
+    a, b = ours(mine), theirs(others)
+    for _ in range(50):
+        for p, q in zip(mine, others):
+            p.grad, q.grad = p.detach() - 0.5, q.detach() - 0.5
+        a.step()
+        b.step()
+    for p, q in zip(mine, others):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-5)             # sqrt and division, 50 float32 steps
+    still = torch.ones(2, requires_grad=True)
+    still.grad, decayed = torch.zeros(2), ours([still])
+    decayed.param_groups[0]["weight_decay"] = 0.5
+    decayed.step()
+    torch.testing.assert_close(still, torch.full((2,), 1 - 0.1 * 0.5))     # decoupled: no gradient is needed for it
+
+
+def test_parameters_without_gradient_stay():
+    p, q = torch.ones(2, 2, requires_grad=True), torch.ones(2, 2, requires_grad=True)
+    p.grad = torch.ones(2, 2)
+    for optimizer in (optim.AdamW([p, q], lr=0.1), optim.Muon([p, q], lr=0.1)):
+        optimizer.step()
+    assert torch.equal(q, torch.ones(2, 2)) and not torch.equal(p, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 48), (48, 16), (3, 24, 16)])
+def test_muon_update_has_singular_values_near_one(shape):
+    values = torch.linalg.svdvals(
+        optim.orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))).float())
+    assert 0.8 < values.min() and values.max() < 1.2, (values.min(), values.max())
+
+
+@pytest.mark.parametrize("rank", [1, 2, 40])
+@pytest.mark.parametrize("steps, error", [(1, 0.454), (2, 0.37), (3, 0.283), (5, 0.132), (8, 0.06)])
+def test_no_singular_value_explodes_in_bfloat16(rank, steps, error):
+    g = torch.Generator().manual_seed(rank)
+    left, right = (torch.linalg.qr(torch.randn(n, rank, generator=g)).Q for n in (40, 70))
+    values = torch.linalg.svdvals(optim.orthogonalize(left @ right.T, steps).float())[:rank]
+    assert 1 - error - 0.05 < values.min() and values.max() < 1 + error + 0.05, values
+
+
+@pytest.mark.parametrize("steps, error", [(1, 0.454), (2, 0.37), (3, 0.283), (5, 0.132)])
+def test_polynomials_of_muon_are_the_nearest_to_one(steps, error):
+    x = torch.linspace(10 ** (-(steps + 1) / 2), 1, 100_000, dtype=torch.float64)
+    for number, (a, b, c) in enumerate(optim.polar_express(steps)):
+        last, x = x, a * x + b * x ** 3 + c * x ** 5
+        if number == 0:                                                  # convex: no small change is better
+            best = (x - 1).abs().max()
+            for change in torch.randn(100, 3, generator=torch.Generator().manual_seed(0)).double() * 0.01:
+                assert ((x + change[0] * last + change[1] * last ** 3 + change[2] * last ** 5) - 1).abs().max() > best
+    assert (x - 1).abs().max() < error
+
+
+def test_many_rounds_of_muon_end_at_one():
+    values = torch.linalg.svdvals(optim.orthogonalize(torch.randn(64, 96, generator=rng()), 40).float())
+    assert 0.98 < values.min() and values.max() < 1.02, values
+
+
+def test_muon_step_is_the_orthogonalized_momentum():
+    p = torch.zeros(8, 4, requires_grad=True)
+    gradient = torch.randn(8, 4, generator=torch.Generator().manual_seed(2))
+    optimizer = optim.Muon([p], lr=0.1, momentum=0.9)
+    p.grad = gradient.clone()
+    optimizer.step()
+    u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
+    direction = -p.detach() / (0.1 * 2 ** 0.5)                           # max(1, rows / columns)^½ = √2
+    cosine = (direction * (u @ vh)).sum() / direction.norm() / (u @ vh).norm()
+    assert cosine > 0.97, cosine
+    with pytest.raises(ValueError, match="matrices"):
+        optim.Muon([torch.zeros(3, requires_grad=True)])
+
+
+def test_cosine_schedule_of_the_handout():
+    values = [optim.cosine_schedule(t, 1.0, 0.1, 7, 21) for t in range(25)]
+    assert values[:8] == pytest.approx([t / 7 for t in range(8)])
+    assert values[14] == pytest.approx(0.55) and values[21:] == pytest.approx([0.1] * 4)
+
+
+def test_wsd_schedule():
+    values = [optim.wsd_schedule(t, 2.0, 0.0, 2, 4, 4) for t in range(12)]
+    assert values == pytest.approx([0, 1, 2, 2, 2, 2, 2, 1.5, 1, 0.5, 0, 0])
+
+
+def test_clipping_is_global_and_skips_missing_gradients():
+    a, b, c = (torch.zeros(2, requires_grad=True) for _ in range(3))
+    a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    assert optim.clip_grad_norm([a, b, c], 1.0).item() == pytest.approx(5.0)
+    torch.testing.assert_close(torch.cat([a.grad, b.grad]), torch.tensor([3.0, 0.0, 0.0, 4.0]) / (5.0 + 1e-6))
+    before = a.grad.clone()
+    optim.clip_grad_norm([a, b, c], 10.0)
+    assert torch.equal(a.grad, before) and c.grad is None
+    b.grad = torch.tensor([0.0, math.inf])
+    assert optim.clip_grad_norm([a, b], 1.0).item() == math.inf and torch.equal(a.grad, before)
+    half = torch.zeros(100_000, dtype=torch.float16, requires_grad=True)
+    half.grad = torch.full_like(half, 300.0)
+    for clip, norm in ((optim.clip_grad_norm, 94_868), (parallel.clip_grad_norm, 1000)):     # float16 ends at 65,504
+        assert clip([half], 1000.0).item() == pytest.approx(norm, rel=2e-3)
+    live = (c * torch.ones(2, requires_grad=True)).sum()                     # a gradient with a graph of its own
+    c.grad, = torch.autograd.grad((live ** 2).sum() + c.sum(), c, create_graph=True)
+    assert c.grad.requires_grad and not optim.clip_grad_norm([c], 0.1).requires_grad
+
+
+@pytest.mark.parametrize("make", [lambda p: optim.AdamW(p, lr=-1), lambda p: optim.AdamW(p, betas=(1.0, 0.9)),
+                                  lambda p: optim.Muon(p, momentum=1.5), lambda p: optim.RMSProp(p, beta=1.0)])
+def test_bad_optimizer_settings_are_refused(make):
+    with pytest.raises(ValueError, match="must be"):
+        make([torch.zeros(2, 2, requires_grad=True)])
