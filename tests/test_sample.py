@@ -7,6 +7,7 @@ import torch
 from common import ids, random_model, rng, steps, toy# noqa: F401
 import bpe
 import checkpoint
+import machine
 import model as model_module
 import sample
 
@@ -42,7 +43,7 @@ def test_a_ragged_batch_writes_what_each_prompt_writes_alone():
     assert sample.generate(model, prompts, 20, temperature=0, stop_ids=(stop,)) == cut != alone
 
 
-@pytest.mark.skipif(not model_module.ONEDNN, reason="this torch has no oneDNN product for this processor")
+@pytest.mark.skipif(not machine.ONEDNN, reason="this torch has no oneDNN product for this processor")
 def test_weights_in_blocks_give_the_same_logits_and_texts_and_are_gone_afterwards():
     model = random_model(d_model=64, n_heads=4, context_length=64)
     prompts = [[5], [1, 2, 3, 4, 5, 6], [7, 8], list(range(14)), [9] * 3]
@@ -51,7 +52,7 @@ def test_weights_in_blocks_give_the_same_logits_and_texts_and_are_gone_afterward
         tokens = torch.randint(model.config.vocab_size, (rows, 4), generator=rng())
         with torch.no_grad():
             plain = model(tokens)
-            with model_module.in_blocks(model, 16):
+            with machine.in_blocks(model, 16):
                 assert all(hasattr(m.weight, "blocks") for m in model.modules() if isinstance(m, model_module.Linear))
                 torch.testing.assert_close(model(tokens), plain, atol=1e-5, rtol=1e-5)
                 assert model.lm_head.weight.blocks.is_mkldnn, "the blocks are oneDNN's"
@@ -219,10 +220,10 @@ def test_speculation_that_cannot_be_is_refused(draft, more, words):
 def test_inference_has_its_own_product_equal_to_the_plain_one(shape):
     weight, x = torch.randn(600, 512, generator=rng()), torch.randn(shape, generator=rng(1))
     with torch.no_grad():
-        difference = model_module.product(x, weight) - x @ weight.T
+        difference = machine.product(x, weight) - x @ weight.T
         assert difference.shape == (*shape[:-1], 600) and (difference.abs() < 1e-4).all(), difference.abs().max()
     x.requires_grad_()
-    assert torch.equal(model_module.product(x, weight), x @ weight.T)              # one that has a gradient
+    assert torch.equal(machine.product(x, weight), x @ weight.T)              # one that has a gradient
 
 
 @pytest.mark.parametrize("kind, error", [("int8", 0.012), ("int4", 0.15)])
