@@ -31,11 +31,13 @@ from torch import nn
 from machine import (CrossEntropy, FastRMSNorm, FastRotate, FastSwiGLU, SHORT_CONTEXT, fast, in_blocks,  # noqa: F401
                      product, short_attention, wide)
 
+from checkpoint import load_model  # noqa: F401  (moves here)
+
 
 # --- configuration ---
 
 CHOICES = {"norm": ("rms", "layer", "none"), "norm_position": ("pre", "post"),
-           "position": ("rope", "learned", "sinusoidal", "none"), "rope_scaling": ("none", "linear", "llama3"),
+           "position": ("rope", "learned", "sinusoidal", "none"),
            "ffn": ("swiglu", "silu", "gelu", "relu2"), "attention": ("standard", "mla"),
            "balance": ("loss", "bias", "none"), "attention_backend": ("naive", "sdpa", "triton")}
 
@@ -58,8 +60,7 @@ class ModelConfig:
     position: str = "rope"  # rope (2104.09864) | learned (GPT-2) | sinusoidal (1706.03762, 3.5) | none (2305.19466)
     rope_theta: float = 10_000.0     # base of the rotary frequencies
     rope_interleaved: bool = False  # rotate pairs (2i, 2i+1) as the paper does instead of (i, i + D/2) as Llama's files
-    rope_scaling: str = "none"  # none | linear (2306.15595) | llama3 (2407.21783): RoPE stretched to longer contexts
-    rope_factor: float = 1.0         # rope_scaling: how many times longer
+    rope_factor: float = 1.0         # RoPE stretched to contexts this many times longer (llama3, 2407.21783); 1 = not
     rope_low_freq: float = 1.0       # llama3: wavelengths over rope_original_context / this are stretched in full
     rope_high_freq: float = 4.0      # llama3: wavelengths under rope_original_context / this stay
     rope_original_context: int = 8192      # llama3: the context length before stretching
@@ -134,12 +135,9 @@ class ModelConfig:
              and self.logit_softcap <= 0, f"logit_softcap={self.logit_softcap} must be above 0, or none"),
             (self.fused_loss and self.logit_softcap is not None,
              "fused_loss=true never has the logits that logit_softcap bends; choose one"),
-            (self.rope_scaling != "none" and (self.position != "rope" or self.rope_factor < 1),
-             f"rope_scaling={self.rope_scaling} needs position=rope and rope_factor >= 1, not {self.rope_factor}"
-             ),
-            (self.rope_scaling == "none"
-             and self.rope_factor != 1, f"rope_factor={self.rope_factor} needs rope_scaling=linear or llama3"),
-            (self.rope_scaling == "llama3" and not 0 < self.rope_low_freq < self.rope_high_freq,
+            (self.rope_factor != 1 and self.position != "rope" or self.rope_factor < 1,
+             f"rope_factor={self.rope_factor} must be at least 1, and needs position=rope"),
+            (not 0 < self.rope_low_freq < self.rope_high_freq,
              f"rope_low_freq={self.rope_low_freq} must be above 0 and below rope_high_freq={self.rope_high_freq}"),
             (mla and (self.position != "rope" or self.qk_norm or self.n_kv_heads != self.n_heads or self.qkv_bias),
              "attention=mla needs position=rope and no qk_norm, qkv_bias or n_kv_heads: its latent replaces them"
@@ -163,41 +161,6 @@ class ModelConfig:
         """The window of each layer, None where it sees everything."""
         pattern = self.window_pattern
         return tuple(self.sliding_window if pattern[i % len(pattern)] == "S" else None for i in range(self.n_layers))
-
-
-# Published shapes. gpt2: Radford 2019. course: CS336 assignment 2, table 1 (and its 10B). llama: 2307.09288,
-# 2407.21783 and the 3.2 model card. qwen3: 2505.09388, table 1.
-_GPT2 = dict(vocab_size=50_257, context_length=1024, norm="layer", position="learned", ffn="gelu", bias=True,
-             tie_embeddings=True)
-_LLAMA3 = dict(vocab_size=128_256, context_length=131_072, rope_theta=500_000.0, rope_scaling="llama3", n_kv_heads=8)
-_QWEN3 = dict(vocab_size=151_936, context_length=40_960, rope_theta=1_000_000.0, norm_eps=1e-6, qk_norm=True,
-              head_dim=128, n_kv_heads=8)
-PRESETS = {
-    "gpt2": _GPT2 | dict(d_model=768, n_layers=12, n_heads=12),
-    "gpt2-medium": _GPT2 | dict(d_model=1024, n_layers=24, n_heads=16),
-    "gpt2-large": _GPT2 | dict(d_model=1280, n_layers=36, n_heads=20),
-    "gpt2-xl": _GPT2 | dict(d_model=1600, n_layers=48, n_heads=25),
-    "llama-2-7b": dict(vocab_size=32_000, context_length=4096, d_model=4096, n_layers=32, n_heads=32, d_ff=11_008),
-    "llama-3.2-1b": _LLAMA3
-    | dict(d_model=2048, n_layers=16, n_heads=32, d_ff=8192, rope_factor=32.0, tie_embeddings=True),
-    "llama-3.1-8b": _LLAMA3 | dict(d_model=4096, n_layers=32, n_heads=32, d_ff=14_336, rope_factor=8.0),
-    "qwen3-0.6b": _QWEN3 | dict(d_model=1024, n_layers=28, n_heads=16, d_ff=3072, tie_embeddings=True),
-    "qwen3-1.7b": _QWEN3 | dict(d_model=2048, n_layers=28, n_heads=16, d_ff=6144, tie_embeddings=True),
-    "qwen3-4b": _QWEN3 | dict(d_model=2560, n_layers=36, n_heads=32, d_ff=9728, tie_embeddings=True),
-    "qwen3-8b": _QWEN3 | dict(d_model=4096, n_layers=36, n_heads=32, d_ff=12_288),
-    "small": dict(d_model=768, d_ff=3072, n_layers=12, n_heads=12),
-    "medium": dict(d_model=1024, d_ff=4096, n_layers=24, n_heads=16),
-    "large": dict(d_model=1280, d_ff=5120, n_layers=36, n_heads=20),
-    "xl": dict(d_model=1600, d_ff=6400, n_layers=48, n_heads=25),
-    "2.7b": dict(d_model=2560, d_ff=10_240, n_layers=32, n_heads=32),
-    "10b": dict(d_model=4608, d_ff=12_288, n_layers=50, n_heads=36), }
-
-
-def preset(name: str, **changes) -> ModelConfig:
-    """The published shape of that name (PRESETS), with changes: preset("gpt2", context_length=512)."""
-    if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    return ModelConfig(**(PRESETS[name] | changes))
 
 
 # --- functions ---
@@ -466,13 +429,11 @@ def rope_tables(positions: torch.Tensor, head_dim: int, theta: float = 10_000.0,
     """(cos, sin) of positions x frequencies, each (..., T, D/2) in float32.
 
     Frequency i is theta^(-2i/D) for i = 0 … D/2 - 1 (2104.09864, section 3.2.2), stretched as the config's
-    rope_scaling says.
+    rope_factor says.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     frequencies = theta ** -exponents
-    if config is not None and config.rope_scaling == "linear":
-        frequencies = frequencies / config.rope_factor
-    if config is not None and config.rope_scaling == "llama3":
+    if config is not None and config.rope_factor != 1:
         # Turns over the original context: few turns are stretched, many stay, between the two a straight line.
         turns = config.rope_original_context * frequencies / (2 * math.pi)
         kept = ((turns - config.rope_low_freq) / (config.rope_high_freq - config.rope_low_freq)).clamp(0, 1)

@@ -33,7 +33,8 @@ import torch
 from checkpoint import load_model
 from configurator import command_line, fail
 from machine import bandwidth, in_blocks, product
-from model import PRESETS, Linear, ModelConfig, Transformer
+from accounting import PRESETS
+from model import Linear, ModelConfig, Transformer
 
 END_OF_TEXT = "<|endoftext|>"
 GROUP = 64                               # numbers of a row that share a scale in int4
