@@ -44,7 +44,7 @@ from layers import (MLP, Embedding, LayerNorm, Linear, MixtureOfExperts, RMSNorm
 # --- configuration ---
 
 CHOICES = {"norm": ("rms", "layer", "none"), "norm_position": ("pre", "post"),
-           "position": ("rope", "learned", "sinusoidal", "none"), "rope_scaling": ("none", "linear", "llama3"),
+           "position": ("rope", "learned", "sinusoidal", "none"), "rope_scaling": ("none", "llama3"),
            "ffn": ("swiglu", "silu", "gelu", "relu2"), "attention": ("standard", "mla"),
            "balance": ("loss", "bias", "none"), "attention_backend": ("naive", "sdpa", "triton")}
 
@@ -81,11 +81,10 @@ class ModelConfig:
     qk_norm: bool = False            # RMSNorm over each head's query and key (2010.04245, 2302.05442)
     position: str = "rope"           # rope (2104.09864) | learned (GPT-2) | sinusoidal (1706.03762) | none (2305.19466)
     rope_interleaved: bool = False   # rotate pairs (2i, 2i+1) as the paper does instead of (i, i + D/2), Llama's files
-    rope_scaling: str = "none"       # none | linear (2306.15595) | llama3 (2407.21783): RoPE for longer contexts
-    rope_factor: float = 1.0         # rope_scaling: how many times longer
-    rope_low_freq: float = 1.0       # llama3: wavelengths over rope_original_context / this are stretched in full
-    rope_high_freq: float = 4.0      # llama3: wavelengths under rope_original_context / this stay
-    rope_original_context: int = 8192      # llama3: the context length before stretching
+    rope_factor: float = 1.0         # RoPE for contexts so many times longer (Llama 3, 2407.21783); 1 = not stretched
+    rope_low_freq: float = 1.0       # wavelengths over rope_original_context / this are stretched in full
+    rope_high_freq: float = 4.0      # wavelengths under rope_original_context / this stay
+    rope_original_context: int = 8192      # the context length before stretching
     ffn: str = "swiglu"              # swiglu (2002.05202) | silu | gelu (tanh form, 1606.08415) | relu2 (2109.08668)
     bias: bool = False               # a bias in every linear layer but the head, and in LayerNorm (GPT-2)
     qkv_bias: bool = False           # a bias in the query, key and value projections only (Qwen2, 2407.10671)
@@ -110,12 +109,14 @@ class ModelConfig:
     rope_head_dim: int | None = None       # mla: width of the extra, shared key that carries RoPE; none = head_dim / 2
     mtp_depth: int = 0               # further tokens predicted in training by extra heads (DeepSeek-V3, 2412.19437)
     mtp_weight: float = 0.3          # weight of their mean loss in the training loss
+    rope_scaling: str = "none"       # for older checkpoints: none | llama3, which rope_factor tells by itself
 
     def __post_init__(self):
         for field in dataclasses.fields(ModelConfig):
             if isinstance(getattr(self, field.name), Derived):
                 setattr(self, field.name, None)
         self._check_values()
+        self.rope_scaling = "none"
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; change one, or set "
                              "head_dim")
@@ -162,11 +163,9 @@ class ModelConfig:
             raise ValueError(f"window_pattern={c.window_pattern!r} needs sliding_window, the positions to see")
         if c.fused_loss and c.logit_softcap is not None:
             raise ValueError("fused_loss=true never has the logits that logit_softcap bends; choose one")
-        if c.rope_scaling != "none" and (c.position != "rope" or c.rope_factor < 1):
-            raise ValueError(f"rope_scaling={c.rope_scaling} needs position=rope and rope_factor={c.rope_factor} >= 1")
-        if c.rope_scaling == "none" and c.rope_factor != 1:
-            raise ValueError(f"rope_factor={c.rope_factor} needs rope_scaling=linear or llama3")
-        if c.rope_scaling == "llama3" and c.rope_low_freq >= c.rope_high_freq:
+        if c.rope_factor < 1 or c.rope_factor != 1 and c.position != "rope":
+            raise ValueError(f"rope_factor={c.rope_factor} must be at least 1, and needs position=rope")
+        if c.rope_low_freq >= c.rope_high_freq:
             raise ValueError(f"rope_low_freq={c.rope_low_freq} must be below rope_high_freq={c.rope_high_freq}")
         if mla and (c.position != "rope" or c.qk_norm or c.n_kv_heads != c.n_heads or c.qkv_bias):
             raise ValueError("attention=mla needs position=rope and no qk_norm, qkv_bias or n_kv_heads")
