@@ -131,7 +131,8 @@ def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
     for block in model.layers:
         block.register_forward_pre_hook(lambda *_: calls.append(1))
     one_input = B * 64 * 64 * 4
-    one_block = (bill.activation_bytes(shape, 64) - bill.activation_bytes(dataclasses.replace(shape, n_layers=15), 64)) * B
+    fewer = dataclasses.replace(shape, n_layers=15)
+    one_block = B * (bill.activation_bytes(shape, 64) - bill.activation_bytes(fewer, 64))
     above, planned, gradients = [], [], []
     for levels in range(5):
         plan = bill.checkpoint_plan(16, levels, one_block, one_input)
@@ -152,6 +153,31 @@ def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
     assert planned[0] == 16 * one_block and plan["sizes"] == (8, 4, 2, 1) and plan["bytes"] == one_block + 4 * one_input
     # What is above the plan is one block's temporaries in backward, the same for every nesting.
     assert max(above) - min(above) < 2 * one_input and max(above) < one_block, (above, planned)
+
+
+def test_a_step_holds_what_is_billed_and_the_memory_verb_draws_it(tmp_path, monkeypatch, capsys):
+    """Weights, gradients and moments exactly, activations within 2 %, on the default path of train.py."""
+    import bench
+    from bench_systems import memory_step
+    from train import TrainConfig
+    monkeypatch.setattr("model.SHORT_CONTEXT", 0)
+    monkeypatch.chdir(tmp_path)
+    shape = dict(context_length=64, d_model=64, n_layers=2, n_heads=2, vocab_size=300, optimizer="muon")
+    config = TrainConfig(**shape, batch_tokens=8 * 64)
+    tracker, kinds, peaks = memory_step(config, "cpu", torch.float32)
+    held = {}
+    for block in tracker.blocks:
+        kind = kinds.get(id(block), "temporaries").partition(":")[0]
+        held[kind] = held.get(kind, 0) + block["bytes"]
+    billed = bill.memory_bytes(config.model_config(300), 8, optimizer="muon")
+    assert held["weights"] == billed["weights"] and held["gradients"] == billed["gradients"]
+    assert billed["optimizer"] <= held["moments"] < billed["optimizer"] + 1000           # counters of steps
+    assert held["activations"] == pytest.approx(billed["activations"], rel=0.02)
+    assert billed["total"] - billed["gradients"] < peaks["backward"] < 1.5 * billed["total"]
+    bench.main(["memory", *(f"--{key}={value}" for key, value in shape.items()), "--batch_tokens=512", "--device=cpu"])
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("weights", "moments", "backward", "activations: attention"))
+    assert (tmp_path / "out" / "memory" / "memory.png").stat().st_size > 10_000
 
 
 def test_what_parallel_ranks_compute_and_send_by_hand():
