@@ -157,11 +157,6 @@ def test_rope_by_hand_and_by_distance():
     close(near, far, 1e-5)
     with pytest.raises(ValueError, match="even"):
         layers.rope(x[..., :3], torch.arange(9))
-    table = layers.sinusoids(torch.arange(5), 6)                   # section 3.5, entry by entry
-    for p in range(5):
-        for i in range(3):
-            angle = p / 10_000 ** (2 * i / 6)
-            close(table[p, 2 * i:2 * i + 2], torch.tensor([math.sin(angle), math.cos(angle)]), 1e-6)
 
 
 def test_initial_weights_have_the_spread_of_the_handout():
@@ -175,7 +170,7 @@ def test_initial_weights_have_the_spread_of_the_handout():
 
 
 def test_experts_route_and_balance():
-    """Mixtral's layer by hand in a loop, and its balancing loss; DeepSeek's bias is in the choice, not in the weights."""
+    """Mixtral's layer by hand in a loop, and its balancing loss; DeepSeek's bias is in the choice, not the weights."""
     x, losses = torch.randn(2, 9, 48, dtype=torch.float64), []
     layer = layers.MixtureOfExperts(ModelConfig(**TOY | SWITCHES["moe"])).double()
     y, scores = layer(x, losses).view(-1, 48), torch.softmax(x.view(-1, 48) @ layer.router.weight.T, dim=-1)

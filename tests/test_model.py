@@ -12,7 +12,7 @@ import checkpoint
 import layers
 import parallel
 from accounting import PRESETS, preset
-from model import Attention, Block, ModelConfig, Transformer, cross_entropy, load_model, token_losses
+from model import Attention, Block, ModelConfig, Transformer, cross_entropy, load_model, sinusoids, token_losses
 
 
 # --- the cache ---
@@ -35,9 +35,9 @@ def test_cache_gives_the_logits_of_the_full_forward(switch):
         model(tokens[:, :9], cache=cache)
         cache.set_lengths(lengths)                                 # rows 0 and 2 were padded
         for step, n_new in ((0, 3), *((i, 1) for i in range(3, 8))):
-            part = model(torch.stack([tokens[b, n + step:n + step + n_new] for b, n in enumerate(lengths)]), cache=cache)
-            for b, n in enumerate(lengths):
-                assert (part[b] - full[b, n + step:n + step + n_new]).abs().max() < 1e-10, (step, b)
+            new = [slice(n + step, n + step + n_new) for n in lengths]
+            part = model(torch.stack([row[s] for row, s in zip(tokens, new)]), cache=cache)
+            assert (part - torch.stack([row[s] for row, s in zip(full, new)])).abs().max() < 1e-10, step
         cache = model.new_cache(3)
         model(tokens[:, :10], cache=cache)
         model((tokens[:, 10:14] + 1) % 61, cache=cache)
@@ -61,7 +61,7 @@ def test_cache_rows_are_cut_chosen_and_copied():
     with pytest.raises(ValueError, match="13 tokens .7 cached. pass the cache of 12"):
         model(ids(3, 6), cache=cache)
     assert cache.lengths == [7, 4, 4]
-    latent = toy("mla").new_cache(1, 100)                          # c_kv of 4 x 12 and a rotary key of 6, whatever the heads
+    latent = toy("mla").new_cache(1, 100)                          # c_kv of 4 x 12, a rotary key of 6
     assert sum(t.numel() for t in latent.k + latent.v) == 3 * 100 * (48 + 6)
 
 
@@ -71,7 +71,7 @@ def test_a_windowed_layer_reads_its_window_only():
         cache = model.new_cache(1)
         model(ids(1, 12), cache=cache)
         for store in cache.k + cache.v:
-            store[:, :, :12 - 4] = torch.nan                       # with a window of 5 the next token sees four before it
+            store[:, :, :12 - 4] = torch.nan                       # a window of 5: the next token sees four before it
         assert model(ids(1, 1), cache=cache).isfinite().all()
 
 
@@ -182,7 +182,7 @@ def test_block_is_torchs(order):
     assert (block(x) - theirs(x, src_mask=torch.ones(9, 9, dtype=torch.bool).triu(1))).abs().max() < 1e-6
 
 
-def test_softcap_and_learned_positions():
+def test_softcap_and_positions_that_are_added():
     capped, free = toy("softcap").eval(), toy().eval()
     assert (capped(ids(1, 5)) - 5 * torch.tanh(free(ids(1, 5)) / 5)).abs().max() < 1e-6
     learned = toy("gpt2").eval()
@@ -190,6 +190,11 @@ def test_softcap_and_learned_positions():
     learned.position_embeddings.weight.data[3] += 1
     assert torch.equal(first[:, :3], learned(ids(1, 5))[:, :3])
     assert not torch.equal(first[:, 3], learned(ids(1, 5))[:, 3])
+    table = sinusoids(torch.arange(5), 6)                          # 1706.03762, section 3.5, entry by entry
+    for p in range(5):
+        for i in range(3):
+            angle = p / 10_000 ** (2 * i / 6)
+            assert table[p, 2 * i:2 * i + 2].tolist() == pytest.approx([math.sin(angle), math.cos(angle)], abs=1e-6)
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 20])
@@ -280,12 +285,12 @@ def test_fused_loss_is_the_loss_without_the_logits(switch):
     (dict(window_pattern="SL"), "needs sliding_window"), (dict(attention="mla", qk_norm=True), "qk_norm"),
     (dict(attention="mla", attention_backend="triton"), "triton has no attention=mla"),
     (dict(n_shared_experts=1), "need n_experts"), (dict(n_experts=2, n_experts_per_token=3), "n_experts=2"),
-    (dict(logit_softcap=-1.0), "logit_softcap=-1.0"), (dict(fused_loss=True, logit_softcap=1.0), "never has the logits"),
+    (dict(logit_softcap=-1.0), "logit_softcap=-1"), (dict(fused_loss=True, logit_softcap=1.0), "never has the logits"),
     (dict(rope_factor=0.5), "rope_factor=0.5"), (dict(rope_factor=2.0, position="none"), "needs position=rope"),
-    (dict(rope_scaling="linear"), "rope_scaling='linear'"), (dict(rope_factor=2.0, rope_low_freq=5.0), "rope_low_freq=5"),
+    (dict(rope_scaling="linear"), "rope_scaling='linear'"), (dict(rope_low_freq=5.0), "rope_low_freq=5"),
     (dict(rope_theta=0.0), "rope_theta=0.0 must be above 0"), (dict(norm_eps=-1.0), "norm_eps=-1.0"),
-    (dict(balance_weight=-1.0), "balance_weight=-1.0 must be at least 0"), (dict(rope_theta=math.nan), "rope_theta=nan"),
-    (dict(kv_lora_rank=8), "attention=mla"), (dict(n_layers=0), "n_layers=0"), (dict(vocab_size=None), "vocab_size=None"),
+    (dict(balance_weight=-1.0), "balance_weight=-1.0 must be at least 0"), (dict(rope_theta=math.nan), "theta=nan"),
+    (dict(kv_lora_rank=8), "attention=mla"), (dict(n_layers=0), "n_layers=0"), (dict(vocab_size=None), "vocab_size=N"),
     (dict(mtp_depth=24), "mtp_depth=24"), (dict(n_heads=2.0), "n_heads=2.0"), (dict(n_heads=True), "n_heads=True")])
 def test_shapes_that_cannot_be_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
@@ -317,7 +322,7 @@ def test_configs_survive_a_round_trip():
 def test_load_model_keeps_the_stored_dtype_and_draws_nothing(tmp_path, bpe_trained):
     for switch in ("plain", "tied", "moe bias"):
         model = toy(switch, rope_factor=2.0).bfloat16().eval()
-        config = dataclasses.asdict(model.config) | {"rope_scaling": "llama3"}               # as the first edition wrote it
+        config = dataclasses.asdict(model.config) | {"rope_scaling": "llama3"}               # as the first edition did
         checkpoint.save_checkpoint({f"_orig_mod.{name}": t for name, t in model.state_dict().items()}, None, 3,
                                    tmp_path / "best.pt", model_config=config)
         torch.manual_seed(5)
@@ -331,7 +336,8 @@ def test_load_model_keeps_the_stored_dtype_and_draws_nothing(tmp_path, bpe_train
     with pytest.raises(FileNotFoundError, match="ckpt.pt"):
         load_model(tmp_path)
     for changed, words in ((config | {"n_layers": 4}, "layers.3"), (config | {"d_ff_expert": 33}, "ffn"),
-                           (config | {"colour": 1}, "colour"), (config | {"norm": "batch"}, "norm='batch'"), (None, "no mod")):
+                           (config | {"colour": 1}, "colour"), (config | {"norm": "batch"}, "norm='batch'"),
+                           (None, "no model_config")):
         checkpoint.save_checkpoint(model.state_dict(), None, 3, tmp_path / "ckpt.pt", model_config=changed)
         with pytest.raises(ValueError, match=f"ckpt.pt.*{words}"):
             load_model(tmp_path)
