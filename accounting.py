@@ -26,8 +26,8 @@ The roofline (Williams 2009): a chip of F FLOP/s that reads W bytes/s is busy on
            |___/______________ FLOPs per byte        right of it arithmetic: F
                ^ F / W
 
-Papers: Kaplan 2020 (2001.08361, 2.1) for the counting, Chowdhery 2022 (2204.02311, B) for MFU, Korthikanti 2022
-(2205.05198, 4) for activations, Chen 2016 (1604.06174) for checkpoints, Rajbhandari 2019 (1910.02054) for messages.
+Papers: Kaplan 2020 (2001.08361, 2.1), Chowdhery 2022 (2204.02311, B: MFU), Korthikanti 2022 (2205.05198: activations),
+Chen 2016 (1604.06174: checkpoints), Rajbhandari 2019 (1910.02054: messages).
 """
 import functools
 import math
@@ -43,8 +43,7 @@ from model import ModelConfig
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STATES = {"adamw": 2, "muon": 1, "sgd": 1, "adagrad": 1, "rmsprop": 1}    # float32 numbers kept for a parameter
 
-# Published shapes. gpt2: Radford 2019. llama: 2307.09288, 2407.21783, model card of 3.2. qwen3: 2505.09388, table 1.
-# small … 10b: CS336 (2026) assignment 2, table 1.
+# Published shapes. gpt2: Radford 2019. llama: 2307.09288, 2407.21783. qwen3: 2505.09388. small … 10b: CS336 (2026), A2.
 _GPT2 = dict(vocab_size=50_257, context_length=1024, norm="layer", position="learned", ffn="gelu", bias=True,
              tie_embeddings=True)
 _LLAMA3 = dict(vocab_size=128_256, context_length=131_072, rope_theta=500_000.0, n_kv_heads=8, n_heads=32)
@@ -116,9 +115,8 @@ def _block_params(c: ModelConfig, active: bool = False, matrices_only: bool = Fa
 
 def active_params(config: ModelConfig) -> int:
     """Parameters that one token meets: all but the experts it is not sent to, and the heads used in training only."""
-    counts = count_params(config)
-    idle = sum(_block_params(config).values()) - sum(_block_params(config, active=True).values())
-    return counts["total"] - counts["mtp"] - config.n_layers * idle
+    counts, block, met = count_params(config), _block_params(config), _block_params(config, active=True)
+    return counts["total"] - counts["mtp"] - config.n_layers * (sum(block.values()) - sum(met.values()))
 
 
 # --- FLOPs ---
@@ -289,9 +287,9 @@ def data_parallel_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_s,
     1/N, messages do not: hidden while N <= 1 + B W / C (a SwiGLU layer, 2 bytes a number), however large the layer.
 
     work: a ModelConfig, or (d_model, d_ff) for one SwiGLU layer. batch_tokens: B, of all ranks. flops_per_s: C, what a
-    rank reaches. link_bytes_per_s: W, what it can send. dtype: of what is sent. Returns {"forward", "backward",
-    "step"}, each with flops, bytes, compute_s, communication_s, hidden, and smallest_batch and most_ranks that hide
-    the messages (with tp: most_ranks of FSDP); the step also with seconds, the longer of the two in each pass.
+    rank reaches. link_bytes_per_s: W, what it can send. dtype: of messages. Returns {"forward", "backward", "step"},
+    each with flops, bytes, compute_s, communication_s, hidden, and smallest_batch and most_ranks that hide the messages
+    (most_ranks of FSDP, whatever tp); the step also with seconds, the longer of the two in each pass.
     """
     return _step_cost(work, batch_tokens, ranks, 1, flops_per_s, link_bytes_per_s, dtype, (0, 2))
 
@@ -317,8 +315,8 @@ def tensor_parallel_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_
 def _step_cost(work, batch, dp, tp, flops_per_s, link_bytes_per_s, dtype, rounds, shared_links=False) -> dict:
     """rounds: how often all weights (or gradients) go round the ring of dp ranks in forward and in backward."""
     if min(batch, dp, tp) < 1 or min(flops_per_s, link_bytes_per_s) <= 0:
-        raise ValueError(f"batch_tokens={batch} and ranks {dp} x {tp} must be at least 1, FLOP/s {flops_per_s} and "
-                         f"bytes/s {link_bytes_per_s} above 0")
+        raise ValueError(f"batch_tokens={batch}, ranks {dp} x {tp}, FLOP/s {flops_per_s}, bytes/s {link_bytes_per_s}: "
+                         "all must be above 0")
     if isinstance(work, ModelConfig):
         params, flops = count_params(work)["total"], flops_per_token(work, work.context_length)["total"]
         reduced = 2 * work.n_layers * work.d_model       # numbers a token that tensor parallelism all-reduces in a pass
@@ -402,8 +400,8 @@ class Bill(ModelConfig):
         memory_bytes(self, 1, None, self.dtype, self.optimizer)    # refuses dtypes and optimizers it does not know,
         find_device(self.device)                                   # and devices
         if not 0 < self.mfu <= 1 or min(self.n_devices, self.batch_size) < 1:
-            raise ValueError(f"mfu={self.mfu} must be above 0 and at most 1, n_devices={self.n_devices} and "
-                             f"batch_size={self.batch_size} at least 1")
+            raise ValueError(f"mfu={self.mfu}: above 0, up to 1; n_devices={self.n_devices}, batch_size="
+                             f"{self.batch_size}: at least 1")
 
 
 def table(title: str, header: list[str], rows: list[list]) -> None:
