@@ -56,7 +56,7 @@ def test_parameters_and_flops_are_what_the_model_has_and_does(switch):
 @pytest.mark.parametrize("switch", ["plain", "gpt2", "qwen3", "2017", "mla", "smear", "softcap"])
 def test_activations_are_what_autograd_keeps(switch, monkeypatch):
     model = toy(switch, d_model=128, d_ff=320, context_length=64, vocab_size=512)
-    monkeypatch.setattr("model.SHORT_CONTEXT", 0)        # the bill is for fused attention, which keeps no scores
+    monkeypatch.setattr("attention.SHORT_CONTEXT", 0)        # the bill is for fused attention, which keeps no scores
     for dtype in ("float32", "bfloat16"):
         kept = [saved_bytes(model, ids(batch, 64), dtype) for batch in (2, 4)]       # the difference: no cast weights
         assert 2 * bill.activation_bytes(model.config, 64, dtype) == pytest.approx(kept[1] - kept[0], rel=0.015), dtype
@@ -120,7 +120,7 @@ def test_memory_time_and_intensity_by_hand():
 def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
     """16 blocks: peak memory above weights falls as planned, blocks are computed again as planned, gradients stay."""
     from bench_systems import MemoryTracker
-    monkeypatch.setattr("model.SHORT_CONTEXT", 0)
+    monkeypatch.setattr("attention.SHORT_CONTEXT", 0)
     shape, B = ModelConfig(vocab_size=64, context_length=64, d_model=64, n_layers=16, n_heads=4), 2
     torch.manual_seed(0)
     model, x = Transformer(shape), torch.randn(B, 64, 64, requires_grad=True)
@@ -160,7 +160,7 @@ def test_a_step_holds_what_is_billed_and_the_memory_verb_draws_it(tmp_path, monk
     import bench
     from bench_systems import memory_step
     from train import TrainConfig
-    monkeypatch.setattr("model.SHORT_CONTEXT", 0)
+    monkeypatch.setattr("attention.SHORT_CONTEXT", 0)
     monkeypatch.chdir(tmp_path)
     shape = dict(context_length=64, d_model=64, n_layers=2, n_heads=2, vocab_size=300, optimizer="muon")
     config = TrainConfig(**shape, batch_tokens=8 * 64)
