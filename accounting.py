@@ -1,7 +1,7 @@
 """The bill before the run: parameters, FLOPs, bytes, seconds and money of a model, each by part.
 
     python accounting.py gpt2-xl                              a preset (below), a config_x.py, or --d_model=… alone
-    python accounting.py config_owt.py --vocab_size=32000 --tokens=3e9 --device=H100 --n_devices=8 --dollars_per_hour=2.5
+    python accounting.py config_owt.py --vocab_size=32000 --tokens=3e9 --n_devices=8 --dollars_per_hour=2.5
 
 Where 6 N D comes from. A product of (m, k) with (k, n) takes 2 m n k FLOPs, so a matrix of n numbers costs a token 2 n.
 A block of GPT-2 has four projections of C x C and a feed-forward of C x 4C and 4C x C, 12 C² numbers: forward 24 C² a

@@ -280,6 +280,7 @@ def _place(tensor, their: str, ours: list, transposed: bool, state: dict, folder
 
 
 def _read_tokenizer(folder):
+    """The Tokenizer of the folder, None without one or, with a warning, when it is no byte-level BPE."""
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         return None
