@@ -1,7 +1,7 @@
 """The bill before the run: parameters, FLOPs, bytes, seconds and money of a model, each by part.
 
     python accounting.py gpt2-xl                              a preset (below), a config_x.py, or --d_model=… alone
-    python accounting.py config_owt.py --tokens=3e9 --device=H100 --mfu=0.4 --n_devices=8 --dollars_per_hour=2.5
+    python accounting.py config_owt.py --vocab_size=32000 --tokens=3e9 --n_devices=8 --dollars_per_hour=2.5
 
 Where 6 N D comes from. A product of (m, k) with (k, n) takes 2 m n k FLOPs, so a matrix of n numbers costs a token 2 n.
 A block of GPT-2 has four projections of C x C and a feed-forward of C x 4C and 4C x C, 12 C² numbers: forward 24 C² a
@@ -15,9 +15,9 @@ of the inputs and one for that of the weights. Three times 2 N is 6 N a token, 6
     logits (tied embedding)     V C                       38,597,376                    77.2           231.6
     all; 6 N = 746.6 (N = 124,439,808) has no scores                                   284.8           854.4
 
-Norms, softmax and activation functions are left out: a percent of the arithmetic, though much more of the time, as they
-wait for memory. Scores count over the whole T x T square, as in the literature; causal=True counts the pairs that may
-attend, which is what a flash kernel computes. Left out of the bytes: temporaries, the allocator's waste.
+Norms, softmax and activation functions are left out: a percent of the arithmetic, though more of the time, as they wait
+for memory. Scores count over the whole T x T square, as in the literature; causal=True counts what a flash kernel does.
+Left out of the bytes: temporaries of the backward pass, the allocator's waste.
 
 The roofline (Williams 2009): a chip of F FLOP/s that reads W bytes/s is busy only from F / W FLOPs a byte on, its ridge
 (H100: 295). Decoding one sequence in bfloat16 does 2 FLOPs for the 2 bytes of a weight: a larger batch is nearly free.
@@ -26,13 +26,13 @@ The roofline (Williams 2009): a chip of F FLOP/s that reads W bytes/s is busy on
            |___/______________ FLOPs per byte        right of it arithmetic: F
                ^ F / W
 
-Papers: Kaplan 2020 (2001.08361, 2.1) for the counting, Chowdhery 2022 (2204.02311, B) for MFU, Korthikanti 2022
-(2205.05198, 4) for activations, Chen 2016 (1604.06174) for checkpoints, Rajbhandari 2019 (1910.02054) for messages.
+Papers: Kaplan 2020 (2001.08361, 2.1), Chowdhery 2022 (2204.02311, B: MFU), Korthikanti 2022 (2205.05198: activations),
+Chen 2016 (1604.06174: checkpoints), Rajbhandari 2019 (1910.02054: messages).
 """
 import functools
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from torch.utils.checkpoint import checkpoint
 
@@ -43,8 +43,7 @@ from model import ModelConfig
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STATES = {"adamw": 2, "muon": 1, "sgd": 1, "adagrad": 1, "rmsprop": 1}    # float32 numbers kept for a parameter
 
-# Published shapes. gpt2: Radford 2019. llama: 2307.09288, 2407.21783, model card of 3.2. qwen3: 2505.09388, table 1.
-# small … 10b: CS336 (2026) assignment 2, table 1.
+# Published shapes. gpt2: Radford 2019. llama: 2307.09288, 2407.21783. qwen3: 2505.09388. small … 10b: CS336 (2026), A2.
 _GPT2 = dict(vocab_size=50_257, context_length=1024, norm="layer", position="learned", ffn="gelu", bias=True,
              tie_embeddings=True)
 _LLAMA3 = dict(vocab_size=128_256, context_length=131_072, rope_theta=500_000.0, n_kv_heads=8, n_heads=32)
@@ -116,9 +115,8 @@ def _block_params(c: ModelConfig, active: bool = False, matrices_only: bool = Fa
 
 def active_params(config: ModelConfig) -> int:
     """Parameters that one token meets: all but the experts it is not sent to, and the heads used in training only."""
-    counts = count_params(config)
-    idle = sum(_block_params(config).values()) - sum(_block_params(config, active=True).values())
-    return counts["total"] - counts["mtp"] - config.n_layers * idle
+    counts, block, met = count_params(config), _block_params(config), _block_params(config, active=True)
+    return counts["total"] - counts["mtp"] - config.n_layers * (sum(block.values()) - sum(met.values()))
 
 
 # --- FLOPs ---
@@ -127,8 +125,7 @@ def flops_per_token(config: ModelConfig, context_length: int, training: bool = F
     """FLOPs of one token in a sequence of context_length, by part, and their "total".
 
     Forward only; with training=True forward and backward, three times that, and the multi-token prediction heads.
-    causal: count the pairs of positions that may attend instead of the whole square. A sliding layer is counted with
-    its window either way.
+    causal: only the pairs of positions that may attend. A sliding layer counts with its window either way.
     """
     c, T = config, context_length
     blocks = [_block_flops(c, _keys(T, window, causal)) for window in c.windows]
@@ -144,7 +141,7 @@ def flops_per_token(config: ModelConfig, context_length: int, training: bool = F
 
 
 def _keys(T: int, window: int | None, causal: bool) -> float:
-    """How many keys a query meets on average: causal, the first ones see 1, 2, …, the others all of the window."""
+    """Keys a query meets on average: causal, the first ones see 1, 2, …, the others all of the window."""
     seen = min(window or T, T)
     return (seen * (seen + 1) / 2 + (T - seen) * seen) / T if causal else seen
 
@@ -183,10 +180,7 @@ def memory_bytes(config: ModelConfig, batch_size: int = 1, context_length: int |
 
 
 def activation_bytes(config: ModelConfig, T: int, dtype: str = "float32") -> int:
-    """Bytes that autograd keeps of one sequence between forward and backward, with the sdpa backend.
-
-    Experts' routing and multi-token heads are left out.
-    """
+    """Bytes that autograd keeps of one sequence for backward, with sdpa; routing and further heads are left out."""
     c, low = config, BYTES[dtype]
     logits = c.vocab_size * low * (1 if c.logit_softcap is None else 2) + 4
     if c.fused_loss:
@@ -216,10 +210,7 @@ def _norm_bytes(c: ModelConfig, low: int) -> int:
 
 
 def kv_cache_bytes(config: ModelConfig, length: int, dtype: str = "bfloat16") -> int:
-    """Bytes that one sequence of `length` must keep: all positions in full layers, the last window in sliding ones.
-
-    Keys and values of K heads in each layer (MHA: all H, GQA: some, MQA: one), or MLA's latent and rotary key.
-    """
+    """Bytes of one sequence's keys and values (or MLA's latent and rotary key): all positions, or a layer's window."""
     c = config
     width = c.kv_lora_rank + c.rope_head_dim if c.attention == "mla" else 2 * c.n_kv_heads * c.head_dim
     return sum(min(length, window or length) for window in c.windows) * width * BYTES[dtype]
@@ -252,13 +243,12 @@ def checkpoint_plan(n_layers: int, levels: int, block_bytes: float, input_bytes:
     inputs are kept; while one group is in backward, those of its k1/k2 subgroups too; in the smallest, k blocks.
 
         no level         N blocks                                        3 passes: forward 1, backward 2
-        one level        N/k inputs + k blocks, k about the root of      4 passes
-                         N input/block: 1 or 2
+        one level        N/k inputs + k blocks, k near sqrt(N i/b)       4 passes
         log2 N levels    halves of halves: log2 N inputs + 1 block       3 + log2 N passes at most
 
-    block_bytes, input_bytes: what autograd keeps of a block, and its input alone. sizes: outermost first. recomputed:
-    blocks computed again (torch leaves out the last subgroup of a group that it enters for inputs). flops: 1 is a step
-    without checkpoints, head left out.
+    block_bytes, input_bytes: what autograd keeps of a block, b, and its input alone, i. sizes: outermost first.
+    recomputed: blocks computed again (torch skips the last subgroup of a group entered for inputs only). flops: 1 is a
+    step without checkpoints, head left out.
     """
     @functools.lru_cache(None)
     def best(n: int, levels: int) -> tuple:
@@ -297,9 +287,9 @@ def data_parallel_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_s,
     1/N, messages do not: hidden while N <= 1 + B W / C (a SwiGLU layer, 2 bytes a number), however large the layer.
 
     work: a ModelConfig, or (d_model, d_ff) for one SwiGLU layer. batch_tokens: B, of all ranks. flops_per_s: C, what a
-    rank reaches. link_bytes_per_s: W, what it can send. dtype: of what is sent. Returns {"forward", "backward",
-    "step"}, each with flops, bytes, compute_s, communication_s, smallest_batch and most_ranks at which that pass hides
-    its messages, and hidden; the step's `seconds` are the longer of the two in each pass.
+    rank reaches. link_bytes_per_s: W, what it can send. dtype: of messages. Returns {"forward", "backward", "step"},
+    each with flops, bytes, compute_s, communication_s, hidden, and smallest_batch and most_ranks that hide the messages
+    (most_ranks of FSDP, whatever tp); the step also with seconds, the longer of the two in each pass.
     """
     return _step_cost(work, batch_tokens, ranks, 1, flops_per_s, link_bytes_per_s, dtype, (0, 2))
 
@@ -308,8 +298,8 @@ def fsdp_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_s, dtype="b
               shared_links=False) -> dict:
     """The same for FSDP: S (N-1)/N to gather weights in forward; in backward once more, and to reduce gradients.
 
-    tp: each of these ranks is a group of tp that divides the matrices. Its messages overlap with FSDP's, unless
-    shared_links: both wait for the same wires.
+    tp: each of these ranks is a group of tp that divides the matrices; the two kinds of message overlap, unless
+    shared_links makes both wait for the same wires.
     """
     return _step_cost(work, batch_tokens, ranks, tp, flops_per_s, link_bytes_per_s, dtype, (1, 2), shared_links)
 
@@ -325,41 +315,42 @@ def tensor_parallel_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_
 def _step_cost(work, batch, dp, tp, flops_per_s, link_bytes_per_s, dtype, rounds, shared_links=False) -> dict:
     """rounds: how often all weights (or gradients) go round the ring of dp ranks in forward and in backward."""
     if min(batch, dp, tp) < 1 or min(flops_per_s, link_bytes_per_s) <= 0:
-        raise ValueError(f"batch_tokens={batch} and ranks {dp} x {tp} must be at least 1, FLOP/s {flops_per_s} and "
-                         f"bytes/s {link_bytes_per_s} above 0")
+        raise ValueError(f"batch_tokens={batch}, ranks {dp} x {tp}, FLOP/s {flops_per_s}, bytes/s {link_bytes_per_s}: "
+                         "all must be above 0")
     if isinstance(work, ModelConfig):
         params, flops = count_params(work)["total"], flops_per_token(work, work.context_length)["total"]
         reduced = 2 * work.n_layers * work.d_model       # numbers a token that tensor parallelism all-reduces in a pass
     else:
         params, flops, reduced = 3 * work[0] * work[1], 6 * work[0] * work[1], work[0]
-    step, keys = {}, ("flops", "bytes", "compute_s", "communication_s")
+    step = {}
     for name, passes, times in (("forward", 1, rounds[0]), ("backward", 2, rounds[1])):
-        compute = passes * flops / flops_per_s                                       # s a token, one rank alone
-        weights = times * params * BYTES[dtype] / link_bytes_per_s                   # s, in a ring of many
-        activations = 2 * reduced * BYTES[dtype] / link_bytes_per_s                  # s a token, likewise
-        sent_s = weights * (dp - 1) / (dp * tp), batch * activations * (tp - 1) / (dp * tp)
-        cost = (batch * passes * flops / (dp * tp), sum(sent_s) * link_bytes_per_s, batch * compute / (dp * tp),
-                sum(sent_s) if shared_links else max(sent_s))
+        # Seconds of arithmetic a token on one rank; of messages in a ring of many, for all weights and for a token.
+        compute = passes * flops / flops_per_s
+        weights = times * params * BYTES[dtype] / link_bytes_per_s
+        activations = 2 * reduced * BYTES[dtype] / link_bytes_per_s
+        send = weights * (dp - 1) / (dp * tp), batch * activations * (tp - 1) / (dp * tp)
         # Weights hide from a batch on. Activations grow with it as arithmetic does: they hide always or never.
         left = compute - activations * (tp - 1) * shared_links
         hides = activations * (tp - 1) <= compute and left > 0
-        step[name] = dict(zip(keys, cost)) | {"smallest_batch": weights * (dp - 1) / left if hides else math.inf}
-        if tp == 1 or not any(rounds):             # one kind of message: compute / N against message (N - 1) / N
-            message = weights if any(rounds) else batch * activations
-            step[name]["most_ranks"] = 1 + batch * compute / message if message else math.inf
-    passes = list(step.values())
-    step["step"] = {key: sum(one[key] for one in passes) for key in keys} | {
-        "seconds": sum(max(one["compute_s"], one["communication_s"]) for one in passes),
-        "smallest_batch": max(one["smallest_batch"] for one in passes),
-        "most_ranks": min(one.get("most_ranks", math.inf) for one in passes)}
+        alone = weights if any(rounds) else batch * activations              # the message of a single strategy
+        step[name] = {"flops": batch * passes * flops / (dp * tp), "bytes": sum(send) * link_bytes_per_s,
+                      "compute_s": batch * compute / (dp * tp),
+                      "communication_s": sum(send) if shared_links else max(send),
+                      "smallest_batch": weights * (dp - 1) / left if hides else math.inf,
+                      "most_ranks": 1 + batch * compute / alone if alone else math.inf}
+    ways = step["forward"], step["backward"]
+    step["step"] = {key: sum(way[key] for way in ways) for key in ("flops", "bytes", "compute_s", "communication_s")}
+    step["step"] |= {"smallest_batch": max(way["smallest_batch"] for way in ways),
+                     "most_ranks": min(way["most_ranks"] for way in ways),
+                     "seconds": sum(max(way["compute_s"], way["communication_s"]) for way in ways)}
     return {name: cost | {"hidden": cost["smallest_batch"] <= batch} for name, cost in step.items()}
 
 
 def best_mix(work, batch_tokens, ranks, *machine, shared_links=False) -> tuple:
     """(fsdp, tp, its cost): the division of `ranks` whose step takes least time, and among those sends least.
 
-    machine: as fsdp_cost's, from flops_per_s to dtype. FSDP's bytes fall with tp, tensor parallelism's with fsdp. Most
-    ranks hide both with fsdp near its limit B W / C and tp near 3 F W / 2 C; on shared wires near half of each.
+    machine: as fsdp_cost's, from flops_per_s to dtype. Most ranks hide both kinds of message with fsdp near B W / C and
+    tp near 3 F W / 2 C; on shared wires near half of each.
     """
     grids = [(ranks // tp, tp) for tp in range(1, ranks + 1) if ranks % tp == 0]
     costs = [fsdp_cost(work, batch_tokens, fsdp, *machine, tp=tp, shared_links=shared_links) for fsdp, tp in grids]
@@ -379,7 +370,7 @@ def training_hours(config: ModelConfig, tokens: float, device: str, mfu: float =
 def intensity(config: ModelConfig, batch_size: int, context_length: int, dtype: str = "bfloat16") -> dict:
     """FLOPs per byte of prefill (a whole context) and decode (one more token a sequence), to hold against the ridge.
 
-    Either reads the weights once (with experts: those that its tokens meet) and writes or reads the cache.
+    Either reads the weights once (of experts those that its tokens meet) and writes or reads the cache.
     """
     weights = (count_params(config)["total"] - count_params(config)["mtp"]) * BYTES[dtype]
     met = min(weights, batch_size * active_params(config) * BYTES[dtype]) if config.n_experts else weights
@@ -409,26 +400,25 @@ class Bill(ModelConfig):
         memory_bytes(self, 1, None, self.dtype, self.optimizer)    # refuses dtypes and optimizers it does not know,
         find_device(self.device)                                   # and devices
         if not 0 < self.mfu <= 1 or min(self.n_devices, self.batch_size) < 1:
-            raise ValueError(f"mfu={self.mfu} must be above 0 and at most 1, n_devices={self.n_devices} and "
-                             f"batch_size={self.batch_size} at least 1")
+            raise ValueError(f"mfu={self.mfu}: above 0, up to 1; n_devices={self.n_devices}, batch_size="
+                             f"{self.batch_size}: at least 1")
 
 
 def table(title: str, header: list[str], rows: list[list]) -> None:
     """Print right-aligned columns under a title."""
-    def text(cell):
-        return cell if isinstance(cell, str) else f"{cell:,.4g}" if isinstance(cell, float) else f"{cell:,}"
-
-    cells = [header] + [[text(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    rows = [[cell if isinstance(cell, str) else f"{cell:,.4g}" if isinstance(cell, float) else f"{cell:,}"
+             for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     print(f"\n{title}")
-    for first, *others in cells:
+    for first, *others in rows:
         print(f"  {first:<{widths[0]}}", *(f" {cell:>{width}}" for cell, width in zip(others, widths[1:])))
 
 
 def print_counts(bill: Bill) -> None:
     """Parameters and FLOPs."""
     T, counts = bill.context_length, count_params(bill)
-    table(f"parameters ({active_params(bill):,} of them active for a token)", ["part", "count", "share"],
+    table(f"parameters with vocabulary {bill.vocab_size:,}; {active_params(bill):,} active for a token",
+          ["part", "count", "share"],
           [[name, n, f"{100 * n / counts['total']:.1f} %"] for name, n in counts.items() if n])
     forward, causal = flops_per_token(bill, T), flops_per_token(bill, T, causal=True)["total"]
     table(f"FLOPs of a forward pass over {T:,} tokens; causal pairs only: {causal * T:.4g}; backward: twice as many",
@@ -451,13 +441,10 @@ def print_memory(bill: Bill) -> None:
           ["levels", "groups of", "GB", "FLOPs, times"],
           [[str(levels), " > ".join(map(str, plan["sizes"])), plan["bytes"] / 1e9, plan["flops"]]
            for levels, plan in enumerate(plans)])
-    heads, rows = sorted({1, bill.n_kv_heads, bill.n_heads}), []
-    for K in heads if bill.attention == "standard" else [bill.n_heads]:
-        shape = {field.name: getattr(bill, field.name) for field in fields(ModelConfig)} | {"n_kv_heads": K}
-        config = ModelConfig(**shape)
-        rows.append([f"{K} key/value heads", kv_cache_bytes(config, 1, bill.dtype),
-                     kv_cache_bytes(config, T, bill.dtype) / 1e6, largest_batch(config, room, T, bill.dtype, None)])
-    table(f"KV cache, {bill.dtype}", [bill.attention, "bytes a token", f"MB at {T:,}", f"most in {bill.device}"], rows)
+    heads = sorted({1, bill.n_kv_heads, bill.n_heads}) if bill.attention == "standard" else [bill.n_heads]
+    caches = {K: kv_cache_bytes(replace(bill, n_kv_heads=K), T, bill.dtype) / 1e6 for K in heads}
+    table(f"MB of KV cache in {bill.dtype} for {T:,} positions by key/value heads, {bill.n_kv_heads} here",
+          ["heads", *map(str, caches)], [["MB", *caches.values()]])
 
 
 def print_speed(bill: Bill) -> None:
@@ -483,9 +470,8 @@ def print_speed(bill: Bill) -> None:
           "messages hide", ["", "MB sent", "ms", "ms of arithmetic", "from tokens", "up to ranks"], rows)
     tokens = bill.tokens or 20 * count_params(bill)["total"]
     hours = training_hours(bill, tokens, bill.device, bill.mfu, bill.n_devices)
-    flops = flops_per_token(bill, bill.context_length, training=True)["total"] * tokens
-    print(f"\ntraining on {tokens:.4g} tokens: {flops:.4g} FLOP, {hours:,.2f} hours on {bill.n_devices} {bill.device} "
-          f"at {100 * bill.mfu:.0f} % MFU, {hours * bill.n_devices * bill.dollars_per_hour:,.0f} dollars")
+    print(f"\ntraining on {tokens:.4g} tokens: {hours:,.2f} hours on {bill.n_devices} {bill.device} at "
+          f"{100 * bill.mfu:.0f} % MFU, {hours * bill.n_devices * bill.dollars_per_hour:,.0f} dollars")
 
 
 def main(argv: list[str]) -> None:
@@ -493,10 +479,13 @@ def main(argv: list[str]) -> None:
     usage = f"python accounting.py CONFIG_OR_PRESET [--key=value …]\npresets: {', '.join(PRESETS)}"
     names = [word for word in argv if not word.startswith("-")]
     try:
-        if len(names) > 1 or names and names[0] not in PRESETS and not names[0].endswith(".py"):
-            raise ValueError(f"{' '.join(names)!r} is neither one config file nor one preset; presets: "
-                             f"{', '.join(PRESETS)}.{nearest(names[0], PRESETS)}")
-        given = {} if not names else PRESETS.get(names[0]) or read_config_file(names[0])
+        if len(names) > 1:
+            raise ValueError(f"{' '.join(names)!r}: one config file or one preset is billed at a time")
+        given = {}
+        if names and names[0].endswith(".py"):
+            given = read_config_file(names[0])
+        elif names and preset(names[0]):
+            given = PRESETS[names[0]]
         # What a config file says of training alone (lr, data_dir, …) costs nothing here; as a flag it is a mistake.
         keys = {field.name for field in fields(Bill)}
         words = [f"--{key}={value}" for key, value in given.items() if key in keys]

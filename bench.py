@@ -1,4 +1,4 @@
-"""Every measured figure of the README, one verb each: `python bench.py VERB [--key=value ...]`. Nobody imports this page.
+"""Every measured figure of the README, one verb each: `python bench.py VERB [--key=value ...]`. No page imports this.
 
 Verbs for machines (profile, memory, kernels, parallel, gpu) stand in bench_systems.py and are reached from here too.
 """

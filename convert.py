@@ -197,18 +197,17 @@ def weight_files(folder) -> dict:
     """
     from safetensors import SafetensorError, safe_open
     folder = Path(folder)
-    index, files = folder / "model.safetensors.index.json", {folder / "model.safetensors"}
-    if index.is_file():
-        try:
+    index, parts = folder / "model.safetensors.index.json", ["model.safetensors"]
+    try:
+        if index.is_file():
             parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = {folder / Path(part).name for part in parts}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
+        files = sorted({folder / Path(part).name for part in parts})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
     where = {}
-    for file in sorted(files):
+    for file in files:
         if not file.is_file():
-            raise FileNotFoundError(
-                f"no {file}; only safetensors are read, because opening pickled weights can run code")
+            raise FileNotFoundError(f"no {file}; only safetensors are read: opening pickled weights can run code")
         try:
             with safe_open(file, "pt") as tensors:
                 where |= {name: (file, tensors.get_slice(name).get_dtype()) for name in tensors.keys()}
@@ -281,6 +280,7 @@ def _place(tensor, their: str, ours: list, transposed: bool, state: dict, folder
 
 
 def _read_tokenizer(folder):
+    """The Tokenizer of the folder, None without one or, with a warning, when it is no byte-level BPE."""
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         return None

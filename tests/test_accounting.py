@@ -224,8 +224,9 @@ def test_the_command_prints_a_bill_of_presets_and_config_files(capsys):
         bill.main(words)
         out = capsys.readouterr().out
         assert "attention_scores" in out and "best: fsdp" in out and "hours on" in out
-    for words, message in ((["gpt9"], "neither one config file nor one preset"), (["gpt2", "--lr=3"], "--lr"),
-                           (["gpt2", "--dtype=int4"], "dtype='int4'"), (["gpt2", "--device=H900"], "H900")):
+    for words, message in ((["gpt9"], "no preset 'gpt9'"), (["gpt2", "small"], "one preset"),
+                           (["gpt2", "--lr=3"], "--lr"), (["gpt2", "--dtype=int4"], "dtype='int4'"),
+                           (["gpt2", "--device=H900"], "H900")):
         with pytest.raises(SystemExit) as error:
             bill.main(words)
         assert error.value.code == 2 and message in capsys.readouterr().err
