@@ -661,7 +661,7 @@ class Plan:
         """([B, 1,] T, S), True = may attend; None where the triangle (fresh) or everything (one new token) is meant."""
         device = self.positions.device
         if self.fresh:
-            if window is None or window >= T or backend == "triton":            # our kernel knows windows by itself
+            if window is None or window >= T:
                 return None
             keys = torch.arange(T, device=device)
             queries = keys.unsqueeze(-1)
@@ -707,8 +707,8 @@ def attend(config: ModelConfig, q, k, v, mask, causal: bool, window: int | None)
     if k.dtype != q.dtype:                                                      # a cache kept in another dtype
         k, v = k.to(q.dtype), v.to(q.dtype)
     if config.attention_backend == "triton" and causal:
-        from kernels import flash_attention      # here: Triton is not on every platform
-        return flash_attention(q, k, v, True, window)
+        from flash import flash_attention        # here: Triton is not on every platform
+        return flash_attention(q, k, v, True)
     if H != K and T == 1 and mask is None:  # one query a head: the group becomes time
         return attend(config, q.view(B, K, H // K, D), k, v, None, False, None).view(B, H, 1, -1)
     short_bf16 = q.dtype == torch.bfloat16 and q.device.type == "cpu" and T <= SHORT_CONTEXT
