@@ -29,13 +29,13 @@ Papers: FlashAttention 2205.14135, FlashAttention-2 2307.08691 (algorithms 1 and
 """
 import math
 import os
+import subprocess
+import sys
 
 import torch
 from torch import Tensor
 
-if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")     # before kernels.py is imported
-from kernels import INTERPRET, as_operator, autocast, constexpr, dot, jit, launch, print_errors, use_triton
+from kernels import INTERPRET, as_operator, autocast, constexpr, dot, jit, launch, use_triton
 
 try:
     import triton
@@ -395,22 +395,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     return FlashAttentionTriton.apply(*autocast(q, k, v), is_causal)
 
 
-def cases(device, T: int = 130, B: int = 1) -> list[tuple]:
-    """(name, ours, torch's, inputs): both versions, head widths, grouped heads, causal or not."""
-    torch.manual_seed(0)
-    def sdpa(is_causal):
-        return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal,
-                                                                                enable_gqa=True)
-    rows = []
-    for function, D, K, is_causal in ((FlashAttentionPyTorch, 64, 4, True), (FlashAttentionTriton, 64, 4, True),
-                                      (FlashAttentionTriton, 64, 2, False), (FlashAttentionTriton, 128, 1, True)):
-        q, k, v = (torch.randn(B, heads, T, D, device=device, requires_grad=True) for heads in (4, K, K))
-        name = f"{function.__name__[14:]} D={D} K={K}" + ("" if is_causal else " full")
-        rows.append((name, lambda q, k, v, f=function, c=is_causal: f.apply(q, k, v, c), sdpa(is_causal), (q, k, v)))
-    return rows
-
-
-if __name__ == "__main__":
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"largest error against float64 on {device}{' through the interpreter' if INTERPRET else ''}, 4 query heads")
-    print_errors(cases(device))
+if __name__ == "__main__":                             # errors, interpreted where there is no GPU
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    bench = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench.py")
+    sys.exit(subprocess.run([sys.executable, bench, "kernels", "--page=flash", "--times=false"]).returncode)

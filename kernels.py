@@ -1,23 +1,22 @@
 """Kernels that read each number once, in Triton, each beside the PyTorch that says the same.
 
 A GPU has two limits: multiplications a second, and bytes a second from its memory. Work of fewer than about 200 FLOPs
-a byte (an H200's bfloat16 peak over its bandwidth) waits for memory. PyTorch runs a formula operation by operation, and
-each one reads its inputs from memory and writes its output back. silu(gate) * up moves 8 numbers where 3 would do:
+a byte (an H200's bfloat16 peak over its bandwidth) waits for memory. PyTorch runs a formula operation by operation,
+each of which reads its inputs from memory and writes its output back: silu(gate) * up moves 8 numbers, not 3.
 
     s = sigmoid(gate)    a = gate * s         y = a * up              one kernel
     read 1, write 1      read 2, write 1      read 2, write 1         read 2, write 1
 
-Fusing means only this: load a number once, do all the arithmetic in registers, store the result once.
+Fusing means only this: load a number once, do all the arithmetic in registers, store the result once. Read in this
+order: SwiGLU (every line explained), matmul (tiles: load a number once, use it many times), RMSNorm (a row a program),
+RoPE (pairs), cross entropy (a row in pieces: softmax in one pass), linear + cross entropy (logits that never exist all
+at once). Attention, which needs all of it, is on the next page, flash.py.
 
-Read in this order: SwiGLU (every line explained), matmul (tiles: load a number once, use it many times), RMSNorm (a row a
-program), RoPE (pairs), cross entropy (a row in pieces: softmax in one pass), linear + cross entropy (logits that never
-exist all at once). Attention, which needs all of it, is on the next page, flash.py.
-
-Where they run: on CUDA; on the CPU through Triton's interpreter if TRITON_INTERPRET=1 is set before this page is imported
-(slow; for tests); elsewhere PyTorch does the same, and one line says so. float64 always takes that way.
-Left out: second derivatives, fp8, and autotuning: `@triton.autotune(configs=[triton.Config({"BLOCK": 64}, num_warps=4),
-...], key=["M", "N", "K"])` above a kernel times each tile and keeps the fastest. It costs a compilation a tile, and the
-next process may choose another tile, hence another order of summation.
+Where they run: on CUDA; on the CPU through Triton's interpreter if TRITON_INTERPRET=1 is set before the import (slow;
+for tests); elsewhere PyTorch does the same, and one line says so. float64 always takes that way.
+Left out: second derivatives, fp8, and autotuning: `@triton.autotune(configs=[triton.Config({"BLOCK": 64}), ...],
+key=["M", "N", "K"])` above a kernel times each tile and keeps the fastest. It costs a compilation a tile, and the next
+process may choose another one, hence another order of summation.
 
 Papers: Triton (Tillet et al. 2019), SwiGLU 2002.05202, RMSNorm 1910.07467, RoPE 2104.09864, online softmax 1805.02867,
 chunked linear cross entropy 2410.10989 (Liger).
@@ -28,13 +27,13 @@ chunked linear cross entropy 2410.10989 (Liger).
 import functools
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")     # read when a kernel is decorated, hence before the import
 try:
     import triton
     import triton.language as tl
@@ -46,33 +45,26 @@ INTERPRET = triton is not None and bool(triton.knobs.runtime.interpret)
 INTERPRETED = constexpr(INTERPRET)                     # the same, as kernels may read it
 
 
-# --- how a kernel is decorated, chosen and launched ---
+# --- how a kernel is compiled, chosen and launched ---
 
 def jit(fn):
-    """fn compiled by Triton at its first call; unchanged where Triton is missing.
-
-    Triton compiles a kernel again when a whole number becomes 1 or a multiple of 16. That helps with widths, and is
-    switched off for lengths, which change all the time.
-    """
+    """fn compiled by Triton at its first call, and again when a width becomes 1 or a multiple of 16, but not for lengths,
+    which change all the time. Where Triton is missing fn stays as it is."""
     return triton.jit(fn, do_not_specialize=["rows", "T", "Tq", "Tk", "ignore_index"]) if triton else fn
 
 
 @functools.cache
 def announce(reason: str) -> None:
-    """Print once why no kernel runs."""
-    print(f"kernels.py: {reason}; PyTorch runs the references", flush=True)
+    print(f"kernels.py: PyTorch runs in place of the kernels, as {reason}", flush=True)
 
 
 def use_triton(x: Tensor) -> bool:
     """Whether x goes to a kernel; says once why it does not. float64 never does."""
-    if x.dtype == torch.float64:
-        return False
-    if triton is not None and (x.is_cuda or INTERPRET):
-        return True
-    if not torch.compiler.is_compiling():
+    runs = triton is not None and (x.is_cuda or INTERPRET)
+    if not runs and not torch.compiler.is_compiling():
         announce("Triton is not installed" if triton is None else
-                 f"no kernel runs on {x.device.type} (TRITON_INTERPRET=1, set before the import, interprets them)")
-    return False
+                 f"none runs on {x.device.type} (TRITON_INTERPRET=1, set before the import, interprets them)")
+    return runs and x.dtype != torch.float64
 
 
 @torch.compiler.disable
@@ -84,25 +76,18 @@ def launch(kernel, grid: tuple, x: Tensor, *arguments, **constants) -> None:
 
 
 def as_operator(fn):
-    """fn, which torch.compile sees as a single operator: its tracer should not look into a launch.
-
-    torch.compile learns fn's output shapes by calling it on tensors without data, for which `launch` does nothing.
-    """
+    """fn, which torch.compile takes as one operator, not to be looked into; it learns the shapes of what fn gives by
+    calling it on tensors without data, for which `launch` does nothing."""
     operator = torch.library.custom_op(f"kernels::{fn.__name__}", fn, mutates_args=())
     operator.register_fake(fn)
-
-    @functools.wraps(fn)
-    def call(*arguments):
-        return operator(*arguments) if torch.compiler.is_compiling() else fn(*arguments)
-    return call
+    return functools.wraps(fn)(lambda *args: operator(*args) if torch.compiler.is_compiling() else fn(*args))
 
 
 def autocast(*tensors: Tensor) -> list[Tensor]:
     """The tensors in autocast's dtype where it is on: it casts nothing for a custom function."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [t.to(torch.get_autocast_dtype(device)) for t in tensors]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return [t.to(dtype or t.dtype) for t in tensors]
 
 
 # --- SwiGLU: the first kernel, one number at a time ---
@@ -114,17 +99,17 @@ def swiglu_loop(gate: np.ndarray, up: np.ndarray, block: int = 1024) -> np.ndarr
         i = program * block + np.arange(block)         # which numbers this program works on
         i = i[i < count]                               # the mask: the last block is not full
         g, u = gate[i], up[i]                          # load
-        y[i] = g / (1 + np.exp(-g)) * u                # all the arithmetic, in registers
-    return y                                           # (the assignment to y[i] was the store)
+        y[i] = g / (1 + np.exp(-g)) * u                # all the arithmetic; store
+    return y
 
 
 @jit
 def _swiglu_forward(gate, up, y, count, BLOCK: constexpr):
     """y = gate sigmoid(gate) up. gate, up, y: addresses of the first of `count` numbers, in any float dtype."""
     program = tl.program_id(0)                                     # which program of the grid this is: 0, 1, 2, …
-    i = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)         # its BLOCK indices; int64, as 2^31 numbers exist
-    mask = i < count                                               # false past the end: nothing is read or written there
-    g = tl.load(gate + i, mask=mask, other=0.0).to(tl.float32)     # gate + i: BLOCK addresses; the arithmetic is float32
+    i = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)         # its BLOCK indices; int64 for 2^31 numbers and more
+    mask = i < count                                               # false past the end: not read there, not written
+    g = tl.load(gate + i, mask=mask, other=0.0).to(tl.float32)     # gate + i: BLOCK addresses; arithmetic in float32
     u = tl.load(up + i, mask=mask, other=0.0).to(tl.float32)
     result = g * tl.sigmoid(g) * u                                 # in registers; nothing goes to memory between
     tl.store(y + i, result.to(y.dtype.element_ty), mask=mask)      # rounded once, to y's dtype
@@ -144,7 +129,7 @@ def _swiglu_backward(gate, up, dy, dgate, dup, count, BLOCK: constexpr):
 
 
 class SwiGLU(torch.autograd.Function):
-    """The launches: a grid of count / 2048 programs, rounded up, of 8 warps, 256 threads, that hold 8 numbers each."""
+    """The launches: a grid of count / 2048 programs, rounded up; each has 8 warps, 256 threads, of 8 numbers each."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -163,13 +148,11 @@ class SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, the middle of the SwiGLU feed-forward layer (2002.05202, eq. 6); two tensors of one shape, dtype.
-
-    Forward moves 3 numbers for about 6 FLOPs, backward 5 for about 12: bound by bandwidth.
-    """
+    """silu(gate) * up, the middle of a SwiGLU feed-forward layer (2002.05202, eq. 6). Bound by bandwidth, as forward moves
+    3 numbers for about 6 FLOPs and backward 5 for about 12."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"swiglu takes two tensors of one shape and dtype, not {tuple(gate.shape)} {gate.dtype} "
-                         f"and {tuple(up.shape)} {up.dtype}")
+        raise ValueError(f"swiglu takes two tensors of one shape and dtype, not {gate.shape} {gate.dtype}, "
+                         f"{up.shape} {up.dtype}")
     if not use_triton(gate):
         return gate * torch.sigmoid(gate) * up
     return SwiGLU.apply(gate.contiguous(), up.contiguous())
@@ -177,11 +160,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 # --- matrix product: load a number once, use it many times ---
 #
-#                       b  . . [b] . .       One program makes one tile of c. It walks along K, in each step loads one
-#                          . . [b] . .       tile of a and one of b, and adds their product to sums in registers.
-#                          . . [b] . .       A step loads 2 · 64 · 32 numbers for 64 · 64 · 32 products, 32 a number;
-#     a  .  .  .           . . . . .         without tiles it would be half a product a number.
-#       [a][a][a] ->       . . [c] . .  c
+#                       b  . . [b] . .      One program makes one tile of c. It walks along K, in each step loads one
+#                          . . [b] . .      tile of a and one of b, and adds their product to sums in registers.
+#     a  .  .  .           . . [b] . .      A step loads 2 · 64 · 32 numbers for 64 · 64 · 32 products, 32 a number;
+#       [a][a][a] ->       . . [c] . .  c   without tiles it would be half a product a number.
 #        .  .  .           . . . . .
 
 @jit
@@ -207,7 +189,7 @@ def _matmul(a, b, c, M, N, K, a_row, a_col, b_row, b_col, BLOCK: constexpr, BLOC
 
 
 class MatMul(torch.autograd.Function):
-    """c = a b. The gradients of a product are two products: da = dc bᵀ, db = aᵀ dc."""
+    """The gradients of a product are two products: da = dc bᵀ, db = aᵀ dc. Transposed views are not copied."""
 
     @staticmethod
     def forward(ctx, a, b):
@@ -220,18 +202,14 @@ class MatMul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dc):
-        a, b = ctx.saved_tensors                                   # a transposed view is read where it lies
+        a, b = ctx.saved_tensors
         return MatMul.apply(dc, b.T), MatMul.apply(a.T, dc)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) @ b (K, N) in their dtype, summed in float32: 2MNK FLOPs over at least MK + KN + MN numbers.
-
-    To read: torch's own product is faster and the one that the model uses.
-    """
+    """a (M, K) @ b (K, N) in their one dtype, summed in float32. To read: torch's own is faster."""
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype:
-        raise ValueError(f"matmul takes (M, K) and (K, N) of one dtype, not {tuple(a.shape)} {a.dtype} "
-                         f"and {tuple(b.shape)} {b.dtype}")
+        raise ValueError(f"matmul takes (M, K) and (K, N) of one dtype, not {a.shape} {a.dtype}, {b.shape} {b.dtype}")
     return MatMul.apply(a, b) if use_triton(a) else a @ b
 
 
@@ -251,10 +229,10 @@ def _rms_forward(x, weight, y, rstd, eps, N: constexpr, N_PAD: constexpr):
 
 @jit
 def _rms_backward(x, weight, rstd, dy, dx, dweight, rows, N: constexpr, N_PAD: constexpr, SPAN: constexpr):
-    """dx of SPAN rows and their sum for dweight, into the program's own row of dweight (programs, N) float32.
+    """dx of SPAN rows, and the sum of what they add to dweight, in the program's own row of dweight (programs, N).
 
-    All rows add to one dweight. Programs that added to it at the same moment would have to wait for each other, and the
-    order, hence the rounding, would change from run to run; so each leaves a partial sum, and torch adds those up.
+    If all programs added to one row they would wait for each other, and the order, hence the rounding, would change
+    from run to run. PyTorch adds the rows up.
     """
     i = tl.arange(0, N_PAD)
     w = tl.load(weight + i, mask=i < N, other=0.0).to(tl.float32)
@@ -273,7 +251,7 @@ def _rms_backward(x, weight, rstd, dy, dx, dweight, rows, N: constexpr, N_PAD: c
 
 
 class RMSNorm(torch.autograd.Function):
-    """See rms_norm. x is contiguous."""
+    """The launches of rms_norm; x is contiguous."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -295,12 +273,11 @@ class RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight over the last dimension. x (..., N), weight (N,), N up to 65,536.
 
-    Inside float32, outside x's dtype. Gradient, with u = x rstd and g = dy weight: dx = rstd (g - u mean(g u)), dweight =
-    the sum over rows of dy u. Forward moves 2 numbers for 4 FLOPs, backward 3 for 10: bound by bandwidth.
+    Inside float32, outside x's dtype. Gradient, with u = x rstd and g = dy weight: dx = rstd (g - u mean(g u)), and
+    dweight sums dy u over the rows. Forward moves 2 numbers for 4 FLOPs, backward 3 for 10: bound by bandwidth.
     """
     if weight.shape != x.shape[-1:] or x.shape[-1] > 65536:
-        raise ValueError(f"rms_norm takes x (..., N) and weight (N,) with N up to 65536, not {tuple(x.shape)} and "
-                         f"{tuple(weight.shape)}")
+        raise ValueError(f"rms_norm takes x (..., N) and weight (N,), N up to 65536, not {x.shape} and {weight.shape}")
     if use_triton(x):
         return RMSNorm.apply(x.contiguous(), weight.contiguous(), eps)
     x32 = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -308,17 +285,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 # --- RoPE: pairs of numbers ---
-
-def apply_rope_reference(q, k, cos, sin, interleaved=False):
-    """Each pair (a, b) of q and of k becomes (a cos - b sin, a sin + b cos)."""
-    if cos.dim() == 3:
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)              # a table for each row of the batch, for all heads
-    def turn(x):
-        a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-        pair = a * cos - b * sin, a * sin + b * cos
-        return (torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)).to(x.dtype)
-    return turn(q), turn(k)
-
 
 @jit
 def _rope(x, y, cos, sin, T, HEADS: constexpr, PER_BATCH: constexpr, HALF: constexpr, HALF_PAD: constexpr,
@@ -331,8 +297,8 @@ def _rope(x, y, cos, sin, T, HEADS: constexpr, PER_BATCH: constexpr, HALF: const
     table = t * HALF + i
     if PER_BATCH:
         table += head // HEADS * T * HALF
-    c = tl.load(cos + table, mask=mask, other=0.0)
-    s = tl.load(sin + table, mask=mask, other=0.0)
+    c = tl.load(cos + table, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(sin + table, mask=mask, other=0.0).to(tl.float32)
     if INVERSE:                                                    # turned back: the gradient of turning
         s = -s
     first = (head * T + t) * (2 * HALF) + (2 * i if INTERLEAVED else i)
@@ -366,18 +332,25 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
     """(q, k) with rotary positions (2104.09864, eq. 34).
 
     q: (B, H, T, D), k: (B, K, T, D), D even. cos, sin: (T, D/2) or (B, T, D/2), as rope_tables of layers.py makes them.
-    Pairs are (i, i + D/2), or (2i, 2i + 1) when interleaved. Moves 2 numbers for 3 FLOPs: bound by bandwidth. Operation
-    by operation, the halves are cut, multiplied, added and joined in about ten passes.
+    Pairs are (i, i + D/2), or (2i, 2i + 1) when interleaved. Moves 2 numbers for 3 FLOPs: bound by bandwidth.
     """
     tables = (q.shape[-2], q.shape[-1] // 2)
-    if q.dim() != 4 or k.dim() != 4 or q.shape[-1] % 2 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) \
-            or cos.shape != sin.shape or tuple(cos.shape) not in (tables, (q.shape[0], *tables)):
-        raise ValueError(f"apply_rope takes q (B, H, T, D), k (B, K, T, D), D even, tables ([B,] T, D/2), not "
-                         f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(cos.shape)} and {tuple(sin.shape)}")
-    if not use_triton(q):
-        return apply_rope_reference(q, k, cos, sin, interleaved)
-    cos, sin = cos.float().contiguous(), sin.float().contiguous()
-    return RoPE.apply(q, cos, sin, interleaved, False), RoPE.apply(k, cos, sin, interleaved, False)
+    fits = q.dim() == k.dim() == 4 and q.shape[-1] % 2 == 0 and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])
+    if not fits or cos.shape != sin.shape or tuple(cos.shape) not in (tables, (q.shape[0], *tables)):
+        raise ValueError(f"apply_rope takes q (B, H, T, D), k (B, K, T, D), D even, tables ([B,] T, D/2), not {q.shape}, "
+                         f"{k.shape}, {cos.shape} and {sin.shape}")
+    cos, sin = cos.contiguous(), sin.contiguous()
+    return tuple(RoPE.apply(x, cos, sin, interleaved, False) if use_triton(x) else turned(x, cos, sin, interleaved)
+                 for x in (q, k))
+
+
+def turned(x, cos, sin, interleaved):
+    """The same in PyTorch, for one tensor: each pair (a, b) becomes (a cos - b sin, a sin + b cos)."""
+    if cos.dim() == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)              # a table for each row of the batch, for all heads
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    pair = a * cos - b * sin, a * sin + b * cos
+    return (torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)).to(x.dtype)
 
 
 # --- cross entropy: a row in pieces, softmax in one pass ---
@@ -386,8 +359,8 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
 def row_max_sum(x, V, BLOCK: constexpr):
     """(m, l): the largest of V numbers and the sum of exp(number - m), read once (1805.02867, algorithm 3).
 
-    A new largest m shrinks the sum so far by exp(old m - new m). Pieces (1, 3) and (5): after the first m = 3 and
-    l = e^-2 + 1; then m = 5 and l = (e^-2 + 1) e^-2 + 1 = e^-4 + e^-2 + 1, as if m = 5 had been known from the start.
+    A new largest m shrinks the sum so far by exp(old m - new m). Pieces (1, 3) and (5): first m = 3, l = e^-2 + 1;
+    then m = 5, l = (e^-2 + 1) e^-2 + 1 = e^-4 + e^-2 + 1, as if m = 5 had been known from the start.
     """
     m, l = tl.full((), -3e38, tl.float32), tl.zeros((), tl.float32)      # not -inf, as -inf - -inf is NaN
     for start in range(0, V, BLOCK):
@@ -467,13 +440,6 @@ class CrossEntropy(torch.autograd.Function):
         return logits_gradient(*ctx.saved_tensors, dlosses.contiguous(), ctx.ignore_index), None, None
 
 
-def check_targets(shape, targets) -> None:
-    """Raises ValueError unless targets are whole numbers of this shape."""
-    if tuple(targets.shape) != tuple(shape) or targets.is_floating_point():
-        raise ValueError(f"targets must be whole numbers of shape {tuple(shape)}, not {targets.dtype} "
-                         f"{tuple(targets.shape)}")
-
-
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
     """-log softmax(logits)[target] in nats, float32. logits (..., V), targets (...) of ids.
 
@@ -481,7 +447,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, red
     torch; so is the loss of an id outside the vocabulary. Forward reads the logits once for about 5 FLOPs a number,
     backward reads and writes them: bound by bandwidth. Eager torch moves about 20 bytes a bfloat16 logit, not 6.
     """
-    check_targets(logits.shape[:-1], targets)
+    if targets.shape != logits.shape[:-1] or targets.is_floating_point():
+        raise ValueError(f"targets must be ids of shape {logits.shape[:-1]}, not {targets.dtype} {targets.shape}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r} must be mean, sum or none")
     losses = CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).contiguous(), ignore_index)
@@ -493,7 +460,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, red
 # --- linear + cross entropy: logits that never exist all at once ---
 
 def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, not rounded to float16 or bfloat16, and so without float16's overflow at 65,504."""
+    """a @ b of half-precision matrices, not rounded to it, so that sums over 65,504 do not overflow float16."""
     if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(a, b, out_dtype=torch.float32)
     dtype = torch.promote_types(a.dtype, torch.float32)
@@ -503,25 +470,26 @@ def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean loss of the logits x weightᵀ, a chunk of rows at a time (2410.10989, section 3.2).
 
-    The gradient of the loss with respect to itself is one number, a factor of everything: so dx and dweight are made in
-    the forward pass, while a chunk's logits are there. They are those of the sum over rows: softmax - onehot lies in
-    -1 … 1, which float16 holds. With 1/N in it, which for long batches is below float16's smallest number, the gradient
-    would be lost before the loss scale could save it. Backward multiplies once, in float32, by (loss scale) / N.
+    What comes back from the loss is one number, a factor of everything: so dx and dweight are made in the forward pass,
+    while a chunk's logits are there. They are the gradients of the sum over rows, as softmax - onehot, between -1 and 1,
+    fits float16: over N = 16,384 most of it would be less than float16's smallest number, and lost before a loss scale
+    could save it. Backward multiplies once, in float32, by that one number / N.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, ignore_index, chunk):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        total, train = x.new_zeros((), dtype=dtype), any(ctx.needs_input_grad)
-        dx, dweight = (torch.empty_like(x), torch.zeros_like(weight, dtype=dtype)) if train else (None, None)
-        for x_part, t_part, dx_part in zip(x.split(chunk), targets.split(chunk), (x if dx is None else dx).split(chunk)):
-            logits = x_part @ weight.T                             # (chunk, V), the largest tensor alive
-            losses, lse = token_losses(logits, t_part, ignore_index)
+        wide, train = torch.promote_types(x.dtype, torch.float32), any(ctx.needs_input_grad)
+        total, dx = x.new_zeros((), dtype=wide), torch.empty_like(x) if train else None
+        dweight = torch.zeros_like(weight, dtype=wide) if train else None
+        for start in range(0, len(x), chunk):
+            rows = slice(start, start + chunk)
+            logits = x[rows] @ weight.T                            # (chunk, V), the largest tensor alive
+            losses, lse = token_losses(logits, targets[rows], ignore_index)
             total += losses.sum()
             if train:
-                dlogits = logits_gradient(logits, t_part, lse, torch.ones_like(losses), ignore_index)
-                dx_part.copy_(dlogits @ weight)
-                dweight += product_in_float32(dlogits.T, x_part)
+                dlogits = logits_gradient(logits, targets[rows], lse, torch.ones_like(losses), ignore_index)
+                dx[rows] = dlogits @ weight
+                dweight += product_in_float32(dlogits.T, x[rows])
         count = (targets != ignore_index).sum()
         ctx.save_for_backward(dx, dweight, count)
         ctx.dtypes = x.dtype, weight.dtype
@@ -529,9 +497,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):
-        (dx, dweight, count), (x_dtype, weight_dtype) = ctx.saved_tensors, ctx.dtypes
+        dx, dweight, count = ctx.saved_tensors
         factor = dloss / count
-        return (dx.to(dweight.dtype) * factor).to(x_dtype), (dweight * factor).to(weight_dtype), None, None, None
+        dx, dweight = dx.to(dweight.dtype) * factor, dweight * factor
+        return dx.to(ctx.dtypes[0]), dweight.to(ctx.dtypes[1]), None, None, None
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100,
@@ -542,9 +511,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     fill 256 MB on CUDA, 32 MB elsewhere. At GPT-2's vocabulary and 64 x 1,024 tokens all logits would be 6.6 GB in
     bfloat16, their gradient as much. 6 N V C FLOPs forward and backward together: three products, bound by arithmetic.
     """
-    check_targets(x.shape[:-1], targets)
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"weight {tuple(weight.shape)} must be (V, {x.shape[-1]}) to follow x {tuple(x.shape)}")
+    if targets.shape != x.shape[:-1] or targets.is_floating_point() or weight.shape[1:] != x.shape[-1:]:
+        raise ValueError(f"linear_cross_entropy takes x (..., C), weight (V, C) and ids (...), not {x.shape}, "
+                         f"{weight.shape} and {targets.dtype} {targets.shape}")
     x, weight = autocast(x, weight)
     if chunk_tokens is None:
         chunk_tokens = max(128, (2 ** 28 if x.is_cuda else 2 ** 25) // (len(weight) * x.element_size()))
@@ -555,48 +524,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
                                         targets.reshape(-1).contiguous(), ignore_index, chunk_tokens)
 
 
-# --- every kernel's error ---
-
-def results(function, inputs, dtype) -> tuple[list, list]:
-    """The outputs of function(*inputs) in a dtype, and the gradients of those that require one, for fixed upstreams."""
-    inputs = [x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
-    outputs = function(*inputs)
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    upstream = [torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape).to(y.dtype) for y in outputs]
-    return outputs, list(torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], upstream))
-
-
-def print_errors(cases) -> None:
-    """The largest error of each (name, ours, PyTorch's, inputs) by dtype, against PyTorch's in float64, relative to the
-    largest entry (at least 1): of outputs and of gradients, and the same of PyTorch's in that dtype."""
-    print(f"{'':22}{'':10}{'ours':18}PyTorch\n{'':22}{'':10}" + f"{'output':9}gradient " * 2)
-    for name, ours, reference, inputs in cases:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            rounded = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
-            exact, errors = results(reference, rounded, torch.float64), []
-            for function in (ours, reference):
-                for a, b in zip(results(function, rounded, dtype), exact):
-                    errors.append(max(((x - y).abs().max() / y.abs().max().clamp(min=1)).item() for x, y in zip(a, b)))
-            print(f"{name:22}{str(dtype)[6:]:10}" + "".join(f"{error:<9.0e}" for error in errors), flush=True)
-
-
-def cases(device, T=70, C=256, V=300, H=4, K=2, D=64) -> list[tuple]:
-    """(name, ours, PyTorch's, inputs) of every kernel here: T tokens, width C, V ids, H query and K key heads of D."""
-    torch.manual_seed(0)
-    F, targets, angles = torch.nn.functional, torch.randint(V, (T,), device=device), torch.rand(T, D // 2, device=device)
-    def randn(*shape):
-        return torch.randn(shape, device=device, requires_grad=True)
-    return [("swiglu", swiglu, lambda g, u: F.silu(g) * u, (randn(T, C), randn(T, C))),
-            ("matmul", matmul, torch.matmul, (randn(T, C), randn(C, V))),
-            ("rms_norm", rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), (randn(T, C), randn(C))),
-            ("rope", apply_rope, apply_rope_reference,
-             (randn(1, H, T, D), randn(1, K, T, D), angles.cos(), angles.sin())),
-            ("cross_entropy", cross_entropy, F.cross_entropy, (randn(T, V), targets)),
-            ("linear+cross_entropy", linear_cross_entropy, lambda x, w, t: F.cross_entropy(x @ w.T, t),
-             (randn(T, C), randn(V, C), targets))]
-
-
-if __name__ == "__main__":
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"largest error against float64 on {device}{' through the interpreter' if INTERPRET else ''}")
-    print_errors(cases(device))
+if __name__ == "__main__":                             # every kernel's error, interpreted where there is no GPU
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    bench = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench.py")
+    sys.exit(subprocess.run([sys.executable, bench, "kernels", "--page=kernels", "--times=false"]).returncode)
