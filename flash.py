@@ -1,24 +1,24 @@
-"""Attention without the T x T matrix: FlashAttention-2, in PyTorch tiles to read, in Triton to run.
+r"""Attention without the T x T matrix: FlashAttention-2, in PyTorch tiles to read, in Triton to run.
 
-softmax(q kᵀ / √D) v is two matrix products with a softmax between them. Written out, the scores, T x T for each head, go
-to memory and come back several times, and all of them are kept for backward. Here a tile of them at a time is made, used
-and forgotten. The queries' tiles go down, the keys' to the right, under a causal mask:
+softmax(q kᵀ / √D) v is two matrix products with a softmax between them. Written out, the scores, T x T for each head,
+go to memory and come back several times, and all are kept for backward. Here a tile of them at a time is made, used and
+forgotten. The queries' tiles go down, the keys' to the right, under a causal mask:
 
                  keys ->
-       queries   [#][\\][ ][ ]     #  seen by all queries of the tile: no mask
-          |      [#][#][\\][ ]     \\  cut by the diagonal: mask
-          v      [#][#][#][\\]        never loaded
+       queries   [#][\][ ][ ]     #  seen by all queries of the tile: no mask
+          |      [#][#][\][ ]     \  cut by the diagonal: mask
+          v      [#][#][#][\]        never loaded
 
-One program walks along one row of tiles and holds, for each of its queries, three things: m, the largest score so far; l,
+One program walks along one row of tiles and holds three things for each of its queries: m, the largest score so far; l,
 the sum of exp(score - m); acc, the sum of exp(score - m) v. A larger m shrinks both sums by exp(old m - new m), so the
 result is exact (online softmax, 1805.02867). Scores 1 and 3 in one tile, 5 in the next:
 
     tile (1, 3)   m = 3   l = e^-2 + 1                          acc = e^-2 v1 + v2
-    tile (5)      m = 5   l = (e^-2 + 1) e^-2 + 1 = 1.153       acc = (e^-2 v1 + v2) e^-2 + v3         o = acc / l
+    tile (5)      m = 5   l = (e^-2 + 1) e^-2 + 1 = 1.154       acc = (e^-2 v1 + v2) e^-2 + v3         o = acc / l
 
 Kept for backward: q, k, v, o and L = m + log l, one number a query, with which P = exp(S - L) is computed again. The
-softmax's gradient is dS = P ∘ (dP - delta), delta the sum of P ∘ dP over a row. That needs the whole row, and a tile has
-only a part of it. But with dP = dO vᵀ, sum_j P_ij dP_ij = sum_j P_ij (dO_i · v_j) = dO_i · sum_j P_ij v_j = dO_i · O_i:
+softmax's gradient is dS = P ∘ (dP - delta), delta the sum of P ∘ dP over a row. That needs the whole row, and a tile
+has a part of it. But dP = dO vᵀ, so sum_j P_ij dP_ij = sum_j P_ij (dO_i · v_j) = dO_i · sum_j P_ij v_j = dO_i · O_i:
 delta = rowsum(dO ∘ O), known before the first tile.
 
 Left out: dropout, arbitrary masks and sliding windows (model.py takes torch's sdpa for those), Hopper's TMA, fp8.
@@ -28,20 +28,12 @@ Papers: FlashAttention 2205.14135, FlashAttention-2 2307.08691 (algorithms 1 and
     python bench.py kernels       times beside it (CUDA)
 """
 import math
-import os
-import subprocess
 import sys
 
 import torch
 from torch import Tensor
 
-from kernels import INTERPRET, as_operator, autocast, constexpr, dot, jit, launch, use_triton
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:                                    # see kernels.py
-    triton = None
+from kernels import INTERPRET, as_operator, autocast, constexpr, dot, jit, launch, show_errors, tl, triton, use_triton
 
 LOG2E = constexpr(math.log2(math.e))                   # exp(x) = 2^(x log2 e), and 2^x is one instruction
 LOWEST = -1e30                                         # where the largest score starts: not -inf, as -inf - -inf is NaN
@@ -85,6 +77,12 @@ def attention_backward_reference(q, k, v, o, lse, do, is_causal: bool):
 
 # --- tiles in PyTorch: the algorithm to read ---
 
+def wide(q, k, v, *more, group: int):
+    """All in float32 at least; each head of k and v `group` times, once for each query head that uses it."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return [t.to(dtype) for t in (q, k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), *more)]
+
+
 def tiled_forward(q, k, v, is_causal: bool):
     """(o, L) by FlashAttention-2's forward pass (algorithm 1). q (heads, Tq, D), k, v (key heads, Tk, D)."""
     (heads, Tq, _), Tk, dtype = q.shape, k.shape[1], q.dtype
@@ -92,7 +90,7 @@ def tiled_forward(q, k, v, is_causal: bool):
     o, lse = torch.empty_like(q), q.new_empty(heads, Tq)
     for i in range(0, Tq, TILE):
         q_i = q[:, i:i + TILE]
-        last = min(Tk, i + q_i.shape[1] + Tk - Tq) if is_causal else Tk          # no query of the tile sees it, or beyond
+        last = min(Tk, i + q_i.shape[1] + Tk - Tq) if is_causal else Tk          # keys from here on: never loaded
         m = torch.full_like(q_i[..., :1], LOWEST)
         l, acc = torch.zeros_like(m), torch.zeros_like(q_i)
         for j in range(0, last, TILE):
@@ -129,20 +127,13 @@ def tiled_backward(q, k, v, o, lse, do, is_causal: bool):
     return tuple(d.to(t.dtype) for d, t in zip((dq, dk, dv), inputs))
 
 
-def wide(q, k, v, *more, group: int):
-    """All in float32 at least; each head of k and v `group` times, once for each query head that uses it."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return [t.to(dtype) for t in (q, k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), *more)]
-
-
 # --- tiles in Triton ---
 
 def tiles(kernel: str, D: int, dtype: torch.dtype) -> dict:
     """Queries and keys of a tile, warps and pipeline stages, by kernel, padded head width and dtype.
 
-    A table, not autotuning: the same inputs give the same bits in every process, and nothing is timed before the first
-    step. Of the tiles tried with Triton 3.7's compiler these use at most 96 KB of shared memory, which consumer cards
-    have, and spill no register in bfloat16 up to D = 128.
+    A table, not autotuning: the same inputs give the same bits in every process. Compiled by Triton 3.7 for Hopper and
+    for Ada, none takes over 96 KB of shared memory, which consumer cards have.
     """
     if INTERPRET:                                      # small and uneven, so that a test of 130 tokens has every border
         block_q, block_k = (32, 64) if kernel == "keys" else (64, 32)
@@ -184,8 +175,8 @@ def scores(a, b, query, key, Tq, Tk, MASKED: constexpr, CAUSAL: constexpr):
 
 @jit
 def key_limits(q0, Tq, Tk, CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
-    """(whole, last) for queries q0 … q0 + BLOCK_Q: all of them see the tiles of keys before `whole`, none sees a key from
-    `last` on. In the picture: # before whole, \\ from whole to last."""
+    """(whole, last) for queries q0 … q0 + BLOCK_Q: all see the tiles of keys before `whole` (# in the picture), none
+    sees a key from `last` on."""
     whole, last = Tk // BLOCK_K * BLOCK_K, Tk
     if CAUSAL:
         whole = tl.minimum(whole, tl.maximum(0, q0 + Tk - Tq + 1) // BLOCK_K * BLOCK_K)
@@ -198,8 +189,8 @@ def _flash_forward(q, k, v, o, lse, Tq, Tk, scale, GROUP: constexpr, D: constexp
                    CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
     """BLOCK_Q queries of one head. q, o (heads, Tq, D); k, v (heads / GROUP, Tk, D); lse (heads, Tq) float32.
 
-    Programs next to each other work on one head, whose keys and values then come from L2. The longest rows of the causal
-    triangle come first: what finishes last should be short. scale = log2(e) / √D: scores are in base 2.
+    Programs next to each other work on one head, whose keys and values then come from L2. The longest rows of the
+    causal triangle come first: what finishes last should be short. scale = log2(e) / √D: scores are in base 2.
     """
     blocks, pid = tl.cdiv(Tq, BLOCK_Q), tl.program_id(0)
     q0, head = (blocks - 1 - pid % blocks) * BLOCK_Q, (pid // blocks).to(tl.int64)
@@ -278,8 +269,8 @@ def _flash_keys(q, k, v, do, lse, delta, dk, dv, Tq, Tk, scale, GROUP: constexpr
     v_tile = load_tile(v + key_head * Tk * D, k0, Tk, BLOCK_K, D, D_PAD)
     dk_tile = tl.zeros((BLOCK_K, D_PAD), tl.float32)
     dv_tile = tl.zeros((BLOCK_K, D_PAD), tl.float32)
-    # Queries from `first` on see some of these keys, from `whole` on all of them. Rows past the end need no mask: they are
-    # zero in q and dO, and not stored in dk and dv.
+    # Queries from `first` on see some of these keys, from `whole` on all. Rows past the end need no mask: they are zero
+    # in q and dO, and not stored in dk and dv.
     first, whole = 0, 0
     if CAUSAL:
         first = tl.maximum(0, k0 - (Tk - Tq)) // BLOCK_Q * BLOCK_Q
@@ -301,21 +292,22 @@ def _flash_keys(q, k, v, do, lse, delta, dk, dv, Tq, Tk, scale, GROUP: constexpr
     store_tile(dv + key_head * Tk * D, k0, Tk, dv_tile, BLOCK_K, D, D_PAD)
 
 
-def sizes(kernel: str, q, k) -> tuple[dict, int, dict]:
-    """(Tq, Tk and scale; programs; constants) of a launch for contiguous q (heads, Tq, D) and k (key heads, Tk, D)."""
+def launch_sizes(kernel: str, q, k, is_causal: bool) -> tuple[tuple, tuple, dict]:
+    """(grid, (Tq, Tk, scale), constants) of a launch for contiguous q (heads, Tq, D) and k (key heads, Tk, D)."""
     (heads, Tq, D), (key_heads, Tk, _) = q.shape, k.shape
     D_PAD = max(16, triton.next_power_of_2(D))                     # tl.dot takes no side below 16
     tile = tiles(kernel, D_PAD, q.dtype)
-    programs = key_heads * triton.cdiv(Tk, tile["BLOCK_K"]) if kernel == "keys" else heads * triton.cdiv(Tq, tile["BLOCK_Q"])
-    return (Tq, Tk, math.log2(math.e) / math.sqrt(D)), (programs,), dict(GROUP=heads // max(1, key_heads), D=D, D_PAD=D_PAD, **tile)
+    rows, length, block = (key_heads, Tk, "BLOCK_K") if kernel == "keys" else (heads, Tq, "BLOCK_Q")
+    constants = dict(GROUP=heads // max(1, key_heads), D=D, D_PAD=D_PAD, CAUSAL=is_causal, **tile)
+    return (rows * triton.cdiv(length, tile[block]),), (Tq, Tk, math.log2(math.e) / math.sqrt(D)), constants
 
 
 @as_operator
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
     """(o, L) from the forward kernel."""
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    numbers, grid, constants = sizes("forward", q, k)
-    launch(_flash_forward, grid, q, q, k, v, o, lse, *numbers, CAUSAL=is_causal, **constants)
+    grid, numbers, constants = launch_sizes("forward", q, k, is_causal)
+    launch(_flash_forward, grid, q, q, k, v, o, lse, *numbers, **constants)
     return o, lse
 
 
@@ -324,10 +316,10 @@ def flash_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: 
                    is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from the kernel of the queries and then that of the keys."""
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
-    numbers, grid, constants = sizes("queries", q, k)
-    launch(_flash_queries, grid, q, q, k, v, o, do, lse, delta, dq, *numbers, CAUSAL=is_causal, **constants)
-    numbers, grid, constants = sizes("keys", q, k)
-    launch(_flash_keys, grid, q, q, k, v, do, lse, delta, dk, dv, *numbers, CAUSAL=is_causal, **constants)
+    grid, numbers, constants = launch_sizes("queries", q, k, is_causal)
+    launch(_flash_queries, grid, q, q, k, v, o, do, lse, delta, dq, *numbers, **constants)
+    grid, numbers, constants = launch_sizes("keys", q, k, is_causal)
+    launch(_flash_keys, grid, q, q, k, v, do, lse, delta, dk, dv, *numbers, **constants)
     return dq, dk, dv
 
 
@@ -345,18 +337,17 @@ def check_attention(q, k, v) -> None:
 
 
 def flat(x: Tensor, last: int = 2) -> Tensor:
-    """x (..., T, D) as contiguous (heads, T, D), all but the last dimensions in one. A copy only where it lies apart."""
+    """x (..., T, D) as contiguous (heads, T, D): all but the last dimensions become one. Copied only if it must be."""
     return x.reshape(math.prod(x.shape[:-last]), *x.shape[-last:]).contiguous()
 
 
 class FlashAttentionPyTorch(torch.autograd.Function):
-    """apply(q, k, v, is_causal) -> o (..., Tq, D) = softmax(q kᵀ / √D) v by tiles, in plain PyTorch, any float dtype.
+    """apply(q, k, v, is_causal) -> o (..., Tq, D) = softmax(q kᵀ / √D) v by tiles, in plain PyTorch; any float dtype.
 
     q (..., Tq, D); k and v (..., Tk, D) with q's leading dimensions, or with a divisor of the last of them (grouped
-    queries). Causal: query i sees the keys up to i + Tk - Tq; one that sees none gives zeros. Saved for backward: q, k, v,
-    o and L (..., Tq), the natural log of the sum of exp(scores).
+    queries). Causal: query i sees the keys up to i + Tk - Tq; one that sees none gives zeros. Saved for backward: q, k,
+    v, o and L (..., Tq), the natural log of the sum of exp(scores).
     """
-
     @staticmethod
     def forward(ctx, q, k, v, is_causal, functions=(tiled_forward, tiled_backward)):
         check_attention(q, k, v)
@@ -376,11 +367,10 @@ class FlashAttentionPyTorch(torch.autograd.Function):
 class FlashAttentionTriton(FlashAttentionPyTorch):
     """The same in Triton: float32, float16 or bfloat16 in and out, summed in float32; D up to 256.
 
-    FLOPs a head: forward 4 Tq Tk D, backward 14 (10 and P once more), half if causal. Bytes: q, k, v and o once, so bound
-    by arithmetic from a few hundred keys on. Off CUDA, and in float64, the tiles in PyTorch run. Raises ValueError for
-    shapes and dtypes that do not go together and for heads wider than 256.
+    FLOPs a head: forward 4 Tq Tk D, backward 14 (10, and P once more), half if causal: bound by arithmetic from a few
+    hundred keys on. Off CUDA and in float64 the tiles in PyTorch run. Raises ValueError for shapes and dtypes that do
+    not go together, and for heads wider than 256.
     """
-
     @staticmethod
     def forward(ctx, q, k, v, is_causal):
         if q.shape[-1] > 256:
@@ -395,8 +385,5 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     return FlashAttentionTriton.apply(*autocast(q, k, v), is_causal)
 
 
-if __name__ == "__main__":                             # errors, interpreted where there is no GPU
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
-    bench = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench.py")
-    sys.exit(subprocess.run([sys.executable, bench, "kernels", "--page=flash", "--times=false"]).returncode)
+if __name__ == "__main__":
+    sys.exit(show_errors("flash"))

@@ -8,15 +8,13 @@ each of which reads its inputs from memory and writes its output back: silu(gate
     read 1, write 1      read 2, write 1      read 2, write 1         read 2, write 1
 
 Fusing means only this: load a number once, do all the arithmetic in registers, store the result once. Read in this
-order: SwiGLU (every line explained), matmul (tiles: load a number once, use it many times), RMSNorm (a row a program),
-RoPE (pairs), cross entropy (a row in pieces: softmax in one pass), linear + cross entropy (logits that never exist all
-at once). Attention, which needs all of it, is on the next page, flash.py.
+order: SwiGLU (every line explained), matmul (tiles), RMSNorm (a row a program), RoPE (pairs), cross entropy (a row in
+pieces: softmax in one pass), linear + cross entropy (in chunks); then flash.py, attention, which needs all of it.
 
-Where they run: on CUDA; on the CPU through Triton's interpreter if TRITON_INTERPRET=1 is set before the import (slow;
-for tests); elsewhere PyTorch does the same, and one line says so. float64 always takes that way.
-Left out: second derivatives, fp8, and autotuning: `@triton.autotune(configs=[triton.Config({"BLOCK": 64}), ...],
-key=["M", "N", "K"])` above a kernel times each tile and keeps the fastest. It costs a compilation a tile, and the next
-process may choose another one, hence another order of summation.
+They run on CUDA, and on the CPU through Triton's interpreter if TRITON_INTERPRET=1 is set before the import (slow; for
+tests); elsewhere, and in float64, PyTorch does the same. Left out: second derivatives, fp8, and autotuning:
+`@triton.autotune(configs=[triton.Config({"BLOCK": 64}), ...], key=["M", "N", "K"])` above a kernel times each tile and
+keeps the fastest, at a compilation each; the next process may keep another, with another order of summation.
 
 Papers: Triton (Tillet et al. 2019), SwiGLU 2002.05202, RMSNorm 1910.07467, RoPE 2104.09864, online softmax 1805.02867,
 chunked linear cross entropy 2410.10989 (Liger).
@@ -39,31 +37,26 @@ try:
     import triton.language as tl
     from triton.language import constexpr              # an argument known when the kernel is compiled
 except ImportError:                                    # macOS, Windows: the kernels stay text, the references run
-    triton, constexpr = None, float
+    triton, tl, constexpr = None, None, float
 
 INTERPRET = triton is not None and bool(triton.knobs.runtime.interpret)
 INTERPRETED = constexpr(INTERPRET)                     # the same, as kernels may read it
+print_once = functools.cache(print)
 
 
 # --- how a kernel is compiled, chosen and launched ---
 
 def jit(fn):
-    """fn compiled by Triton at its first call, and again when a width becomes 1 or a multiple of 16, but not for lengths,
-    which change all the time. Where Triton is missing fn stays as it is."""
+    """fn compiled by Triton, again when a width becomes a multiple of 16, but not for every length; or fn as it is."""
     return triton.jit(fn, do_not_specialize=["rows", "T", "Tq", "Tk", "ignore_index"]) if triton else fn
-
-
-@functools.cache
-def announce(reason: str) -> None:
-    print(f"kernels.py: PyTorch runs in place of the kernels, as {reason}", flush=True)
 
 
 def use_triton(x: Tensor) -> bool:
     """Whether x goes to a kernel; says once why it does not. float64 never does."""
     runs = triton is not None and (x.is_cuda or INTERPRET)
     if not runs and not torch.compiler.is_compiling():
-        announce("Triton is not installed" if triton is None else
-                 f"none runs on {x.device.type} (TRITON_INTERPRET=1, set before the import, interprets them)")
+        reason = f"no kernel runs on {x.device.type} without TRITON_INTERPRET=1" if triton else "Triton is not installed"
+        print_once(f"kernels.py: {reason}; PyTorch runs instead", flush=True)
     return runs and x.dtype != torch.float64
 
 
@@ -76,8 +69,7 @@ def launch(kernel, grid: tuple, x: Tensor, *arguments, **constants) -> None:
 
 
 def as_operator(fn):
-    """fn, which torch.compile takes as one operator, not to be looked into; it learns the shapes of what fn gives by
-    calling it on tensors without data, for which `launch` does nothing."""
+    """fn as one operator for torch.compile, which learns its shapes from tensors without data, not launched."""
     operator = torch.library.custom_op(f"kernels::{fn.__name__}", fn, mutates_args=())
     operator.register_fake(fn)
     return functools.wraps(fn)(lambda *args: operator(*args) if torch.compiler.is_compiling() else fn(*args))
@@ -86,8 +78,7 @@ def as_operator(fn):
 def autocast(*tensors: Tensor) -> list[Tensor]:
     """The tensors in autocast's dtype where it is on: it casts nothing for a custom function."""
     device = tensors[0].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return [t.to(dtype or t.dtype) for t in tensors]
+    return [t.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else t for t in tensors]
 
 
 # --- SwiGLU: the first kernel, one number at a time ---
@@ -130,7 +121,6 @@ def _swiglu_backward(gate, up, dy, dgate, dup, count, BLOCK: constexpr):
 
 class SwiGLU(torch.autograd.Function):
     """The launches: a grid of count / 2048 programs, rounded up; each has 8 warps, 256 threads, of 8 numbers each."""
-
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
@@ -148,11 +138,9 @@ class SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, the middle of a SwiGLU feed-forward layer (2002.05202, eq. 6). Bound by bandwidth, as forward moves
-    3 numbers for about 6 FLOPs and backward 5 for about 12."""
+    """silu(gate) * up, the middle of a SwiGLU layer (2002.05202, eq. 6). 3 numbers moved for 6 FLOPs, backward 5."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"swiglu takes two tensors of one shape and dtype, not {gate.shape} {gate.dtype}, "
-                         f"{up.shape} {up.dtype}")
+        raise ValueError(f"swiglu takes one shape and dtype, not {gate.shape} {gate.dtype} and {up.shape} {up.dtype}")
     if not use_triton(gate):
         return gate * torch.sigmoid(gate) * up
     return SwiGLU.apply(gate.contiguous(), up.contiguous())
@@ -176,7 +164,7 @@ def dot(a, b, acc):
 
 @jit
 def _matmul(a, b, c, M, N, K, a_row, a_col, b_row, b_col, BLOCK: constexpr, BLOCK_K: constexpr):
-    """One BLOCK x BLOCK tile of c (M, N) = a (M, K) b (K, N). a_row: how far apart two rows of a are, in numbers."""
+    """One BLOCK x BLOCK tile of c (M, N) = a (M, K) b (K, N). a_row: how many numbers apart two rows of a are."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]         # (BLOCK, 1)
     col = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]         # (1, BLOCK)
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -190,7 +178,6 @@ def _matmul(a, b, c, M, N, K, a_row, a_col, b_row, b_col, BLOCK: constexpr, BLOC
 
 class MatMul(torch.autograd.Function):
     """The gradients of a product are two products: da = dc bᵀ, db = aᵀ dc. Transposed views are not copied."""
-
     @staticmethod
     def forward(ctx, a, b):
         ctx.save_for_backward(a, b)
@@ -229,11 +216,8 @@ def _rms_forward(x, weight, y, rstd, eps, N: constexpr, N_PAD: constexpr):
 
 @jit
 def _rms_backward(x, weight, rstd, dy, dx, dweight, rows, N: constexpr, N_PAD: constexpr, SPAN: constexpr):
-    """dx of SPAN rows, and the sum of what they add to dweight, in the program's own row of dweight (programs, N).
-
-    If all programs added to one row they would wait for each other, and the order, hence the rounding, would change
-    from run to run. PyTorch adds the rows up.
-    """
+    """dx of SPAN rows, and what they add to dweight, in the program's own row of dweight (programs, N): if all added to
+    one row, the order, hence the rounding, would change from run to run. PyTorch sums the rows."""
     i = tl.arange(0, N_PAD)
     w = tl.load(weight + i, mask=i < N, other=0.0).to(tl.float32)
     dw = tl.zeros((N_PAD,), tl.float32)
@@ -252,7 +236,6 @@ def _rms_backward(x, weight, rstd, dy, dx, dweight, rows, N: constexpr, N_PAD: c
 
 class RMSNorm(torch.autograd.Function):
     """The launches of rms_norm; x is contiguous."""
-
     @staticmethod
     def forward(ctx, x, weight, eps):
         y, rstd, N = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32), x.shape[-1]
@@ -273,8 +256,8 @@ class RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight over the last dimension. x (..., N), weight (N,), N up to 65,536.
 
-    Inside float32, outside x's dtype. Gradient, with u = x rstd and g = dy weight: dx = rstd (g - u mean(g u)), and
-    dweight sums dy u over the rows. Forward moves 2 numbers for 4 FLOPs, backward 3 for 10: bound by bandwidth.
+    Float32 inside. Gradient, with u = x rstd and g = dy weight: dx = rstd (g - u mean(g u)), dweight the sum of dy u over
+    rows. 2 numbers moved for 4 FLOPs, backward 3 for 10.
     """
     if weight.shape != x.shape[-1:] or x.shape[-1] > 65536:
         raise ValueError(f"rms_norm takes x (..., N) and weight (N,), N up to 65536, not {x.shape} and {weight.shape}")
@@ -287,20 +270,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 # --- RoPE: pairs of numbers ---
 
 @jit
-def _rope(x, y, cos, sin, T, HEADS: constexpr, PER_BATCH: constexpr, HALF: constexpr, HALF_PAD: constexpr,
-          INTERLEAVED: constexpr, INVERSE: constexpr, BLOCK: constexpr):
-    """BLOCK positions of one head. x, y (B · HEADS, T, 2 HALF); cos, sin (T, HALF), or (B, T, HALF) if PER_BATCH."""
+def _rope(x, y, cos, sin, T, table_stride, HEADS: constexpr, HALF: constexpr, HALF_PAD: constexpr,
+          INTERLEAVED: constexpr, BLOCK: constexpr):
+    """BLOCK positions of one head. x, y (B · HEADS, T, 2 HALF); cos, sin (T, HALF), table_stride 0, or (B, T, HALF)."""
     head = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     i = tl.arange(0, HALF_PAD)[None, :]
     mask = (t < T) & (i < HALF)
-    table = t * HALF + i
-    if PER_BATCH:
-        table += head // HEADS * T * HALF
+    table = head // HEADS * table_stride + t * HALF + i
     c = tl.load(cos + table, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(sin + table, mask=mask, other=0.0).to(tl.float32)
-    if INVERSE:                                                    # turned back: the gradient of turning
-        s = -s
     first = (head * T + t) * (2 * HALF) + (2 * i if INTERLEAVED else i)
     second = first + (1 if INTERLEAVED else HALF)
     a = tl.load(x + first, mask=mask, other=0.0).to(tl.float32)
@@ -310,38 +289,36 @@ def _rope(x, y, cos, sin, T, HEADS: constexpr, PER_BATCH: constexpr, HALF: const
 
 
 class RoPE(torch.autograd.Function):
-    """x (B, H, T, D) turned by the tables' angles. The gradient is the rotation back, so only the tables are saved."""
-
+    """x (B, H, T, D) turned. The gradient is the rotation by minus the angle, so only the tables are saved."""
     @staticmethod
-    def forward(ctx, x, cos, sin, interleaved, inverse):
+    def forward(ctx, x, cos, sin, interleaved):
         ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        (B, H, T, D), x = x.shape, x.contiguous()
+        ctx.interleaved, (B, H, T, D), x = interleaved, x.shape, x.contiguous()
         y, block = torch.empty_like(x), max(1, 2048 // triton.next_power_of_2(D))
-        launch(_rope, (B * H, triton.cdiv(T, block)), x, x, y, cos, sin, T, HEADS=H, PER_BATCH=cos.dim() == 3,
-               HALF=D // 2, HALF_PAD=triton.next_power_of_2(D // 2), INTERLEAVED=interleaved, INVERSE=inverse,
-               BLOCK=block, num_warps=4)
+        launch(_rope, (B * H, triton.cdiv(T, block)), x, x, y, cos, sin, T, cos.stride(0) if cos.dim() == 3 else 0,
+               HEADS=H, HALF=D // 2, HALF_PAD=triton.next_power_of_2(D // 2), INTERLEAVED=interleaved, BLOCK=block)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        return RoPE.apply(dy, *ctx.saved_tensors, ctx.interleaved, True), None, None, None, None
+        cos, sin = ctx.saved_tensors
+        return RoPE.apply(dy, cos, -sin, ctx.interleaved), None, None, None
 
 
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
     """(q, k) with rotary positions (2104.09864, eq. 34).
 
     q: (B, H, T, D), k: (B, K, T, D), D even. cos, sin: (T, D/2) or (B, T, D/2), as rope_tables of layers.py makes them.
-    Pairs are (i, i + D/2), or (2i, 2i + 1) when interleaved. Moves 2 numbers for 3 FLOPs: bound by bandwidth.
+    Pairs are (i, i + D/2), or (2i, 2i + 1) when interleaved. 2 numbers moved for 3 FLOPs.
     """
     tables = (q.shape[-2], q.shape[-1] // 2)
     fits = q.dim() == k.dim() == 4 and q.shape[-1] % 2 == 0 and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])
     if not fits or cos.shape != sin.shape or tuple(cos.shape) not in (tables, (q.shape[0], *tables)):
-        raise ValueError(f"apply_rope takes q (B, H, T, D), k (B, K, T, D), D even, tables ([B,] T, D/2), not {q.shape}, "
-                         f"{k.shape}, {cos.shape} and {sin.shape}")
+        raise ValueError("apply_rope takes q (B, H, T, D), k (B, K, T, D), D even, tables ([B,] T, D/2), not "
+                         f"{q.shape}, {k.shape}, {cos.shape} and {sin.shape}")
     cos, sin = cos.contiguous(), sin.contiguous()
-    return tuple(RoPE.apply(x, cos, sin, interleaved, False) if use_triton(x) else turned(x, cos, sin, interleaved)
-                 for x in (q, k))
+    turn = RoPE.apply if use_triton(q) else turned
+    return turn(q, cos, sin, interleaved), turn(k, cos, sin, interleaved)
 
 
 def turned(x, cos, sin, interleaved):
@@ -355,12 +332,15 @@ def turned(x, cos, sin, interleaved):
 
 # --- cross entropy: a row in pieces, softmax in one pass ---
 
+PIECE = 64 if INTERPRET else 4096                      # short, so that a test's rows have several
+
+
 @jit
 def row_max_sum(x, V, BLOCK: constexpr):
     """(m, l): the largest of V numbers and the sum of exp(number - m), read once (1805.02867, algorithm 3).
 
-    A new largest m shrinks the sum so far by exp(old m - new m). Pieces (1, 3) and (5): first m = 3, l = e^-2 + 1;
-    then m = 5, l = (e^-2 + 1) e^-2 + 1 = e^-4 + e^-2 + 1, as if m = 5 had been known from the start.
+    A larger m shrinks the sum so far by exp(old m - new m). Pieces (1, 3) and (5): first m = 3, l = e^-2 + 1; then
+    m = 5, l = (e^-2 + 1) e^-2 + 1 = e^-4 + e^-2 + 1, as if 5 had been known from the start.
     """
     m, l = tl.full((), -3e38, tl.float32), tl.zeros((), tl.float32)      # not -inf, as -inf - -inf is NaN
     for start in range(0, V, BLOCK):
@@ -406,28 +386,27 @@ def token_losses(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Te
         return (lse - picked).masked_fill(ignored, 0.0), lse
     (N, V), losses = logits.shape, logits.new_empty(len(logits), dtype=torch.float32)
     lse, logits = torch.empty_like(losses), logits.contiguous()
-    launch(_cross_entropy_forward, (N,), logits, logits, targets, losses, lse, V, ignore_index,
-           BLOCK=64 if INTERPRET else 4096, num_warps=8)           # short pieces, so that a test's rows have several
+    launch(_cross_entropy_forward, (N,), logits, logits, targets, losses, lse, V, ignore_index, BLOCK=PIECE, num_warps=8)
     return losses, lse
 
 
 @as_operator
 def logits_gradient(logits: Tensor, targets: Tensor, lse: Tensor, dlosses: Tensor, ignore_index: int) -> Tensor:
     """(softmax - onehot) * dloss of each row of logits (N, V), in their dtype; 0 in ignored rows."""
-    (N, V), ignored, block = logits.shape, targets == ignore_index, 64 if INTERPRET else 4096
     if not use_triton(logits):
-        grad = (logits - lse[:, None]).exp_()
-        grad[torch.arange(N, device=grad.device), targets.masked_fill(ignored, 0)] -= 1
+        grad, ignored = (logits - lse[:, None]).exp_(), targets == ignore_index
+        grad[torch.arange(len(grad), device=grad.device), targets.masked_fill(ignored, 0)] -= 1
         return grad.mul_(dlosses[:, None]).masked_fill_(ignored[:, None], 0.0).to(logits.dtype)
     logits, dlogits = logits.contiguous(), torch.empty_like(logits, memory_format=torch.contiguous_format)
-    launch(_cross_entropy_backward, (N, triton.cdiv(V, block)), logits, logits, dlogits, targets, lse, dlosses, V,
-           ignore_index, BLOCK=block, num_warps=8)
+    V = logits.shape[1]
+    grid = len(logits), triton.cdiv(V, PIECE)
+    launch(_cross_entropy_backward, grid, logits, logits, dlogits, targets, lse, dlosses, V, ignore_index, BLOCK=PIECE,
+           num_warps=8)
     return dlogits
 
 
 class CrossEntropy(torch.autograd.Function):
     """A loss for each row; mean and sum are plain PyTorch outside, and so are their gradients."""
-
     @staticmethod
     def forward(ctx, logits, targets, ignore_index):
         losses, lse = token_losses(logits, targets, ignore_index)
@@ -444,8 +423,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, red
     """-log softmax(logits)[target] in nats, float32. logits (..., V), targets (...) of ids.
 
     reduction: mean or sum over the targets that are not ignored, or none: (...). A mean over no target is NaN, as in
-    torch; so is the loss of an id outside the vocabulary. Forward reads the logits once for about 5 FLOPs a number,
-    backward reads and writes them: bound by bandwidth. Eager torch moves about 20 bytes a bfloat16 logit, not 6.
+    torch; so is the loss of an id outside the vocabulary. 1 number moved for 5 FLOPs, backward 2.
     """
     if targets.shape != logits.shape[:-1] or targets.is_floating_point():
         raise ValueError(f"targets must be ids of shape {logits.shape[:-1]}, not {targets.dtype} {targets.shape}")
@@ -459,23 +437,19 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, red
 
 # --- linear + cross entropy: logits that never exist all at once ---
 
-def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of half-precision matrices, not rounded to it, so that sums over 65,504 do not overflow float16."""
-    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    return a.to(dtype) @ b.to(dtype)
+def product(a, b, dtype):
+    """a @ b in a dtype at least as wide: not rounded to float16, which ends at 65,504."""
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda and a.dtype != dtype else a.to(dtype) @ b.to(dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean loss of the logits x weightᵀ, a chunk of rows at a time (2410.10989, section 3.2).
 
     What comes back from the loss is one number, a factor of everything: so dx and dweight are made in the forward pass,
-    while a chunk's logits are there. They are the gradients of the sum over rows, as softmax - onehot, between -1 and 1,
-    fits float16: over N = 16,384 most of it would be less than float16's smallest number, and lost before a loss scale
-    could save it. Backward multiplies once, in float32, by that one number / N.
+    while a chunk's logits are there. They are gradients of the sum, whose softmax - onehot fits float16; divided by N,
+    say 16,384, most of it would be below float16's smallest number, and lost before a loss scale could save it.
+    Backward multiplies once, in float32, by that one number / N.
     """
-
     @staticmethod
     def forward(ctx, x, weight, targets, ignore_index, chunk):
         wide, train = torch.promote_types(x.dtype, torch.float32), any(ctx.needs_input_grad)
@@ -489,18 +463,16 @@ class LinearCrossEntropy(torch.autograd.Function):
             if train:
                 dlogits = logits_gradient(logits, targets[rows], lse, torch.ones_like(losses), ignore_index)
                 dx[rows] = dlogits @ weight
-                dweight += product_in_float32(dlogits.T, x[rows])
-        count = (targets != ignore_index).sum()
+                dweight += product(dlogits.T, x[rows], wide)
+        count, ctx.dtypes = (targets != ignore_index).sum(), (x.dtype, weight.dtype)
         ctx.save_for_backward(dx, dweight, count)
-        ctx.dtypes = x.dtype, weight.dtype
         return total / count
 
     @staticmethod
     def backward(ctx, dloss):
-        dx, dweight, count = ctx.saved_tensors
+        (dx, dweight, count), (x_dtype, weight_dtype) = ctx.saved_tensors, ctx.dtypes
         factor = dloss / count
-        dx, dweight = dx.to(dweight.dtype) * factor, dweight * factor
-        return dx.to(ctx.dtypes[0]), dweight.to(ctx.dtypes[1]), None, None, None
+        return (dx.to(dweight.dtype) * factor).to(x_dtype), (dweight * factor).to(weight_dtype), None, None, None
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100,
@@ -508,15 +480,15 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     """Mean of cross_entropy(x @ weightᵀ, targets) without ever holding all (tokens, V) logits; also without Triton.
 
     x: (..., C), weight: (V, C), targets: (...). chunk_tokens: rows of logits alive at a time; when not given as many as
-    fill 256 MB on CUDA, 32 MB elsewhere. At GPT-2's vocabulary and 64 x 1,024 tokens all logits would be 6.6 GB in
-    bfloat16, their gradient as much. 6 N V C FLOPs forward and backward together: three products, bound by arithmetic.
+    fill 256 MB on CUDA, 32 MB elsewhere. With GPT-2's vocabulary and 64 x 1,024 tokens all of them would take 6.6 GB in
+    bfloat16, and their gradient as much.
     """
     if targets.shape != x.shape[:-1] or targets.is_floating_point() or weight.shape[1:] != x.shape[-1:]:
         raise ValueError(f"linear_cross_entropy takes x (..., C), weight (V, C) and ids (...), not {x.shape}, "
                          f"{weight.shape} and {targets.dtype} {targets.shape}")
     x, weight = autocast(x, weight)
     if chunk_tokens is None:
-        chunk_tokens = max(128, (2 ** 28 if x.is_cuda else 2 ** 25) // (len(weight) * x.element_size()))
+        chunk_tokens = max(128, 2 ** (28 if x.is_cuda else 25) // (len(weight) * x.element_size()))
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
     with torch.autocast(x.device.type, enabled=False):
@@ -524,8 +496,11 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
                                         targets.reshape(-1).contiguous(), ignore_index, chunk_tokens)
 
 
-if __name__ == "__main__":                             # every kernel's error, interpreted where there is no GPU
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+def show_errors(page: str) -> int:
+    """Run bench.py's table of errors as a process, interpreted where there is no GPU; returns its exit status."""
     bench = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench.py")
-    sys.exit(subprocess.run([sys.executable, bench, "kernels", "--page=kernels", "--times=false"]).returncode)
+    return subprocess.run([sys.executable, bench, "kernels", f"--page={page}", "--times=false"]).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(show_errors("kernels"))

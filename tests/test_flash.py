@@ -14,9 +14,9 @@ from test_kernels import assert_like_float64
 CASES = [                          # Tq, Tk, D, query heads a key head, causal
     (1, 1, 16, 1, True), (1, 130, 80, 4, True), (1, 17, 64, 2, False), (7, 7, 80, 2, True), (7, 65, 16, 4, False),
     (17, 17, 64, 1, True), (17, 7, 32, 2, True), (17, 127, 16, 1, True), (64, 64, 16, 2, True), (64, 17, 80, 1, True),
-    (64, 130, 32, 4, True), (65, 65, 32, 1, True), (65, 64, 64, 4, True), (65, 130, 80, 2, False), (127, 64, 16, 1, False),
-    (127, 130, 32, 4, True), (130, 130, 80, 1, True), (130, 7, 16, 4, True), (17, 40, 128, 2, True), (33, 18, 256, 1, False),
-    (33, 33, 8, 2, True)]
+    (64, 130, 32, 4, True), (65, 65, 32, 1, True), (65, 64, 64, 4, True), (65, 130, 80, 2, False),
+    (127, 64, 16, 1, False), (127, 130, 32, 4, True), (130, 130, 80, 1, True), (130, 7, 16, 4, True),
+    (17, 40, 128, 2, True), (33, 18, 256, 1, False), (33, 33, 8, 2, True)]
 
 
 @pytest.fixture
@@ -109,7 +109,8 @@ def test_very_negative_scores_do_not_become_zero_rows(flash):
 
 def test_what_it_cannot_do_is_refused(flash):
     q = torch.zeros(2, 4, 8, 16)
-    for text, arguments in [("head width 257", [torch.zeros(2, 8, 257)] * 3), ("multiple of K", [q, q[:, :3], q[:, :3]]),
+    for text, arguments in [("head width 257", [torch.zeros(2, 8, 257)] * 3),
+                            ("multiple of K", [q, q[:, :3], q[:, :3]]),
                             ("16", [q, q[..., :8], q[..., :8]]), ("all else equal", [q, q[0], q[0]]),
                             ("one floating dtype", [q, q.half(), q.half()])]:
         with pytest.raises(ValueError, match=text):
