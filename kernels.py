@@ -55,7 +55,7 @@ def use_triton(x: Tensor) -> bool:
     """Whether x goes to a kernel; says once why it does not. float64 never does."""
     runs = triton is not None and (x.is_cuda or INTERPRET)
     if not runs and not torch.compiler.is_compiling():
-        reason = f"no kernel runs on {x.device.type} without TRITON_INTERPRET=1" if triton else "Triton is not installed"
+        reason = f"{x.device.type} runs no kernel without TRITON_INTERPRET=1" if triton else "Triton is not installed"
         print_once(f"kernels.py: {reason}; PyTorch runs instead", flush=True)
     return runs and x.dtype != torch.float64
 
@@ -256,8 +256,8 @@ class RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight over the last dimension. x (..., N), weight (N,), N up to 65,536.
 
-    Float32 inside. Gradient, with u = x rstd and g = dy weight: dx = rstd (g - u mean(g u)), dweight the sum of dy u over
-    rows. 2 numbers moved for 4 FLOPs, backward 3 for 10.
+    Float32 inside. Gradient, with u = x rstd and g = dy weight: dx = rstd (g - u mean(g u)), dweight = sum of dy u over
+    the rows. 2 numbers moved for 4 FLOPs, backward 3 for 10.
     """
     if weight.shape != x.shape[-1:] or x.shape[-1] > 65536:
         raise ValueError(f"rms_norm takes x (..., N) and weight (N,), N up to 65536, not {x.shape} and {weight.shape}")
@@ -332,7 +332,7 @@ def turned(x, cos, sin, interleaved):
 
 # --- cross entropy: a row in pieces, softmax in one pass ---
 
-PIECE = 64 if INTERPRET else 4096                      # short, so that a test's rows have several
+PIECES = dict(BLOCK=64 if INTERPRET else 4096, num_warps=8)        # short pieces, so that a test's rows have several
 
 
 @jit
@@ -386,7 +386,7 @@ def token_losses(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Te
         return (lse - picked).masked_fill(ignored, 0.0), lse
     (N, V), losses = logits.shape, logits.new_empty(len(logits), dtype=torch.float32)
     lse, logits = torch.empty_like(losses), logits.contiguous()
-    launch(_cross_entropy_forward, (N,), logits, logits, targets, losses, lse, V, ignore_index, BLOCK=PIECE, num_warps=8)
+    launch(_cross_entropy_forward, (N,), logits, logits, targets, losses, lse, V, ignore_index, **PIECES)
     return losses, lse
 
 
@@ -398,10 +398,8 @@ def logits_gradient(logits: Tensor, targets: Tensor, lse: Tensor, dlosses: Tenso
         grad[torch.arange(len(grad), device=grad.device), targets.masked_fill(ignored, 0)] -= 1
         return grad.mul_(dlosses[:, None]).masked_fill_(ignored[:, None], 0.0).to(logits.dtype)
     logits, dlogits = logits.contiguous(), torch.empty_like(logits, memory_format=torch.contiguous_format)
-    V = logits.shape[1]
-    grid = len(logits), triton.cdiv(V, PIECE)
-    launch(_cross_entropy_backward, grid, logits, logits, dlogits, targets, lse, dlosses, V, ignore_index, BLOCK=PIECE,
-           num_warps=8)
+    grid, V = (len(logits), triton.cdiv(logits.shape[1], PIECES["BLOCK"])), logits.shape[1]
+    launch(_cross_entropy_backward, grid, logits, logits, dlogits, targets, lse, dlosses, V, ignore_index, **PIECES)
     return dlogits
 
 
@@ -437,11 +435,6 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, red
 
 # --- linear + cross entropy: logits that never exist all at once ---
 
-def product(a, b, dtype):
-    """a @ b in a dtype at least as wide: not rounded to float16, which ends at 65,504."""
-    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda and a.dtype != dtype else a.to(dtype) @ b.to(dtype)
-
-
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean loss of the logits x weightᵀ, a chunk of rows at a time (2410.10989, section 3.2).
 
@@ -463,7 +456,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             if train:
                 dlogits = logits_gradient(logits, targets[rows], lse, torch.ones_like(losses), ignore_index)
                 dx[rows] = dlogits @ weight
-                dweight += product(dlogits.T, x[rows], wide)
+                if x.is_cuda and x.dtype != wide:                  # never rounded to float16, which ends at 65,504
+                    dweight += torch.mm(dlogits.T, x[rows], out_dtype=wide)
+                else:
+                    dweight += dlogits.T.to(wide) @ x[rows].to(wide)
         count, ctx.dtypes = (targets != ignore_index).sum(), (x.dtype, weight.dtype)
         ctx.save_for_backward(dx, dweight, count)
         return total / count
@@ -480,20 +476,18 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     """Mean of cross_entropy(x @ weightᵀ, targets) without ever holding all (tokens, V) logits; also without Triton.
 
     x: (..., C), weight: (V, C), targets: (...). chunk_tokens: rows of logits alive at a time; when not given as many as
-    fill 256 MB on CUDA, 32 MB elsewhere. With GPT-2's vocabulary and 64 x 1,024 tokens all of them would take 6.6 GB in
-    bfloat16, and their gradient as much.
+    fill 256 MB on CUDA, 32 MB elsewhere. 64 x 1,024 tokens of GPT-2's vocabulary would take 6.6 GB in bfloat16, twice.
     """
     if targets.shape != x.shape[:-1] or targets.is_floating_point() or weight.shape[1:] != x.shape[-1:]:
         raise ValueError(f"linear_cross_entropy takes x (..., C), weight (V, C) and ids (...), not {x.shape}, "
                          f"{weight.shape} and {targets.dtype} {targets.shape}")
     x, weight = autocast(x, weight)
-    if chunk_tokens is None:
-        chunk_tokens = max(128, 2 ** (28 if x.is_cuda else 25) // (len(weight) * x.element_size()))
-    if chunk_tokens < 1:
+    if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
+    chunk = chunk_tokens or max(128, 2 ** (28 if x.is_cuda else 25) // (len(weight) * x.element_size()))
     with torch.autocast(x.device.type, enabled=False):
         return LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight.to(x.dtype),
-                                        targets.reshape(-1).contiguous(), ignore_index, chunk_tokens)
+                                        targets.reshape(-1).contiguous(), ignore_index, chunk)
 
 
 def show_errors(page: str) -> int:

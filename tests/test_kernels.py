@@ -135,7 +135,7 @@ def test_linear_cross_entropy_never_holds_all_logits(kernels):
 def test_what_the_kernels_cannot_do_is_said(kernels):
     x, four = torch.zeros(2, 3), torch.zeros(1, 2, 5, 6)
     for call in (lambda: kernels.swiglu(x, x.half()), lambda: kernels.rms_norm(x, torch.ones(4)),
-                 lambda: kernels.apply_rope(four, four, torch.ones(4, 3), torch.ones(4, 3)), lambda: kernels.matmul(x, x),
+                 lambda: kernels.apply_rope(four, four, *torch.ones(2, 4, 3)), lambda: kernels.matmul(x, x),
                  lambda: kernels.linear_cross_entropy(x, torch.ones(9, 4), torch.arange(2)),
                  lambda: kernels.linear_cross_entropy(x, torch.ones(9, 3), torch.arange(2), chunk_tokens=0)):
         with pytest.raises(ValueError, match=r"\d"):
@@ -209,7 +209,7 @@ def test_kernels_import_quietly_and_fall_back_with_one_line(tmp_path):
         kernels.cross_entropy(x, torch.arange(4)).backward()
         assert x.grad.abs().sum() > 0 and q.grad.abs().sum() > 0"""
     (tmp_path / "triton.py").write_text("raise ImportError('hidden')", encoding="utf-8")
-    for path, reason in ((f"{tmp_path}{os.pathsep}{ROOT}", "not installed"), (str(ROOT), "no kernel runs on cpu")):
+    for path, reason in ((f"{tmp_path}{os.pathsep}{ROOT}", "not installed"), (str(ROOT), "cpu runs no kernel")):
         environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
         environment.pop("TRITON_INTERPRET", None)
         if reason != "not installed":
