@@ -1,0 +1,389 @@
+r"""Attention without the T x T matrix: FlashAttention-2, in PyTorch tiles to read, in Triton to run.
+
+softmax(q kᵀ / √D) v is two matrix products with a softmax between them. Written out, the scores, T x T for each head,
+go to memory and come back several times, and all are kept for backward. Here a tile of them at a time is made, used and
+forgotten. The queries' tiles go down, the keys' to the right, under a causal mask:
+
+                 keys ->
+       queries   [#][\][ ][ ]     #  seen by all queries of the tile: no mask
+          |      [#][#][\][ ]     \  cut by the diagonal: mask
+          v      [#][#][#][\]        never loaded
+
+One program walks along one row of tiles and holds three things for each of its queries: m, the largest score so far; l,
+the sum of exp(score - m); acc, the sum of exp(score - m) v. A larger m shrinks both sums by exp(old m - new m), so the
+result is exact (online softmax, 1805.02867). Scores 1 and 3 in one tile, 5 in the next:
+
+    tile (1, 3)   m = 3   l = e^-2 + 1                          acc = e^-2 v1 + v2
+    tile (5)      m = 5   l = (e^-2 + 1) e^-2 + 1 = 1.154       acc = (e^-2 v1 + v2) e^-2 + v3         o = acc / l
+
+Kept for backward: q, k, v, o and L = m + log l, one number a query, with which P = exp(S - L) is computed again. The
+softmax's gradient is dS = P ∘ (dP - delta), delta the sum of P ∘ dP over a row. That needs the whole row, and a tile
+has a part of it. But dP = dO vᵀ, so sum_j P_ij dP_ij = sum_j P_ij (dO_i · v_j) = dO_i · sum_j P_ij v_j = dO_i · O_i:
+delta = rowsum(dO ∘ O), known before the first tile.
+
+Left out: dropout, arbitrary masks and sliding windows (model.py takes torch's sdpa for those), Hopper's TMA, fp8.
+Papers: FlashAttention 2205.14135, FlashAttention-2 2307.08691 (algorithms 1 and 2).
+
+    python flash.py               errors beside torch's own attention
+    python bench.py kernels       times beside it (CUDA)
+"""
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+from kernels import INTERPRET, as_operator, autocast, constexpr, dot, jit, launch, show_errors, tl, triton, use_triton
+
+LOG2E = constexpr(math.log2(math.e))                   # exp(x) = 2^(x log2 e), and 2^x is one instruction
+LOWEST = -1e30                                         # where the largest score starts: not -inf, as -inf - -inf is NaN
+TILE = 64                                              # queries and keys of a tile in PyTorch
+
+
+# --- the whole matrix, to compare with: every q is (heads, Tq, D), k and v (heads, Tk, D) here ---
+
+def scores_of(q, k, is_causal: bool, first_query: int = 0, first_key: int = 0, shift: int | None = None):
+    """q kᵀ / √D of a tile that starts at these positions; -inf where a query does not see the key.
+
+    Query i sees the keys up to i + shift, shift = Tk - Tq: the last query sees the last key (bottom right).
+    """
+    s = q @ k.mT / math.sqrt(q.shape[-1])
+    if not is_causal:
+        return s
+    query, key = (torch.arange(n, device=q.device) for n in s.shape[-2:])
+    shift = k.shape[-2] - q.shape[-2] if shift is None else shift
+    return s.masked_fill(key + first_key > query[:, None] + first_query + shift, -math.inf)
+
+
+def attention_reference(q, k, v, is_causal: bool):
+    """(o, L (heads, Tq)) with all scores in memory. A query that sees no key: o = 0, L = -inf."""
+    s = scores_of(q, k, is_causal)
+    lse = s.logsumexp(dim=-1, keepdim=True)
+    return torch.exp(s - lse.clamp(min=LOWEST)) @ v, lse.squeeze(-1)
+
+
+def attention_backward_reference(q, k, v, o, lse, do, is_causal: bool):
+    """(dq, dk, dv) with all scores in memory: what algorithm 2 cuts into tiles."""
+    s = scores_of(q, k, is_causal)
+    p = torch.exp(s - lse[..., None].clamp(min=LOWEST))            # no key seen: exp(-inf) = 0, and not exp(-inf + inf)
+    dv = p.mT @ do
+    dp = do @ v.mT
+    delta = (do * o).sum(dim=-1, keepdim=True)
+    ds = p * (dp - delta) / math.sqrt(q.shape[-1])
+    dq = ds @ k
+    dk = ds.mT @ q
+    return dq, dk, dv
+
+
+# --- tiles in PyTorch: the algorithm to read ---
+
+def wide(q, k, v, *more, group: int):
+    """All in float32 at least; each head of k and v `group` times, once for each query head that uses it."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return [t.to(dtype) for t in (q, k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), *more)]
+
+
+def tiled_forward(q, k, v, is_causal: bool):
+    """(o, L) by FlashAttention-2's forward pass (algorithm 1). q (heads, Tq, D), k, v (key heads, Tk, D)."""
+    (heads, Tq, _), Tk, dtype = q.shape, k.shape[1], q.dtype
+    q, k, v = wide(q, k, v, group=heads // max(1, len(k)))
+    o, lse = torch.empty_like(q), q.new_empty(heads, Tq)
+    for i in range(0, Tq, TILE):
+        q_i = q[:, i:i + TILE]
+        last = min(Tk, i + q_i.shape[1] + Tk - Tq) if is_causal else Tk          # keys from here on: never loaded
+        m = torch.full_like(q_i[..., :1], LOWEST)
+        l, acc = torch.zeros_like(m), torch.zeros_like(q_i)
+        for j in range(0, last, TILE):
+            columns = slice(j, min(j + TILE, last))
+            s = scores_of(q_i, k[:, columns], is_causal, i, j, Tk - Tq)
+            m_new = torch.maximum(m, s.amax(dim=-1, keepdim=True))
+            p, shrink = torch.exp(s - m_new), torch.exp(m - m_new)
+            l = l * shrink + p.sum(dim=-1, keepdim=True)
+            acc = acc * shrink + p @ v[:, columns]
+            m = m_new
+        o[:, i:i + TILE] = acc / l.clamp(min=1e-30)                # no key seen: 0 / 1e-30, and L = m + log 0 = -inf
+        lse[:, i:i + TILE] = (m + l.log()).squeeze(-1)
+    return o.to(dtype), lse
+
+
+def tiled_backward(q, k, v, o, lse, do, is_causal: bool):
+    """(dq, dk, dv) by FlashAttention-2's backward pass (algorithm 2): P again, tile by tile."""
+    inputs, (heads, Tq, D), (key_heads, Tk, _) = (q, k, v), q.shape, k.shape
+    q, k, v, o, do = wide(q, k, v, o, do, group=heads // max(1, key_heads))
+    lse, delta = lse.clamp(min=LOWEST)[..., None], (do * o).sum(dim=-1, keepdim=True)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for j in range(0, Tk, TILE):
+        k_j, v_j, columns = k[:, j:j + TILE], v[:, j:j + TILE], slice(j, j + TILE)
+        first = max(0, j - (Tk - Tq)) if is_causal else 0          # the first query that sees a key of the tile
+        for i in range(first, Tq, TILE):
+            rows = slice(i, i + TILE)
+            p = torch.exp(scores_of(q[:, rows], k_j, is_causal, i, j, Tk - Tq) - lse[:, rows])
+            dp = do[:, rows] @ v_j.mT
+            ds = p * (dp - delta[:, rows]) / math.sqrt(D)
+            dv[:, columns] += p.mT @ do[:, rows]
+            dk[:, columns] += ds.mT @ q[:, rows]
+            dq[:, rows] += ds @ k_j
+    dk, dv = (d.view(key_heads, -1, Tk, D).sum(1) if key_heads < heads else d for d in (dk, dv))
+    return tuple(d.to(t.dtype) for d, t in zip((dq, dk, dv), inputs))
+
+
+# --- tiles in Triton ---
+
+def tiles(kernel: str, D: int, dtype: torch.dtype) -> dict:
+    """Queries and keys of a tile, warps and pipeline stages, by kernel, padded head width and dtype.
+
+    A table, not autotuning: the same inputs give the same bits in every process. Compiled by Triton 3.7 for Hopper and
+    for Ada, none takes over 96 KB of shared memory, which consumer cards have.
+    """
+    if INTERPRET:                                      # small and uneven, so that a test of 130 tokens has every border
+        block_q, block_k = (32, 64) if kernel == "keys" else (64, 32)
+    elif dtype == torch.float32:                       # IEEE products take no tensor core and hold tiles in registers
+        block_q, block_k = (32, 32) if D <= 64 else (16, 16)
+    elif D <= 128:
+        block_q, block_k = {"forward": (128, 64), "queries": (64, 64), "keys": (32, 64)}[kernel]
+    else:
+        block_q, block_k = {"forward": (64, 32), "queries": (32, 32), "keys": (32, 32)}[kernel]
+    return dict(BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=4 if block_q * block_k <= 1024 else 8,
+                num_stages=1 if dtype == torch.float32 else 2)
+
+
+@jit
+def load_tile(base, start, rows, ROWS: constexpr, D: constexpr, D_PAD: constexpr):
+    """Rows start … start + ROWS of a (rows, D) matrix as a (ROWS, D_PAD) tile; zero outside it."""
+    row, column = start + tl.arange(0, ROWS)[:, None], tl.arange(0, D_PAD)[None, :]
+    return tl.load(base + (row.to(tl.int64) * D + column), mask=(row < rows) & (column < D), other=0.0)
+
+
+@jit
+def store_tile(base, start, rows, tile, ROWS: constexpr, D: constexpr, D_PAD: constexpr):
+    """Store what of a (ROWS, D_PAD) tile lies inside a (rows, D) matrix, in the matrix's dtype."""
+    row, column = start + tl.arange(0, ROWS)[:, None], tl.arange(0, D_PAD)[None, :]
+    tl.store(base + (row.to(tl.int64) * D + column), tile.to(base.dtype.element_ty), mask=(row < rows) & (column < D))
+
+
+@jit
+def scores(a, b, query, key, Tq, Tk, MASKED: constexpr, CAUSAL: constexpr):
+    """a bᵀ of two tiles, one the queries' and one the keys'; if MASKED -inf where the query does not see the key."""
+    s = dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), tl.float32))
+    if MASKED:
+        seen = key < Tk
+        if CAUSAL:
+            seen = seen & (key <= query + (Tk - Tq))
+        s = tl.where(seen, s, -float("inf"))
+    return s
+
+
+@jit
+def key_limits(q0, Tq, Tk, CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
+    """(whole, last) for queries q0 … q0 + BLOCK_Q: all see the tiles of keys before `whole` (# in the picture), none
+    sees a key from `last` on."""
+    whole, last = Tk // BLOCK_K * BLOCK_K, Tk
+    if CAUSAL:
+        whole = tl.minimum(whole, tl.maximum(0, q0 + Tk - Tq + 1) // BLOCK_K * BLOCK_K)
+        last = tl.minimum(last, tl.maximum(0, q0 + BLOCK_Q + Tk - Tq))
+    return whole, last
+
+
+@jit
+def _flash_forward(q, k, v, o, lse, Tq, Tk, scale, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
+                   CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
+    """BLOCK_Q queries of one head. q, o (heads, Tq, D); k, v (heads / GROUP, Tk, D); lse (heads, Tq) float32.
+
+    Programs next to each other work on one head, whose keys and values then come from L2. The longest rows of the
+    causal triangle come first: what finishes last should be short. scale = log2(e) / √D: scores are in base 2.
+    """
+    blocks, pid = tl.cdiv(Tq, BLOCK_Q), tl.program_id(0)
+    q0, head = (blocks - 1 - pid % blocks) * BLOCK_Q, (pid // blocks).to(tl.int64)
+    k, v = k + head // GROUP * Tk * D, v + head // GROUP * Tk * D
+    query, key = q0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    q_tile = load_tile(q + head * Tq * D, q0, Tq, BLOCK_Q, D, D_PAD)
+    m = tl.full((BLOCK_Q,), -1e30, tl.float32)                     # LOWEST
+    l = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, D_PAD), tl.float32)
+    whole, last = key_limits(q0, Tq, Tk, CAUSAL, BLOCK_Q, BLOCK_K)
+    for MASKED in tl.static_range(2):                              # two loops: first the whole tiles, without a mask
+        for k0 in range(whole if MASKED else 0, last if MASKED else whole, BLOCK_K):
+            k_tile = load_tile(k, k0, Tk, BLOCK_K, D, D_PAD)
+            s = scores(q_tile, k_tile, query[:, None], (k0 + key)[None, :], Tq, Tk, MASKED, CAUSAL) * scale
+            m_new = tl.maximum(m, tl.max(s, axis=1))
+            p, shrink = tl.exp2(s - m_new[:, None]), tl.exp2(m - m_new)
+            v_tile = load_tile(v, k0, Tk, BLOCK_K, D, D_PAD)
+            acc = dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None])
+            l = l * shrink + tl.sum(p, axis=1)
+            m = m_new
+    some = tl.where(l == 0.0, 1.0, l)                              # a row without keys: o = 0, L = -inf
+    store_tile(o + head * Tq * D, q0, Tq, acc / some[:, None], BLOCK_Q, D, D_PAD)
+    tl.store(lse + head * Tq + query, tl.where(l == 0.0, -float("inf"), (m + tl.log2(some)) / LOG2E), mask=query < Tq)
+
+
+@jit
+def load_lse(lse, query, Tq):
+    """L of a tile of queries in base 2; 0 for one that saw no key, so that exp2(-inf - L) is 0 and not NaN."""
+    numbers = tl.load(lse + query, mask=query < Tq, other=0.0) * LOG2E
+    return tl.where(numbers == -float("inf"), 0.0, numbers)
+
+
+@jit
+def _flash_queries(q, k, v, o, do, lse, delta, dq, Tq, Tk, scale, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
+                   CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
+    """dQ = dS K / √D of BLOCK_Q queries of one head, walking over the keys as the forward pass does.
+
+    It also leaves delta (heads, Tq) = rowsum(dO ∘ O) for the kernel of the keys, and so runs first.
+    """
+    blocks, pid = tl.cdiv(Tq, BLOCK_Q), tl.program_id(0)
+    q0, head = (blocks - 1 - pid % blocks) * BLOCK_Q, (pid // blocks).to(tl.int64)
+    k, v = k + head // GROUP * Tk * D, v + head // GROUP * Tk * D
+    query, key = q0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    q_tile = load_tile(q + head * Tq * D, q0, Tq, BLOCK_Q, D, D_PAD)
+    do_tile = load_tile(do + head * Tq * D, q0, Tq, BLOCK_Q, D, D_PAD)
+    o_tile = load_tile(o + head * Tq * D, q0, Tq, BLOCK_Q, D, D_PAD)
+    row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), axis=1)
+    tl.store(delta + head * Tq + query, row_delta, mask=query < Tq)
+    row_lse = load_lse(lse + head * Tq, query, Tq)
+    acc = tl.zeros((BLOCK_Q, D_PAD), tl.float32)
+    whole, last = key_limits(q0, Tq, Tk, CAUSAL, BLOCK_Q, BLOCK_K)
+    for MASKED in tl.static_range(2):
+        for k0 in range(whole if MASKED else 0, last if MASKED else whole, BLOCK_K):
+            k_tile = load_tile(k, k0, Tk, BLOCK_K, D, D_PAD)
+            s = scores(q_tile, k_tile, query[:, None], (k0 + key)[None, :], Tq, Tk, MASKED, CAUSAL)
+            p = tl.exp2(s * scale - row_lse[:, None])
+            v_tile = load_tile(v, k0, Tk, BLOCK_K, D, D_PAD)
+            dp = dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32))
+            acc = dot((p * (dp - row_delta[:, None])).to(k_tile.dtype), k_tile, acc)
+    store_tile(dq + head * Tq * D, q0, Tq, acc * (scale / LOG2E), BLOCK_Q, D, D_PAD)
+
+
+@jit
+def _flash_keys(q, k, v, do, lse, delta, dk, dv, Tq, Tk, scale, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
+                CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
+    """dV = Pᵀ dO and dK = dSᵀ Q / √D of BLOCK_K keys of one key head, summed over the queries of its GROUP heads.
+
+    Scores stand transposed, (keys, queries), so that P and dS enter the second products as they lie in registers. P is
+    computed a second time, 7 products in all where 5 would do: one kernel for dQ, dK and dV would have to add to one of
+    them from many programs at once, in another order, with other bits, in each run.
+    """
+    blocks, pid = tl.cdiv(Tk, BLOCK_K), tl.program_id(0)
+    k0, key_head = pid % blocks * BLOCK_K, (pid // blocks).to(tl.int64)
+    key = k0 + tl.arange(0, BLOCK_K)
+    k_tile = load_tile(k + key_head * Tk * D, k0, Tk, BLOCK_K, D, D_PAD)
+    v_tile = load_tile(v + key_head * Tk * D, k0, Tk, BLOCK_K, D, D_PAD)
+    dk_tile = tl.zeros((BLOCK_K, D_PAD), tl.float32)
+    dv_tile = tl.zeros((BLOCK_K, D_PAD), tl.float32)
+    # Queries from `first` on see some of these keys, from `whole` on all. Rows past the end need no mask: they are zero
+    # in q and dO, and not stored in dk and dv.
+    first, whole = 0, 0
+    if CAUSAL:
+        first = tl.maximum(0, k0 - (Tk - Tq)) // BLOCK_Q * BLOCK_Q
+        whole = tl.minimum(tl.cdiv(tl.maximum(0, k0 + BLOCK_K - 1 - (Tk - Tq)), BLOCK_Q) * BLOCK_Q, Tq)
+    for member in range(GROUP):
+        head = key_head * GROUP + member
+        for MASKED in tl.static_range(2 if CAUSAL else 1):
+            for q0 in range(first if MASKED else whole, whole if MASKED else Tq, BLOCK_Q):
+                query = q0 + tl.arange(0, BLOCK_Q)
+                q_tile = load_tile(q + head * Tq * D, q0, Tq, BLOCK_Q, D, D_PAD)
+                s = scores(k_tile, q_tile, query[None, :], key[:, None], Tq, Tk, MASKED, CAUSAL)
+                p = tl.exp2(s * scale - load_lse(lse + head * Tq, query, Tq)[None, :])
+                do_tile = load_tile(do + head * Tq * D, q0, Tq, BLOCK_Q, D, D_PAD)
+                dv_tile = dot(p.to(do_tile.dtype), do_tile, dv_tile)
+                dp = dot(v_tile, tl.trans(do_tile), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32))
+                ds = p * (dp - tl.load(delta + head * Tq + query, mask=query < Tq, other=0.0)[None, :])
+                dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile)
+    store_tile(dk + key_head * Tk * D, k0, Tk, dk_tile * (scale / LOG2E), BLOCK_K, D, D_PAD)
+    store_tile(dv + key_head * Tk * D, k0, Tk, dv_tile, BLOCK_K, D, D_PAD)
+
+
+def launch_sizes(kernel: str, q, k, is_causal: bool) -> tuple[tuple, tuple, dict]:
+    """(grid, (Tq, Tk, scale), constants) of a launch for contiguous q (heads, Tq, D) and k (key heads, Tk, D)."""
+    (heads, Tq, D), (key_heads, Tk, _) = q.shape, k.shape
+    D_PAD = max(16, triton.next_power_of_2(D))                     # tl.dot takes no side below 16
+    tile = tiles(kernel, D_PAD, q.dtype)
+    rows, length, block = (key_heads, Tk, "BLOCK_K") if kernel == "keys" else (heads, Tq, "BLOCK_Q")
+    constants = dict(GROUP=heads // max(1, key_heads), D=D, D_PAD=D_PAD, CAUSAL=is_causal, **tile)
+    return (rows * triton.cdiv(length, tile[block]),), (Tq, Tk, math.log2(math.e) / math.sqrt(D)), constants
+
+
+@as_operator
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """(o, L) from the forward kernel."""
+    o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    grid, numbers, constants = launch_sizes("forward", q, k, is_causal)
+    launch(_flash_forward, grid, q, q, k, v, o, lse, *numbers, **constants)
+    return o, lse
+
+
+@as_operator
+def flash_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor,
+                   is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) from the kernel of the queries and then that of the keys."""
+    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+    grid, numbers, constants = launch_sizes("queries", q, k, is_causal)
+    launch(_flash_queries, grid, q, q, k, v, o, do, lse, delta, dq, *numbers, **constants)
+    grid, numbers, constants = launch_sizes("keys", q, k, is_causal)
+    launch(_flash_keys, grid, q, q, k, v, do, lse, delta, dk, dv, *numbers, **constants)
+    return dq, dk, dv
+
+
+# --- for autograd ---
+
+def check_attention(q, k, v) -> None:
+    """Raises ValueError for shapes and dtypes that do not go together."""
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    heads, key_heads = (x.shape[-3] if x.dim() > 2 else 1 for x in (q, k))
+    fits = q.dim() == k.dim() >= 2 and k.shape == v.shape and q.shape[-1] == k.shape[-1] > 0
+    if not fits or q.shape[:-3] != k.shape[:-3] or (heads != key_heads and (not key_heads or heads % key_heads)):
+        raise ValueError("attention takes q (..., H, Tq, D) and k, v (..., K, Tk, D), H a multiple of K and all else "
+                         f"equal, not {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
+
+
+def flat(x: Tensor, last: int = 2) -> Tensor:
+    """x (..., T, D) as contiguous (heads, T, D): all but the last dimensions become one. Copied only if it must be."""
+    return x.reshape(math.prod(x.shape[:-last]), *x.shape[-last:]).contiguous()
+
+
+class FlashAttentionPyTorch(torch.autograd.Function):
+    """apply(q, k, v, is_causal) -> o (..., Tq, D) = softmax(q kᵀ / √D) v by tiles, in plain PyTorch; any float dtype.
+
+    q (..., Tq, D); k and v (..., Tk, D) with q's leading dimensions, or with a divisor of the last of them (grouped
+    queries). Causal: query i sees the keys up to i + Tk - Tq; one that sees none gives zeros. Saved for backward: q, k,
+    v, o and L (..., Tq), the natural log of the sum of exp(scores).
+    """
+    @staticmethod
+    def forward(ctx, q, k, v, is_causal, functions=(tiled_forward, tiled_backward)):
+        check_attention(q, k, v)
+        forward, ctx.backward_function = functions
+        o, lse = forward(flat(q), flat(k), flat(v), bool(is_causal))
+        o, lse, ctx.is_causal = o.view(q.shape), lse.view(q.shape[:-1]), bool(is_causal)
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
+        dq, dk, dv = ctx.backward_function(flat(q), flat(k), flat(v), flat(o), flat(lse, 1), flat(do), ctx.is_causal)
+        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), None
+
+
+class FlashAttentionTriton(FlashAttentionPyTorch):
+    """The same in Triton: float32, float16 or bfloat16 in and out, summed in float32; D up to 256.
+
+    FLOPs a head: forward 4 Tq Tk D, backward 14 (10, and P once more), half if causal: bound by arithmetic from a few
+    hundred keys on. Off CUDA and in float64 the tiles in PyTorch run. Raises ValueError for shapes and dtypes that do
+    not go together, and for heads wider than 256.
+    """
+    @staticmethod
+    def forward(ctx, q, k, v, is_causal):
+        if q.shape[-1] > 256:
+            raise ValueError(f"head width {q.shape[-1]} is more than 256, the most whose tiles fit in shared memory; "
+                             "use more heads, or FlashAttentionPyTorch")
+        functions = (flash_forward, flash_backward) if use_triton(q) else (tiled_forward, tiled_backward)
+        return FlashAttentionPyTorch.forward(ctx, q, k, v, is_causal, functions)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    """FlashAttentionTriton for a model: q (B, H, Tq, D), k and v (B, K, Tk, D); under autocast in its dtype."""
+    return FlashAttentionTriton.apply(*autocast(q, k, v), is_causal)
+
+
+if __name__ == "__main__":
+    sys.exit(show_errors("flash"))
