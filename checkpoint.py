@@ -175,3 +175,15 @@ def sha256(path) -> str:
     import hashlib
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def claim_out_dir(out_dir, overwrite: bool = False, inputs=()) -> None:
+    """Raises ValueError when out_dir is one of the `inputs`, or holds a run and may not be overwritten."""
+    out = Path(out_dir)
+    for folder in inputs:
+        if Path(folder).resolve() == out.resolve():
+            raise ValueError(f"out_dir={out_dir} is also an input; give another --out_dir")
+    held = [name for name in ("ckpt.pt", "best.pt", "log.jsonl") if (out / name).exists()]
+    if held and not overwrite:
+        raise ValueError(f"{out_dir} holds a run already ({', '.join(held)}); go on with it by --resume=true, give "
+                         "another --out_dir, or put the new run in its place by --overwrite=true")
