@@ -1,10 +1,10 @@
-"""What this machine is and does fastest: devices, dtypes, peaks, signals, threads; and what a CPU wants done differently.
+"""What this machine is and does fastest: devices, dtypes, peaks, threads, signals; and what a CPU wants differently.
 
 The figures that everything else is measured against stand here once. A GPU's come from its data sheet, a CPU's are
 measured when they are needed:
 
-    mfu = FLOP/s of the training step / peak_flops(device, dtype)          (Chowdhery 2022, PaLM, 2204.02311, appendix B)
-    tokens/s of decoding <= bandwidth(device) / bytes of the weights       (each token reads every weight once)
+    mfu = FLOP/s of the training step / peak_flops(device, dtype)        (PaLM, 2204.02311, appendix B)
+    tokens/s of decoding <= bandwidth(device) / bytes of the weights     (each token reads every weight once)
 
 The last section holds operations that a CPU does much faster in another form; each equals the simple one by test.
 """

@@ -7,20 +7,20 @@
     python train.py plot out/a out/b                           losses of several runs in one picture
     python train.py sweep lr=1e-3,3e-3 seed=1,2,3 --max_steps=500 --out_dir=out/rates        a grid; table and plot
 
-The loop is nanoGPT's idea of one: draw a batch, forward, backward, clip, step, and now and then evaluate, log and save.
+The loop is nanoGPT's: draw a batch, forward, backward, clip, step, and now and then evaluate, log and save.
 
     12 sequences of a step:      [ 5 rows ]   [ 5 rows ]   [ 2 rows ]     micro-batches of micro_batch_size=5
     forward and backward:        loss · 5/12  loss · 5/12  loss · 2/12    autocast; in float16 times the loss scale
     gradients add up in p.grad:  --------------- mean over ranks ----->   / scale, norm, clip, one optimizer step
 
-A micro-batch counts by its share of the rows: losses of 3, 3 and 6 on 5, 5 and 2 rows are a loss of 3.5. The mean of the
-three means, 4, would give the last two rows more weight than the others.
+A micro-batch counts by its share of the rows: losses of 3, 3 and 6 on 5, 5 and 2 rows are a loss of 3.5. The mean of
+the three means, 4, would give the last two rows more weight than the others.
 
-Three departures from nanoGPT. The step is configured in tokens. A run may be limited by the clock, and then the schedule
-of the learning rate is fitted to the clock. And nothing of a run is lost: a signal saves before it stops, a folder that
-holds a run is not overwritten, and a run that was killed and goes on equals one that was not, bit for bit, as every
-random draw has its own generator in the checkpoint. What changes bits besides is the number of CPU threads, which
-machine.Threads lowers while another program keeps a core busy; --threads=N fixes it.
+Three departures. The step is configured in tokens. A run may be limited by the clock, and the learning rate then
+follows the clock. And no run is lost: a signal saves before it stops, a folder that holds a run is not overwritten, and
+a run that was killed and resumed equals one that was not, bit for bit, as every random draw has its own generator in
+the checkpoint. Besides, only the number of CPU threads changes bits: machine.Threads lowers it while another program
+keeps a core busy, and --threads=N fixes it.
 
 Papers: Kaplan 2020 (2001.08361) for the shape of it, Micikevicius 2017 (1710.03740) for float16, Hinton 2015
 (1503.02531) for learning from a teacher, Chowdhery 2022 (PaLM, 2204.02311, appendix B) for the MFU.
@@ -35,7 +35,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -43,8 +43,6 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import accounting
 import data
-import optim
-from batches import NANOGPT_VOCABULARY, Loader, check_tokenizer, get_batch, open_data
 from checkpoint import (claim_out_dir, load_checkpoint, load_optimizer, load_weights, read_checkpoint,  # noqa: F401
                         save_checkpoint)
 from compress import distillation_loss
@@ -52,208 +50,13 @@ from configurator import command_line, fail, print_config
 from machine import DTYPES, Stop, Threads, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from model import ModelConfig, Transformer, bits_per_byte, perplexity_of, token_losses
 from parallel import Strategy, clip_grad_norm, ending, full_optimizer_state, full_state_dict, take_optimizer_state
+from recipe import (OPTIMIZERS, Loader, LossScale, TrainConfig, all_groups, check_tokenizer, get_batch, lr_factor,
+                    make_optimizers, open_data, take_shape)
 from runs import Log, header, plot, read_log, sweep  # noqa: F401
 
 DEFAULT_CONFIG = "config_shakespeare.py"
 DEFAULT_MINUTES = 2.0                    # when neither max_steps nor max_minutes is given
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_SHAPE = ("attention_backend", "fused_loss", "balance_weight", "balance_rate", "mtp_weight")    # how, not what
-
-OPTIMIZERS = {  # a new one is a class in optim.py and a line here: the class, its settings by ours, what it does
-    "adamw": (optim.AdamW, {"betas": ("beta1", "beta2")}, "a step for each number, by the size of its gradients"),
-    "muon": (optim.Muon, {"momentum": "momentum", "ns_steps": "muon_steps"}, "the blocks' matrices; adamw the others"),
-    "sgd": (optim.SGD, {"momentum": "momentum"}, "down the gradient, with momentum"),
-    "adagrad": (optim.AdaGrad, {}, "divides by all gradients so far"),
-    "rmsprop": (optim.RMSProp, {"beta": "beta2"}, "divides by the recent ones")}
-
-
-# --- settings ---
-
-@dataclass
-class TrainConfig(ModelConfig):
-    """Every setting of a training run, the model's included."""
-    vocab_size: int | None = None            # rows of the embedding; none = as many as the tokenizer has
-    data_dir: str = "data/shakespeare"       # token files; a corpus that data.py knows by this name is prepared
-    out_dir: str = "out/shakespeare"         # checkpoint, log and plot
-    init_from: str | None = None             # OUT_DIR of a model to fine-tune: its shape and weights, a new schedule
-    resume: bool = False                     # go on from OUT_DIR/ckpt.pt
-    overwrite: bool = False                  # put a new run in the place of the one that OUT_DIR holds
-    max_steps: int | None = None             # stop after so many steps
-    max_minutes: float | None = None         # stop after so much training, evaluation and checkpoints not counted
-    batch_tokens: int = 8192                 # tokens per optimizer step
-    micro_batch_size: int | None = None      # sequences per forward pass; none = the whole step at once
-    loader: str = "random"                   # random windows | epochs (windows side by side, shuffled anew each epoch)
-    optimizer: str = "adamw"                 # adamw | muon | sgd | adagrad | rmsprop; explained above
-    lr: float = 1e-3                         # peak learning rate of all but muon
-    muon_lr: float = 0.02                    # muon's peak learning rate
-    muon_steps: int = 5                      # muon's rounds of matrix products: fewer are faster, less orthogonal
-    embedding_lr: float | None = None        # peak learning rate of the embedding tables; none = lr
-    weight_decay: float = 0.1                # of matrices, but for muon's
-    beta1: float = 0.9                       # adamw's decay of the first moment
-    beta2: float = 0.95                      # adamw's and rmsprop's decay of the second moment
-    momentum: float = 0.95                   # muon's and sgd's
-    schedule: str = "cosine"                 # cosine | wsd (constant, then a linear decay), after the warmup
-    warmup_steps: int = 50                   # learning rate rises linearly from 0 over these
-    decay_fraction: float = 0.3              # wsd: the last part of the run, in which the rate falls; 0 = it does not
-    min_lr_factor: float = 0.1               # the rate ends at this share of its peak
-    grad_clip: float = 1.0                   # largest global gradient norm; inf = no clipping
-    eval_every: int = 200                    # steps between evaluations; 0 = only at the end
-    eval_steps: int = 20                     # batches of an evaluation during training
-    log_every: int | None = None             # steps between log lines; none = about a hundred lines in all
-    checkpoint_every: int | None = None      # steps between checkpoints; none = at every evaluation
-    teacher: str | None = None               # OUT_DIR of a trained model to learn from besides the text (distillation)
-    teacher_weight: float = 1.0              # weight of the divergence from the teacher in the training loss
-    teacher_temperature: float = 2.0         # logits of both are divided by this for it
-    num_samples: int = 0                     # texts that sample.py writes at the end
-    seed: int = 1337                         # of weights and batches
-    device: str | None = None                # cpu, cuda, cuda:1, mps; none = the best there is
-    dtype: str | None = None                 # float32 | bfloat16 | float16 of matrix products; none = the fast one
-    threads: int | None = None               # CPU threads; none = all, fewer while another program is busy
-    activation_checkpointing: bool = False   # keep only each block's input for backward and compute the rest again
-    parallel: str = "ddp"                    # under torchrun: ddp | zero1 | fsdp, what ranks divide; see parallel.py
-    tp: int = 1                              # ranks that share every matrix (tensor parallel); the rest divide the data
-    compile: bool | None = None              # torch.compile; none = on CUDA only
-
-    def __post_init__(self):
-        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", ("cosine", "wsd")), ("dtype", (None, *DTYPES)),
-                              ("parallel", ("ddp", "zero1", "fsdp")), ("loader", ("random", "epochs"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, allowed))}")
-        for name in ("batch_tokens", "eval_steps", "muon_steps", "tp", "vocab_size", "log_every", "micro_batch_size",
-                     "max_steps", "checkpoint_every", "threads"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("seed", "warmup_steps", "eval_every", "num_samples", "lr", "muon_lr", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
-        for name in ("max_minutes", "embedding_lr", "grad_clip", "teacher_weight", "teacher_temperature"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("beta1", "beta2", "momentum", "min_lr_factor", "decay_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1")
-        if self.batch_tokens < self.context_length:
-            raise ValueError(f"batch_tokens={self.batch_tokens} is less than one sequence of "
-                             f"context_length={self.context_length}")
-        if self.teacher and (self.fused_loss or self.tp > 1):
-            raise ValueError(f"teacher={self.teacher} is compared by whole logits, which fused_loss=true and tp > 1 "
-                             "never have; leave one out")
-        divided = "parallel=fsdp" if self.parallel == "fsdp" else f"tp={self.tp}"
-        if self.divided and self.optimizer == "muon":
-            raise ValueError(f"{divided} cuts matrices and optimizer=muon needs whole ones; choose optimizer=adamw, or "
-                             "parallel=ddp or zero1 with tp=1")
-        if self.divided and self.compile:
-            raise ValueError(f"{divided} sends from within the forward pass, which compile=true cannot follow; leave "
-                             "one of the two out")
-        if not self.start:
-            self.model_config(self.vocab_size or NANOGPT_VOCABULARY)       # its own checks; else a checkpoint says it
-
-    @property
-    def divided(self) -> bool:
-        """Whether no rank holds whole matrices."""
-        return self.parallel == "fsdp" or self.tp > 1
-
-    @property
-    def start(self) -> Path | None:
-        """The checkpoint that the run starts from."""
-        folder = self.out_dir if self.resume else self.init_from
-        return Path(folder) / "ckpt.pt" if folder else None
-
-    def model_config(self, vocab_size: int) -> ModelConfig:
-        """The model's part of the settings."""
-        values = {field.name: getattr(self, field.name) for field in fields(ModelConfig) if field.init}
-        return ModelConfig(**values | {"vocab_size": vocab_size})
-
-
-def take_shape(config: TrainConfig, given=None) -> TrainConfig:
-    """`config` with the model's shape of the checkpoint that it starts from, if any.
-
-    given: the settings that were asked for; without, all that are not at their default. Raises ValueError for one of
-    them that differs from the checkpoint's.
-    """
-    if not config.start:
-        return config
-    saved = read_checkpoint(config.start).get("model_config") or {}
-    names = [field.name for field in fields(ModelConfig) if field.init and field.name not in NO_SHAPE]
-    shape = {name: saved[name] for name in names if name in saved}
-    if given is None:
-        given = [field.name for field in fields(config) if getattr(config, field.name) != field.default]
-    for name in shape.keys() & set(given):
-        if getattr(config, name) not in (None, shape[name]):
-            raise ValueError(f"{name}={getattr(config, name)} does not fit this model: {config.start} has {name}="
-                             f"{shape[name]}; leave {name} out, or train a new model in another out_dir")
-    return replace(config, **shape)
-
-
-# --- optimizers ---
-
-def make_optimizers(model: Transformer, config: TrainConfig, make=lambda cls, params, **more: cls(params, **more)):
-    """One or two optimizers in a list; each group keeps its peak rate as `peak_lr`, which the schedule scales.
-
-    Matrices decay, vectors (norm weights) do not: a norm pulled to zero has nothing to win. An embedding is a table
-    of vectors and is not decayed either; its rows start at size 1 a number and most get a gradient in few steps only,
-    so they can do with a far larger rate. make(class, groups, **settings): Strategy.optimizer, which may divide it.
-    """
-    hidden, others, vectors, tables = [], [], [], []
-    for name, parameter in model.named_parameters():
-        if "embeddings" in name:
-            tables.append(parameter)
-        elif parameter.dim() < 2:
-            vectors.append(parameter)
-        elif ".attn." in name or ".ffn." in name:
-            hidden.append(parameter)
-        else:
-            others.append(parameter)
-    muon = config.optimizer == "muon"
-    groups = [{"params": others if muon else hidden + others, "weight_decay": config.weight_decay},
-              {"params": vectors, "weight_decay": 0.0},
-              {"params": tables, "weight_decay": 0.0, "lr": config.embedding_lr or config.lr}]
-    jobs = [("adamw" if muon else config.optimizer, [group for group in groups if group["params"]], config.lr)]
-    if muon:
-        jobs.append(("muon", [{"params": hidden, "weight_decay": 0.0}], config.muon_lr))
-    optimizers = []
-    for name, params, lr in jobs:
-        cls, names, _ = OPTIMIZERS[name]
-        settings = {key: getattr(config, ours) if isinstance(ours, str) else tuple(getattr(config, one) for one in ours)
-                    for key, ours in names.items()}
-        optimizers.append(make(cls, params, lr=lr, **settings))
-    for group in all_groups(optimizers):
-        group["peak_lr"] = group["lr"]
-    return optimizers
-
-
-def all_groups(optimizers: list) -> list[dict]:
-    """The parameter groups of all of them."""
-    return [group for optimizer in optimizers for group in optimizer.param_groups]
-
-
-def lr_factor(config: TrainConfig, step: int, total_steps: float) -> float:
-    """The learning rate at `step` (from 1) of a run of total_steps, as a share of its peak."""
-    warmup = config.warmup_steps
-    if config.schedule == "cosine":
-        return optim.cosine_schedule(step, 1.0, config.min_lr_factor, warmup, total_steps)
-    decay = 0 if math.isinf(total_steps) else total_steps * config.decay_fraction      # inf: the clock has not begun
-    return optim.wsd_schedule(step, 1.0, config.min_lr_factor, warmup, max(total_steps - decay - warmup, 0), max(decay, 1))
-
-
-class LossScale:
-    """What a float16 loss is multiplied by before backward, and its gradients divided by after (1710.03740, 3.2).
-
-    float16 has no numbers below 6e-8, where many gradients lie. A gradient that overflows instead costs its step and
-    halves the scale; GROW_EVERY good steps in a row double it.
-    """
-    GROW_EVERY = 2000
-
-    def __init__(self, scale: float = 2.0 ** 16, good_steps: int = 0):
-        self.scale, self.good_steps = scale, good_steps
-
-    def update(self, finite: bool) -> None:
-        """After a step whose gradients were finite, or not."""
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.scale = max(self.scale / 2, 1.0)
-        elif self.good_steps % self.GROW_EVERY == 0:
-            self.scale *= 2
 
 
 # --- one step, evaluation, save and restore ---
@@ -292,7 +95,7 @@ class Run:
         self.loader = Loader(self.splits["train"], self.sequences, config.context_length, self.device, config.seed + 1,
                              config.loader == "epochs", vocab_size)
         self.step, self.seconds, self.best_val_loss = 0, 0.0, math.inf
-        self.loss_scale = LossScale() if self.dtype == "float16" else None
+        self.loss_scale = LossScale(on=self.dtype == "float16")
         self.log, self.is_first_save = None, not config.resume
         if config.resume:
             self.restore(saved)
@@ -300,8 +103,9 @@ class Run:
         if config.teacher:
             path = Path(config.teacher) / "ckpt.pt"
             saved = self.read(path)
-            self.teacher = Transformer(ModelConfig(**saved["model_config"])).to(self.device).requires_grad_(False).eval()
+            self.teacher = Transformer(ModelConfig(**saved["model_config"] | {"vocab_size": vocab_size}))
             load_weights(self.teacher, saved["model"], path)
+            self.teacher.to(self.device).requires_grad_(False).eval()
 
     def read(self, path: Path) -> dict:
         """A checkpoint of a model that reads the ids of this run's data. Raises ValueError when it reads others."""
@@ -340,18 +144,17 @@ class Run:
         for group in all_groups(self.optimizers):
             group["lr"] = group["peak_lr"] * factor
         loss = self.forward_backward(*self.loader.next())
-        if self.loss_scale:
+        if self.loss_scale.on:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_(grads, 1 / self.loss_scale.scale)
         norm = clip_grad_norm(self.model.parameters(), self.config.grad_clip)
         self.step += 1
         # Asking waits for the device, once a step; in return a bad step is known before it has touched a weight.
         finite = math.isfinite(loss) and math.isfinite(norm)
-        overflow = self.loss_scale is not None and self.loss_scale.scale > 1 and math.isfinite(loss)
-        if not finite and not overflow:
+        may_overflow = self.loss_scale.scale > 1 and math.isfinite(loss)
+        if not finite and not may_overflow:
             self.diverged(f"loss {loss:.4g}, gradient norm {norm:.4g} at learning rate {self.config.lr * factor:.2e}")
-        if self.loss_scale:
-            self.loss_scale.update(finite)
+        self.loss_scale.update(finite)
         for optimizer in self.optimizers:
             if finite:
                 optimizer.step()
@@ -362,7 +165,7 @@ class Run:
 
     def forward_backward(self, inputs, targets) -> torch.Tensor:
         """Add up the gradients of a batch, the mean over all ranks, in p.grad; returns its mean loss."""
-        config, scale, loss = self.config, self.loss_scale.scale if self.loss_scale else 1.0, 0.0
+        config, loss = self.config, 0.0
         batches = list(self.strategy.micro_batches(inputs, targets, config.micro_batch_size or self.sequences))
         for i, (x, y, share) in enumerate(batches, start=1):
             with self.autocast():
@@ -373,7 +176,7 @@ class Run:
                     divergence = distillation_loss(logits, teacher_logits, config.teacher_temperature)
                     micro_loss = micro_loss + config.teacher_weight * divergence
             micro_loss = micro_loss * share
-            self.strategy.backward(micro_loss * scale, last=i == len(batches))
+            self.strategy.backward(micro_loss * self.loss_scale.scale, last=i == len(batches))
             loss = loss + micro_loss.detach()
         return self.strategy.mean(loss)
 
@@ -381,8 +184,8 @@ class Run:
         """Raises FloatingPointError, before a bad number gets into a weight or a file."""
         path = Path(self.config.out_dir) / "ckpt.pt"
         saved = f"The last good state is {path}" if path.exists() and not self.is_first_save else "Nothing is saved yet"
-        raise FloatingPointError(f"step {self.step}: {what}: the run has diverged. {saved}; lower --lr (or --muon_lr) or "
-                                 "raise --warmup_steps")
+        raise FloatingPointError(f"step {self.step}: {what}: the run has diverged. {saved}; lower --lr (or --muon_lr) "
+                                 "or raise --warmup_steps")
 
     @torch.no_grad()
     def estimate_loss(self) -> float:
@@ -407,7 +210,7 @@ class Run:
         return losses.double().mean().item()
 
     def record_score(self, val_loss: float, **more) -> float | None:
-        """Log a validation loss; returns it in bits per byte of text, which no tokenizer changes (None: no meta.json)."""
+        """Log a validation loss; returns it in bits per byte of text, a unit for all tokenizers (None: no meta.json)."""
         known = "val_bytes" in self.meta
         bits = bits_per_byte(val_loss, self.meta["val_tokens"], self.meta["val_bytes"]) if known else None
         self.log.write(step=self.step, seconds=self.seconds, val_loss=val_loss, val_bits_per_byte=bits, **more)
@@ -421,20 +224,19 @@ class Run:
             return
         if not all(weight.isfinite().all() for weight in weights.values()):
             self.diverged("the weights are no numbers any more")
-        out, folder, scale = Path(self.config.out_dir), Path(self.config.data_dir), self.loss_scale or LossScale(1.0)
-        if self.is_first_save and (folder / "tokenizer.json").exists():
-            shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
+        out, tokenizer = Path(self.config.out_dir), Path(self.config.data_dir) / "tokenizer.json"
+        if self.is_first_save:             # with it the folder alone is enough to write text
+            (out / "tokenizer.json").unlink(missing_ok=True)
+            if tokenizer.exists():
+                shutil.copyfile(tokenizer, out / "tokenizer.json")
         save_checkpoint(
-            weights, states, self.step, out / name, model_config=asdict(self.model.config),
+            weights, states, self.step, out / name, model_config=asdict(self.model.config), dtype=self.dtype,
             train_config=asdict(self.config), tokens=self.tokens, data_position=self.loader.position,
-            rng={"batches": self.loader.generator.get_state(), "torch": torch.get_rng_state()}, dtype=self.dtype,
-            loss_scale=scale.scale, good_steps=scale.good_steps, seconds=self.seconds,
+            rng={"batches": self.loader.generator.get_state(), "torch": torch.get_rng_state()},
+            loss_scale=self.loss_scale.scale, good_steps=self.loss_scale.good_steps, seconds=self.seconds,
             best_val_loss=self.best_val_loss, tokenizer_sha256=self.tokenizer_sha256)
-        if self.is_first_save:             # what a former run left here goes now, when there is something in its place
-            gone = {"ckpt.pt", "best.pt"} - {name}
-            gone |= set() if (folder / "tokenizer.json").exists() else {"tokenizer.json"}
-            for former in gone:
-                (out / former).unlink(missing_ok=True)
+        if self.is_first_save:             # what a former run left goes only now that there is something in its place
+            (out / ("best.pt" if name == "ckpt.pt" else "ckpt.pt")).unlink(missing_ok=True)
             if self.log:
                 self.log.replace_former()
         self.is_first_save = False
@@ -462,8 +264,8 @@ class Run:
         torch.set_rng_state(saved["rng"]["torch"])
         self.step, self.seconds = saved["step"], saved.get("seconds", 0.0)
         self.best_val_loss = saved.get("best_val_loss", math.inf)
-        if self.loss_scale and "loss_scale" in saved:
-            self.loss_scale = LossScale(saved["loss_scale"], saved.get("good_steps", 0))
+        if self.loss_scale.on and "loss_scale" in saved:
+            self.loss_scale.scale, self.loss_scale.good_steps = saved["loss_scale"], saved["good_steps"]
 
 
 # --- the loop ---
@@ -515,7 +317,7 @@ def log_step(run: Run, since: tuple, peak: float | None, loss: float, lr: float,
     steps, seconds, tokens = run.step - since[0], run.seconds - since[1], run.tokens - since[2]
     ms, rate = 1000 * seconds / steps, tokens / seconds
     mfu = run.flops_per_token / run.strategy.size * rate / peak if peak else None
-    more = {"loss_scale": run.loss_scale.scale} if run.loss_scale else {}
+    more = {"loss_scale": run.loss_scale.scale} if run.loss_scale.on else {}
     run.log.write(step=run.step, seconds=run.seconds, loss=loss, lr=lr, norm=norm, ms=ms, tokens_per_s=rate, mfu=mfu,
                   **more)
     end = run.config.max_steps or max(round(run.total_steps()), run.step)
@@ -649,8 +451,9 @@ def run_command_line(argv: list[str]) -> None:
         if verb == "plot":
             print(plot(files, config.out_dir if sources["out_dir"] == "flag" else None))
             return
-        steps = (sources["max_steps"] == "flag" and config.max_steps) or any(word.startswith("max_steps=") for word in files)
-        if steps and sources["max_minutes"] != "flag":
+        by_flag = sources["max_steps"] == "flag" and config.max_steps is not None
+        by_axis = any(word.startswith("max_steps=") for word in files)
+        if (by_flag or by_axis) and sources["max_minutes"] != "flag":
             config.max_minutes = None              # the time limit of the config file is not meant
         given = {key for key, source in sources.items() if source == "flag" or (named and source != "default")}
         config = take_shape(config, given)
