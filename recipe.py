@@ -233,17 +233,17 @@ def open_data(data_dir, context_length: int, vocab_size: int | None = None) -> t
                              f"context_length={context_length} and the token after; give more text, or less context")
     made_with, tokenizer = meta.get("tokenizer_sha256"), folder / "tokenizer.json"
     if made_with and tokenizer.exists() and sha256(tokenizer) != made_with:
-        raise ValueError(f"{tokenizer} is not the tokenizer that {folder}/meta.json names (SHA-256 {made_with[:12]}…): "
+        raise ValueError(f"{tokenizer} is not the tokenizer that {folder}/meta.json names (SHA-256 {made_with[:9]}…): "
                          "they are of two preparations; run data.py prepare again")
     if (folder / "meta.json").exists() and not (meta.get("vocab_size") or vocab_size):
         raise ValueError(f"{folder}/meta.json has no vocab_size; prepare the data again, or give --vocab_size")
     vocab_size = vocab_size or meta.get("vocab_size", NANOGPT_VOCABULARY)
-    check_ids(splits["val"], vocab_size, f"{folder}/val.bin")      # train.bin may be huge: each batch is looked at
+    check_ids(splits["val"], vocab_size, f"{folder}/val.bin")      # of train.bin each batch is
     return meta, splits, vocab_size
 
 
 def check_tokenizer(entries: dict, path: Path, data_dir, made_with: str | None) -> None:
-    """Raises ValueError when a checkpoint reads other ids than data_dir holds, whose tokenizer has SHA-256 made_with."""
+    """Raises ValueError when a checkpoint reads other ids than data_dir holds, made with the tokenizer of that hash."""
     trained_with = entries.get("tokenizer_sha256")
     advice = f"give data made by data.py prepare --tokenizer={path.parent}"
     if trained_with and made_with is None:

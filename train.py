@@ -210,7 +210,7 @@ class Run:
         return losses.double().mean().item()
 
     def record_score(self, val_loss: float, **more) -> float | None:
-        """Log a validation loss; returns it in bits per byte of text, a unit for all tokenizers (None: no meta.json)."""
+        """Log a validation loss; returns it in bits per byte of text, whatever the tokenizer (None: no meta.json)."""
         known = "val_bytes" in self.meta
         bits = bits_per_byte(val_loss, self.meta["val_tokens"], self.meta["val_bytes"]) if known else None
         self.log.write(step=self.step, seconds=self.seconds, val_loss=val_loss, val_bits_per_byte=bits, **more)
