@@ -273,7 +273,7 @@ class FSDP(nn.Module):
             for whole in unit.wholes.values():
                 if whole.requires_grad:
                     whole.register_post_accumulate_grad_hook(lambda _, unit=unit: self._gradient_arrived(unit))
-        module.register_forward_hook(lambda module, args, output: torch.is_grad_enabled() or self._free_all())
+        module.register_forward_hook(lambda module, args, output: self._after_model())
         self.vectors = [p for p in module.parameters() if p.requires_grad and p not in unit_of]
 
     @classmethod
@@ -291,6 +291,10 @@ class FSDP(nn.Module):
         for unit in self.units:
             if not unit.in_backward:
                 unit.free()
+
+    def _after_model(self) -> None:
+        if not torch.is_grad_enabled():
+            self._free_all()
 
     def _before_forward(self, unit) -> None:
         first_use, i = not unit.whole, self.units.index(unit)
