@@ -380,39 +380,48 @@ class Strategy:
         """cls(params, **kwargs), its state divided if the strategy says so."""
         return ShardedOptimizer(params, cls, self.mesh.dp, **kwargs) if self.name == "zero1" else cls(params, **kwargs)
 
-    def forward_backward(self, inputs, targets, micro_batch_size=None, loss_of=lambda logits, loss, inputs: loss,
-                         scale: float = 1.0) -> torch.Tensor:
-        """Gradients of one step: forward and backward of this rank's part of a batch that all ranks have drawn alike.
+    def micro_batches(self, inputs, targets, size: int):
+        """This rank's rows of a batch that all ranks have drawn alike, as (x, y, share of all rows times dp ranks).
 
-        inputs, targets: (B, T) ids. micro_batch_size: rows of a forward pass; None is all of them, in a pipeline
-        1/4pp of them, for a bubble of at most 1/5. loss_of(logits, loss, inputs): the loss of a micro-batch, under
-        autocast. Gradients are times `scale`. Every micro-batch counts by its rows: no mean of means.
-        Returns the mean loss over all rows of all ranks, without scale.
+        Ranks may get unequal numbers of rows, but all get equally many micro-batches, as a pass may be collective: who
+        has no row left computes one that counts 0.
         """
         starts = [rank * len(inputs) // self.dp for rank in range(self.dp + 1)]
         first, last = starts[self.mesh.dp_rank:self.mesh.dp_rank + 2]
         most = max(b - a for a, b in zip(starts, starts[1:]))
-        x, y, weight, total = inputs[first:last], targets[first:last], self.dp / len(inputs), 0.0
+        for i in range(first, first + most, size):
+            rows = slice(i, min(i + size, last))
+            if i < last:
+                yield inputs[rows], targets[rows], (rows.stop - i) * self.dp / len(inputs)
+            else:
+                yield inputs[:1], targets[:1], 0.0
+
+    def forward_backward(self, inputs, targets, micro_batch_size: int | None = None,
+                         loss_of=lambda logits, loss, inputs: loss, scale: float = 1.0) -> torch.Tensor:
+        """Add the gradients of a batch that all ranks have drawn alike to `.grad`, averaged; returns its mean loss.
+
+        inputs, targets: (B, T) ids. micro_batch_size: rows of a forward pass; None is all of a rank's rows, in a
+        pipeline an eighth of them for two stages, 1/4pp for pp, so that the bubble is at most a fifth.
+        loss_of(logits, loss, inputs): the loss of a micro-batch, called under autocast. Gradients are times `scale`,
+        the loss is not. Every micro-batch counts by its rows, also a ragged one: no mean of means. Collective.
+        """
+        total, size = 0.0, micro_batch_size or len(inputs)
         if self.pp > 1:
-            self.model.n_micro_batches = math.ceil(most / micro_batch_size) if micro_batch_size else 4 * self.pp
-            if len(x):
-                with self.wrapper.no_sync():
-                    total = self.model.step(x, y, loss_of, scale * weight * len(x)) * (weight * len(x))
+            (x, y, share), = self.micro_batches(inputs, targets, len(inputs))
+            self.model.n_micro_batches = math.ceil(len(x) / micro_batch_size) if micro_batch_size else 4 * self.pp
+            with self.wrapper.no_sync():
+                total = self.model.step(x, y, loss_of, scale * share) * share
         else:
-            # Equally many micro-batches on all ranks, as a backward may be collective: who has no row left computes
-            # one that counts 0.
-            size = micro_batch_size or most
-            for i in range(0, most, size):
-                rows, wanted = (x[i:i + size], y[i:i + size]) if i < len(x) else (inputs[:1], targets[:1])
-                share = weight * len(rows) if i < len(x) else 0.0
+            batches = list(self.micro_batches(inputs, targets, size))
+            for i, (x, y, share) in enumerate(batches, start=1):
                 with self.autocast():
-                    loss = loss_of(*self.forward(rows, wanted), rows) * share
-                more = self.name != "fsdp" and i + size < most
-                with self.wrapper.no_sync() if more else contextlib.nullcontext():
+                    loss = loss_of(*self.forward(x, y), x) * share
+                waits = i < len(batches) and self.name != "fsdp"       # FSDP has no room to keep whole gradients
+                with self.wrapper.no_sync() if waits else contextlib.nullcontext():
                     (loss * scale).backward()
                 total = total + loss.detach()
         self.wrapper.finish_gradient_synchronization()
-        return self.mean(torch.as_tensor(total, device=inputs.device))
+        return self.mean(total)
 
     def clip_grad_norm(self, params, max_norm: float) -> torch.Tensor:
         """parallel.clip_grad_norm over the whole model, all stages of it."""
@@ -420,9 +429,10 @@ class Strategy:
 
     @torch.no_grad()
     def evaluate(self, inputs, targets) -> torch.Tensor:
-        """Mean loss of a batch, the same on all ranks that share a model; collective among them."""
+        """Mean loss of a batch that all ranks have drawn alike, and whose rows they share; collective."""
+        (x, y, share), = self.micro_batches(inputs, targets, len(inputs))
         with self.autocast():
-            return self.model(inputs, targets)[1]
+            return self.mean(self.model(x, y)[1] * share)
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """Mean of a number over the ranks along the data."""
