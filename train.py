@@ -35,7 +35,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -141,6 +141,7 @@ class Run:
 
         Every rank draws the whole batch and takes its rows: so the run does not depend on the number of ranks.
         """
+<<<<<<< HEAD
         factor = lr_factor(self.config, self.step + 1, self.total_steps())
         for group in all_groups(self.optimizers):
             group["lr"] = group["peak_lr"] * factor
@@ -151,6 +152,31 @@ class Run:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_(grads, 1 / self.loss_scale.scale)
         norm = self.strategy.clip_grad_norm(self.model.parameters(), self.config.grad_clip)
+=======
+        config = self.config
+        factor = lr_factor(config, self.step + 1, self.total_steps())
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+        inputs, targets = self.loader.next()
+        micro = config.micro_batch_size or self.sequences
+        loss, batches = 0.0, list(self.strategy.micro_batches(inputs, targets, micro))
+        for i, (x, y, share) in enumerate(batches, start=1):
+            with self.autocast():
+                logits, micro_loss = self.forward(x, y)
+                if self.teacher is not None:
+                    with torch.no_grad():
+                        wanted = self.teacher(x)
+                    micro_loss = micro_loss + config.teacher_weight * distillation_loss(logits, wanted,
+                                                                                        config.teacher_temperature)
+            micro_loss = micro_loss * share
+            self.strategy.backward(micro_loss * self.loss_scale, last=i == len(batches))
+            loss = loss + micro_loss.detach()
+        loss = self.strategy.mean(loss)
+        if self.loss_scale != 1:
+            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / self.loss_scale)
+        norm = parallel.clip_grad_norm(self.model.parameters(), config.grad_clip)
+>>>>>>> h1
         self.step += 1
         # Asking waits for the device, once a step; in return a bad step is known before it has touched a weight.
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -424,6 +450,12 @@ def show_samples(config: TrainConfig) -> None:
               f"      the same command with --resume=true --max_minutes=10 trains on; plot: {config.out_dir}/loss.png")
 
 
+@dataclass
+class PlotConfig:
+    """The setting of `train.py plot`."""
+    out_dir: str | None = None               # folder of loss.png; none = the first run's
+
+
 USAGE = f"""usage: python train.py [config_x.py] [--key=value …]      train ({DEFAULT_CONFIG} when no config is given)
        python train.py plot OUT_DIR … [--out_dir=FOLDER]   draw the losses of runs to FOLDER/loss.png
        python train.py sweep [config_x.py] key=a,b …       train a grid; table and plot of all runs below out_dir
@@ -433,23 +465,21 @@ optimizers:""" + "".join(f"\n  {name:<8} {what}" for name, (_, _, what) in OPTIM
 
 def run_command_line(argv: list[str]) -> None:
     """What `python train.py ARGV` does. A mistake exits with 2, a full disk with 1, a signal with 128 + its number."""
-    words, interrupted = [word for word in argv if not word.startswith("--")], None
-    named = any(word.endswith(".py") for word in words)
-    if not named and words[:1] != ["plot"]:
-        argv = [*argv, str(Path(__file__).with_name(DEFAULT_CONFIG))]
-    verb, files, config, sources = command_line(TrainConfig, argv, USAGE, verbs=("plot", "sweep"))
+    verbs = {None: TrainConfig, "sweep": TrainConfig, "plot": PlotConfig}
+    default = str(Path(__file__).with_name(DEFAULT_CONFIG))
+    verb, files, config, sources = command_line(verbs, argv, USAGE, config_file=default)
     if verb is None and files:
         fail(f"{files[0]!r} is neither a setting (--key=value), a config_*.py nor a verb. {USAGE}")
+    interrupted = None
     try:
         if verb == "plot":
-            print(plot(files, config.out_dir if sources["out_dir"] == "flag" else None))
+            print(plot(files, config.out_dir))
             return
         by_flag = sources["max_steps"] == "flag" and config.max_steps is not None
         by_axis = any(word.startswith("max_steps=") for word in files)
         if (by_flag or by_axis) and sources["max_minutes"] != "flag":
             config.max_minutes = None              # the time limit of the config file is not meant
-        given = {key for key, source in sources.items() if source == "flag" or (named and source != "default")}
-        config = take_shape(config, given)
+        config = take_shape(config, {key for key, source in sources.items() if source not in ("default", default)})
         print_config(config, sources)
         interrupted = sweep(config, files, main) if verb == "sweep" else main(config)["interrupted"]
     except (ValueError, OSError, FloatingPointError) as error:
