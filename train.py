@@ -141,7 +141,6 @@ class Run:
 
         Every rank draws the whole batch and takes its rows: so the run does not depend on the number of ranks.
         """
-<<<<<<< HEAD
         factor = lr_factor(self.config, self.step + 1, self.total_steps())
         for group in all_groups(self.optimizers):
             group["lr"] = group["peak_lr"] * factor
@@ -152,31 +151,6 @@ class Run:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_(grads, 1 / self.loss_scale.scale)
         norm = self.strategy.clip_grad_norm(self.model.parameters(), self.config.grad_clip)
-=======
-        config = self.config
-        factor = lr_factor(config, self.step + 1, self.total_steps())
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-        inputs, targets = self.loader.next()
-        micro = config.micro_batch_size or self.sequences
-        loss, batches = 0.0, list(self.strategy.micro_batches(inputs, targets, micro))
-        for i, (x, y, share) in enumerate(batches, start=1):
-            with self.autocast():
-                logits, micro_loss = self.forward(x, y)
-                if self.teacher is not None:
-                    with torch.no_grad():
-                        wanted = self.teacher(x)
-                    micro_loss = micro_loss + config.teacher_weight * distillation_loss(logits, wanted,
-                                                                                        config.teacher_temperature)
-            micro_loss = micro_loss * share
-            self.strategy.backward(micro_loss * self.loss_scale, last=i == len(batches))
-            loss = loss + micro_loss.detach()
-        loss = self.strategy.mean(loss)
-        if self.loss_scale != 1:
-            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / self.loss_scale)
-        norm = parallel.clip_grad_norm(self.model.parameters(), config.grad_clip)
->>>>>>> h1
         self.step += 1
         # Asking waits for the device, once a step; in return a bad step is known before it has touched a weight.
         finite = math.isfinite(loss) and math.isfinite(norm)
