@@ -73,9 +73,10 @@ def strategies(shape, device) -> dict:
              "DDP + ZeRO-1": (parallel.DDP, zero1, (2 + 2 / size) * weights),
              "FSDP": (sharded.FSDP, AdamW, 4 * weights / size),
              "torch fully_shard": (torch_fsdp, torch.optim.AdamW, 4 * weights / size),
-             "tensor parallel": (sharded.tensor_parallel, AdamW, 4 * (2 * vocabulary + (weights - 2 * vocabulary) / size))}
+             "tensor parallel": (sharded.tensor_parallel, AdamW,
+                                 4 * (2 * vocabulary + (weights - 2 * vocabulary) / size))}
     made, jobs = {}, [(name, shape, *how) for name, how in wraps.items()]
-    even = replace(shape, vocab_size=256, n_layers=2 * size)       # stages of one size: a large head would be the last's
+    even = replace(shape, vocab_size=256, n_layers=2 * size)       # equal stages: a large head would be the last's
     layers = 4 * sum(p.numel() for p in Transformer(even).layers.parameters())
     for schedule, n in (("gpipe", 2), ("1f1b", 2), ("gpipe", 4), ("1f1b", 4)):
         jobs.append((f"{schedule} m={n}", even, lambda model, n=n, schedule=schedule:
@@ -134,7 +135,8 @@ def strategy_times(config: ParallelConfig, device) -> tuple[list[str], dict]:
     shape = ModelConfig(config.vocab_size, config.context_length, config.d_model, config.n_layers, n_heads=8)
     made, size = strategies(shape, device), parallel.world()[1]
     rows = config.batch_size * size                # of the whole batch, which tensor parallel and pipelines do together
-    ids = torch.randint(256, (rows, config.context_length + 1), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(256, (rows, config.context_length + 1),
+                        generator=torch.Generator().manual_seed(0))
     traces, seconds = {}, {name: [] for name in made}
     for turn in range(config.steps + 1):
         for name in made if turn % 2 else reversed(made):

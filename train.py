@@ -38,6 +38,7 @@ import accounting
 import data
 import optim
 import parallel
+import sharded
 from checkpoint import (load_checkpoint, load_model, load_optimizer, load_weights, read_checkpoint,  # noqa: F401
                         save_checkpoint, write_atomically)
 from compress import distillation_loss
@@ -256,7 +257,7 @@ def print_parameters(model: Transformer, optimizers: list, lr: float) -> None:
         for group in optimizer.param_groups:
             treated = kind, f"{group['peak_lr'] / lr:.3g}" if lr else "-", f"{group['weight_decay']:g}"
             for p in group["params"]:
-                found.setdefault((tuple(parallel.full_shape(p)), treated), []).append(names[id(p)])
+                found.setdefault((tuple(sharded.full_shape(p)), treated), []).append(names[id(p)])
     rows = []
     for (shape, treated), same in found.items():
         shown, before = "", None                                                 # a path is written once for many
@@ -284,9 +285,9 @@ class Run:
     """The state of one training run: everything a checkpoint must bring back, and the steps that change it."""
     GROW_EVERY = 2000                          # good steps after which loss_scale doubles
 
-    def __init__(self, config: TrainConfig, strategy: parallel.Strategy | None = None):
+    def __init__(self, config: TrainConfig, strategy: sharded.Strategy | None = None):
         self.config = config
-        self.strategy = strategy or parallel.Strategy(config.parallel, config.tp, config.device)
+        self.strategy = strategy or sharded.Strategy(config.parallel, config.tp, config.device)
         self.device = pick_device(self.strategy.device)
         if self.device == "cpu":
             keep_freed_memory()
@@ -309,11 +310,10 @@ class Run:
         self.n_params = sum(p.numel() for p in self.model.parameters())
         self.flops_per_token = accounting.flops_per_token(self.model.config, config.context_length, True)["total"]
         # From here on self.model may hold only this rank's part.
-        self.strategy.divide(self.model, None if self.dtype == "float32" else DTYPES[self.dtype])
-        self.optimizers = make_optimizers(self.model, config, self.strategy.optimizer)
         cut = config.parallel == "fsdp" or config.tp > 1
         use_compile = self.device.startswith("cuda") and not cut if config.compile is None else config.compile
-        self.forward = torch.compile(self.model) if use_compile else self.model
+        self.strategy.divide(self.model, None if self.dtype == "float32" else DTYPES[self.dtype], use_compile)
+        self.optimizers = make_optimizers(self.model, config, self.strategy.optimizer)
         self.sequences = config.batch_tokens // config.context_length
         self.loader = Loader(self.splits["train"], config, self.sequences, self.device)
         self.step, self.seconds, self.best_val_loss = 0, 0.0, math.inf
@@ -323,10 +323,6 @@ class Run:
         self.skipped = self.bad_in_a_row = 0
         self.tokenizer_sha256 = self.meta.get("tokenizer_sha256")
         self.teacher = load_teacher(config, vocab_size, self.tokenizer_sha256, self.device) if config.teacher else None
-
-    def autocast(self):
-        kind, dtype = self.device.split(":")[0], DTYPES[self.dtype]
-        return torch.autocast(kind, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
     def progress(self) -> float:
         """Share of the run that is done, by steps or by the clock, whichever is further."""
@@ -352,23 +348,10 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
         inputs, targets = self.loader.next()
-        micro = config.micro_batch_size or self.sequences
-        loss, batches = 0.0, list(self.strategy.micro_batches(inputs, targets, micro))
-        for i, (x, y, share) in enumerate(batches, start=1):
-            with self.autocast():
-                logits, micro_loss = self.forward(x, y)
-                if self.teacher is not None:
-                    with torch.no_grad():
-                        wanted = self.teacher(x)
-                    micro_loss = micro_loss + config.teacher_weight * distillation_loss(logits, wanted,
-                                                                                        config.teacher_temperature)
-            micro_loss = micro_loss * share
-            self.strategy.backward(micro_loss * self.loss_scale, last=i == len(batches))
-            loss = loss + micro_loss.detach()
-        loss = self.strategy.mean(loss)
+        loss = self.strategy.forward_backward(inputs, targets, config.micro_batch_size, self.loss_of, self.loss_scale)
         if self.loss_scale != 1:
             torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / self.loss_scale)
-        norm = optim.clip_grad_norm(self.model.parameters(), config.grad_clip)
+        norm = self.strategy.clip_grad_norm(self.model.parameters(), config.grad_clip)
         self.step += 1
         # Asking waits for the device, once a step; in return a bad step is known before it has touched a weight.
         if self.is_good(loss.item(), norm.item(), config.lr * factor):
@@ -379,6 +362,14 @@ class Run:
         if config.n_experts and config.balance == "bias":
             self.model.balance_experts()
         return loss, norm, config.lr * factor
+
+    def loss_of(self, logits, loss, inputs):
+        """The training loss of a micro-batch: the model's own, and how far the teacher's distribution is from it."""
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            wanted = self.teacher(inputs)
+        return loss + self.config.teacher_weight * distillation_loss(logits, wanted, self.config.teacher_temperature)
 
     def is_good(self, loss: float, norm: float, lr: float) -> bool:
         """Whether the step may be taken. Raises FloatingPointError when it may not and no setting allows to skip it."""
@@ -419,7 +410,7 @@ class Run:
         for first in range(0, steps, ranks):
             batches = [get_batch(self.splits["val"], size, self.config.context_length, self.device, generator)
                        for _ in range(min(ranks, steps - first))]
-            with self.autocast():
+            with self.strategy.autocast():
                 loss = self.model(*batches[rank % len(batches)])[1]
             total += loss.item() if rank < len(batches) else 0.0
         self.model.train()
@@ -428,7 +419,7 @@ class Run:
     def full_loss(self) -> float:
         """Mean loss over the whole validation split, every token predicted with at least half a context before it."""
         self.model.eval()
-        with self.autocast():
+        with self.strategy.autocast():
             losses = token_losses(self.model, self.splits["val"])
         self.model.train()
         return losses.double().mean().item()
@@ -440,8 +431,8 @@ class Run:
 
     def save(self, name: str = "ckpt.pt") -> None:
         """Write the whole, undivided state, so that any number of ranks can go on from it; collective."""
-        weights = parallel.full_state_dict(self.model)
-        states = [parallel.full_optimizer_state(optimizer) for optimizer in self.optimizers]
+        weights = sharded.full_state_dict(self.model)
+        states = [sharded.full_optimizer_state(optimizer) for optimizer in self.optimizers]
         if self.strategy.rank:
             return
         save_checkpoint(
@@ -462,12 +453,12 @@ class Run:
         if trained_by != self.config.optimizer:
             raise ValueError(f"{path} was trained with optimizer={trained_by}, whose state optimizer="
                              f"{self.config.optimizer} cannot go on with; give that one, or another out_dir")
-        load_weights(self.model, parallel.take_state_dict(self.model, entries["model"]), path)
+        load_weights(self.model, sharded.take_state_dict(self.model, entries["model"]), path)
         wanted = [[{name: value for name, value in group.items() if name != "params"} for group in
                    optimizer.param_groups] for optimizer in self.optimizers]
         states = entries["optimizer"]
         if isinstance(states, list) and len(states) == len(self.optimizers):      # load_optimizer refuses all else
-            states = [parallel.take_optimizer_state(*pair) for pair in zip(self.optimizers, states)]
+            states = [sharded.take_optimizer_state(*pair) for pair in zip(self.optimizers, states)]
         load_optimizer(self.optimizers, states, path)
         for optimizer, settings in zip(self.optimizers, wanted):    # what is asked for on resuming wins over the saved
             for group, new in zip(optimizer.param_groups, settings):
@@ -541,7 +532,7 @@ def main(config: TrainConfig) -> dict:
     Raises ValueError or OSError for settings, data or a checkpoint that cannot be used, FloatingPointError when the
     loss is no longer a number.
     """
-    strategy = parallel.Strategy(config.parallel, config.tp, config.device)
+    strategy = sharded.Strategy(config.parallel, config.tp, config.device)
     pick_device(strategy.device), config.model_config(config.vocab_size or 256)    # mistakes, before hours of preparing
     head = strategy.rank == 0              # who prepares, logs, draws and writes; all ranks train and evaluate
     folder, out = Path(config.data_dir), Path(config.out_dir)

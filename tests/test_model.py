@@ -7,7 +7,7 @@ import torch
 
 from common import SWITCHES, TOY, ids, toy, weights# noqa: F401
 import model as model_module
-import parallel
+import sharded
 from model import Block, ModelConfig, RMSNorm
 
 @pytest.mark.parametrize("shape", [(7,), (2, 5), (2, 3, 4)])
@@ -367,8 +367,8 @@ def test_fused_loss_is_the_loss_without_the_logits(switch):
     for (name, p), q in zip(fused.named_parameters(), plain.parameters()):
         assert torch.allclose(p.grad, q.grad, atol=1e-6), f"{name}: {(p.grad - q.grad).abs().max()}"
     assert torch.equal(fused.eval()(tokens, targets)[0], plain.eval()(tokens))
-    with pytest.raises(ValueError, match="fsdp and tp divide"):
-        parallel.Strategy("fsdp").divide(fused)
+    with pytest.raises(ValueError, match="parallel=fsdp divides"):
+        sharded.Strategy("fsdp").divide(fused)
 
 
 @pytest.mark.parametrize("settings, words",
