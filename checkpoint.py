@@ -137,6 +137,17 @@ def load_checkpoint(path, model=None, optimizer=None) -> int:
     return int(entries["step"])
 
 
+def claim_out_dir(out_dir, overwrite: bool = False, inputs=()) -> None:
+    """Raise ValueError when out_dir holds a run, unless overwrite, or when it is one of `inputs`."""
+    out_dir = Path(out_dir)
+    if any(out_dir.resolve() == Path(path).resolve() for path in inputs):
+        raise ValueError(f"{out_dir} would be read and written at once; choose another out_dir")
+    held = [name for name in ("ckpt.pt", "best.pt", "log.jsonl") if (out_dir / name).exists()]
+    if held and not overwrite:
+        raise ValueError(f"{out_dir} holds a run ({', '.join(held)}); choose another out_dir, or --overwrite=true to "
+                         "replace it")
+
+
 def load_model(out_dir, device="cpu", name: str = "ckpt.pt"):
     """(Transformer in evaluation mode, Tokenizer) from the folder of a training run; the tokenizer is None without
     its file.

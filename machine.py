@@ -144,9 +144,7 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def fast(function, simple, *arguments):
-    """`function`, a torch.autograd.Function, when run line by line; `simple` under torch.compile, which fuses it
-    itself.
-    """
+    """`function`, a torch.autograd.Function, when run line by line; `simple` under torch.compile, which fuses it."""
     # For one new token the fixed cost of an autograd.Function is more than the arithmetic.
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() and arguments[0].numel() < 2 ** 14:
         return simple(*arguments)
@@ -162,18 +160,17 @@ class CrossEntropy(torch.autograd.Function):
     PIECE = 2 ** 18                  # elements
 
     @staticmethod
-    def pieces(rows, width):
-        step = max(1, CrossEntropy.PIECE // width)
-        return [slice(i, i + step) for i in range(0, rows, step)]
+    def pieces(logits, *tensors):
+        rows = max(1, CrossEntropy.PIECE // logits.shape[-1])
+        return zip(*(tensor.split(rows) for tensor in (logits, *tensors)))
 
     @staticmethod
     def forward(ctx, logits, targets):
         flat, ids = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
         maxima = wide(flat.amax(dim=-1, keepdim=True))
         log_sum = torch.empty_like(maxima)                                                         # (rows, 1)
-        for piece in CrossEntropy.pieces(*flat.shape):
-            exponentials = (flat[piece] - maxima[piece]).exp_()
-            log_sum[piece] = exponentials.sum(dim=-1, keepdim=True).log_().add_(maxima[piece])
+        for x, maximum, out in CrossEntropy.pieces(flat, maxima, log_sum):
+            torch.sum((x - maximum).exp_(), dim=-1, keepdim=True, out=out).log_().add_(maximum)
         ctx.save_for_backward(logits, targets, log_sum)
         return (log_sum - flat.gather(-1, ids)).reshape(targets.shape)
 
@@ -183,10 +180,10 @@ class CrossEntropy(torch.autograd.Function):
         logits, targets, log_sum = ctx.saved_tensors
         flat, ids, grad = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1), grad.reshape(-1, 1)
         dlogits = torch.empty_like(flat)
-        for piece in CrossEntropy.pieces(*flat.shape):
-            probabilities = (flat[piece] - log_sum[piece]).exp_()
-            probabilities.scatter_add_(-1, ids[piece], torch.full_like(log_sum[piece], -1.0))
-            dlogits[piece] = probabilities.mul_(grad[piece])
+        for x, total, token, g, out in CrossEntropy.pieces(flat, log_sum, ids, grad, dlogits):
+            probabilities = (x - total).exp_()
+            probabilities.scatter_add_(-1, token, torch.full_like(total, -1.0))
+            out.copy_(probabilities.mul_(g))
         return dlogits.view(logits.shape), None
 
 
@@ -213,84 +210,53 @@ class FastRMSNorm(torch.autograd.Function):
 
 
 class FastSwiGLU(torch.autograd.Function):
-    """swiglu; with s = sigmoid(gate): dgate = g up (s + silu (1 - s)), dup = g silu."""
+    """swiglu by torch's one-pass silu and its gradient; keeps gate and up alone, where autograd keeps five tensors."""
 
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return torch.sigmoid(gate).mul_(gate).mul_(up)
+        return torch.nn.functional.silu(gate).mul_(up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        s = torch.sigmoid(gate)
-        y = s * gate
-        dup = grad * y
-        dgate = y.addcmul_(y, s, value=-1).add_(s).mul_(up).mul_(grad)
-        return dgate, dup
+        return torch.ops.aten.silu_backward(grad * up, gate), torch.nn.functional.silu(gate).mul_(grad)
 
 
-class FastRotate(torch.autograd.Function):
-    """rotate without copies; its gradient turns back by the same angle."""
-
-    @staticmethod
-    def turned(x, cos, sin, sign: int, interleaved: bool):
-        out = torch.empty_like(x)
-        (a, b), (out_a, out_b) = ((t[..., 0::2], t[..., 1::2]) if interleaved else t.chunk(2, dim=-1) for t in (x, out))
-        torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-sign)
-        torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=sign)
-        return out
-
-    @staticmethod
-    def forward(ctx, x, cos, sin, interleaved):
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        return FastRotate.turned(x, cos, sin, 1, interleaved)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return FastRotate.turned(grad, *ctx.saved_tensors, -1, ctx.interleaved), None, None, None
-
-
-# Whether torch has oneDNN's product, which multiplies by a weight matrix in the layout it has, for this processor.
-ONEDNN = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-          and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-          and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
+# torch's second product with a weight as it lies in memory, oneDNN's; None where there is none.
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+FASTER = {}                          # (rows of x, numbers in weight), as powers of two -> whether oneDNN is faster here
 
 
 def product(x, weight):
-    """x @ weightᵀ; in float32 on a CPU and without gradients by oneDNN, unless the matrix is small.
+    """x @ weightᵀ; in float32 on a CPU, without gradients, by the faster of torch's two ways on this machine.
 
-    For one row of x, reading the weights is all the work. MKL does that with a single core, oneDNN with all of them.
-    For several rows oneDNN reads them faster in blocks, where `in_blocks` has made some.
+    For one row of x, reading the weights is all the work, and which library reads them faster differs between
+    processors (both seen). So the first product of each size is measured, once a process; small ones are not worth it.
     """
-    if ONEDNN and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")) \
-            and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
-        blocks = getattr(weight, "blocks", None)
-        if blocks is not None or weight.numel() > 2 ** 16:
-            return torch.ops.mkldnn._linear_pointwise(x, weight if blocks is None else blocks, None, "none", [], "")
-    return x @ weight.T
+    if (ONEDNN is None or torch.is_grad_enabled() or x.device.type != "cpu" or weight.numel() <= 2 ** 16
+            or not x.numel() or not x.dtype == weight.dtype == torch.float32 or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled("cpu")):
+        return x @ weight.T
+    rows = min(x.numel() // x.shape[-1], 16)
+    size = rows.bit_length(), weight.numel().bit_length()
+    if size not in FASTER:
+        FASTER[size] = onednn_is_faster(rows, *weight.shape)
+    return ONEDNN(x, weight, None, "none", [], "") if FASTER[size] else x @ weight.T
 
 
-@contextlib.contextmanager
-def in_blocks(model, rows: int):
-    """Around many passes of so many rows each: the float32 weights of a model on a CPU also in oneDNN's order.
-
-    A block of 16 x 64 weights then serves all rows from the registers. It takes the memory of the weights once more,
-    and the time that 10 to 30 passes of 16 rows win; thousands of rows are faster without. Nothing where oneDNN is not.
-    """
-    weights = [module.weight for module in model.modules() if type(module).__name__ == "Linear"]
-    weights = [weight for weight in weights if ONEDNN and weight.device.type == "cpu" and weight.dtype == torch.float32]
-    try:
+def onednn_is_faster(rows: int, d_out: int, d_in: int) -> bool:
+    """Whether oneDNN takes less time for x (rows, d_in) and weights (d_out, d_in), measured in some 20 ms."""
+    d_out = min(d_out, max(1, 2 ** 21 // d_in))  # 8 MB of weights in all: they come from memory, as a model's do
+    weights, x = torch.ones(max(1, 2 ** 21 // (d_out * d_in)), d_out, d_in), torch.ones(rows, d_in)
+    best = {True: math.inf, False: math.inf}
+    for way in (True, False) * 4:                # in turns, and the best of each: others may use the machine too
+        began = time.perf_counter()
         for weight in weights:
-            weight.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-        yield
-    finally:
-        for weight in weights:
-            weight.__dict__.pop("blocks", None)
+            ONEDNN(x, weight, None, "none", [], "") if way else x @ weight.T
+        best[way] = min(best[way], time.perf_counter() - began)
+    return best[True] < best[False]
 
 
 SHORT_CONTEXT = 512                  # positions up to which three batched products beat torch's fused kernel on a CPU

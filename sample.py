@@ -32,8 +32,9 @@ import torch
 
 from checkpoint import load_model
 from configurator import command_line, fail
-from machine import bandwidth, in_blocks, product
-from model import PRESETS, Linear, ModelConfig, Transformer
+from machine import bandwidth, product
+from accounting import PRESETS
+from model import Linear, ModelConfig, Transformer
 
 END_OF_TEXT = "<|endoftext|>"
 GROUP = 64                               # numbers of a row that share a scale in int4
@@ -251,8 +252,6 @@ def stream(model, prompts, max_new_tokens: int, *, stop_ids=(), cache=True, gene
                 if len(rows[i]) - starts[i] > context:
                     starts[i], memory = len(rows[i]) - max(1, context // 2), None
             phase = "decode"
-            if step == 1 and n_rows >= 4 and max_new_tokens >= 32:       # enough of both to be worth it
-                decoding.enter_context(in_blocks(model, n_rows))
             if alive is None:  # the prompts, once each, however many rows they give
                 phase = "prefill"
                 windows = [row[start:] for row, start in zip(rows, starts)]
@@ -265,7 +264,7 @@ def stream(model, prompts, max_new_tokens: int, *, stop_ids=(), cache=True, gene
             elif memory is None:
                 logits, memory = prefill(model, [rows[i][starts[i]:] for i in alive], cache, max_new_tokens - step)
             else:
-                timing["decode_bytes"] += n_bytes + memory.bytes_read
+                timing["decode_bytes"] += n_bytes
                 last = torch.tensor([[rows[i][-1]] for i in alive], device=device)
                 logits = model(last, cache=memory)[:, -1]
             ids = how.draw(logits, [rows[i] for i in alive], generator)
@@ -369,7 +368,7 @@ class Window:
     def read(self, ids, drafts=()):
         """Logits (1 + drafts, V) after ids and after each draft. What the cache held beyond ids[:-1] is forgotten."""
         if self.memory is None:
-            self.memory = self.model.new_cache(1, self.room(), spare=self.spare)
+            self.memory = self.model.new_cache(1, self.room())
         window = ids[self.start:]
         self.first = min(self.memory.length, len(window) - 1)
         self.memory.set_lengths(self.first)
