@@ -19,15 +19,15 @@ import data
 import evaluate
 import model as model_module
 import optim
-import parallel
+import sharded
 import sample
 import train
 
-SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "kernels", "parallel", "model", "accounting", "convert",
+SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "kernels", "parallel", "fsdp", "sharded", "model", "accounting", "convert",
            "clean", "data", "train", "sample", "evaluate"]
 
 
-@pytest.mark.parametrize("module", [bpe, clean, configurator, data, evaluate, model_module, parallel])
+@pytest.mark.parametrize("module", [bpe, clean, configurator, data, evaluate, model_module, sharded])
 def test_examples_in_docstrings_are_true(module):
     found = doctest.testmod(module)
     assert found.attempted > 0 and found.failed == 0, found
@@ -120,7 +120,7 @@ def test_bad_command_lines_end_with_status_2_and_a_reason(tmp_path, arguments, w
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "data.py", "bpe.py", "accounting.py",
-                                    "scaling.py", "align.py", "kernels.py", "parallel.py"])
+                                    "scaling.py", "align.py", "kernels.py"])
 def test_help_lists_every_key(script):
     done = python(script, "--help")
     assert done.returncode == 0 and script in done.stdout and "--" in done.stdout, done.stderr

@@ -10,7 +10,7 @@ from common import SWITCHES, TOY, ids, rng, toy
 import bpe
 import checkpoint
 import layers
-import parallel
+import sharded
 from accounting import PRESETS, preset
 from model import Attention, Block, ModelConfig, Transformer, cross_entropy, load_model, sinusoids, token_losses
 
@@ -273,8 +273,8 @@ def test_fused_loss_is_the_loss_without_the_logits(switch):
     for (name, p), q in zip(fused.named_parameters(), plain.parameters()):
         assert torch.allclose(p.grad, q.grad, atol=1e-6), f"{name}: {(p.grad - q.grad).abs().max()}"
     assert torch.equal(fused.eval()(tokens, targets)[0], plain.eval()(tokens))
-    with pytest.raises(ValueError, match="fsdp and tp divide"):
-        parallel.Strategy("fsdp").divide(fused)
+    with pytest.raises(ValueError, match="parallel=fsdp divides"):
+        sharded.Strategy("fsdp").divide(fused)
 
 
 # --- the config, and folders ---
