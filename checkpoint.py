@@ -90,7 +90,20 @@ def read_checkpoint(path, map_location="cpu") -> dict:
     if entries.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format_version {entries['format_version']}, this code reads up to {FORMAT_VERSION}")
+    quantized = entries.get("quantized")
+    if quantized is not None:            # what compress.py wrote: every page gets the rounded weights
+        dtype = getattr(torch, quantized["dtype"])
+        entries["model"] |= {name: multiplied_out(parts).to(dtype) for name, parts in quantized["weights"].items()}
     return entries
+
+
+def multiplied_out(parts: dict):
+    """The matrix (R, C) in float32 of {q, scale} in int8 or {q, scale, shift} in int4; see compress.py's rounding."""
+    q, scale = parts["q"], parts["scale"].float().unsqueeze(-1)                 # scale: (R, groups, 1)
+    if q.dtype == torch.uint8:                                                  # two numbers of 4 bits in a byte
+        q = torch.stack((q // 16, q % 16), dim=-1).flatten(1).float() - 8
+    groups = q.float().unflatten(1, (scale.shape[1], -1)) * scale
+    return (groups + parts["shift"].float().unsqueeze(-1) if "shift" in parts else groups).flatten(1)
 
 
 def load_weights(model, weights: dict, path) -> None:
@@ -137,7 +150,7 @@ def load_checkpoint(path, model=None, optimizer=None) -> int:
     return int(entries["step"])
 
 
-def load_model(out_dir, device="cpu", name: str = "ckpt.pt"):
+def load_model(out_dir, device=None, name: str = "ckpt.pt"):
     """(Transformer in evaluation mode, Tokenizer) from the folder of a training run; the tokenizer is None without
     its file.
 
@@ -167,7 +180,7 @@ def load_model(out_dir, device="cpu", name: str = "ckpt.pt"):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(f"{tokenizer_path} has {tokenizer.vocab_size} ids, the model only "
                              f"{model.config.vocab_size}; they do not belong together")
-    return model.to(device).eval(), tokenizer
+    return model.to(device or "cpu").eval(), tokenizer
 
 
 def sha256(path) -> str:
@@ -175,3 +188,18 @@ def sha256(path) -> str:
     import hashlib
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def claim_out_dir(out_dir, overwrite: bool = False, inputs=()) -> None:
+    """Raise ValueError when out_dir is one of `inputs`, or holds a run and overwrite is false."""
+    if any(Path(out_dir).resolve() == Path(one).resolve() for one in inputs):
+        raise ValueError(f"out_dir={out_dir} is its own input; give another one")
+    held = [name for name in ("ckpt.pt", "best.pt", "log.jsonl") if (Path(out_dir) / name).exists()]
+    if held and not overwrite:
+        raise ValueError(f"out_dir={out_dir} holds a run ({', '.join(held)}); give another one, or --overwrite=true")
+
+
+def open_tokens(data_dir, split: str):
+    """The ids of FOLDER/train.bin or val.bin."""
+    from data import open_tokens
+    return open_tokens(data_dir, split)

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from checkpoint import load_model  # noqa: F401
 from machine import (CrossEntropy, FastRMSNorm, FastRotate, FastSwiGLU, SHORT_CONTEXT, fast, in_blocks,  # noqa: F401
                      product, short_attention, wide)
 

@@ -1,22 +1,18 @@
 """Claims about sample.py."""
 import functools
 
+import numpy as np
 import pytest
 import torch
 
-from common import ids, random_model, rng, steps, toy# noqa: F401
+from common import ids, random_model, rng, toy  # noqa: F401
 import bpe
 import checkpoint
-import machine
-import model as model_module
 import sample
 
-@pytest.mark.parametrize(
-    "settings",
-    [dict(temperature=0),
-     dict(), dict(temperature=0.7, top_k=5),
-     dict(top_p=0.8),
-     dict(top_k=20, top_p=0.5)])
+
+@pytest.mark.parametrize("settings", [dict(temperature=0), dict(), dict(temperature=0.7, top_k=5),
+                                      dict(top_k=20, top_p=0.5), dict(min_p=0.1)])
 def test_the_cache_changes_no_token_not_even_past_the_context(settings):
     model = random_model()
     for prompt in ([3], list(range(10)), list(range(40))):                # the last is longer than the context of 16
@@ -25,13 +21,17 @@ def test_the_cache_changes_no_token_not_even_past_the_context(settings):
         assert with_cache == without and len(with_cache) == 40
 
 
-def test_greedy_is_the_argmax_of_the_full_forward():
-    model, ids = random_model(), [1, 2, 3]
-    for token in sample.generate(model, ids, 10, temperature=0):
-        assert token == model(torch.tensor([ids]))[0, -1].argmax().item()
-        ids = ids + [token]
-    assert sample.generate(model, [1, 2, 3], 10, top_k=1) == sample.generate(model, [1, 2, 3], 10,
-                                                                             temperature=0) == ids[3:]
+def test_generate_is_the_simple_loop_and_greedy_its_argmax():
+    model = random_model(context_length=64)
+    for temperature in (1.0, 0.5):
+        expected = sample.simple_generate(model, [1, 2, 3], 20, temperature, rng())
+        assert sample.generate(model, [1, 2, 3], 20, temperature=temperature, generator=rng()) == expected
+    greedy, text = sample.generate(model, [1, 2, 3], 10, temperature=0), [1, 2, 3]
+    for token in greedy:
+        assert token == model(torch.tensor([text]))[0, -1].argmax().item()
+        text = text + [token]
+    for same in (dict(top_k=1), dict(temperature=1e-40), dict(temperature=1e-40, top_p=0.9)):
+        assert sample.generate(model, [1, 2, 3], 10, **same) == greedy
 
 
 def test_a_ragged_batch_writes_what_each_prompt_writes_alone():
@@ -43,44 +43,27 @@ def test_a_ragged_batch_writes_what_each_prompt_writes_alone():
     assert sample.generate(model, prompts, 20, temperature=0, stop_ids=(stop,)) == cut != alone
 
 
-@pytest.mark.skipif(not machine.ONEDNN, reason="this torch has no oneDNN product for this processor")
-def test_weights_in_blocks_give_the_same_logits_and_texts_and_are_gone_afterwards():
-    model = random_model(d_model=64, n_heads=4, context_length=64)
-    prompts = [[5], [1, 2, 3, 4, 5, 6], [7, 8], list(range(14)), [9] * 3]
-    kept = [hasattr(p, "blocks") for p in model.parameters()]
-    for rows in (1, 3, 16, 50):
-        tokens = torch.randint(model.config.vocab_size, (rows, 4), generator=rng())
-        with torch.no_grad():
-            plain = model(tokens)
-            with machine.in_blocks(model, 16):
-                assert all(hasattr(m.weight, "blocks") for m in model.modules() if isinstance(m, model_module.Linear))
-                torch.testing.assert_close(model(tokens), plain, atol=1e-5, rtol=1e-5)
-                assert model.lm_head.weight.blocks.is_mkldnn, "the blocks are oneDNN's"
-    alone = [sample.generate(model, prompt, 40, temperature=0) for prompt in prompts]
-    assert sample.generate(model, prompts, 40, temperature=0) == alone
-    steps = sample.stream(model, prompts, 40)
+def test_prompts_may_be_lists_arrays_or_tensors():
+    model, rows = random_model(), [[1, 2, 3], [4, 5, 6]]
+    expected = sample.generate(model, rows, 4, temperature=0)
+    for prompts in (np.array(rows), torch.tensor(rows), [np.array(row) for row in rows], tuple(map(tuple, rows)),
+                    [torch.tensor(row) for row in rows], [[torch.tensor(i) for i in row] for row in rows]):
+        assert sample.generate(model, prompts, 4, temperature=0) == expected
+    for prompt in (np.array(rows[0], dtype=np.uint16), torch.tensor(rows[0]), list(np.array(rows[0]))):
+        assert sample.generate(model, prompt, 4, temperature=0) == expected[0]
+        assert sample.speculative_generate(model, "ngram", prompt, 4, temperature=0)[0] == expected[0]
+
+
+def test_weights_changed_under_an_open_stream_count_at_once():
+    model, text = random_model(d_model=64), torch.tensor([[1, 2, 3]])
+    steps = sample.stream(model, [[1]] * 16, 40)
     next(steps), next(steps)
-    assert hasattr(model.lm_head.weight, "blocks")
-    steps.close()                                                # as an abandoned loop does
-    assert [hasattr(p, "blocks") for p in model.parameters()] == kept == [False] * len(kept)
-
-
-def test_a_cache_takes_ids_of_any_integer_and_knows_what_a_token_reads():
-    model, tokens = toy("smear window").eval(), ids(2, 10)
-    cache = model.new_cache(2, 12)
-    torch.testing.assert_close(model(tokens.int(), cache=cache), model(tokens))
-    width = model.config.n_kv_heads * model.config.head_dim * 4
-    assert cache.bytes_read == 2 * 2 * sum(4 if window else 10 for window in model.config.windows) * width
-    assert cache.n_bytes > cache.bytes_read and model.new_cache(2, 12, draft=True).ids is None
-
-
-def test_a_gate_in_float32_leaves_the_stream_in_bfloat16():
-    """As under FSDP with compute_dtype=bfloat16, which casts matrices and leaves vectors."""
-    model, seen = toy("smear").to(torch.bfloat16), []
-    model.smear_gate = torch.nn.Parameter(model.smear_gate.detach().float())
-    model.layers[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0].dtype))
-    model(ids(2, 5))
-    assert seen == [torch.bfloat16]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+        held = model(text)
+        steps.close()
+        assert torch.equal(held, model(text)), (held - model(text)).abs().max()
 
 
 def test_samples_of_one_prompt_share_its_prefill():
@@ -101,7 +84,25 @@ def test_distribution_by_hand():
     close(sample.distribution(logits, top_p=0.81), torch.tensor([[0.5, 0.3, 0.15, 0]]) / 0.95)
     close(sample.distribution(logits, top_p=1e-9), torch.tensor([[1.0, 0, 0, 0]]))
     close(sample.distribution(logits, temperature=0.5), torch.tensor([[0.25, 0.09, 0.0225, 0.0025]]) / 0.365)
+    close(sample.distribution(logits, temperature=1e-40), torch.tensor([[1.0, 0, 0, 0]]))
     close(sample.distribution(logits, top_k=3, top_p=0.6), torch.tensor([[0.625, 0.375, 0, 0]]))
+    close(sample.distribution(logits, min_p=0.2), torch.tensor([[0.5, 0.3, 0.15, 0]]) / 0.95)
+
+
+def test_top_p_needs_no_float64_which_mps_does_not_have():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoDouble(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), more=None):
+            out = function(*arguments, **(more or {}))
+            assert not torch.is_tensor(out) or out.dtype != torch.float64, function
+            return out
+    logits = torch.randn(3, 50_000, generator=rng())
+    with NoDouble():
+        kept = sample.distribution(logits, top_p=0.9) > 0
+    ordered = torch.softmax(logits.double(), -1).sort(descending=True).values
+    exact = (ordered.cumsum(-1) - ordered < 0.9).sum(-1)                  # the reference, in float64
+    assert (kept.sum(-1) - exact).abs().max() <= 1
 
 
 def test_samples_follow_the_distribution():
@@ -116,28 +117,24 @@ def test_samples_follow_the_distribution():
 
 
 def test_padded_vocabulary_rows_are_never_sampled():
-    assert max(sample.generate(random_model(), [1], 200, temperature=5.0, vocab_limit=3, generator=rng())) == 2
+    """Not by a limit, nor past a given tokenizer's ids, which no stop string could be read from."""
+    tokenizer = bpe.Tokenizer({i: bytes([i]) for i in range(256)}, [])
+    model = random_model(vocab_size=320)
+    for how in (dict(vocab_limit=3), dict(tokenizer=tokenizer), dict(tokenizer=tokenizer, stop_strings=("zzz",))):
+        drawn = sample.generate(model, [1], 200, temperature=9.0, generator=rng(), **how)
+        assert max(drawn) < how.get("vocab_limit", 256) and len(drawn) == 200
+    assert max(sample.speculative_generate(model, "ngram", [1], 200, temperature=9.0, vocab_limit=3)[0]) == 2
 
 
 @pytest.mark.parametrize("prompt, more, words", [([], {}, "empty"), ([99], {}, "outside 0 … 49"),
                                                  ([1], dict(temperature=-1), "temperature=-1"),
+                                                 ([1], dict(min_p=2.0), "min_p=2.0"),
                                                  ([1], dict(top_k=0), "top_k=0"), ([1], dict(top_p=0.0), "top_p=0.0")])
 def test_bad_sampling_is_refused_before_anything_is_computed(prompt, more, words):
     with pytest.raises(ValueError, match=words):
         sample.generate(random_model(), prompt, 5, **more)
-
-
-def test_min_p_and_repetition_penalty_by_hand():
-    close = functools.partial(torch.testing.assert_close, atol=1e-6, rtol=0)
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
-    close(sample.distribution(logits, min_p=0.2), torch.tensor([[0.5, 0.3, 0.15, 0]]) / 0.95)
-    close(sample.distribution(logits, temperature=0), torch.tensor([[1.0, 0, 0, 0]]))
-    how, logits = sample.Sampling(repetition_penalty=2.0, vocab_limit=3), torch.tensor([[3.0, -1.0, 2.0, 9.0]])
-    close(how.scores(logits, [[0, 1, 0]]), torch.tensor([[1.5, -2.0, 2.0]]))
-    assert logits[0, 0] == 3 and sample.Sampling(0, repetition_penalty=2.0).draw(logits, [[3]], None) == [3]
-    first, second = sample.generate(random_model(), [1, 2], 2, temperature=0)
-    assert sample.generate(random_model(), [1, 2], 8, temperature=0, repetition_penalty=1e9)[0] == first
-    assert len(set(sample.generate(random_model(), [1, 2], 40, temperature=0, repetition_penalty=1e9))) == 40
+    with pytest.raises(ValueError, match=words):
+        sample.speculative_generate(random_model(), "ngram", prompt, 5, **more)
 
 
 def test_text_streams_whole_characters_and_no_stop_string():
@@ -170,21 +167,20 @@ TARGETS = {"plain": {}, "windows": dict(sliding_window=3, window_pattern="SSL", 
            "mla": dict(attention="mla", n_kv_heads=4), "learned": dict(position="learned", bias=True)}
 
 
-@pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=0, repetition_penalty=1.5)])
 @pytest.mark.parametrize("switch", TARGETS)
-def test_speculation_is_greedy_decoding_in_fewer_passes(switch, settings):
-    target = random_model(**TARGETS[switch])
+def test_speculation_is_greedy_decoding_in_fewer_passes(switch):
+    target, how = random_model(**TARGETS[switch]), dict(temperature=0)
     drafts = [random_model(**SMALL), random_model(**SMALL | dict(context_length=7, sliding_window=2)), target, "ngram"]
-    figures = sample.speculative_generate(target, target, [1], 15, k=4, **settings)[1]
+    figures = sample.speculative_generate(target, target, [1], 15, k=4, **how)[1]
     assert figures["acceptance_rate"] == 1 and figures["tokens_per_target_call"] == 14 / 3, figures
     for draft in drafts + ["mtp", None] * (switch == "mtp"):
         for prompt, n, k in (([3], 40, 4), (list(range(10)), 3, 8), (list(range(40)), 20, 2), ([1, 2] * 6, 9, 30)):
-            expected = sample.generate(target, prompt, n, **settings)   # past the context of 16, k past what is left
-            ids, figures = sample.speculative_generate(target, draft, prompt, n, k=k, **settings)
+            expected = sample.generate(target, prompt, n, **how)        # past the context of 16, k past what is left
+            ids, figures = sample.speculative_generate(target, draft, prompt, n, k=k, **how)
             assert ids == expected, (draft, prompt, k)
             assert figures["new_tokens"] == n and figures["target_calls"] <= n
             stop = expected[len(expected) // 2]
-            assert sample.speculative_generate(target, draft, prompt, n, k=k, stop_ids=(stop,), **settings)[0] == \
+            assert sample.speculative_generate(target, draft, prompt, n, k=k, stop_ids=(stop,), **how)[0] == \
                 expected[:expected.index(stop) + 1]
 
 
@@ -206,111 +202,91 @@ def test_speculation_has_exactly_the_targets_distribution(draft):
     assert chi_square < 48, (chi_square, kept.sum())          # 99.95 % quantile with at most 20 degrees of freedom
 
 
+def test_the_worked_example_of_the_rule():
+    """p = .6 .3 .1 and q = .3 .6 .1: seven drafts of ten stand, and what comes out is p."""
+    p, q, generator, n = torch.tensor([[0.6, 0.3, 0.1]] * 2), torch.tensor([[0.3, 0.6, 0.1]]), rng(), 20_000
+    counts, stood = torch.zeros(3), 0
+    for draft in torch.multinomial(q[0], n, replacement=True, generator=generator).tolist():
+        accepted, token = sample.accept(p, q, [draft], generator)
+        stood += accepted
+        counts[draft if accepted else token] += 1
+    assert abs(stood / n - 0.7) < 0.013                                   # four standard errors
+    assert ((counts / n - p[0]).abs() < 0.014).all(), counts / n
+
+
 @pytest.mark.parametrize("draft, more, words", [("model", {}, "vocabulary of 49"), ("mtp", {}, "mtp_depth=0"),
-                                                ("lookup", {}, "ngram"), ("ngram", dict(k=0), "k=0"),
-                                                ("ngram", dict(min_p=2.0), "min_p=2.0"),
-                                                ("ngram", dict(repetition_penalty=0.0), "repetition_penalty=0.0")])
+                                                ("lookup", {}, "ngram"), ("ngram", dict(k=0), "k=0")])
 def test_speculation_that_cannot_be_is_refused(draft, more, words):
     with pytest.raises(ValueError, match=words):
         sample.speculative_generate(random_model(), random_model(vocab_size=49) if draft == "model" else draft, [1], 5,
                                     **more)
 
 
-@pytest.mark.parametrize("shape", [(512,), (1, 512), (1, 1, 512), (3, 5, 512), (0, 512)])
-def test_inference_has_its_own_product_equal_to_the_plain_one(shape):
-    weight, x = torch.randn(600, 512, generator=rng()), torch.randn(shape, generator=rng(1))
-    with torch.no_grad():
-        difference = machine.product(x, weight) - x @ weight.T
-        assert difference.shape == (*shape[:-1], 600) and (difference.abs() < 1e-4).all(), difference.abs().max()
-    x.requires_grad_()
-    assert torch.equal(machine.product(x, weight), x @ weight.T)              # one that has a gradient
-
-
-@pytest.mark.parametrize("kind, error", [("int8", 0.012), ("int4", 0.15)])
-def test_quantised_layers_by_their_kernels_and_without(kind, error, monkeypatch):
-    for d_in, bias in ((128, True), (48, False)):                        # 48 is no multiple of a group: int8 by rows
-        linear = model_module.Linear(d_in, 70, bias)
-        x, torch_s = torch.randn(2, 3, d_in, generator=rng()), sample.QuantizedLinear(linear, kind)
-        monkeypatch.setattr(sample, "fast_int4", lambda x: False)
-        ours = sample.QuantizedLinear(linear, kind)
-        with torch.no_grad():
-            by_kernel = torch_s(x)
-            monkeypatch.setattr(sample, "fast_int8", lambda x: False)
-            exact, plain = linear(x), ours(x)
-        monkeypatch.undo()
-        size = exact.abs().max()
-        assert (by_kernel - plain).abs().max() < 0.01 * size                       # bfloat16 keeps 8 bits
-        assert (plain - exact).abs().max() < error * size, (plain - exact).abs().max() / size
-        if ours.kind == "int4":
-            step = ours.scale[..., 0].float().amax()
-            assert (ours.weight() - linear.weight).abs().max() <= 0.6 * step and ours.q.numel() == 128 * 64
-
-
-@pytest.mark.parametrize("switch", ["plain", "tied", "moe", "mla", "gpt2"])
-def test_a_quantised_model_still_writes(switch):
-    plain, small = toy(switch, d_model=64).eval(), sample.quantize(toy(switch, d_model=64).eval(), "int8")
-    text = ids(2, 12)
-    assert (small(text) - plain(text)).abs().max() < 0.1 * plain(text).abs().max()
-    assert sample.weight_bytes(small) < 0.45 * sample.weight_bytes(plain)
-    assert len(sample.generate(small, [1, 2], 8, temperature=0)) == 8 and "int4" in str(
-        {module.kind for module in sample.quantize(plain, "int4").modules() if hasattr(module, "kind")})
-    with pytest.raises(ValueError, match="quantize='int2'"):
-        sample.quantize(plain, "int2")
-
-
 def test_the_own_heads_drafts_are_those_of_a_full_pass():
+    """A head that draws from the distributions of a full pass: the same drafts, so the same rate with its own seed."""
     model = random_model(mtp_depth=1, context_length=64)
-    window, text = sample.Window(model, 64), [1, 2, 3, 4]
-    drafter, rejected = sample.HeadDraft(window), []
+    reader, text = sample.Reader(model, 64), [1, 2, 3, 4]
+    drafter, rejected = sample.HeadDraft(reader, 64), []
     for token in (9, 10, 11):                              # the cache of the head goes on over rejected drafts
-        window.fit(text)
-        window.read(text, rejected)
+        reader.read(text, rejected)
         text.append(token)
-        rejected, q = drafter.propose(text, 2, sample.Sampling(), rng())
+        rejected, q = drafter.propose(text, 2, {}, rng())
         with torch.no_grad():
             hidden = model.hidden(torch.tensor([text[:-1]]))
             expected = torch.softmax(model.draft(hidden, torch.tensor([text[1:]]))[0, -1], dim=-1)
         torch.testing.assert_close(q[0], expected)
 
 
-def test_sample_commands(tmp_path, capsys, monkeypatch):
-    specials = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(folder with runs "big" and "small" of one tokenizer that has the chat tokens, the tokenizer)."""
+    tmp_path, specials = tmp_path_factory.mktemp("sample"), ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
     added = {256 + i: name.encode() for i, name in enumerate(specials)}
-    tokenizer = bpe.Tokenizer({i: bytes([i]) for i in range(256)} | added,
-                              [], specials)
+    tokenizer = bpe.Tokenizer({i: bytes([i]) for i in range(256)} | added, [], specials)
     for name, width in (("big", 64), ("small", 32)):
-        model = random_model(vocab_size=264, context_length=64, d_model=width)
         (tmp_path / name).mkdir()
         tokenizer.save(tmp_path / name / "tokenizer.json")
-        checkpoint.save_checkpoint(model, None, 0, tmp_path / name / "ckpt.pt")
-    monkeypatch.setattr(sample, "bandwidth", lambda device: 3e10)
-    typed = iter(["hi <|end|>", "you", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+        checkpoint.save_checkpoint(random_model(vocab_size=264, context_length=64, d_model=width), None, 0,
+                                   tmp_path / name / "ckpt.pt")
+    return tmp_path, tokenizer
+
+
+def test_sample_commands(folders, capsys, monkeypatch):
+    tmp_path, tokenizer = folders
 
     def run(*arguments):
         sample.main([*arguments[:-1], str(tmp_path / arguments[-1])])
         return capsys.readouterr().out
-    plain = run("--prompt=ab", "--temperature=0", "--max_new_tokens=12", "big")
-    assert plain.startswith("ab") and "GB/s" in plain
+    how = ("--prompt=ab", "--temperature=0", "--max_new_tokens=12")
+    plain = run(*how, "big")
+    assert plain.startswith("ab") and "decode 11 tokens" in plain and "GB/s" not in plain
     for more in (f"--draft={tmp_path / 'small'}", "--draft=ngram"):
-        drafted = run("--prompt=ab", "--temperature=0", "--max_new_tokens=12", more, "big")
+        drafted = run(*how, more, "big")
         assert drafted.split("---")[0] == plain.split("---")[0] and "of drafts accepted" in drafted
+    assert run(*how, "--cache=false", "--dtype=float32", "--device=cpu", "big").split("---")[0] == plain.split("---")[0]
     assert run("--max_new_tokens=3", "--num_samples=2", "--quantize=int4", "big").count("--- sample") == 2
+    assert "prefill" in run("--max_new_tokens=3", "--dtype=bfloat16", "--seed=1", "big")
+    typed = iter(["hi <|end|>", "you", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     assert run("--chat=true", "--max_new_tokens=3", "big").count("prefill") == 2
     assert sample.chat_ids(tokenizer, ["a<|end|>", "b", "c"]) == (
         [257, 97, *b"<|end|>", 259, 258, 98, 259, 257, 99, 259, 258], 259)
-    told = run("explain", "--prompt=<b>", "--max_new_tokens=2", "big")
-    page = (tmp_path / "big" / "explain.html").read_text(encoding="utf-8")
-    assert page.count("<tr ") == 5 and "<b>&lt;</b>" in page and told.count("likeliest") == 5
-    assert told.count("rank 1,") >= 2, "what the model went on with is the likeliest"
-    table = run("bench", "--contexts=8", "--batches=2", "--new_tokens=4", "--rounds=1",
-                f"--out={tmp_path / 'bench'}", "big")
-    assert "n-grams" in table and "the same tokens" in table and "OTHER" not in table
-    assert (tmp_path / "bench.png").stat().st_size > 5000
-    assert (tmp_path / "bench.txt").read_text(encoding="utf-8") in table
     for bad, words in ((["--quantize=int2"], "int2"), (["--draft=ngram", "--cache=false"], "cache=true"),
-                       (["--draft=mtp", "--prompt=the king"], "mtp_depth=0")):
-        with pytest.raises(SystemExit):
+                       (["--draft=mtp", "--prompt=the king"], "mtp_depth=0"), (["--prompt=\ud800"], "surrogate"),
+                       (["--dtype=float31"], "float31"), (["--repetition_penalty=2"], "repetition_penalty")):
+        with pytest.raises(SystemExit) as stopped:
             run(*bad, "big")
         said = capsys.readouterr()
-        assert words in said.err and "the king" not in said.out
+        assert stopped.value.code == 2 and words in said.err and "the king" not in said.out
+
+
+def test_explain_in_the_terminal(folders, capsys, monkeypatch):
+    tmp_path, _ = folders
+    sample.main(["explain", "--prompt=<b>", "--max_new_tokens=2", str(tmp_path / "big")])
+    told = capsys.readouterr().out
+    assert told.count("likeliest:") == 5 and "top_k=3" in told and "\x1b" not in told
+    assert told.count("rank 1,") >= 2, "what the model went on with is the likeliest"
+    assert not list((tmp_path / "big").glob("*.html"))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    sample.main(["explain", "--prompt=<b>", "--max_new_tokens=2", str(tmp_path / "big")])
+    assert "\x1b[30;48;5;" in capsys.readouterr().out, "colours on a terminal"
