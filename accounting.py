@@ -1,31 +1,77 @@
-"""The bill of a model before it runs: parameters, FLOPs, bytes, hours and money, each by part.
+"""The bill before the run: parameters, FLOPs, bytes, seconds and money of a model, each by part.
 
-    python accounting.py gpt2-xl                              a preset of model.py, or a config_x.py, or --d_model=…
-    python accounting.py config_owt.py --tokens=3e9 --device=H100 --mfu=0.4 --dollars_per_hour=2.5
+    python accounting.py gpt2-xl                              a preset (below), a config_x.py, or --d_model=… alone
+    python accounting.py config_owt.py --tokens=3e9 --device=H100 --mfu=0.4 --n_devices=8 --dollars_per_hour=2.5
 
-What is counted. Parameters: every number that is trained. FLOPs: the multiplications and additions of matrix products,
-2 m n k each, as torch.utils.flop_counter counts them; norms, activations and softmax are left out: they are a percent
-of the arithmetic (and much more of the time: they wait for memory). Attention scores are counted over the whole T x T
-square, as the literature does; `causal=True` counts the pairs that may attend, which is what a flash kernel computes.
-The backward pass costs twice the forward: a product for the inputs' gradient and one for the weights'. Activations:
-what autograd keeps between the two, tensor by tensor in the order of model.py, with its sdpa backend.
+Where 6 N D comes from. A product of (m, k) with (k, n) takes 2 m n k FLOPs, so a matrix of n numbers costs a token 2 n.
+A block of GPT-2 has four projections of C x C and a feed-forward of C x 4C and 4C x C, 12 C² numbers: forward 24 C² a
+token, and 4 T C more for q·k and the weighted sum of T values. Backward costs twice that, one product for the gradient
+of the inputs and one for that of the weights. Three times 2 N is 6 N a token, 6 N D for D tokens.
 
-Left out: the temporaries of a backward pass, the allocator's waste, activation recomputation.
+    GPT-2 small, C 768, T 1,024, V 50,257, 12 layers      numbers     MFLOP a token, forward   with backward
+    attention projections       12 · 4 C²                 28,311,552                    56.6           169.9
+    feed-forward                12 · 8 C²                 56,623,104                   113.2           339.7
+    attention scores            12 · 4 T C                         0                    37.7           113.2
+    logits (tied embedding)     V C                       38,597,376                    77.2           231.6
+    all; 6 N = 746.6 (N = 124,439,808) has no scores                                   284.8           854.4
 
-Papers: Kaplan 2020 (2001.08361, section 2.1) for the counting, Chowdhery 2022 (2204.02311, appendix B) for MFU,
-Korthikanti 2022 (2205.05198, section 4) for activations, Williams 2009 (Roofline) for intensity against ridge point.
+Norms, softmax and activation functions are left out: a percent of the arithmetic, though much more of the time, as they
+wait for memory. Scores count over the whole T x T square, as in the literature; causal=True counts the pairs that may
+attend, which is what a flash kernel computes. Left out of the bytes: temporaries, the allocator's waste.
+
+The roofline (Williams 2009): a chip of F FLOP/s that reads W bytes/s is busy only from F / W FLOPs a byte on, its ridge
+(H100: 295). Decoding one sequence in bfloat16 does 2 FLOPs for the 2 bytes of a weight: a larger batch is nearly free.
+
+    FLOP/s |     ______ F           left of the ridge memory is waited for: intensity x W
+           |___/______________ FLOPs per byte        right of it arithmetic: F
+               ^ F / W
+
+Papers: Kaplan 2020 (2001.08361, 2.1) for the counting, Chowdhery 2022 (2204.02311, B) for MFU, Korthikanti 2022
+(2205.05198, 4) for activations, Chen 2016 (1604.06174) for checkpoints, Rajbhandari 2019 (1910.02054) for messages.
 """
+import functools
+import math
 import sys
 from dataclasses import dataclass, fields
 
-import torch
+from torch.utils.checkpoint import checkpoint
 
-from configurator import fail, format_help, parse_flags, read_config_file, resolve
-from machine import DEVICES, find_device
-from model import PRESETS, ModelConfig
+from configurator import command_line, fail, nearest, read_config_file
+from machine import DEVICES, find_device  # noqa: F401
+from model import ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-STATES = {"adamw": 2, "muon": 1, "sgd": 0}  # float32 numbers an optimizer keeps for each parameter (muon: its matrices)
+STATES = {"adamw": 2, "muon": 1, "sgd": 1, "adagrad": 1, "rmsprop": 1}    # float32 numbers kept for a parameter
+
+# Published shapes. gpt2: Radford 2019. llama: 2307.09288, 2407.21783, model card of 3.2. qwen3: 2505.09388, table 1.
+# small … 10b: CS336 (2026) assignment 2, table 1.
+_GPT2 = dict(vocab_size=50_257, context_length=1024, norm="layer", position="learned", ffn="gelu", bias=True,
+             tie_embeddings=True)
+_LLAMA3 = dict(vocab_size=128_256, context_length=131_072, rope_theta=500_000.0, n_kv_heads=8, n_heads=32)
+_QWEN3 = dict(vocab_size=151_936, context_length=40_960, rope_theta=1_000_000.0, norm_eps=1e-6, qk_norm=True,
+              head_dim=128, n_kv_heads=8)
+PRESETS = {
+    "gpt2": _GPT2 | dict(d_model=768, n_layers=12, n_heads=12),
+    "gpt2-medium": _GPT2 | dict(d_model=1024, n_layers=24, n_heads=16),
+    "gpt2-large": _GPT2 | dict(d_model=1280, n_layers=36, n_heads=20),
+    "gpt2-xl": _GPT2 | dict(d_model=1600, n_layers=48, n_heads=25),
+    "llama-2-7b": dict(vocab_size=32_000, context_length=4096, d_model=4096, n_layers=32, n_heads=32, d_ff=11_008),
+    "llama-3.2-1b": _LLAMA3 | dict(d_model=2048, n_layers=16, d_ff=8192, rope_factor=32.0, tie_embeddings=True),
+    "llama-3.1-8b": _LLAMA3 | dict(d_model=4096, n_layers=32, d_ff=14_336, rope_factor=8.0),
+    "qwen3-0.6b": _QWEN3 | dict(d_model=1024, n_layers=28, n_heads=16, d_ff=3072, tie_embeddings=True),
+    "qwen3-8b": _QWEN3 | dict(d_model=4096, n_layers=36, n_heads=32, d_ff=12_288),
+    "small": dict(context_length=512, d_model=768, d_ff=3072, n_layers=12, n_heads=12),
+    "medium": dict(context_length=512, d_model=1024, d_ff=4096, n_layers=24, n_heads=16),
+    "large": dict(context_length=512, d_model=1280, d_ff=5120, n_layers=36, n_heads=20),
+    "xl": dict(context_length=512, d_model=2560, d_ff=10_240, n_layers=32, n_heads=32),
+    "10b": dict(context_length=512, d_model=4608, d_ff=12_288, n_layers=50, n_heads=36)}
+
+
+def preset(name: str, **changes) -> ModelConfig:
+    """The published shape of that name (PRESETS), with changes: preset("gpt2", context_length=512)."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
+    return ModelConfig(**(PRESETS[name] | changes))
 
 
 # --- parameters ---
@@ -35,10 +81,9 @@ def count_params(config: ModelConfig) -> dict:
     c, C = config, config.d_model
     norm = {"rms": C, "layer": C * (1 + c.bias), "none": 0}[c.norm]
     block = _block_params(c) | {"norms": 2 * norm}
-    parts = {
-        "token_embeddings": c.vocab_size * C,
-        "position_embeddings": c.context_length * C if c.position == "learned" else 0,
-        "smear_gate": C * c.smear}
+    parts = {"token_embeddings": c.vocab_size * C,
+             "position_embeddings": c.context_length * C if c.position == "learned" else 0,
+             "smear_gate": C * c.smear}
     parts |= {name: c.n_layers * n for name, n in block.items()}
     parts["norms"] += norm * (c.norm_position == "pre")
     parts["mtp"] = c.mtp_depth * (sum(block.values()) + 2 * C + 2 * C * C)
@@ -46,35 +91,34 @@ def count_params(config: ModelConfig) -> dict:
     return parts | {"total": sum(parts.values())}
 
 
-def _block_params(c: ModelConfig) -> dict:
-    """Attention, feed-forward (of which router, experts) of one block."""
+def _block_params(c: ModelConfig, active: bool = False, matrices_only: bool = False) -> dict:
+    """Numbers of one block's attention, router and feed-forward; active: of those only that one token meets."""
     C, H, K, D = c.d_model, c.n_heads, c.n_kv_heads, c.head_dim
     if c.attention == "mla":
-        R, P = c.kv_lora_rank, c.rope_head_dim
-        q_in = c.q_lora_rank or C
-        attention = q_in * H * (D + P) + C * (R + P) + R + R * H * 2 * D + H * D * C
-        attention += (C * q_in + q_in if c.q_lora_rank else 0) + c.bias * (R + P + C + (c.q_lora_rank or 0))
+        R, P, Q = c.kv_lora_rank, c.rope_head_dim, c.q_lora_rank or 0
+        queries = Q * (C + H * (D + P)) if Q else C * H * (D + P)
+        attention = queries + C * (R + P) + R * H * 2 * D + H * D * C
+        vectors = R + Q + c.bias * (R + P + C + Q)
     else:
-        attention = C * (H + 2 * K) * D + H * D * C + 2 * D * c.qk_norm
-        attention += (H + 2 * K) * D * (c.bias or c.qkv_bias) + C * c.bias
-    if not c.n_experts:
-        return {"attention": attention, "feed_forward": _ffn_params(c, c.d_ff)}
-    shared = _ffn_params(c, c.n_shared_experts * c.d_ff_expert) if c.n_shared_experts else 0
-    return {
-        "attention": attention, "router": C * c.n_experts,
-        "feed_forward": c.n_experts * _ffn_params(c, c.d_ff_expert) + shared}
-
-
-def _ffn_params(c: ModelConfig, width: int) -> int:
-    matrices = 3 if c.ffn == "swiglu" else 2
-    return matrices * c.d_model * width + c.bias * ((matrices - 1) * width + c.d_model)
+        attention = C * (H + 2 * K) * D + H * D * C
+        vectors = 2 * D * c.qk_norm + (H + 2 * K) * D * (c.bias or c.qkv_bias) + C * c.bias
+    widths = [c.d_ff]
+    if c.n_experts:
+        widths = [c.d_ff_expert] * (c.n_experts_per_token if active else c.n_experts)
+        widths += [c.n_shared_experts * c.d_ff_expert] if c.n_shared_experts else []
+    n = 3 if c.ffn == "swiglu" else 2          # matrices; all but the last have a bias as wide as the layer
+    parts = {"attention": attention, "router": C * c.n_experts, "feed_forward": n * C * sum(widths)}
+    if not matrices_only:
+        parts["attention"] += vectors
+        parts["feed_forward"] += c.bias * sum((n - 1) * width + C for width in widths)
+    return parts
 
 
 def active_params(config: ModelConfig) -> int:
     """Parameters that one token meets: all but the experts it is not sent to, and the heads used in training only."""
-    counts, c = count_params(config), config
-    idle = c.n_layers * (c.n_experts - c.n_experts_per_token) * _ffn_params(c, c.d_ff_expert) if c.n_experts else 0
-    return counts["total"] - counts["mtp"] - idle
+    counts = count_params(config)
+    idle = sum(_block_params(config).values()) - sum(_block_params(config, active=True).values())
+    return counts["total"] - counts["mtp"] - config.n_layers * idle
 
 
 # --- FLOPs ---
@@ -87,38 +131,30 @@ def flops_per_token(config: ModelConfig, context_length: int, training: bool = F
     its window either way.
     """
     c, T = config, context_length
-    block = [_block_flops(c, _keys(T, window, causal)) for window in c.windows]
-    parts = {name: sum(one[name] for one in block) for name in block[0]}
+    blocks = [_block_flops(c, _keys(T, window, causal)) for window in c.windows]
+    parts = {name: sum(block[name] for block in blocks) for name in blocks[0]}
     parts["logits"] = 2 * c.d_model * c.vocab_size
-    if training and c.mtp_depth:
-        parts["mtp"] = 0.0
-        for left in range(T - 1, T - 1 - c.mtp_depth, -1):         # positions that have a token k + 1 places on
-            full = sum(_block_flops(c, _keys(left, None, causal)).values())
-            parts["mtp"] += (4 * c.d_model ** 2 + full + parts["logits"]) * left / T
-    parts = {name: (3 if training else 1) * n for name, n in parts.items()}
+    if not training:
+        return parts | {"total": sum(parts.values())}
+    if c.mtp_depth:
+        block = sum(_block_flops(c, _keys(T, None, causal)).values())
+        parts["mtp"] = c.mtp_depth * (4 * c.d_model ** 2 + block + parts["logits"])
+    parts = {name: 3 * n for name, n in parts.items()}
     return parts | {"total": sum(parts.values())}
 
 
 def _keys(T: int, window: int | None, causal: bool) -> float:
-    """How many keys a query is multiplied with, on average over a sequence of T."""
+    """How many keys a query meets on average: causal, the first ones see 1, 2, …, the others all of the window."""
     seen = min(window or T, T)
-    # The first `seen` queries see 1, 2, …, seen keys; the others all of the window.
     return (seen * (seen + 1) / 2 + (T - seen) * seen) / T if causal else seen
 
 
 def _block_flops(c: ModelConfig, keys: float) -> dict:
-    C, H, K, D = c.d_model, c.n_heads, c.n_kv_heads, c.head_dim
-    if c.attention == "mla":
-        R, P = c.kv_lora_rank, c.rope_head_dim
-        weights = (c.q_lora_rank or C) * H * (D + P) + C * (c.q_lora_rank or 0)
-        weights += C * (R + P) + R * H * 2 * D + H * D * C
-        scores = 2 * keys * H * (D + P) + 2 * keys * H * D
-    else:
-        weights, scores = C * (2 * H + 2 * K) * D, 4 * keys * H * D
-    matrices = 3 if c.ffn == "swiglu" else 2
-    width = (c.n_experts_per_token + c.n_shared_experts) * c.d_ff_expert if c.n_experts else c.d_ff
-    feed_forward = 2 * matrices * C * width + 2 * C * c.n_experts
-    return {"attention_projections": 2 * weights, "feed_forward": feed_forward, "attention_scores": scores}
+    matrices = _block_params(c, active=True, matrices_only=True)
+    rotary = c.rope_head_dim if c.attention == "mla" else 0
+    return {"attention_projections": 2 * matrices["attention"],
+            "feed_forward": 2 * (matrices["feed_forward"] + matrices["router"]),
+            "attention_scores": 2 * keys * c.n_heads * (2 * c.head_dim + rotary)}
 
 
 # --- bytes ---
@@ -127,64 +163,56 @@ def memory_bytes(config: ModelConfig, batch_size: int = 1, context_length: int |
                  optimizer: str | None = "adamw") -> dict:
     """Bytes of a training step by part, and their "total"; with optimizer=None those of running the model only.
 
-    dtype: of the activations, by autocast; in training, weights, gradients and optimizer state stay in float32.
-    Without an optimizer the weights are in `dtype` and the cache of batch_size full contexts takes the place of
-    activations. Raises ValueError for a dtype or an optimizer that is not known.
+    dtype: of the activations, by autocast; weights, gradients and optimizer state stay in float32. Muon keeps one
+    moment of the blocks' matrices; the embedding, the head and vectors run AdamW and keep two. Without an optimizer the
+    weights are in `dtype`, and the cache of batch_size full contexts takes the place of activations. Raises ValueError.
     """
     if dtype not in BYTES or optimizer not in (None, *STATES):
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(BYTES)}, optimizer={optimizer!r} one of "
                          f"{', '.join(STATES)} or None")
-    T, n = context_length or config.context_length, count_params(config)["total"]
+    c, T, n = config, context_length or config.context_length, count_params(config)["total"]
     if optimizer is None:
-        parts = {"weights": n * BYTES[dtype], "kv_cache": batch_size * kv_cache_bytes(config, T, dtype)}
-    else:
-        parts = {"weights": 4 * n, "gradients": 4 * n, "optimizer": 4 * n * STATES[optimizer],
-                 "activations": batch_size * activation_bytes(config, T, dtype)}
+        parts = {"weights": n * BYTES[dtype], "kv_cache": batch_size * kv_cache_bytes(c, T, dtype)}
+        return parts | {"total": sum(parts.values())}
+    moments = n * STATES[optimizer]
+    if optimizer == "muon":          # the second moments of what AdamW trains there
+        moments += n - (c.n_layers + c.mtp_depth) * sum(_block_params(c, matrices_only=True).values())
+    parts = {"weights": 4 * n, "gradients": 4 * n, "optimizer": 4 * moments,
+             "activations": batch_size * activation_bytes(c, T, dtype)}
     return parts | {"total": sum(parts.values())}
 
 
 def activation_bytes(config: ModelConfig, T: int, dtype: str = "float32") -> int:
-    """Bytes that autograd keeps of one sequence between forward and backward, with the sdpa backend, line by line in
-    order.
+    """Bytes that autograd keeps of one sequence between forward and backward, with the sdpa backend.
+
+    Experts' routing and multi-token heads are left out.
     """
-    c, C, low = config, config.d_model, BYTES[dtype]
-    stream = max(4, low)             # the residual stream and what a norm saves stay float32 under autocast
-    per_token = C * stream * c.smear                              # the embedding of the token before
-    for _ in range(c.n_layers + c.mtp_depth):
-        per_token += 2 * _norm_bytes(c, C, stream, low) + _attention_bytes(c, low) + _ffn_bytes(c, low)
-    per_token += c.mtp_depth * (2 * _norm_bytes(c, C, stream, 0) + 2 * C * low)
-    logits = c.vocab_size * low + 4 + (0 if c.logit_softcap is None else c.vocab_size * low)
+    c, low = config, BYTES[dtype]
+    logits = c.vocab_size * low * (1 if c.logit_softcap is None else 2) + 4
     if c.fused_loss:
-        logits = C * low             # only the gradient with respect to the head's input, made at once
-    # Every depth of multi-token prediction has its own final norm and logits.
-    per_token += (1 + c.mtp_depth) * (logits +
-                                      (_norm_bytes(c, C, stream, low) if c.norm_position == "pre" else C * low))
-    return round(T * per_token)
+        logits = c.d_model * low     # only the gradient with respect to the head's input, made at once
+    final = _norm_bytes(c, low) if c.norm_position == "pre" else c.d_model * low
+    return T * (4 * c.d_model * c.smear + c.n_layers * _block_bytes(c, low) + final + logits)
 
 
-def _norm_bytes(c, width: int, stream: int, low: int) -> int:
-    """The norm's input and factor, and its output, which the next matrix product keeps, in that product's dtype."""
-    return {"rms": width * stream + 4, "layer": 2 * width * stream + 4, "none": 0}[c.norm] + width * low
-
-
-def _attention_bytes(c, low: int) -> int:
+def _block_bytes(c: ModelConfig, low: int) -> int:
+    """What one block keeps of one token: its two norms, attention, feed-forward. low: bytes of the products' dtype."""
     H, K, D = c.n_heads, c.n_kv_heads, c.head_dim
+    attention = low * (2 * H + 2 * K) * D + 4 * H                # q, k, v, the output and its log-sum-exp
+    if c.qk_norm:
+        attention += (H + K) * (D * low + 4)
     if c.attention == "mla":
-        R, P = c.kv_lora_rank, c.rope_head_dim
-        latents = R * low * 2 + 4 + ((c.q_lora_rank or 0) * low * 2 + 4 if c.q_lora_rank else 0)
-        return latents + low * (4 * H * (D + P) + H * D) + 4 * H # values and output are padded to the keys' width
-    normed = (H + K) * (D * low + 4) if c.qk_norm else 0         # q and k before their norm, kept for it
-    return normed + low * (2 * H + 2 * K) * D + 4 * H            # q, k, v, the output and its log-sum-exp
+        R, P, Q = c.kv_lora_rank, c.rope_head_dim, c.q_lora_rank or 0
+        # The latents and what their norms keep; values and output are padded to the keys' width.
+        attention = low * (2 * R + 2 * Q + 4 * H * (D + P) + H * D) + 4 * (1 + bool(Q) + H)
+    width = c.d_ff if not c.n_experts else (c.n_experts_per_token + c.n_shared_experts) * c.d_ff_expert
+    kept = {"swiglu": 3, "silu": 3, "gelu": 5, "relu2": 2}[c.ffn]                    # swiglu: gate, up, their product
+    return 2 * _norm_bytes(c, low) + attention + kept * width * low
 
 
-def _ffn_bytes(c, low: int) -> int:
-    # swiglu: gate, up and their product. The others keep what their formula goes through.
-    kept = {"swiglu": 3, "silu": 3, "gelu": 5, "relu2": 2}[c.ffn]
-    if not c.n_experts:
-        return kept * c.d_ff * low
-    routed = c.n_experts_per_token * (kept * c.d_ff_expert * low + 2 * c.d_model * low)
-    routing = 12 * c.n_experts + 32 * c.n_experts_per_token      # scores, and who goes where
-    return routed + kept * c.n_shared_experts * c.d_ff_expert * low + routing
+def _norm_bytes(c: ModelConfig, low: int) -> int:
+    """A norm's input and factor (float32 also under autocast), and its output in the dtype of the next product."""
+    return {"rms": 4 * c.d_model + 4, "layer": 8 * c.d_model + 4, "none": 0}[c.norm] + c.d_model * low
 
 
 def kv_cache_bytes(config: ModelConfig, length: int, dtype: str = "bfloat16") -> int:
@@ -199,118 +227,165 @@ def kv_cache_bytes(config: ModelConfig, length: int, dtype: str = "bfloat16") ->
 
 def largest_batch(config: ModelConfig, memory: float, context_length: int | None = None, dtype: str = "float32",
                   optimizer: str | None = "adamw") -> int:
-    """Most sequences whose training step (or, without optimizer, whose caches) fits `memory` bytes; 0 when the
-    weights alone do not.
-    """
+    """Most sequences whose training step (without optimizer: whose caches) fits `memory` bytes; 0 when none does."""
     none, one = (memory_bytes(config, n, context_length, dtype, optimizer)["total"] for n in (0, 1))
     return max(0, int((memory - none) // (one - none)))
 
 
-# --- time and money ---
+# --- activation checkpoints ---
+
+def run_checkpointed(blocks, x, sizes: tuple):
+    """The blocks applied to x in order, in groups of sizes[0] that backward computes again, nested by sizes[1:]."""
+    if not sizes:
+        for block in blocks:
+            x = block(x)
+        return x
+    for i in range(0, len(blocks), sizes[0]):
+        x = checkpoint(run_checkpointed, blocks[i:i + sizes[0]], x, sizes[1:], use_reentrant=False)
+    return x
+
+
+def checkpoint_plan(n_layers: int, levels: int, block_bytes: float, input_bytes: float) -> dict:
+    """The nesting of checkpoints, at most `levels` deep, that needs least memory: sizes, bytes, recomputed, flops.
+
+    A checkpoint keeps a group's input and computes the inside again in backward. Of groups of k1 > k2 > … blocks N/k1
+    inputs are kept; while one group is in backward, those of its k1/k2 subgroups too; in the smallest, k blocks.
+
+        no level         N blocks                                        3 passes: forward 1, backward 2
+        one level        N/k inputs + k blocks, k about the root of      4 passes
+                         N input/block: 1 or 2
+        log2 N levels    halves of halves: log2 N inputs + 1 block       3 + log2 N passes at most
+
+    block_bytes, input_bytes: what autograd keeps of a block, and its input alone. sizes: outermost first. recomputed:
+    blocks computed again (torch leaves out the last subgroup of a group that it enters for inputs). flops: 1 is a step
+    without checkpoints, head left out.
+    """
+    @functools.lru_cache(None)
+    def best(n: int, levels: int) -> tuple:
+        if levels == 0:
+            return n * block_bytes, 0, ()
+        plans = [best(n, levels - 1)]
+        for k in range(1, n):
+            inside, _, sizes = best(k, levels - 1)
+            sizes = k, *sizes
+            # The first subgroup's input is the group's own, which the level above keeps (and the last level's block).
+            plans.append((inside + (math.ceil(n / k) - 1) * input_bytes, _recomputed(n, sizes), sizes))
+        return min(plans)
+
+    n_bytes, recomputed, sizes = best(n_layers, levels)
+    return {"sizes": sizes, "bytes": n_bytes, "recomputed": recomputed, "flops": 1 + recomputed / (3 * n_layers)}
+
+
+def _recomputed(n: int, sizes: tuple) -> int:
+    """Blocks of n that are computed again."""
+    if not sizes:
+        return 0
+    total = 0
+    for start in range(0, n, sizes[0]):
+        group = min(sizes[0], n - start)
+        last = (group - 1) % sizes[1] + 1 if sizes[1:] else 0
+        total += group - last + _recomputed(group, sizes[1:])
+    return total
+
+
+# --- communication ---
+
+def data_parallel_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_s, dtype="bfloat16") -> dict:
+    """One step of DDP on one rank: what it computes, what it sends, and from where on the first hides the second.
+
+    Gradients, S bytes, are all-reduced in backward by a ring: each of N ranks sends 2 S (N-1)/N. Arithmetic falls as
+    1/N, messages do not: hidden while N <= 1 + B W / C (a SwiGLU layer, 2 bytes a number), however large the layer.
+
+    work: a ModelConfig, or (d_model, d_ff) for one SwiGLU layer. batch_tokens: B, of all ranks. flops_per_s: C, what a
+    rank reaches. link_bytes_per_s: W, what it can send. dtype: of what is sent. Returns {"forward", "backward",
+    "step"}, each with flops, bytes, compute_s, communication_s, smallest_batch and most_ranks at which that pass hides
+    its messages, and hidden; the step's `seconds` are the longer of the two in each pass.
+    """
+    return _step_cost(work, batch_tokens, ranks, 1, flops_per_s, link_bytes_per_s, dtype, (0, 2))
+
+
+def fsdp_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_s, dtype="bfloat16", tp=1,
+              shared_links=False) -> dict:
+    """The same for FSDP: S (N-1)/N to gather weights in forward; in backward once more, and to reduce gradients.
+
+    tp: each of these ranks is a group of tp that divides the matrices. Its messages overlap with FSDP's, unless
+    shared_links: both wait for the same wires.
+    """
+    return _step_cost(work, batch_tokens, ranks, tp, flops_per_s, link_bytes_per_s, dtype, (1, 2), shared_links)
+
+
+def tensor_parallel_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_s, dtype="bfloat16") -> dict:
+    """The same for tensor parallelism: an all-reduce of (B, d_model) a layer in each pass (Megatron's f and g).
+
+    A block is two layers; embedding and head send nothing and count as divided. B cancels out: N <= 1 + 3 F W / 2 C.
+    """
+    return _step_cost(work, batch_tokens, 1, ranks, flops_per_s, link_bytes_per_s, dtype, (0, 0))
+
+
+def _step_cost(work, batch, dp, tp, flops_per_s, link_bytes_per_s, dtype, rounds, shared_links=False) -> dict:
+    """rounds: how often all weights (or gradients) go round the ring of dp ranks in forward and in backward."""
+    if min(batch, dp, tp) < 1 or min(flops_per_s, link_bytes_per_s) <= 0:
+        raise ValueError(f"batch_tokens={batch} and ranks {dp} x {tp} must be at least 1, FLOP/s {flops_per_s} and "
+                         f"bytes/s {link_bytes_per_s} above 0")
+    if isinstance(work, ModelConfig):
+        params, flops = count_params(work)["total"], flops_per_token(work, work.context_length)["total"]
+        reduced = 2 * work.n_layers * work.d_model       # numbers a token that tensor parallelism all-reduces in a pass
+    else:
+        params, flops, reduced = 3 * work[0] * work[1], 6 * work[0] * work[1], work[0]
+    step, keys = {}, ("flops", "bytes", "compute_s", "communication_s")
+    for name, passes, times in (("forward", 1, rounds[0]), ("backward", 2, rounds[1])):
+        compute = passes * flops / flops_per_s                                       # s a token, one rank alone
+        weights = times * params * BYTES[dtype] / link_bytes_per_s                   # s, in a ring of many
+        activations = 2 * reduced * BYTES[dtype] / link_bytes_per_s                  # s a token, likewise
+        sent_s = weights * (dp - 1) / (dp * tp), batch * activations * (tp - 1) / (dp * tp)
+        cost = (batch * passes * flops / (dp * tp), sum(sent_s) * link_bytes_per_s, batch * compute / (dp * tp),
+                sum(sent_s) if shared_links else max(sent_s))
+        # Weights hide from a batch on. Activations grow with it as arithmetic does: they hide always or never.
+        left = compute - activations * (tp - 1) * shared_links
+        hides = activations * (tp - 1) <= compute and left > 0
+        step[name] = dict(zip(keys, cost)) | {"smallest_batch": weights * (dp - 1) / left if hides else math.inf}
+        if tp == 1 or not any(rounds):             # one kind of message: compute / N against message (N - 1) / N
+            message = weights if any(rounds) else batch * activations
+            step[name]["most_ranks"] = 1 + batch * compute / message if message else math.inf
+    passes = list(step.values())
+    step["step"] = {key: sum(one[key] for one in passes) for key in keys} | {
+        "seconds": sum(max(one["compute_s"], one["communication_s"]) for one in passes),
+        "smallest_batch": max(one["smallest_batch"] for one in passes),
+        "most_ranks": min(one.get("most_ranks", math.inf) for one in passes)}
+    return {name: cost | {"hidden": cost["smallest_batch"] <= batch} for name, cost in step.items()}
+
+
+def best_mix(work, batch_tokens, ranks, *machine, shared_links=False) -> tuple:
+    """(fsdp, tp, its cost): the division of `ranks` whose step takes least time, and among those sends least.
+
+    machine: as fsdp_cost's, from flops_per_s to dtype. FSDP's bytes fall with tp, tensor parallelism's with fsdp. Most
+    ranks hide both with fsdp near its limit B W / C and tp near 3 F W / 2 C; on shared wires near half of each.
+    """
+    grids = [(ranks // tp, tp) for tp in range(1, ranks + 1) if ranks % tp == 0]
+    costs = [fsdp_cost(work, batch_tokens, fsdp, *machine, tp=tp, shared_links=shared_links) for fsdp, tp in grids]
+    best = min(range(len(grids)), key=lambda i: (costs[i]["step"]["seconds"], costs[i]["step"]["bytes"]))
+    return *grids[best], costs[best]
+
+
+# --- time ---
 
 def training_hours(config: ModelConfig, tokens: float, device: str, mfu: float = 0.4, n_devices: int = 1,
                    context_length: int | None = None) -> float:
-    """Hours to train on `tokens` when the share `mfu` of the devices' peak goes into the model's FLOPs (2204.02311,
-    appendix B).
-    """
+    """Hours to train on `tokens` when the share `mfu` of the devices' peak goes into the model's FLOPs."""
     flops = flops_per_token(config, context_length or config.context_length, training=True)["total"] * tokens
     return flops / (find_device(device).flops * mfu * n_devices) / 3600
 
 
 def intensity(config: ModelConfig, batch_size: int, context_length: int, dtype: str = "bfloat16") -> dict:
-    """FLOPs per byte moved of prefill (a whole context) and decode (one more token a sequence).
+    """FLOPs per byte of prefill (a whole context) and decode (one more token a sequence), to hold against the ridge.
 
-    Either reads all weights once (with experts: those that batch_size tokens meet, all for prefill) and writes or
-    reads the cache; activations are left out. Below the device's ridge point, FLOP/s over byte/s, memory is what
-    takes the time.
+    Either reads the weights once (with experts: those that its tokens meet) and writes or reads the cache.
     """
     weights = (count_params(config)["total"] - count_params(config)["mtp"]) * BYTES[dtype]
-    met = weights if not config.n_experts else min(weights, batch_size * active_params(config) * BYTES[dtype])
+    met = min(weights, batch_size * active_params(config) * BYTES[dtype]) if config.n_experts else weights
     cache = batch_size * kv_cache_bytes(config, context_length, dtype)
-    one = flops_per_token(config, context_length)["total"] * batch_size
-    return {"prefill": one * context_length / (weights + cache), "decode": one / (met + cache)}
-
-
-def communication(config: ModelConfig, batch_tokens: int, ranks: int, flops: float, link_bytes_per_s: float,
-                  dtype: str = "bfloat16", context_length: int | None = None) -> dict:
-    """What parallel.py's strategies send: {"DDP" | "FSDP" | "tensor parallel": {"bytes", "ms", "compute_ms",
-    "largest"}}.
-
-    bytes, ms: sent by one rank in one step of batch_tokens over all ranks, by rings; compute_ms: the step's
-    arithmetic on one rank at `flops` FLOP/s, for comparison. largest: most ranks before sending takes longer than
-    what it can hide behind (DDP: backward; FSDP: each pass its own; tensor parallel hides behind nothing, so: its own
-    arithmetic). Sending grows as (W-1)/W and arithmetic falls as 1/W, so each is W - 1 <= arithmetic of one rank
-    alone / bytes.
-
-    DDP: 2 N (W-1)/W of float32 gradients. FSDP: 3 N (W-1)/W in `dtype`, two gathers and a reduce-scatter. Tensor
-    parallel: 4 all-reduces a block of (tokens, C), 8 (W-1)/W times its bytes; embedding and loss left out.
-    """
-    c, n, low = config, count_params(config)["total"], BYTES[dtype]
-    forward = flops_per_token(c, context_length or c.context_length)["total"] * batch_tokens / flops  # s on one rank
-    activations = 8 * c.n_layers * batch_tokens * c.d_model * low
-    costs = {
-        "DDP": (2 * 4 * n, 2 * forward), "FSDP": (3 * low * n, 3 * forward),
-        "tensor parallel": (activations, 3 * forward)}
-    return {name: {"bytes": sent * (ranks - 1) / ranks, "ms": 1000 * sent * (ranks - 1) / ranks / link_bytes_per_s,
-                   "compute_ms": 3000 * forward / ranks, "largest": 1 + int(hides * link_bytes_per_s / sent)}
-            for name, (sent, hides) in costs.items()}
-
-
-# --- number formats ---
-
-def number_formats() -> list[dict]:
-    """float32, float16, bfloat16: bits, largest, smallest normal and subnormal number, spacing above 1."""
-    return [{
-        "dtype": str(kind).removeprefix("torch."), "bits": info.bits, "largest": info.max, "smallest_normal": info.tiny,
-        "smallest": info.smallest_normal * info.eps, "spacing_at_1": info.eps}
-            for kind in (torch.float32, torch.float16, torch.bfloat16) for info in [torch.finfo(kind)]]
-
-
-def format_demonstration() -> list[tuple[str, float, float, float]]:
-    """(what, float32, float16, bfloat16): the same arithmetic in each."""
-    def each(compute):
-        return [float(compute(kind)) for kind in (torch.float32, torch.float16, torch.bfloat16)]
-
-    def slow_sum(kind):
-        total = torch.zeros((), dtype=kind)
-        for _ in range(1000):
-            total += torch.tensor(0.001, dtype=kind)
-        return total
-    return [("300 * 300 (a squared activation)", *each(lambda kind: torch.tensor(300.0, dtype=kind)**2)),
-            ("1e-8 (a small gradient)", *each(lambda kind: torch.tensor(1e-8, dtype=kind))),
-            ("1 + 0.001 (a weight and its update)",
-             *each(lambda kind: torch.tensor(1.0, dtype=kind) + torch.tensor(0.001, dtype=kind))),
-            ("0.001 added 1,000 times", *each(slow_sum))]
-
-
-# --- the OPT table ---
-
-# Shares of FLOPs in percent (MHA, FFN, attention, logits) that were published for OPT's sizes (S. Roller 2022; shown in
-# CS336, lecture 3); layers and width are those of 2205.01068, table 1, and for 760M of GPT-3 (2005.14165, table 2.1).
-OPT = {
-    "760M": (24, 1536, 35, 44, 14.8, 5.8), "1.3B": (24, 2048, 32, 51, 12.7, 5.0), "2.7B": (32, 2560, 29, 56, 11.2, 3.3),
-    "6.7B": (32, 4096, 24, 65, 8.1, 2.4), "13B": (40, 5120, 22, 69, 6.9, 1.6), "30B": (48, 7168, 20, 74, 5.3, 1.0),
-    "66B": (64, 9216, 18, 77, 4.3, 0.6), "175B": (96, 12_288, 17, 80, 3.3, 0.3)}
-
-
-def opt_shares(name: str) -> dict:
-    """Percent by part, three times: "published", "ours" (2 FLOPs a weight), "refitted".
-
-    In the published table MHA falls against FFN from 0.8 to 0.2 although both cost a multiple of d² a token (8 d² and
-    16 d²), so it cannot be the four projections. All its rows are met within rounding by MHA = 2 d² + 8 T d, FFN = 16
-    d², attention = 4 T d, and logits at three quarters of 2 V d, as when blocks are recomputed in the backward pass
-    (four passes instead of three) and the head is not. That is our inference ("refitted"), not its author's word.
-    """
-    layers, d, *published = OPT[name]
-    T, V = 2048, 50_272              # context and padded vocabulary of OPT
-    refitted = [layers * (2 * d * d + 8 * T * d), layers * 16 * d * d, layers * 4 * T * d, 1.5 * V * d]
-    # How the width is cut into heads changes no FLOP.
-    config = ModelConfig(vocab_size=V, context_length=T, d_model=d, n_layers=layers, n_heads=d // 64, ffn="gelu")
-    counts = flops_per_token(config, T)
-    ours = [counts[part] for part in ("attention_projections", "feed_forward", "attention_scores", "logits")]
-    return {
-        "published": published, "ours": [100 * n / sum(ours) for n in ours],
-        "refitted": [100 * n / sum(refitted) for n in refitted]}
+    flops = flops_per_token(config, context_length)["total"] * batch_size
+    return {"prefill": flops * context_length / (weights + cache), "decode": flops / (met + cache)}
 
 
 # --- the command ---
@@ -320,14 +395,22 @@ class Bill(ModelConfig):
     """A model and what it is to be used for."""
     batch_size: int = 1              # sequences at a time
     dtype: str = "bfloat16"          # float32 | bfloat16 | float16, of activations and of the weights that only run
-    optimizer: str = "adamw"         # adamw | muon | sgd
-    device: str = "H100"             # see DEVICES in accounting.py
+    optimizer: str = "adamw"         # adamw | muon | sgd | adagrad | rmsprop
+    device: str = "H100"             # see DEVICES in machine.py
     n_devices: int = 1               # how many of it
     tokens: float | None = None      # to train on; none = 20 a parameter (2203.15556)
     mfu: float = 0.4                 # share of the peak that goes into the model's FLOPs
-    dollars_per_hour: float | None = None    # of one device; none = no price
+    dollars_per_hour: float = 0.0    # of one device
     batch_tokens: int = 524_288      # of one training step over all devices
     link_gb_per_s: float = 450.0     # what a device can send: NVLink 4 (H100 data sheet) 450, InfiniBand NDR 50
+
+    def __post_init__(self):
+        super().__post_init__()
+        memory_bytes(self, 1, None, self.dtype, self.optimizer)    # refuses dtypes and optimizers it does not know,
+        find_device(self.device)                                   # and devices
+        if not 0 < self.mfu <= 1 or min(self.n_devices, self.batch_size) < 1:
+            raise ValueError(f"mfu={self.mfu} must be above 0 and at most 1, n_devices={self.n_devices} and "
+                             f"batch_size={self.batch_size} at least 1")
 
 
 def table(title: str, header: list[str], rows: list[list]) -> None:
@@ -342,112 +425,86 @@ def table(title: str, header: list[str], rows: list[list]) -> None:
         print(f"  {first:<{widths[0]}}", *(f" {cell:>{width}}" for cell, width in zip(others, widths[1:])))
 
 
-def shares(counts: dict) -> list[list]:
-    return [[name, n, f"{100 * n / counts['total']:.1f} %"] for name, n in counts.items() if n]
+def print_counts(bill: Bill) -> None:
+    """Parameters and FLOPs."""
+    T, counts = bill.context_length, count_params(bill)
+    table(f"parameters ({active_params(bill):,} of them active for a token)", ["part", "count", "share"],
+          [[name, n, f"{100 * n / counts['total']:.1f} %"] for name, n in counts.items() if n])
+    forward, causal = flops_per_token(bill, T), flops_per_token(bill, T, causal=True)["total"]
+    table(f"FLOPs of a forward pass over {T:,} tokens; causal pairs only: {causal * T:.4g}; backward: twice as many",
+          ["part", "TFLOP", "share"],
+          [[name, n * T / 1e12, f"{100 * n / forward['total']:.1f} %"] for name, n in forward.items()])
 
 
-def print_bill(bill: Bill) -> None:
-    """Print every table of one model."""
-    c, T, device = bill, bill.context_length, find_device(bill.device)
-    counts, n = count_params(c), count_params(c)["total"]
-    table(f"parameters ({active_params(c):,} of them active for a token)", ["part", "count", "share"], shares(counts))
-    forward, trained = flops_per_token(c, T), flops_per_token(c, T, training=True)
-    once = [forward.get(name, 0) for name in trained]
-    table(f"MFLOP per token at context {T:,}", ["part", "forward", "backward", "share"],
-          [[name, one / 1e6, (flops - one) / 1e6, f"{100 * flops / trained['total']:.1f} %"]
-           for (name, flops), one in zip(trained.items(), once)])
-    print(f"  forward over one sequence: {forward['total'] * T / 1e12:.4g} TFLOP; causal pairs only: "
-          f"{flops_per_token(c, T, causal=True)['total'] * T / 1e12:.4g} TFLOP")
-    kinds = ("weights", "gradients", "optimizer", "activations", "total")
-    rows = []
-    for kind in ("float32", "bfloat16"):
-        memory = memory_bytes(c, bill.batch_size, T, kind, bill.optimizer)
-        rows.append([f"train, {kind}", *(f"{memory[part] / 1e9:.3f}" for part in kinds),
-                     largest_batch(c, device.memory_bytes, T, kind, bill.optimizer)])
-    table(f"training memory in GB at batch {bill.batch_size}, {bill.optimizer}; largest batch in "
-          f"{device.memory_bytes / 1e9:.0f} GB ({bill.device})", ["", *kinds, "largest batch"], rows)
-    table(f"KV cache in {bill.dtype}",
-          ["", "bytes per token", f"MB at {T:,}", f"sequences beside the weights on {bill.device}"],
-          [[name, kv_cache_bytes(one, 1, bill.dtype), kv_cache_bytes(one, T, bill.dtype) / 1e6,
-            largest_batch(one, device.memory_bytes, T, bill.dtype, None)] for name, one in cache_variants(c).items()])
-    ridge, rows = device.flops / device.bytes_per_s, []
+def print_memory(bill: Bill) -> None:
+    """Bytes of training by dtype and by nesting of checkpoints, and of the cache by number of key/value heads."""
+    T, room, rows = bill.context_length, find_device(bill.device).memory_bytes, []
+    for dtype in ("float32", "bfloat16"):
+        memory = memory_bytes(bill, bill.batch_size, T, dtype, bill.optimizer)
+        rows.append([dtype, *(n / 1e9 for n in memory.values()), largest_batch(bill, room, T, dtype, bill.optimizer)])
+    table(f"GB of a training step at batch {bill.batch_size}, {bill.optimizer}, and the largest batch in {bill.device}",
+          ["", *memory, "largest batch"], rows)
+    block, stream = _block_bytes(bill, BYTES[bill.dtype]), 4 * bill.d_model
+    plans = [checkpoint_plan(bill.n_layers, levels, bill.batch_size * T * block, bill.batch_size * T * stream)
+             for levels in range(2 + int(math.log2(bill.n_layers)))]
+    table(f"activations of the blocks in {bill.dtype}, with groups of blocks computed again in backward",
+          ["levels", "groups of", "GB", "FLOPs, times"],
+          [[str(levels), " > ".join(map(str, plan["sizes"])), plan["bytes"] / 1e9, plan["flops"]]
+           for levels, plan in enumerate(plans)])
+    heads, rows = sorted({1, bill.n_kv_heads, bill.n_heads}), []
+    for K in heads if bill.attention == "standard" else [bill.n_heads]:
+        shape = {field.name: getattr(bill, field.name) for field in fields(ModelConfig)} | {"n_kv_heads": K}
+        config = ModelConfig(**shape)
+        rows.append([f"{K} key/value heads", kv_cache_bytes(config, 1, bill.dtype),
+                     kv_cache_bytes(config, T, bill.dtype) / 1e6, largest_batch(config, room, T, bill.dtype, None)])
+    table(f"KV cache, {bill.dtype}", [bill.attention, "bytes a token", f"MB at {T:,}", f"most in {bill.device}"], rows)
+
+
+def print_speed(bill: Bill) -> None:
+    """The roofline, what the strategies of parallel.py and sharded.py send beside their arithmetic, hours, dollars."""
+    device, rows = find_device(bill.device), []
+    ridge = device.flops / device.bytes_per_s
     for batch in sorted({1, bill.batch_size, 64, 512}):
-        bounds = intensity(c, batch, T, bill.dtype).values()
-        rows.append([f"batch {batch}", *(f"{x:,.1f} ({'compute' if x > ridge else 'memory'})" for x in bounds)])
-    table(f"FLOPs per byte, and what bounds it; ridge point of {bill.device}: {ridge:.0f}", ["", "prefill", "decode"],
-          rows)
-    ranks = max(2, bill.n_devices)
-    sent = communication(c, bill.batch_tokens, ranks, device.flops * bill.mfu, bill.link_gb_per_s * 1e9, bill.dtype, T)
-    table(f"sent by each of {ranks} ranks in a step of {bill.batch_tokens:,} tokens over {bill.link_gb_per_s:g} GB/s; "
-          "largest: most ranks before it shows", ["", "MB", "ms", "arithmetic, ms", "largest"],
-          [[name, one["bytes"] / 1e6, one["ms"], one["compute_ms"], one["largest"]] for name, one in sent.items()])
-    tokens = bill.tokens or 20 * n
-    hours = training_hours(c, tokens, bill.device, bill.mfu, bill.n_devices, T)
-    money = "" if bill.dollars_per_hour is None else f", {hours * bill.n_devices * bill.dollars_per_hour:,.0f} dollars"
-    print(f"\ntraining on {tokens:.4g} tokens: {trained['total'] * tokens:.4g} FLOP, {hours:,.2f} hours on "
-          f"{bill.n_devices} {bill.device} at {100 * bill.mfu:.0f} % MFU{money}")
-    print(f"peak of {bill.device}: {device.flops / 1e12:.0f} TFLOP/s, {device.bytes_per_s / 1e12:.2f} TB/s "
-          f"({device.source})")
-
-
-def cache_variants(c: ModelConfig) -> dict:
-    """The model beside itself with other kinds of attention, for its cache."""
-    own = {field.name: getattr(c, field.name) for field in fields(ModelConfig)}
-    variants = {"this model": c}
-    if c.attention == "standard":
-        for K in sorted({1, c.n_heads}):
-            variants[f"with {K} key/value heads"] = ModelConfig(**own | {"n_kv_heads": K})
-        if c.position == "rope" and not (c.qk_norm or c.qkv_bias):
-            variants["with attention=mla"] = ModelConfig(
-                **own | {"n_kv_heads": c.n_heads, "attention": "mla", "attention_backend": "sdpa"})
-    return variants
-
-
-def print_lessons() -> None:
-    """What holds for every model: the OPT table and the number formats."""
-    rows = [[name, *(" / ".join(f"{x:.1f}" for x in three) for three in zip(*opt_shares(name).values()))]
-            for name in OPT]
-    table("OPT, percent of FLOPs: as published / by our count / by what fits the published (see opt_shares)",
-          ["", "MHA", "FFN", "attention", "logits"], rows)
-    table("number formats", ["dtype", "bits", "largest", "smallest normal", "smallest", "spacing at 1"],
-          [[row["dtype"], row["bits"], *(f"{row[key]:.4g}" for key in list(row)[2:])] for row in number_formats()])
-    table("the same arithmetic in each", ["", "float32", "float16", "bfloat16"],
-          [[what, *(f"{x:.6g}" for x in results)] for what, *results in format_demonstration()])
+        bounds = intensity(bill, batch, bill.context_length, bill.dtype).values()
+        rows.append([f"batch {batch}", *(f"{x:,.1f} ({100 * min(1, x / ridge):.1f} %)" for x in bounds)])
+    table(f"FLOPs per byte (share of the peak under the roof); {bill.device}: ridge {ridge:.0f}, peak "
+          f"{device.flops / 1e12:.0f} TFLOP/s, {device.bytes_per_s / 1e12:.2f} TB/s ({device.source})",
+          ["", "prefill", "decode"], rows)
+    ranks, rows = max(2, bill.n_devices), []
+    rates = bill.batch_tokens, ranks, device.flops * bill.mfu, bill.link_gb_per_s * 1e9
+    fsdp, tp, mixed = best_mix(bill, *rates, bill.dtype)
+    costs = {"DDP, float32": data_parallel_cost(bill, *rates, "float32"), "FSDP": fsdp_cost(bill, *rates, bill.dtype),
+             "tensor parallel": tensor_parallel_cost(bill, *rates, bill.dtype), f"best: fsdp {fsdp} x tp {tp}": mixed}
+    for name, cost in costs.items():
+        step = cost["step"]
+        rows.append([name, step["bytes"] / 1e6, 1e3 * step["communication_s"], 1e3 * step["compute_s"],
+                     step["smallest_batch"], step["most_ranks"]])
+    table(f"one of {ranks} ranks in a step of {bill.batch_tokens:,} tokens, {bill.link_gb_per_s:g} GB/s, and where its "
+          "messages hide", ["", "MB sent", "ms", "ms of arithmetic", "from tokens", "up to ranks"], rows)
+    tokens = bill.tokens or 20 * count_params(bill)["total"]
+    hours = training_hours(bill, tokens, bill.device, bill.mfu, bill.n_devices)
+    flops = flops_per_token(bill, bill.context_length, training=True)["total"] * tokens
+    print(f"\ntraining on {tokens:.4g} tokens: {flops:.4g} FLOP, {hours:,.2f} hours on {bill.n_devices} {bill.device} "
+          f"at {100 * bill.mfu:.0f} % MFU, {hours * bill.n_devices * bill.dollars_per_hour:,.0f} dollars")
 
 
 def main(argv: list[str]) -> None:
     """Print the bill of one command line."""
     usage = f"python accounting.py CONFIG_OR_PRESET [--key=value …]\npresets: {', '.join(PRESETS)}"
-    if any(word in ("--help", "-h") for word in argv):
-        print(format_help(Bill, usage))
-        return
+    names = [word for word in argv if not word.startswith("-")]
     try:
-        flags, words = parse_flags(argv)
-        given = PRESETS.get(words[0], {}) if len(words) == 1 else {}
-        if len(words) > 1 or words and not given and not words[0].endswith(".py"):
-            raise ValueError(
-                f"{' '.join(words)!r} is neither one config file nor one preset; presets: {', '.join(PRESETS)}")
-        if words and not given:
-            given = read_config_file(words[0])
-            own = {field.name for field in fields(Bill)}
-            left = [key for key in given if key not in own]
-            given = {key: value for key, value in given.items() if key in own}
-            if left:
-                print(f"settings of training that cost nothing here, left aside: {', '.join(left)}")
-        bill, _ = resolve(Bill, given | flags)
-        for name, allowed in (("dtype", BYTES), ("optimizer", STATES), ("device", DEVICES)):
-            if getattr(bill, name) not in allowed:
-                raise ValueError(f"{name}={getattr(bill, name)!r} must be one of {', '.join(allowed)}")
-        if bill.batch_tokens < 1 or not bill.link_gb_per_s > 0:
-            raise ValueError(
-                f"batch_tokens={bill.batch_tokens} must be at least 1, link_gb_per_s={bill.link_gb_per_s} above 0")
-        if not 0 < bill.mfu <= 1 or bill.n_devices < 1 or bill.batch_size < 1:
-            raise ValueError(f"mfu={bill.mfu} must be above 0 and at most 1, n_devices={bill.n_devices} and "
-                             f"batch_size={bill.batch_size} at least 1")
-        print_bill(bill)
+        if len(names) > 1 or names and names[0] not in PRESETS and not names[0].endswith(".py"):
+            raise ValueError(f"{' '.join(names)!r} is neither one config file nor one preset; presets: "
+                             f"{', '.join(PRESETS)}.{nearest(names[0], PRESETS)}")
+        given = {} if not names else PRESETS.get(names[0]) or read_config_file(names[0])
+        # What a config file says of training alone (lr, data_dir, …) costs nothing here; as a flag it is a mistake.
+        keys = {field.name for field in fields(Bill)}
+        words = [f"--{key}={value}" for key, value in given.items() if key in keys]
+        _, _, bill, _ = command_line(Bill, words + [word for word in argv if word.startswith("-")], usage)
+        for part in (print_counts, print_memory, print_speed):
+            part(bill)
     except (ValueError, OSError) as error:
         fail(error)
-    print_lessons()
 
 
 if __name__ == "__main__":

@@ -213,84 +213,54 @@ class FastRMSNorm(torch.autograd.Function):
 
 
 class FastSwiGLU(torch.autograd.Function):
-    """swiglu; with s = sigmoid(gate): dgate = g up (s + silu (1 - s)), dup = g silu."""
+    """swiglu by torch's one-pass silu and its gradient; keeps gate and up alone, where autograd keeps five tensors."""
 
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return torch.sigmoid(gate).mul_(gate).mul_(up)
+        return torch.nn.functional.silu(gate).mul_(up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        s = torch.sigmoid(gate)
-        y = s * gate
-        dup = grad * y
-        dgate = y.addcmul_(y, s, value=-1).add_(s).mul_(up).mul_(grad)
-        return dgate, dup
+        return torch.ops.aten.silu_backward(grad * up, gate), torch.nn.functional.silu(gate).mul_(grad)
 
 
-class FastRotate(torch.autograd.Function):
-    """rotate without copies; its gradient turns back by the same angle."""
-
-    @staticmethod
-    def turned(x, cos, sin, sign: int, interleaved: bool):
-        out = torch.empty_like(x)
-        (a, b), (out_a, out_b) = ((t[..., 0::2], t[..., 1::2]) if interleaved else t.chunk(2, dim=-1) for t in (x, out))
-        torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-sign)
-        torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=sign)
-        return out
-
-    @staticmethod
-    def forward(ctx, x, cos, sin, interleaved):
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        return FastRotate.turned(x, cos, sin, 1, interleaved)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return FastRotate.turned(grad, *ctx.saved_tensors, -1, ctx.interleaved), None, None, None
-
-
-# Whether torch has oneDNN's product, which multiplies by a weight matrix in the layout it has, for this processor.
-ONEDNN = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-          and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-          and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
+# oneDNN's product with a weight as it lies in memory; None where torch has none for this processor.
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+FASTER = {}                          # (size of x, of weight), as powers of two -> whether oneDNN is the faster one here
 
 
 def product(x, weight):
-    """x @ weightᵀ; in float32 on a CPU and without gradients by oneDNN, unless the matrix is small.
+    """x @ weightᵀ; in float32 on a CPU, without gradients, by the faster of torch's two ways on this machine.
 
-    For one row of x, reading the weights is all the work. MKL does that with a single core, oneDNN with all of them.
-    For several rows oneDNN reads them faster in blocks, where `in_blocks` has made some.
+    For one row of x, reading the weights is all the work, and which library reads them faster differs between
+    processors (both seen). So the first product of each size is measured, once a process; small ones are not worth it.
     """
-    if ONEDNN and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")) \
-            and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
-        blocks = getattr(weight, "blocks", None)
-        if blocks is not None or weight.numel() > 2 ** 16:
-            return torch.ops.mkldnn._linear_pointwise(x, weight if blocks is None else blocks, None, "none", [], "")
-    return x @ weight.T
+    if (ONEDNN is None or x.device.type != "cpu" or weight.numel() <= 2 ** 16 or not x.numel()
+            or not x.dtype == weight.dtype == torch.float32 or torch.is_grad_enabled()
+            or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")):
+        return x @ weight.T
+    size = min(x.numel() // x.shape[-1], 64).bit_length(), weight.numel().bit_length()
+    if size not in FASTER:
+        FASTER[size] = onednn_is_faster(min(x.numel() // x.shape[-1], 64), *weight.shape)
+    return ONEDNN(x, weight, None, "none", [], "") if FASTER[size] else x @ weight.T
 
 
-@contextlib.contextmanager
-def in_blocks(model, rows: int):
-    """Around many passes of so many rows each: the float32 weights of a model on a CPU also in oneDNN's order.
-
-    A block of 16 x 64 weights then serves all rows from the registers. It takes the memory of the weights once more,
-    and the time that 10 to 30 passes of 16 rows win; thousands of rows are faster without. Nothing where oneDNN is not.
-    """
-    weights = [module.weight for module in model.modules() if type(module).__name__ == "Linear"]
-    weights = [weight for weight in weights if ONEDNN and weight.device.type == "cpu" and weight.dtype == torch.float32]
-    try:
-        for weight in weights:
-            weight.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-        yield
-    finally:
-        for weight in weights:
-            weight.__dict__.pop("blocks", None)
+def onednn_is_faster(rows: int, d_out: int, d_in: int) -> bool:
+    """Whether oneDNN takes less time for x (rows, d_in) and weights (d_out, d_in); a few milliseconds."""
+    # 16 MB in all, in turn, so that weights come from memory as they do in a model.
+    d_out = min(d_out, max(1, 2 ** 22 // d_in))
+    weights = torch.ones(max(1, 2 ** 22 // (d_out * d_in)), d_out, d_in)
+    x, times = torch.ones(rows, d_in), {True: [], False: []}
+    for _ in range(3):
+        for way in times:
+            began = time.perf_counter()
+            for weight in weights:
+                ONEDNN(x, weight, None, "none", [], "") if way else x @ weight.T
+            times[way].append(time.perf_counter() - began)
+    return min(times[True]) < min(times[False])
 
 
 SHORT_CONTEXT = 512                  # positions up to which three batched products beat torch's fused kernel on a CPU

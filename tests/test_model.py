@@ -382,9 +382,9 @@ def test_fused_loss_is_the_loss_without_the_logits(switch):
                           (dict(n_experts=2, n_experts_per_token=3), "n_experts=2"),
                           (dict(logit_softcap=-1.0), "logit_softcap=-1.0"),
                           (dict(fused_loss=True, logit_softcap=1.0), "never has the logits"),
-                          (dict(rope_factor=2.0), "rope_scaling"),
+                          (dict(rope_factor=0.5), "rope_factor=0.5"),
                           (dict(kv_lora_rank=8), "attention=mla"), (dict(n_layers=0), "n_layers=0"),
-                          (dict(rope_scaling="llama3", rope_low_freq=5.0), "rope_low_freq=5.0"),
+                          (dict(rope_factor=2.0, rope_low_freq=5.0), "rope_low_freq=5.0"),
                           (dict(mtp_depth=24), "mtp_depth=24"), (dict(n_heads=2.0), "n_heads=2.0")])
 def test_shapes_that_cannot_be_are_refused(settings, words):
     from model import ModelConfig
@@ -394,7 +394,8 @@ def test_shapes_that_cannot_be_are_refused(settings, words):
 
 def test_configs_survive_a_round_trip_and_presets_have_their_published_sizes():
     from dataclasses import asdict
-    from model import PRESETS, ModelConfig, preset
+    from accounting import PRESETS, preset
+    from model import ModelConfig
     for config in [preset(name) for name in PRESETS] + [ModelConfig(**TOY | more) for more in SWITCHES.values()]:
         assert ModelConfig(**asdict(config)) == config
     import accounting
