@@ -250,7 +250,8 @@ def prune_width(model, share: float, data=None):
     # With one key/value head for all (MQA) single query heads leave, else a key/value head with its group of queries.
     groups, per_group = (c.n_kv_heads, c.n_heads // c.n_kv_heads) if c.n_kv_heads > 1 else (c.n_heads, 1)
     n_groups, d_ff = (max(1, round((1 - share) * n)) for n in (groups, c.d_ff))
-    small_config = replace(c, n_heads=n_groups * per_group, n_kv_heads=n_groups if c.n_kv_heads > 1 else 1, d_ff=d_ff)
+    small_config = replace(c, n_heads=n_groups * per_group, n_kv_heads=n_groups if c.n_kv_heads > 1 else 1,
+                           head_dim=int(c.head_dim), d_ff=d_ff)
     state = dict(model.state_dict())
     sizes = weight_sizes(model) if data is None else activation_sizes(model, data)
     for i, (heads, neurons) in enumerate(sizes):                                 # heads: (H D,), neurons: (F,)
