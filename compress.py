@@ -68,7 +68,7 @@ class PruneConfig:
     """What `python compress.py prune OUT_DIR NEW_OUT_DIR` can be told."""
     kind: str = "magnitude"                  # magnitude (single weights become zero) | width (heads and neurons leave)
     share: float = 0.5                       # the part that goes, 0 … 1
-    data: str | None = None                  # width: text or .bin to rank on; none = the train.bin the run was made from
+    data: str | None = None                  # width: text or .bin to rank on; none = the train.bin of the run
     checkpoint: str = "ckpt.pt"              # ckpt.pt = the last state, best.pt = the best on validation
     overwrite: bool = False                  # true = write over the run that NEW_OUT_DIR holds
 
@@ -213,7 +213,7 @@ def weight_bytes(model) -> int:
 # --- pruning ---
 
 def prune(model, share: float, kind: str = "magnitude", data=None):
-    """A copy of the model without `share` (0 … 1) of its weights, or of its heads and neurons; the model is not changed.
+    """A copy of the model without `share` (0 … 1) of its weights, or of its heads and neurons; the model stays.
 
     kind: "magnitude": in every Linear's matrix the share of smallest weights becomes zero. "width": in every block that
     share of the heads (with grouped-query attention, of the groups) and of the feed-forward neurons leaves, and at
@@ -345,10 +345,10 @@ def prune_folder(out_dir, new_out_dir, config: PruneConfig) -> None:
         raise ValueError(f"data={config.data}: only kind=width ranks anything on a text; leave data out")
     ids = ranking_ids(out_dir, config, tokenizer) if config.kind == "width" else None
     small = prune(model, config.share, config.kind, ids)
-    before, after = ([p for p in one.parameters()] for one in (model, small))
+    before, after = (sum(p.numel() for p in one.parameters()) for one in (model, small))
+    zeros = sum(int((p == 0).sum()) for p in small.parameters())
     print(f"heads {model.config.n_heads} -> {small.config.n_heads}, feed-forward neurons {model.config.d_ff:,} -> "
-          f"{small.config.d_ff:,}, parameters {sum(p.numel() for p in before):,} -> {sum(p.numel() for p in after):,}, "
-          f"{sum(int((p == 0).sum()) for p in after):,} of them zero")
+          f"{small.config.d_ff:,}, parameters {before:,} -> {after:,}, {zeros:,} of them zero")
     write(out_dir, new_out_dir, config, small.config, small.state_dict())
 
 
@@ -382,7 +382,8 @@ def write(out_dir, new_out_dir, config, model_config, weights: dict, **more) -> 
         shutil.copyfile(Path(out_dir) / "tokenizer.json", new / "tokenizer.json")
     save_checkpoint(weights, None, entries["step"], new / "ckpt.pt", model_config=asdict(model_config),
                     compressed=asdict(config) | {"source": str(old)}, **kept, **more)
-    print(f"{old}: {old.stat().st_size / 1e6:.2f} MB -> {new / 'ckpt.pt'}: {(new / 'ckpt.pt').stat().st_size / 1e6:.2f} MB")
+    before, after = old.stat().st_size, (new / "ckpt.pt").stat().st_size
+    print(f"{old}: {before / 1e6:.2f} MB -> {new / 'ckpt.pt'}: {after / 1e6:.2f} MB")
 
 
 USAGE = """usage: python compress.py quantize OUT_DIR NEW_OUT_DIR [--kind=int8|int4]

@@ -135,7 +135,8 @@ def test_compress_commands(little_base, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "of them zero" in told and (tmp_path / "zeros" / "tokenizer.json").is_file()
     for more in ([], [f"--data={tmp_path / 'text.txt'}"]):
-        compress.main(["prune", str(little_base), str(tmp_path / "thin"), "--kind=width", "--share=0.5", "--overwrite=true", *more])
+        compress.main(["prune", str(little_base), str(tmp_path / "thin"), "--kind=width", "--share=0.5",
+                       "--overwrite=true", *more])
         told = capsys.readouterr().out
         assert "heads 4 -> 2" in told and ("size of their weights" in told) == (not more)
     sample.main([str(tmp_path / "thin"), "--prompt=cat", "--max_new_tokens=3"])
