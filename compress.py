@@ -333,9 +333,7 @@ def quantize_folder(out_dir, new_out_dir, config: QuantizeConfig) -> None:
     rounded = {f"{name}.weight": round_weight(layer.weight, config.kind) for name, layer in matrices(model).items()
                if layer.weight is not model.token_embeddings.weight}
     weights = {name: tensor for name, tensor in model.state_dict().items() if name not in rounded}
-    dtype = str(model.token_embeddings.weight.dtype).removeprefix("torch.")
-    write(out_dir, new_out_dir, config, model.config, weights,
-          quantized={"kind": config.kind, "dtype": dtype, "weights": rounded})
+    write(out_dir, new_out_dir, config, model.config, weights, quantized={"kind": config.kind, "weights": rounded})
 
 
 def prune_folder(out_dir, new_out_dir, config: PruneConfig) -> None:

@@ -45,7 +45,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bpe import Tokenizer, train_bpe
-from checkpoint import sha256, write_atomically
+from checkpoint import contents, open_tokens, read_meta, sha256, write_atomically  # noqa: F401
 from clean import (  # noqa: F401 - some only so that they can be had from here
     Classifier, Extractor, blocks_of, check_bands, dedup_lines, dedup_minhash, duplicate_lines, extract_text,
     gopher_filter, gopher_reason, hash_ngrams, hash_words, identify_language, jaccard, listed, load_classifier,
@@ -338,37 +338,6 @@ def tokenize(folder, vocab_size: int, source: str, context_length: int = 128, wo
     # Last, so that a folder with a meta.json is a folder that is complete.
     write_atomically(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
     return meta
-
-
-# --- reading token files ---
-
-def read_meta(data_dir) -> dict:
-    """meta.json of a data folder, or nanoGPT's convention without one: uint16, sizes unknown.
-
-    Raises ValueError naming the path when it is not a JSON object.
-    """
-    path = Path(data_dir) / "meta.json"
-    if not path.exists():
-        return {"dtype": "uint16"}
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(meta, dict) or meta.get("dtype") not in ("uint16", "uint32"):
-        raise ValueError(f"{path} must be an object whose dtype is uint16 or uint32")
-    return meta
-
-
-def open_tokens(data_dir, split: str) -> np.memmap:
-    """The ids of FOLDER/train.bin or val.bin, (n,), memory-mapped. Raises OSError or ValueError naming the path."""
-    path = Path(data_dir) / f"{split}.bin"
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}; make it first: python data.py prepare NAME_OR_FILE --data_dir={data_dir}")
-    dtype = np.dtype(read_meta(data_dir)["dtype"]).newbyteorder("<")
-    size = path.stat().st_size
-    if size == 0 or size % dtype.itemsize:
-        raise ValueError(f"{path} has {size} bytes, not a positive multiple of {dtype.itemsize} ({dtype.name})")
-    return np.memmap(path, dtype=dtype, mode="r")
 
 
 # --- curate: one archive ---

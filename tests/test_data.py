@@ -141,15 +141,6 @@ def test_hosted_corpora_come_through_the_mirror(server, tmp_path, monkeypatch, n
     assert meta["train_bytes"] == meta["val_bytes"] == len(text) and (tmp_path / "train.txt").read_bytes() == text
 
 
-def test_nanogpt_token_files_load_as_they_are(tmp_path):
-    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    assert data.read_meta(tmp_path) == {"dtype": "uint16"} and data.open_tokens(tmp_path, "train")[999] == 999
-    (tmp_path / "val.bin").write_bytes(b"odd")
-    for split, error in (("val", ValueError), ("test", FileNotFoundError)):
-        with pytest.raises(error, match=f"{split}.bin"):
-            data.open_tokens(tmp_path, split)
-
-
 def warc_record(address, body: bytes, lie: int = 0, kind=b"text/html", status=b"200 OK") -> bytes:
     """One response as it stands in a WARC file; `lie` is added to the length in its header."""
     http = b"HTTP/1.1 %s\r\nContent-Type: %s\r\n\r\n%s" % (status, kind, body)

@@ -1,0 +1,458 @@
+r"""A model that no rank holds whole: its matrices (tensor parallel) or layers (Pipeline) divided; a strategy by name.
+
+Tensor parallel: every rank has some columns of one matrix and the matching rows of the next, so that only the sum at
+the end needs a message. Megatron's f is the identity forward and an all-reduce backward, g the reverse:
+
+    x --f-- x W1[:, part 0] -- act -- h0 W2[part 0, :] --g-- y     q, k, v, w1, w3 are cut by columns (whole heads),
+       \--- x W1[:, part 1] -- act -- h1 W2[part 1, :] --/         o, w2 by rows: 4 all-reduces of (B, T, C) a block
+
+Pipeline: stage s of p has 1/p of the layers, the first also the embedding, the last the head. Micro-batches follow one
+another; activations travel forward, their gradients back, point to point: few bytes, but stages wait for each other.
+Two stages, four micro-batches; a digit is a forward, two letters its backward, which takes twice as long:
+
+    gpipe    stage 0   0 1 2 3 . . . a a b b c c d d      1f1b    stage 0   0 1 . . a a 2 b b 3 c c . d d
+             stage 1   . 0 1 2 3 a a b b c c d d . .              stage 1   . 0 a a 1 b b 2 c c 3 d d . .
+             holds the activations of 4 micro-batches             holds those of 2 and 1, however many there are
+
+Either way a stage is idle for p - 1 of m + p - 1 slots, the bubble. More micro-batches make it small, and 1F1B makes
+more of them affordable, as a stage begins a backward as soon as it can. FSDP, the third division, is in fsdp.py.
+
+Papers: Shoeybi 2019 (Megatron-LM, 1909.08053), Huang 2018 (GPipe, 1811.06965), Narayanan 2019 (PipeDream, doi
+10.1145/3341301.3359646) and 2021 (1F1B with a flush, as here, 2104.04473, section 2.2). Left out: a divided vocabulary,
+sequence parallelism, interleaved stages, stages of measured size (the last has the head besides its layers).
+
+    torchrun --standalone --nproc_per_node=2 train.py --tp=2
+    torchrun --standalone --nproc_per_node=4 train.py --pp=2               two pipelines of two stages
+    torchrun --standalone --nproc_per_node=2 bench.py parallel             the bubble beside the formula
+"""
+import contextlib
+import math
+import os
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import parallel
+from fsdp import (FSDP, Cut, full_optimizer_state, full_shape, full_state_dict, gather_like, take_like,  # noqa: F401
+                  take_optimizer_state, take_state_dict)
+from parallel import DDP, ShardedOptimizer, broadcast, make_mesh, reduce, start, wait, world
+
+
+# --- matrices divided: tensor parallel ---
+
+class CopyToRanks(torch.autograd.Function):
+    """Megatron's f: x forward; backward the sum over ranks, as every rank's part of the matrix used the same x."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return reduce(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
+
+
+class SumOverRanks(torch.autograd.Function):
+    """Megatron's g: forward the sum over ranks; backward the gradient as it is."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        return reduce(x.clone(memory_format=torch.contiguous_format), group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class ColumnParallelLinear(nn.Module):
+    """x @ weightᵀ, rank r computing the r-th part of the outputs. weight: (d_out / W, d_in), drawn on rank 0.
+
+    forward: x (..., d_in), the same on all ranks -> (..., d_out / W). copy_input=False: x has been through f already
+    (one f for q, k and v together).
+    """
+    dim = 0
+
+    def __init__(self, d_in: int, d_out: int, group=None, copy_input: bool = True):
+        super().__init__()
+        self.group, self.copy_input, self.bias = group, copy_input, None
+        self.weight = nn.Parameter(torch.randn(d_out, d_in) * math.sqrt(2 / (d_in + d_out)))
+        broadcast([self.weight], group)
+        Cut(self.dim, self.weight.shape[self.dim], group).apply(self.weight)
+
+    @classmethod
+    def split(cls, linear: nn.Module, group=None, copy_input: bool = True):
+        """This rank's part of `linear`, whose Parameter objects it takes over."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.group, layer.copy_input = group, copy_input
+        layer.weight, layer.bias = linear.weight, getattr(linear, "bias", None)
+        Cut(cls.dim, layer.weight.shape[cls.dim], group).apply(layer.weight)
+        if cls.dim == 0 and layer.bias is not None:            # each output has its bias; inputs have none
+            Cut(0, len(layer.bias), group).apply(layer.bias)
+        return layer
+
+    def forward(self, x):
+        y = (CopyToRanks.apply(x, self.group) if self.copy_input else x) @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class RowParallelLinear(ColumnParallelLinear):
+    """x @ weightᵀ, rank r having the r-th part of the inputs. weight: (d_out, d_in / W).
+
+    forward: x (..., d_in / W), a ColumnParallelLinear's output -> (..., d_out), the same on all ranks.
+    """
+    dim = 1
+
+    def forward(self, x):
+        y = SumOverRanks.apply(x @ self.weight.T, self.group)
+        return y if self.bias is None else y + self.bias
+
+
+# Embedding, head, norms and a router stay whole on every rank: they then need no message.
+LAYERS = {"q_proj": ColumnParallelLinear, "k_proj": ColumnParallelLinear, "v_proj": ColumnParallelLinear,
+          "o_proj": RowParallelLinear, "w1": ColumnParallelLinear, "w3": ColumnParallelLinear, "w2": RowParallelLinear}
+
+
+def tensor_parallel(model: nn.Module, group=None) -> nn.Module:
+    """Divide attention heads and feed-forward columns of `model` (a Transformer) in place over the ranks of `group`.
+
+    Rank 0's weights count. Returns the model, which works as before, on the same tokens on all ranks; names of
+    parameters stay. No cache: sample elsewhere. Raises ValueError when heads or feed-forward widths do not divide by
+    the number of ranks, or attention is latent.
+    """
+    size, c = world(group)[1], model.config
+    for name in ("n_heads", "n_kv_heads", "d_ff", "d_ff_expert"):
+        if (getattr(c, name, None) or 0) % size:
+            raise ValueError(f"{name}={getattr(c, name)} cannot be divided among tp={size} ranks; "
+                             "choose a tp that divides it")
+    if c.attention != "standard":
+        raise ValueError(f"attention={c.attention!r} shares one latent among all heads; tp={size} needs standard")
+    broadcast([*model.parameters(), *model.buffers()], group)
+    for parent in list(model.modules()):
+        names = [name for name, _ in parent.named_children() if name in LAYERS]
+        for name in names:
+            setattr(parent, name, LAYERS[name].split(getattr(parent, name), group, copy_input=False))
+        if names:                                   # one f for all the columns that read the same x
+            parent.register_forward_pre_hook(lambda _, args: (CopyToRanks.apply(args[0], group), *args[1:]))
+        if "q_proj" in names:
+            parent.config = replace(c, n_heads=c.n_heads // size, n_kv_heads=c.n_kv_heads // size)
+            for norm in (parent.q_norm, parent.k_norm) if c.qk_norm else ():
+                # Its weight serves all heads, of which a rank sees only its own.
+                norm.weight.register_hook(lambda grad: reduce(grad.clone(), group))
+    return model
+
+
+# --- layers divided: pipeline ---
+
+def order_of_work(schedule: str, stage: int, n_stages: int, n: int) -> list[tuple[str, int]]:
+    """What a stage does with n micro-batches, in order: some forwards ahead, then a backward and a forward in turn.
+
+    >>> order_of_work("1f1b", stage=1, n_stages=2, n=2)
+    [('forward', 0), ('backward', 0), ('forward', 1), ('backward', 1)]
+    """
+    ahead = n if schedule == "gpipe" else min(n_stages - stage, n)
+    order = [("forward", i) for i in range(ahead)]
+    for i in range(n):
+        order.append(("backward", i))
+        if i + ahead < n:
+            order.append(("forward", i + ahead))
+    return order
+
+
+class Pipeline(nn.Module):
+    """A Transformer whose layers are divided among the ranks of `group`, in place; rank 0's weights count.
+
+        pipeline = Pipeline(model, group, n_micro_batches=8); optimizer = AdamW(pipeline.parameters())
+        loss = pipeline.step(tokens, targets); optimizer.step()
+
+    n_micro_batches: parts of a batch that follow one another, of about equal numbers of rows. schedule: gpipe | 1f1b.
+    `parameters()` are this stage's. `model` keeps all names, but what stands on another stage is on the meta device
+    and takes no memory. A tied embedding is on the first and the last stage, with one gradient, the sum.
+    Raises ValueError for another schedule, fewer layers than ranks, mtp_depth (it needs embedding and head on one
+    stage) and balance=bias (it counts all layers at once).
+    """
+
+    def __init__(self, model: nn.Module, group=None, n_micro_batches: int = 4, schedule: str = "1f1b"):
+        super().__init__()
+        self.stage, self.n_stages = world(group)
+        c = model.config
+        if schedule not in ("gpipe", "1f1b"):
+            raise ValueError(f"schedule={schedule!r} must be gpipe or 1f1b")
+        if n_micro_batches < 1:
+            raise ValueError(f"n_micro_batches={n_micro_batches} must be at least 1")
+        if c.n_layers < self.n_stages:
+            raise ValueError(f"n_layers={c.n_layers} cannot be divided among pp={self.n_stages} stages; choose a pp of "
+                             "at most n_layers")
+        if self.n_stages > 1 and (c.mtp_depth or c.n_experts and c.balance == "bias"):
+            raise ValueError(f"pp={self.n_stages} has no mtp_depth (now {c.mtp_depth}) and no balance=bias (now "
+                             f"{c.balance}); leave them out, or choose pp=1")
+        self.module, self.group, self.config = model, group, c
+        self.n_micro_batches, self.schedule = n_micro_batches, schedule
+        self.first, self.last = self.stage == 0, self.stage == self.n_stages - 1
+        self.autocast = contextlib.nullcontext      # train.py's mixed precision, around forward passes only
+        self.most_held = 0                          # micro-batches whose activations waited for backward, at most
+        # Both directions between two stages at once: with NCCL two messages of one group would wait for each other.
+        self.backward_group = None
+        if self.n_stages > 1:
+            self.backward_group = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+        broadcast([*model.parameters(), *model.buffers()], group)
+        self._cut(model)
+
+    def _cut(self, model) -> None:
+        """Keep this stage's parameters; the others become meta tensors, their layers let x through."""
+        def stage_of(name):
+            if name.startswith("layers."):
+                return int(name.split(".")[1]) * self.n_stages // self.config.n_layers
+            return self.n_stages - 1 if name.startswith(("ln_final", "lm_head")) else 0
+
+        stages, replaced = {}, {}                   # p -> stages that have it; p -> what stands here instead
+        for name, p in model.named_parameters(remove_duplicate=False):
+            stages.setdefault(p, set()).add(stage_of(name))
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None and self.stage not in stages[p] and p not in replaced:
+                    replaced[p] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+                    replaced[p].cuts = getattr(p, "cuts", [])
+                if p in replaced:
+                    module._parameters[name] = replaced[p]
+        self.tied = None
+        for p, places in stages.items():
+            here = replaced.get(p, p)
+            here.stage = self.group, min(places)    # who saves it; see sharded.full_state_dict
+            here.repeated = self.stage != min(places)
+            if len(places) > 1 and here is p:
+                self.tied = p
+        for i, layer in enumerate(model.layers):
+            if stage_of(f"layers.{i}") != self.stage:
+                layer.forward = lambda x, *_: x
+
+    def named_parameters(self, *args, **kwargs):
+        """Those of this stage, by their names in the model."""
+        return ((name, p) for name, p in self.module.named_parameters(*args, **kwargs) if not p.is_meta)
+
+    def _layers(self, tokens, x):
+        """(the residual stream after this stage, its share of the experts' balance loss); x: what came in."""
+        plan, c = self.module.plan(tokens), self.config
+        if self.first:
+            x = self.module.hidden(tokens, None, plan)
+        else:
+            for layer in self.module.layers:
+                x = layer(x, None, None, plan)
+        balanced = self.module.training and c.n_experts and c.balance == "loss" and plan.balance
+        return x, c.balance_weight * sum(plan.balance) / c.n_layers if balanced else None
+
+    def _activation(self, tokens):
+        """The residual stream as it comes from the stage before, for these tokens."""
+        x = torch.empty(*tokens.shape, self.config.d_model, device=tokens.device)
+        wait(dist.irecv(x, group=self.group, group_src=self.stage - 1))
+        return x
+
+    def _forward(self, i, tokens, targets, weight, loss_of):
+        """One micro-batch; returns this stage's part of the loss, times weight."""
+        x = None if self.first else self._activation(tokens).requires_grad_()
+        with self.autocast():
+            y, balance = self._layers(tokens, x)
+            if self.last:
+                y = loss_of(*self.module.head_loss(y, targets), tokens) * weight
+            elif y.dtype != torch.float32:
+                y = y.float()
+        roots = [y] if balance is None else [y, balance * weight]
+        sent = None if self.last else dist.isend(y.detach().contiguous(), group=self.group, group_dst=self.stage + 1)
+        self.held[i] = x, roots, sent
+        self.most_held = max(self.most_held, len(self.held))
+        return sum(root.detach() for root in (roots if self.last else roots[1:]))
+
+    def _backward(self, i, scale: float):
+        x, roots, sent = self.held.pop(i)
+        grads = [torch.full_like(root, scale) for root in roots]
+        if not self.last:
+            wait(dist.irecv(grads[0], group=self.backward_group, group_src=self.stage + 1))
+            wait(sent)
+        torch.autograd.backward(roots, grads)
+        if not self.first:
+            wait(self.returning[0] if self.returning else None)
+            self.returning = dist.isend(x.grad, group=self.backward_group, group_dst=self.stage - 1), x.grad
+
+    def step(self, tokens, targets, loss_of=lambda logits, loss, tokens: loss, scale: float = 1.0) -> torch.Tensor:
+        """Forward and backward of a batch, (B, T) ids each, the same on all stages; returns its mean loss on all.
+
+        Gradients, times scale, are added to `.grad`. loss_of(logits, loss, tokens): the loss of a micro-batch, on the
+        last stage. Micro-batches count by their rows, also ragged ones. Collective.
+        """
+        parts = [(x, y, len(x) / len(tokens)) for x, y in zip(tokens.tensor_split(self.n_micro_batches),
+                                                              targets.tensor_split(self.n_micro_batches)) if len(x)]
+        self.held, self.returning, self.most_held = {}, None, 0
+        earlier, total = None, torch.zeros((), device=tokens.device)
+        if self.tied is not None:
+            earlier, self.tied.grad = self.tied.grad, None
+        for kind, i in order_of_work(self.schedule, self.stage, self.n_stages, len(parts)):
+            if kind == "forward":
+                total += self._forward(i, *parts[i], loss_of)
+            else:
+                self._backward(i, scale)
+        wait(self.returning[0] if self.returning else None)
+        if self.tied is not None:                   # both ends add the other's gradient to theirs
+            there, peer = torch.empty_like(self.tied.grad), self.n_stages - 1 - self.stage
+            sent = dist.isend(self.tied.grad.clone(), group=self.group, group_dst=peer)
+            wait(dist.irecv(there, group=self.group, group_src=peer))
+            wait(sent)
+            self.tied.grad += there
+            if earlier is not None:
+                self.tied.grad += earlier
+        return reduce(total, self.group)
+
+    @torch.no_grad()
+    def forward(self, tokens, targets=None):
+        """The model without gradients: logits (B, T, V), or (None, mean loss) with targets; on all stages."""
+        results, sends = [], []
+        n = self.n_micro_batches
+        for x, y in zip(tokens.tensor_split(n), (tokens if targets is None else targets).tensor_split(n)):
+            if not len(x):
+                continue
+            with self.autocast():
+                out = self._layers(x, None if self.first else self._activation(x))[0]
+                if self.last and targets is None:
+                    results.append(self.module.head(out).float())
+                elif self.last:
+                    results.append(self.module.head_loss(out, y)[1] * (len(x) / len(tokens)))
+            if not self.last:
+                out = out.float().contiguous()
+                sends.append((dist.isend(out, group=self.group, group_dst=self.stage + 1), out))
+        for sent, _ in sends:
+            wait(sent)
+        if targets is not None:
+            return None, reduce(torch.stack(results).sum() if self.last else torch.zeros((), device=tokens.device),
+                                self.group)
+        logits = torch.cat(results) if self.last else \
+            torch.empty(*tokens.shape, self.config.vocab_size, device=tokens.device)
+        broadcast([logits], self.group, [self.n_stages - 1])
+        return logits
+
+
+# --- by name ---
+
+class Strategy:
+    """What train.py needs of all this: a strategy by name, which in a single process is the plain thing.
+
+        strategy = Strategy("zero1", tp=1, device=None, pp=2)        joins torchrun's process group
+        strategy.divide(model, dtype)                                in place: the model is then this rank's part
+        optimizer = strategy.optimizer(AdamW, groups, lr=1e-3)
+        loss = strategy.forward_backward(inputs, targets, micro_batch_size, loss_of, scale)
+        norm = strategy.clip_grad_norm(model.parameters(), 1.0); optimizer.step()
+        loss = strategy.evaluate(inputs, targets)                    strategy.model(tokens) -> logits
+
+    name: ddp | zero1 | fsdp, along the data. tp: ranks that share each matrix; pp: stages of layers; the others (dp)
+    divide the data. Raises ValueError when tp · pp does not divide the number of ranks, and for fsdp with pp.
+    """
+
+    def __init__(self, name: str, tp: int = 1, device: str | None = None, pp: int = 1):
+        if name == "fsdp" and pp > 1:
+            raise ValueError(f"parallel=fsdp with pp={pp}: a stage would gather its layers anew for each micro-batch; "
+                             "choose parallel=zero1 or ddp with pp, or pp=1")
+        self.device = device
+        if "RANK" in os.environ and not dist.is_initialized():
+            self.device = str(start(device))
+        self.rank, self.size = world()
+        self.name, self.tp, self.pp, self.dp = name, tp, pp, self.size // max(tp * pp, 1)
+        self.mesh = make_mesh(self.dp, tp, pp)
+
+    def divide(self, model: nn.Module, dtype=None, compile: bool = False) -> None:
+        """Make `model`, in place, this rank's part. dtype: what its products compute in (autocast, and FSDP's)."""
+        if model.config.fused_loss and self.name == "fsdp":
+            raise ValueError("fused_loss=true reads the head's whole matrix, which parallel=fsdp divides; use ddp or "
+                             "zero1, or fused_loss=false")
+        kind = next(model.parameters()).device.type
+        self.autocast = contextlib.nullcontext if dtype is None else lambda: torch.autocast(kind, dtype)
+        if self.tp > 1:
+            tensor_parallel(model, self.mesh.tp)
+        self.model = self.forward = model           # what evaluation calls; what training calls
+        if self.pp > 1:
+            self.model = Pipeline(model, self.mesh.pp)
+            self.model.autocast = self.autocast
+        elif compile:
+            self.forward = torch.compile(model)
+        self.wrapper = FSDP(model, dtype, self.mesh.dp) if self.name == "fsdp" else DDP(model, group=self.mesh.dp)
+
+    def optimizer(self, cls, params, **kwargs):
+        """cls(params, **kwargs), its state divided if the strategy says so."""
+        return ShardedOptimizer(params, cls, self.mesh.dp, **kwargs) if self.name == "zero1" else cls(params, **kwargs)
+
+    def micro_batches(self, inputs, targets, size: int):
+        """This rank's rows of a batch that all ranks have drawn alike, as (x, y, share of all rows times dp ranks).
+
+        Ranks may get unequal numbers of rows, but all get equally many micro-batches, as a pass may be collective: who
+        has no row left computes one that counts 0.
+        """
+        starts = [rank * len(inputs) // self.dp for rank in range(self.dp + 1)]
+        first, last = starts[self.mesh.dp_rank:self.mesh.dp_rank + 2]
+        most = max(b - a for a, b in zip(starts, starts[1:]))
+        for i in range(first, first + most, size):
+            rows = slice(i, min(i + size, last))
+            if i < last:
+                yield inputs[rows], targets[rows], (rows.stop - i) * self.dp / len(inputs)
+            else:
+                yield inputs[:1], targets[:1], 0.0
+
+    def forward_backward(self, inputs, targets, micro_batch_size: int | None = None,
+                         loss_of=lambda logits, loss, inputs: loss, scale: float = 1.0) -> torch.Tensor:
+        """Add the gradients of a batch that all ranks have drawn alike to `.grad`, averaged; returns its mean loss.
+
+        inputs, targets: (B, T) ids. micro_batch_size: rows of a forward pass; None is all of a rank's rows, in a
+        pipeline an eighth of them for two stages, 1/4pp for pp, so that the bubble is at most a fifth.
+        loss_of(logits, loss, inputs): the loss of a micro-batch, called under autocast. Gradients are times `scale`,
+        the loss is not. Every micro-batch counts by its rows, also a ragged one: no mean of means. Collective.
+        """
+        total, size = 0.0, micro_batch_size or len(inputs)
+        if self.pp > 1:
+            (x, y, share), = self.micro_batches(inputs, targets, len(inputs))
+            self.model.n_micro_batches = math.ceil(len(x) / micro_batch_size) if micro_batch_size else 4 * self.pp
+            with self.wrapper.no_sync():
+                total = self.model.step(x, y, loss_of, scale * share) * share
+        else:
+            batches = list(self.micro_batches(inputs, targets, size))
+            for i, (x, y, share) in enumerate(batches, start=1):
+                with self.autocast():
+                    loss = loss_of(*self.forward(x, y), x) * share
+                waits = i < len(batches) and self.name != "fsdp"       # FSDP has no room to keep whole gradients
+                with self.wrapper.no_sync() if waits else contextlib.nullcontext():
+                    (loss * scale).backward()
+                total = total + loss.detach()
+        self.wrapper.finish_gradient_synchronization()
+        return self.mean(total)
+
+    def clip_grad_norm(self, params, max_norm: float) -> torch.Tensor:
+        """parallel.clip_grad_norm over the whole model, all stages of it."""
+        return parallel.clip_grad_norm(params, max_norm, stages=self.mesh.pp if self.pp > 1 else None)
+
+    @torch.no_grad()
+    def evaluate(self, inputs, targets) -> torch.Tensor:
+        """Mean loss of a batch that all ranks have drawn alike, and whose rows they share; collective."""
+        (x, y, share), = self.micro_batches(inputs, targets, len(inputs))
+        with self.autocast():
+            return self.mean(self.model(x, y)[1] * share)
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean of a number over the ranks along the data."""
+        return reduce(x.clone(), self.mesh.dp) / self.dp
+
+    def total(self, number: float) -> float:
+        """Its sum over the ranks along the data."""
+        if self.dp == 1:
+            return number
+        return reduce(torch.tensor(number, dtype=torch.float64, device=self.device), self.mesh.dp).item()
+
+    def largest(self, *numbers: float) -> list[float]:
+        """The largest of each number over all ranks: what they act upon must be the same on all."""
+        if self.size == 1:
+            return list(numbers)
+        return reduce(torch.tensor(numbers, dtype=torch.float64, device=self.device), op=dist.ReduceOp.MAX).tolist()
+
+    def same(self, value):
+        """Rank 0's value, on every rank; any plain object."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]

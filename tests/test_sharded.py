@@ -1,0 +1,278 @@
+"""Claims about sharded.py and fsdp.py."""
+import copy
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+
+from common import adamw, ragged, steps
+import model as model_module
+import optim
+import parallel
+import sharded
+from ranks import CLOSE, SHAPE, Wrapped, assert_passed, furthest, one_process, run_checks, small
+
+TWO = (dict(name="ddp"), dict(name="zero1"), dict(name="fsdp"), dict(name="ddp", tp=2), dict(name="ddp", pp=2),
+       dict(name="zero1", pp=2))
+FOUR = (dict(name="zero1"), dict(name="fsdp"), dict(name="fsdp", tp=2), dict(name="zero1", pp=2),
+        dict(name="ddp", pp=2, tp=2), dict(name="ddp", pp=4))
+GPT2 = dict(bias=True, norm="layer", position="learned", ffn="gelu", d_ff=64)
+EXPERTS = dict(n_experts=3, balance="none", n_shared_experts=1)
+
+
+def check_three_steps(rank, size, tmp):
+    """Every strategy ends with the weights of one process; 11 rows, so that nothing divides."""
+    for more in (dict(n_layers=4), dict(n_layers=4, tie_embeddings=True, n_kv_heads=2, vocab_size=53), GPT2,
+                 EXPERTS | dict(mtp_depth=1), EXPERTS | dict(smear=True)):
+        reference, _, norms = one_process(range(3), **more)
+        for strategy in TWO if size == 2 else FOUR:
+            if strategy.get("pp", 1) > 1 and (more.get("mtp_depth") or more.get("n_layers", 2) < strategy["pp"]):
+                continue
+            wrapped = Wrapped(**strategy, seed=rank, **more)       # rank 0's weights must rule
+            got = wrapped.train(range(3))
+            worst = furthest(wrapped.state()[0], reference.state_dict())
+            assert worst < CLOSE, f"{strategy}, {more}: weights are {worst} from one process's"
+            assert torch.allclose(got, norms, rtol=1e-4), f"{strategy}, {more}: norms {got}, one process {norms}"
+
+
+def check_checkpoints_move(rank, size, tmp):
+    """3 steps on 4 ranks by each strategy, 2 more on 2 ranks by others."""
+    for number, strategy in enumerate(FOUR if size == 4 else TWO):
+        if size == 4:
+            wrapped = Wrapped(**strategy, seed=rank, n_layers=4)
+            wrapped.train(range(3))
+            state = wrapped.state()
+            if rank == 0:
+                torch.save(state, f"{tmp}/{number}.pt")
+            continue
+        for saved, of in itertools.islice(enumerate(FOUR * 2), number, number + 2):       # each is read by two
+            saved %= len(FOUR)
+            wrapped = Wrapped(**strategy, seed=rank, n_layers=4)
+            wrapped.load(*torch.load(f"{tmp}/{saved}.pt", weights_only=True))
+            wrapped.train(range(3, 5))
+            worst = furthest(wrapped.state()[0], one_process(n_layers=4)[0].state_dict())
+            assert worst < CLOSE, f"{of} on 4 ranks, then {strategy} on 2: {worst} from one process's weights"
+
+
+class Matrices(torch.nn.Module):
+    """Sizes that divide by nothing: some ranks of four hold fewer rows, or none."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm = model_module.Embedding(13, 7), model_module.RMSNorm(7)
+        self.layers = torch.nn.ModuleList([torch.nn.Sequential(model_module.Linear(7, 5), torch.nn.Linear(5, 7)),
+                                           torch.nn.Sequential(model_module.Linear(7, 3), torch.nn.Linear(3, 7))])
+        self.head, self.unused = model_module.Linear(7, 2), model_module.Linear(7, 2).requires_grad_(False)
+        self.checkpointing = None
+
+    def forward(self, ids):
+        x = self.norm(self.table(ids))
+        for layer in self.layers:
+            if self.checkpointing == "outside":                # the call of the layer, hooks included
+                x = x + torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = x + layer(x)
+        return self.head(x).float()
+
+
+def check_fsdp(rank, size, tmp):
+    ids = torch.randint(13, (size, 6), generator=torch.Generator().manual_seed(5))
+    for dtype, checkpointing in itertools.product((None, torch.bfloat16, torch.float16), (None, "outside", "inside")):
+        torch.manual_seed(0)
+        reference = Matrices()
+        divided = copy.deepcopy(reference)
+        model = sharded.FSDP(divided, compute_dtype=dtype)
+        divided.checkpointing = checkpointing
+        for layer in divided.layers if checkpointing == "inside" else ():          # as train.py does
+            layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+        sizes = {name: p.shape for name, p in reference.named_parameters()}
+        for turn in range(2):
+            model.zero_grad()
+            with torch.no_grad():
+                model(ids)
+            for _ in range(2):                                 # two micro-batches
+                (model(ids[rank:rank + 1]).square().mean() / 2).backward()
+            model.finish_gradient_synchronization()
+        lowered = copy.deepcopy(reference).to(dtype or torch.float32)
+        lowered.norm.float()
+        lowered(ids).square().mean().backward()
+        # Elements of float16 carry 11 bits, of bfloat16 8; sums over 6 positions and 3 layers lose a few of them.
+        tolerance = {None: 1e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
+        for (name, p), q in zip(divided.named_parameters(), lowered.parameters()):
+            assert p.dim() == 1 or len(p) <= math.ceil(sizes[name][0] / size), f"{name} is not divided"
+            if q.requires_grad:
+                grad = sharded.take_like(p, q.grad.float())
+                assert p.dtype == p.grad.dtype == torch.float32 and p.shape == p.grad.shape, name
+                error = (p.grad - grad).abs().max().item() / q.grad.abs().max().item() if p.numel() else 0
+                assert error < tolerance, f"{name}, {dtype}, checkpointing {checkpointing}: {error}"
+        assert furthest(model.full_state_dict(), reference.state_dict()) == 0, "nothing has stepped"
+        flats = [flat for unit in model.units for flat in unit.flats.values()]
+        assert not any(flat.untyped_storage().nbytes() for flat in flats), "not freed"
+
+
+def check_fsdp_names_a_matrix_without_gradient(rank, size, tmp):
+    module = Matrices()
+    module.unused.requires_grad_(True)
+    model = sharded.FSDP(module)
+    model(torch.zeros(1, 6, dtype=torch.long)).sum().backward()
+    with pytest.raises(RuntimeError, match="unused.weight got no gradient"):
+        model.finish_gradient_synchronization()
+
+
+def check_columns_and_rows(rank, size, tmp):
+    column, row = sharded.ColumnParallelLinear(6, 8), sharded.RowParallelLinear(8, 6)
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    row(torch.relu(column(x))).sum().backward()
+    whole = [sharded.gather_like(layer.weight, layer.weight).requires_grad_() for layer in (column, row)]
+    x_whole = x.detach().clone().requires_grad_()
+    (torch.relu(x_whole @ whole[0].T) @ whole[1].T).sum().backward()
+    assert torch.allclose(x.grad, x_whole.grad, atol=1e-5)
+    for layer, weight in zip((column, row), whole):
+        assert torch.allclose(layer.weight.grad, sharded.take_like(layer.weight, weight.grad), atol=1e-5)
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(6, 8)
+    y = sharded.ColumnParallelLinear.split(copy.deepcopy(linear))(x)
+    assert torch.allclose(y, linear(x).tensor_split(size, dim=1)[rank], atol=1e-6)
+    with pytest.raises(ValueError, match=f"n_heads=1 cannot be divided among tp={size} ranks"):
+        sharded.tensor_parallel(small(n_heads=1, n_kv_heads=1))
+
+
+def check_pipeline(rank, size, tmp):
+    """Loss and every gradient of both schedules, for any number of micro-batches, twice in a row without zeroing."""
+    x, y, _ = ragged(3)
+    for more in (dict(n_layers=5), dict(n_layers=5, tie_embeddings=True), dict(n_layers=4, position="sinusoidal")):
+        reference = small(**more)
+        loss = reference(x, y)[1]
+        (3 * loss).backward()
+        for schedule, n in itertools.product(("gpipe", "1f1b"), (1, 3, 20)):
+            model = small(seed=rank, **more)
+            pipeline = sharded.Pipeline(model, None, n, schedule)
+            for turn in (1, 2):
+                got = pipeline.step(x, y, scale=3.0)
+                assert abs(got - loss) < 1e-5, f"{schedule}, {n}: loss {got}, one process {loss}"
+                for (name, p), q in zip(model.named_parameters(), reference.parameters()):
+                    assert p.is_meta or torch.allclose(p.grad, turn * q.grad, atol=2e-6), f"{schedule}, {n}: {name}"
+            held = {"gpipe": min(n, 11), "1f1b": min(n, 11, size - rank)}[schedule]
+            assert pipeline.most_held == held, f"{schedule}, {n}: {pipeline.most_held} micro-batches held"
+            model.eval(), reference.eval()
+            assert torch.allclose(pipeline(x), reference(x), atol=1e-5)
+            assert abs(pipeline(x, y)[1] - loss) < 1e-5
+            model.train(), reference.train()
+        names = {name for name, _ in pipeline.named_parameters()}
+        assert 0 < len(names) < len(list(reference.parameters()))
+        assert all(p.is_meta for name, p in model.named_parameters() if name not in names), "takes memory"
+    experts = dict(n_layers=4, n_experts=3, balance="loss")
+    reference = small(**experts)                               # the balance loss of a micro-batch is not additive
+    parts = [(rows, targets, len(rows) / len(x)) for rows, targets in zip(x.tensor_split(4), y.tensor_split(4))]
+    loss = sum(reference(rows, targets)[1] * share for rows, targets, share in parts)
+    loss.backward()
+    model = small(seed=rank, **experts)
+    assert abs(sharded.Pipeline(model, None, 4).step(x, y) - loss) < 1e-5
+    for (name, p), q in zip(model.named_parameters(), reference.parameters()):
+        assert p.is_meta or torch.allclose(p.grad, q.grad, atol=2e-6), name
+    for message, more, arguments in (("n_layers=1 cannot be divided", dict(n_layers=1), ()),
+                                     ("schedule='pipedream' must be", dict(n_layers=4), (4, "pipedream")),
+                                     ("no mtp_depth", dict(n_layers=4, mtp_depth=1), ())):
+        with pytest.raises(ValueError, match=message):
+            sharded.Pipeline(small(**more), None, *arguments)
+
+
+def check_muon_and_loss_of_under_pipeline(rank, size, tmp):
+    """Whole matrices on every stage: Muon works; the loss of a micro-batch may be any function of the logits."""
+    def halved(logits, loss, tokens):
+        return loss / 2 + logits.square().mean() * tokens.shape[1] / 100
+
+    model = small(n_layers=4)
+    hidden = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("layers.")]
+    plain = optim.Muon(hidden, lr=0.01)
+    x, y, _ = ragged(0)
+    halved(*model(x, y), x).backward()
+    plain.step()
+    strategy, divided = sharded.Strategy("zero1" if size == 4 else "ddp", pp=2), small(n_layers=4)
+    strategy.divide(divided)
+    hidden = [p for name, p in divided.named_parameters() if p.dim() == 2 and name.startswith("layers.")]
+    muon = strategy.optimizer(optim.Muon, hidden, lr=0.01)
+    strategy.forward_backward(x, y, None, halved)
+    muon.step()
+    worst = furthest(sharded.full_state_dict(divided), model.state_dict())
+    assert worst < 1e-3, worst                                 # its products are bfloat16
+    divided.eval(), model.eval()
+    assert abs(strategy.evaluate(x, y) - model(x, y)[1]) < 1e-3
+    with pytest.raises(ValueError, match="parallel=fsdp with pp=2"):
+        sharded.Strategy("fsdp", pp=2)
+
+
+def check_memory_by_the_formula(rank, size, tmp):
+    """Bytes of weights, gradients and moments on this rank, as the table in parallel.py says."""
+    shape = dict(vocab_size=512, d_model=64, d_ff=128, n_layers=4, qk_norm=False)
+    n = sum(p.numel() for p in small(**shape).parameters())
+    vocabulary = 512 * 64
+    formulas = {"ddp": 16 * n, "zero1": (8 + 8 / size) * n, "fsdp": 16 * n / size,
+                "pp": 16 * ((n - 2 * vocabulary) / size + vocabulary * ((rank == 0) + (rank == size - 1)))}
+    for name, formula in formulas.items():
+        wrapped = Wrapped("ddp" if name == "pp" else name, 0, pp=size if name == "pp" else 1, **shape)
+        wrapped.train(range(1))
+        params = [p for p in wrapped.model.parameters() if not p.is_meta]
+        held = sum(p.nbytes + p.grad.nbytes for p in params)
+        held += sum(t.nbytes for entry in wrapped.optimizer.state.values() for t in entry.values() if torch.is_tensor(t))
+        held = parallel.reduce(torch.tensor(float(held))).item() / size if name == "zero1" else held     # whole matrices
+        assert abs(held / formula - 1) < 0.05, f"{name}: {held} bytes, formula {formula}"
+
+
+def check_bytes_sent(rank, size, tmp):
+    """What the strategies hand to torch.distributed: a ring sends (W-1)/W of it, twice for an all-reduce."""
+    sent, send = [], parallel.send
+    parallel.send = lambda kind, call, *tensors, **more: (sent.append((kind, tensors[0].nbytes)),
+                                                          send(kind, call, *tensors, **more))[1]
+    for name, wrapper, times in (("DDP", parallel.DDP, 2), ("FSDP", sharded.FSDP, 3)):
+        module = small(n_layers=4)
+        formula = times * 4 * sum(p.numel() for p in module.parameters()) * (size - 1) / size
+        model = wrapper(module)
+        sent.clear()
+        model(*ragged(0)[:2])[1].backward()
+        model.finish_gradient_synchronization()
+        total = sum((2 if kind == "all-reduce" else 1) * (size - 1) / size * nbytes for kind, nbytes in sent)
+        # Vectors twice, padded rows; in FSDP the embedding is gathered once, the last unit too.
+        assert 0.75 * formula < total < 1.05 * formula, f"{name}: {total} bytes, formula {formula}"
+    parallel.send = send
+
+
+CHECKS = {4: (check_three_steps, check_checkpoints_move, check_fsdp, check_columns_and_rows, check_pipeline,
+              check_muon_and_loss_of_under_pipeline, check_memory_by_the_formula),
+          2: (check_three_steps, check_checkpoints_move, check_fsdp, check_fsdp_names_a_matrix_without_gradient,
+              check_pipeline, check_muon_and_loss_of_under_pipeline, check_memory_by_the_formula, check_bytes_sent)}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_checks(CHECKS, tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.mark.parametrize("size, check", [(size, check.__name__) for size, checks in CHECKS.items() for check in checks])
+def test_ranks(ranks, size, check):
+    assert_passed(ranks, size, check)
+
+
+@pytest.mark.parametrize("saved", range(len(FOUR)))
+def test_a_checkpoint_of_four_ranks_goes_on_in_one_process(ranks, saved):
+    weights, state = torch.load(ranks / f"{saved}.pt", weights_only=True)
+    model = small(seed=9, n_layers=4)
+    optimizer = adamw(list(model.parameters()))
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    steps(model, optimizer, range(3, 5), clip=optim.clip_grad_norm)
+    assert furthest(model.state_dict(), one_process(n_layers=4)[0].state_dict()) < CLOSE
+
+
+def test_one_process_needs_no_group():
+    assert SHAPE["n_layers"] == 2
+    reference, _, norms = one_process(which=range(2))
+    for name in ("ddp", "zero1", "fsdp"):
+        wrapped = Wrapped(name, seed=0)
+        assert torch.allclose(wrapped.train(range(2)), norms, rtol=1e-5)
+        assert furthest(wrapped.state()[0], reference.state_dict()) < 1e-6
+    x, y, _ = ragged(0)
+    loss = reference(x, y)[1]
+    assert abs(sharded.Pipeline(reference, None, 3).step(x, y) - loss) < 1e-5
