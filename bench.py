@@ -18,10 +18,11 @@ import compress
 from accounting import PRESETS, kv_cache_bytes
 from checkpoint import open_tokens, read_checkpoint, read_meta
 from configurator import command_line
+from convert import architecture_of, save_pretrained
 from decoding import speculate, stream
 from evaluate import perplexity
 from machine import DTYPES, bandwidth, pick_device
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, load_model
 
 
 # --- decoding: tokens per second and their roof ---
@@ -76,7 +77,6 @@ def time_transformers(model, prompts, n: int) -> tuple[float, float]:
 def as_transformers(model):
     """The same weights as a model of transformers."""
     from transformers import AutoModelForCausalLM
-    from convert import save_pretrained
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=next(model.parameters()).dtype).eval()
@@ -187,9 +187,46 @@ def compress_table(argv: list[str]) -> None:
     show(lines, config.out)
 
 
+# --- beside transformers ---
+
+def hf(words: list[str]) -> None:
+    """Forward and backward of a trained model beside transformers' own on the same weights: hf OUT_DIR."""
+    if len(words) != 1:
+        sys.exit("usage: python bench.py hf OUT_DIR")
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        sys.exit("hf compares with transformers, which is not installed: pip install transformers")
+    repeats, (ours, _) = 15, load_model(words[0])
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(ours, folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
+    ours, theirs, T = ours.float().train(), theirs.train(), ours.config.context_length
+    x, y = torch.randint(0, ours.config.vocab_size, (2, max(1, 2048 // T), T))
+
+    def their_loss():
+        logits = theirs(input_ids=x, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    print(f"{architecture_of(ours.config)}, {x.shape[0]} x {T} tokens, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}; ms of forward and backward, median of {repeats} in turns (fastest)")
+    for dtype in (torch.float32, torch.bfloat16):
+        ms = {"ours": [], "transformers": []}
+        for turn in range(repeats + 2):
+            for name, loss in (("ours", lambda: ours(x, y)[1]), ("transformers", their_loss)):
+                began = time.perf_counter()
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    value = loss()
+                value.backward()
+                if turn > 1:                      # the first two warm up
+                    ms[name].append(1000 * (time.perf_counter() - began))
+        print(f"{str(dtype)[6:]:<9}", *(f"{name} {statistics.median(times):.1f} ({min(times):.1f})"
+                                        for name, times in ms.items()))
+
+
 # --- the verbs: each takes the words after it ---
 
-VERBS = {"decode": decode, "compress": compress_table}
+VERBS = {"hf": hf, "decode": decode, "compress": compress_table}
 
 
 def main(argv: list[str]) -> None:

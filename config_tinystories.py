@@ -1,10 +1,10 @@
-"""TinyStories with the course's model: `python train.py config_tinystories.py`, meant for one GPU.
+"""TinyStories with the course's model, meant for one GPU: `python train.py config_tinystories.py`.
 
-Tokens: 10,000 steps of 128 sequences of 256 = 327,680,000, the course's budget. Parameters: 22.7 million, of which
-12.5 million in the blocks. FLOPs by 6 N + 12 L d T per token: 1.12e8, 3.7e16 in all, so the time is
-3.7e16 / (MFU x peak): 4 minutes at an assumed 15 % of an H100's 989 TFLOP/s, two days on two CPU cores.
-The course asks for a validation loss of 1.45 per token. The figure for this config has not been measured yet.
-For a laptop: --max_minutes=30 --batch_tokens=8192, and the schedule is fitted to that.
+Hardware: one H100 SXM; on a laptop add --max_minutes=30 --batch_tokens=8192, to which the schedule is fitted.
+Time: 3.7e16 FLOP are 4 minutes at an assumed 15 % of 989 TFLOP/s, two days on two CPU cores. Not run yet.
+Target: 1.45 nats a token of validation, the course's.
+Size: 22.7 million parameters (vocabulary 10,000), 12.5 million in the blocks; 0.112 GFLOP a token.
+Batch: 128 sequences of 256 = 32,768 tokens; 10,000 steps = 327,680,000 tokens, the course's budget.
 """
 data_dir = "data/tinystories"
 out_dir = "out/tinystories"

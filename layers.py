@@ -54,10 +54,9 @@ def simple_cross_entropy(logits, targets):
 
 
 def attention(q, k, v, mask=None):
-    """softmax(q kᵀ / √D) v (1706.03762, eq. 1), the version to read.
+    """softmax(q kᵀ / √D) v (1706.03762, eq. 1), (..., Tq, Dv); a query that may attend to nothing gets zeros, not NaN.
 
-    q: (..., Tq, D). k: (..., Tk, D). v: (..., Tk, Dv). mask: boolean, broadcastable to (..., Tq, Tk), True = may
-    attend. Returns (..., Tq, Dv). A query that may attend to nothing gets zeros, not NaN.
+    q: (..., Tq, D). k: (..., Tk, D). v: (..., Tk, Dv). mask: boolean, broadcastable to (..., Tq, Tk), True = attend.
     """
     scores = wide(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]))            # (..., Tq, Tk)
     if mask is None:
@@ -71,12 +70,6 @@ def attention(q, k, v, mask=None):
 def truncated_normal(shape, std: float) -> torch.Tensor:
     """N(0, std²) cut at three standard deviations."""
     return nn.init.trunc_normal_(torch.empty(shape), mean=0.0, std=std, a=-3 * std, b=3 * std)
-
-
-def lowered(x):
-    """x in the dtype that autocast wants for matrix products: cast once here instead of once a product."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class Linear(nn.Module):
@@ -105,6 +98,12 @@ class Embedding(nn.Module):
     def forward(self, tokens):                                     # (...) -> (..., C)
         # weight[tokens], but a negative id is an error and not a row from the end.
         return self.weight.index_select(0, tokens.reshape(-1)).view(*tokens.shape, self.weight.shape[1])
+
+
+def lowered(x):
+    """x in the dtype that autocast wants for matrix products: cast once here instead of once a product."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 # --- norms ---
@@ -199,10 +198,8 @@ class MLP(nn.Module):
 
 def feed_forward(config, d_ff: int) -> nn.Module:
     """The feed-forward layer that a ModelConfig asks for, d_ff wide."""
-    if config.ffn == "swiglu":
-        layer = SwiGLU(config.d_model, d_ff, config.bias)
-    else:
-        layer = MLP(config.d_model, d_ff, config.ffn, config.bias)
+    sizes = (config.d_model, d_ff)
+    layer = SwiGLU(*sizes, config.bias) if config.ffn == "swiglu" else MLP(*sizes, config.ffn, config.bias)
     if config.zero_init:
         nn.init.zeros_(layer.w2.weight)
     return layer
@@ -255,19 +252,12 @@ def rope(x, positions, theta: float = 10_000.0, interleaved: bool = False):
     return rotate(x, cos, sin, interleaved)
 
 
-def sinusoids(positions, d_model: int):
-    """sin and cos of position / 10000^(2i/C), side by side in each pair (1706.03762, section 3.5). (..., T, C)."""
-    cos, sin = rope_tables(positions, d_model)
-    return torch.stack((sin, cos), dim=-1).flatten(-2)
-
-
 # --- experts ---
 
 def balance_loss(scores, counts):
     """E Σ_e f_e P_e with f_e the share of tokens sent to e and P_e its mean score (2101.03961, eq. 4-6).
 
-    scores: (N, E). counts: (E,). It is least when all experts are equally busy, then 1; with several experts a token
-    f sums to their number, as in Mixtral, and so does the least loss.
+    scores: (N, E). counts: (E,). Least where all experts are equally busy: then it is the number of experts a token.
     """
     return scores.shape[-1] * (counts / len(scores) * scores.mean(dim=0)).sum()
 
@@ -316,8 +306,9 @@ class MixtureOfExperts(nn.Module):
 
     @torch.no_grad()
     def rebalance(self, rate: float) -> None:
-        """Count anew; with balance=bias first move each expert's bias by `rate` towards an equal load, by the sign of
-        its error (2408.15664, algorithm 1). Collective when torch.distributed is initialised: ranks' counts are summed.
+        """Count anew; with balance=bias first move each bias by `rate` towards an equal load (2408.15664, algorithm 1).
+
+        Collective when torch.distributed is initialised: the ranks' counts are summed.
         """
         counts = self.tokens_per_expert
         if torch.distributed.is_available() and torch.distributed.is_initialized():

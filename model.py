@@ -37,7 +37,7 @@ from bpe import Tokenizer
 from checkpoint import read_checkpoint, sha256
 from layers import (MLP, Embedding, LayerNorm, Linear, MixtureOfExperts, RMSNorm, SwiGLU, attention,  # noqa: F401
                     balance_loss, cross_entropy, feed_forward, gelu, lowered, make_norm, relu2, rms_norm, rope,
-                    rope_tables, rotate, silu, simple_cross_entropy, sinusoids, softmax, swiglu, token_cross_entropy,
+                    rope_tables, rotate, silu, simple_cross_entropy, softmax, swiglu, token_cross_entropy,
                     wide)
 
 
@@ -188,6 +188,12 @@ class ModelConfig:
 
 
 # --- the model ---
+
+def sinusoids(positions, d_model: int):
+    """sin and cos of position / 10000^(2i/C), side by side in each pair (1706.03762, section 3.5). (..., T, C)."""
+    cos, sin = rope_tables(positions, d_model)
+    return torch.stack((sin, cos), dim=-1).flatten(-2)
+
 
 class Block(nn.Module):
     """x + attn(ln1(x)), then x + ffn(ln2(x)): pre-norm leaves the residual stream untouched end to end (2002.04745).

@@ -56,7 +56,7 @@ def test_parameters_and_flops_are_what_the_model_has_and_does(switch):
 @pytest.mark.parametrize("switch", ["plain", "gpt2", "qwen3", "2017", "mla", "smear", "softcap"])
 def test_activations_are_what_autograd_keeps(switch, monkeypatch):
     model = toy(switch, d_model=128, d_ff=320, context_length=64, vocab_size=512)
-    monkeypatch.setattr("model.SHORT_CONTEXT", 0)        # the bill is for fused attention, which keeps no scores
+    monkeypatch.setattr("attention.SHORT_CONTEXT", 0)        # the bill is for fused attention, which keeps no scores
     for dtype in ("float32", "bfloat16"):
         kept = [saved_bytes(model, ids(batch, 64), dtype) for batch in (2, 4)]       # the difference: no cast weights
         assert 2 * bill.activation_bytes(model.config, 64, dtype) == pytest.approx(kept[1] - kept[0], rel=0.015), dtype
@@ -120,7 +120,7 @@ def test_memory_time_and_intensity_by_hand():
 def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
     """16 blocks: peak memory above weights falls as planned, blocks are computed again as planned, gradients stay."""
     from bench_systems import MemoryTracker
-    monkeypatch.setattr("model.SHORT_CONTEXT", 0)
+    monkeypatch.setattr("attention.SHORT_CONTEXT", 0)
     shape, B = ModelConfig(vocab_size=64, context_length=64, d_model=64, n_layers=16, n_heads=4), 2
     torch.manual_seed(0)
     model, x = Transformer(shape), torch.randn(B, 64, 64, requires_grad=True)
@@ -131,7 +131,8 @@ def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
     for block in model.layers:
         block.register_forward_pre_hook(lambda *_: calls.append(1))
     one_input = B * 64 * 64 * 4
-    one_block = (bill.activation_bytes(shape, 64) - bill.activation_bytes(dataclasses.replace(shape, n_layers=15), 64)) * B
+    fewer = dataclasses.replace(shape, n_layers=15)
+    one_block = B * (bill.activation_bytes(shape, 64) - bill.activation_bytes(fewer, 64))
     above, planned, gradients = [], [], []
     for levels in range(5):
         plan = bill.checkpoint_plan(16, levels, one_block, one_input)
@@ -152,6 +153,31 @@ def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
     assert planned[0] == 16 * one_block and plan["sizes"] == (8, 4, 2, 1) and plan["bytes"] == one_block + 4 * one_input
     # What is above the plan is one block's temporaries in backward, the same for every nesting.
     assert max(above) - min(above) < 2 * one_input and max(above) < one_block, (above, planned)
+
+
+def test_a_step_holds_what_is_billed_and_the_memory_verb_draws_it(tmp_path, monkeypatch, capsys):
+    """Weights, gradients and moments exactly, activations within 2 %, on the default path of train.py."""
+    import bench
+    from bench_systems import memory_step
+    from train import TrainConfig
+    monkeypatch.setattr("attention.SHORT_CONTEXT", 0)
+    monkeypatch.chdir(tmp_path)
+    shape = dict(context_length=64, d_model=64, n_layers=2, n_heads=2, vocab_size=300, optimizer="muon")
+    config = TrainConfig(**shape, batch_tokens=8 * 64)
+    tracker, kinds, peaks = memory_step(config, "cpu", torch.float32)
+    held = {}
+    for block in tracker.blocks:
+        kind = kinds.get(id(block), "temporaries").partition(":")[0]
+        held[kind] = held.get(kind, 0) + block["bytes"]
+    billed = bill.memory_bytes(config.model_config(300), 8, optimizer="muon")
+    assert held["weights"] == billed["weights"] and held["gradients"] == billed["gradients"]
+    assert billed["optimizer"] <= held["moments"] < billed["optimizer"] + 1000           # counters of steps
+    assert held["activations"] == pytest.approx(billed["activations"], rel=0.02)
+    assert billed["total"] - billed["gradients"] < peaks["backward"] < 1.5 * billed["total"]
+    bench.main(["memory", *(f"--{key}={value}" for key, value in shape.items()), "--batch_tokens=512", "--device=cpu"])
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("weights", "moments", "backward", "activations: attention"))
+    assert (tmp_path / "out" / "memory" / "memory.png").stat().st_size > 10_000
 
 
 def test_what_parallel_ranks_compute_and_send_by_hand():

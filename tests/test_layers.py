@@ -1,0 +1,190 @@
+"""Claims about layers.py, and that what a CPU runs instead (machine.py) is the same."""
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from common import SWITCHES, TOY, rng
+import layers
+import machine
+from model import ModelConfig
+
+# One rounding of the result, and for bfloat16 (8 bits) of the intermediates that the simple version has too.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def close(ours, theirs, tolerance):
+    difference = (ours.double() - theirs.double()).abs().max().item()
+    assert difference <= tolerance * max(1, theirs.abs().max().item()), difference
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 4)])
+def test_functions_follow_torch(shape, dtype):
+    x, y = (torch.randn(*shape, 6, generator=rng(i)).to(dtype) * 3 for i in (0, 1))
+    weight, targets = torch.linspace(0.5, 2, 6), torch.arange(math.prod(shape)).view(shape) % 6
+    X, Y = x.double(), y.double()
+    for ours, theirs in (
+        (layers.softmax(x, -1), F.softmax(X, -1)), (layers.silu(x), F.silu(X)), (layers.relu2(x), F.relu(X) ** 2),
+        (layers.gelu(x), F.gelu(X, approximate="tanh")), (layers.swiglu(x, y), F.silu(X) * Y),
+        (layers.rms_norm(x, weight, 1e-5), F.rms_norm(X, (6,), weight.double(), 1e-5)),
+        (layers.LayerNorm(6)(x), F.layer_norm(X, (6,))),
+        (layers.cross_entropy(x, targets), F.cross_entropy(X.view(-1, 6), targets.view(-1))),
+    ):
+        close(ours, theirs, TOLERANCE[dtype])
+    assert layers.cross_entropy(x, targets.int()).dtype == torch.promote_types(dtype, torch.float32)
+    assert layers.cross_entropy(x * 1000, targets).isfinite()
+    with pytest.raises(ValueError, match="do not fit logits"):
+        layers.cross_entropy(x, targets.unsqueeze(-1))
+
+
+def test_attention_masks_leading_dimensions_and_hidden_rows():
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 6)
+    mask = torch.rand(5, 7, generator=rng()) < 0.6
+    mask[2], mask[:2, 0] = False, True
+    ours, rows = layers.attention(q, k, v, mask), mask.any(-1)
+    close(ours[..., rows, :], F.scaled_dot_product_attention(q, k, v, mask)[..., rows, :], 1e-6)
+    assert ours[..., ~rows, :].abs().max() == 0
+    close(layers.attention(q[0, 0], k[0, 0], v[0, 0]), F.scaled_dot_product_attention(q, k, v)[0, 0], 1e-6)
+    assert not layers.attention(*(torch.ones(2, n, 4) for n in (3, 0, 0))).any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_what_a_cpu_runs_equals_the_simple_versions(dtype, monkeypatch):
+    """Values and gradients, at odd shapes; the loss also in pieces of two rows, of which the last is cut short."""
+    def causal(q, k, v):
+        k, v = (t.repeat_interleave(3, dim=1) for t in (k, v))
+        return layers.attention(q, k, v, torch.ones(19, 19, dtype=torch.bool).tril())
+    monkeypatch.setattr(machine.CrossEntropy, "PIECE", 1000)
+    x, y = torch.randn(2, 5, 3, 8, generator=rng()), torch.randn(2, 5, 3, 8, generator=rng(1))
+    heads = [torch.randn(2, n, 19, 8, generator=rng(n)) for n in (6, 2, 2)]
+    for fast, simple, tensors, more in (
+        (machine.FastRMSNorm.apply, layers.rms_norm, [x, torch.rand(8, generator=rng()) + 0.5], [1e-5]),
+        (machine.FastSwiGLU.apply, layers.swiglu, [x, y], []), (machine.short_attention, causal, heads, []),
+        (machine.CrossEntropy.apply, layers.simple_cross_entropy, [torch.randn(2, 5, 400, generator=rng()) * 4],
+         [torch.randint(0, 400, (2, 5), generator=rng())]),
+    ):
+        results = []
+        for run, kind in ((fast, dtype), (simple, torch.float64)):
+            inputs = [t.to(dtype).to(kind).clone().requires_grad_() for t in tensors]
+            out = run(*inputs, *more)
+            out.backward(torch.cos(torch.arange(out.numel())).view(out.shape).to(out.dtype))
+            results.append([out] + [t.grad for t in inputs])
+        for ours, theirs in zip(*results):
+            close(ours, theirs, 3 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_products_are_the_same_by_either_way(onednn, monkeypatch):
+    """Which of the two is faster is measured once for each size and remembered."""
+    if machine.ONEDNN is None:
+        pytest.skip("torch has no oneDNN product for this processor")
+    asked = []
+    monkeypatch.setattr(machine, "FASTER", {})
+    monkeypatch.setattr(machine, "onednn_is_faster", lambda *size: asked.append(size) or onednn)
+    weight = torch.randn(400, 300, generator=rng())
+    with torch.no_grad():
+        for shape in ((300,), (1, 300), (2, 5, 300), (0, 300)):
+            x = torch.randn(shape, generator=rng(1))
+            close(machine.product(x, weight), x @ weight.T, 1e-5) if x.numel() else machine.product(x, weight)
+    assert len(asked) == 2, asked                                  # one row twice, ten rows
+    assert machine.product(x.requires_grad_(), weight).requires_grad
+
+
+# --- in float32, because … ---
+
+def test_norms_work_in_float32():
+    """The mean of squares: of float16 numbers from 256 on it would overflow, of bfloat16 it would have two digits."""
+    x = torch.randn(50, 768, generator=rng()).bfloat16()
+    norm, layer_norm = layers.RMSNorm(768), layers.LayerNorm(768)
+    exact = F.rms_norm(x.double(), (768,), eps=1e-5)
+    for ours, theirs in ((norm(x), exact), (layers.rms_norm(x, norm.weight, 1e-5), exact),
+                         (layer_norm(x), F.layer_norm(x.double(), (768,)))):
+        assert (ours == theirs.bfloat16()).float().mean() > 0.99 and ours.dtype == torch.bfloat16
+    large = torch.tensor([300.0, -300.0]).half().repeat(4)
+    for module in (layers.RMSNorm(8), layers.LayerNorm(8)):
+        close(module(large), torch.tensor([1.0, -1.0]).repeat(4), 1e-3)
+        with torch.no_grad():
+            close(module(large), torch.tensor([1.0, -1.0]).repeat(4), 1e-3)
+
+
+def test_losses_and_softmax_work_in_float32():
+    """In bfloat16 the sum of 20,000 exponentials has two digits; in float16 that of 70,000 ones is infinite."""
+    logits, targets = torch.randn(64, 20_000, generator=rng()).bfloat16(), torch.arange(64)
+    exact = F.cross_entropy(logits.double(), targets, reduction="none")
+    close(layers.token_cross_entropy(logits, targets), exact, 1e-5)
+    close(layers.simple_cross_entropy(logits, targets), exact, 1e-5)
+    zeros = torch.zeros(70_000, 1).half()
+    assert layers.attention(zeros[:1], zeros, zeros + 1).item() == pytest.approx(1, rel=1e-2)
+
+
+def test_rope_angles_are_float32():
+    """bfloat16 cannot tell position 1,000 from 1,001: the first pair would be off by a radian."""
+    x = torch.randn(4, 64, generator=rng())
+    positions = torch.tensor([1001, 4097, 10_001, 30_001])
+    exact = torch.view_as_real(torch.view_as_complex(x.double().view(4, 32, 2)) * torch.polar(
+        torch.ones(4, 32).double(), positions[:, None] * 10_000.0 ** (-torch.arange(32).double() / 32)))
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            close(layers.rope(x.to(dtype), positions, interleaved=True), exact.flatten(-2), 2e-2)
+
+
+def test_router_scores_are_float32():
+    config = ModelConfig(**TOY | SWITCHES["moe"])
+    layer, x, losses = layers.MixtureOfExperts(config).bfloat16(), torch.randn(3, 9, 48, generator=rng()).bfloat16(), []
+    layer(x, losses)
+    scores = layer.router(x.view(-1, 48)).double().softmax(dim=-1)
+    exact = layers.balance_loss(scores, layer.tokens_per_expert.double())
+    assert losses[0].item() == pytest.approx(exact.item(), abs=1e-6)
+
+
+# --- layers ---
+
+def test_rope_by_hand_and_by_distance():
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    turned = torch.view_as_complex(x.view(2, 3, 9, 4, 2)) * torch.polar(
+        torch.ones(9, 4, dtype=torch.float64),
+        torch.arange(9.)[:, None].double() * 100.0 ** (-torch.arange(4).double() / 4))
+    turned = torch.view_as_real(turned).flatten(-2)
+    close(layers.rope(x, torch.arange(9), 100.0, interleaved=True), turned, 1e-5)
+    halves = x.view(2, 3, 9, 4, 2).transpose(-1, -2).flatten(-2)                # the same pairs, laid out in two halves
+    close(layers.rope(halves, torch.arange(9), 100.0).view(2, 3, 9, 2, 4).transpose(-1, -2).flatten(-2), turned, 1e-5)
+    q, k, shift = x[:, :, :1], x[:, :, 1:2], torch.tensor([[3], [11]])
+    near = (layers.rope(q, torch.tensor([2])) * layers.rope(k, torch.tensor([7]))).sum(-1)
+    far = (layers.rope(q, 2 + shift) * layers.rope(k, 7 + shift)).sum(-1)       # (B, T) positions
+    close(near, far, 1e-5)
+    with pytest.raises(ValueError, match="even"):
+        layers.rope(x[..., :3], torch.arange(9))
+
+
+def test_initial_weights_have_the_spread_of_the_handout():
+    weight = layers.Linear(300, 500).weight.detach()
+    assert weight.shape == (500, 300)
+    assert weight.std() == pytest.approx(0.9866 * math.sqrt(2 / 800), rel=0.01)             # cut at 3 sigma: 0.9866
+    assert weight.abs().max() <= 3 * math.sqrt(2 / 800) and layers.Embedding(500, 300).weight.abs().max() <= 3
+    assert layers.Linear(3, 4).bias is None and torch.equal(layers.Linear(3, 4, bias=True).bias, torch.zeros(4))
+    with pytest.raises(IndexError):
+        layers.Embedding(5, 3)(torch.tensor([[-1]]))
+
+
+def test_experts_route_and_balance():
+    """Mixtral's layer by hand in a loop, and its balancing loss; DeepSeek's bias is in the choice, not the weights."""
+    x, losses = torch.randn(2, 9, 48, dtype=torch.float64), []
+    layer = layers.MixtureOfExperts(ModelConfig(**TOY | SWITCHES["moe"])).double()
+    y, scores = layer(x, losses).view(-1, 48), torch.softmax(x.view(-1, 48) @ layer.router.weight.T, dim=-1)
+    for row, token, out in zip(scores, x.view(-1, 48), y):
+        best = row.argsort(descending=True)[:2].tolist()
+        close(sum(row[e] / row[best].sum() * layer.experts[e](token) for e in best), out, 1e-10)
+    assert torch.equal(layer.tokens_per_expert, torch.bincount(scores.topk(2).indices.flatten(), minlength=4))
+    assert layers.balance_loss(torch.full((8, 4), 0.25), torch.tensor([4, 4, 4, 4])) == pytest.approx(2)
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral", reason="a reference for tests only")
+    theirs = mixtral.load_balancing_loss_func((x.view(-1, 48) @ layer.router.weight.T,), 4, 2)
+    assert len(losses) == 1 and losses[0].item() == pytest.approx(theirs.item(), rel=1e-6) and losses[0] > 2
+    biased = layers.MixtureOfExperts(ModelConfig(**TOY | SWITCHES["moe bias"])).double().eval()
+    before, moved = biased(x), copy.deepcopy(biased)
+    moved.expert_bias += 100                                       # the same for all: no choice changes, nor any weight
+    close(moved(x), before, 1e-12)
+    moved.expert_bias[3] += 100
+    assert not torch.allclose(moved(x), before)
