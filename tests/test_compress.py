@@ -141,7 +141,7 @@ def test_compress_commands(little_base, tmp_path, capsys):
         assert "heads 4 -> 2" in told and ("size of their weights" in told) == (not more)
     sample.main([str(tmp_path / "thin"), "--prompt=cat", "--max_new_tokens=3"])
     for bad, words in ((["quantize", str(little_base), str(tmp_path / "thin")], "--overwrite=true"),
-                       (["quantize", str(little_base), str(little_base), "--overwrite=true"], "input"),
+                       (["quantize", str(little_base), str(little_base), "--overwrite=true"], "read from"),
                        (["quantize", str(little_base), str(tmp_path / "x"), "--kind=int2"], "int2"),
                        (["prune", str(little_base), str(tmp_path / "x"), "--data=y.txt"], "data=y.txt"),
                        (["prune", str(little_base)], "two folders")):
