@@ -5,7 +5,7 @@
     python train.py --init_from=out/pruned --teacher=out/shakespeare --data_dir=data/shakespeare --out_dir=out/distilled
     python bench.py compress                                                     what each of them costs and wins
 
-Decoding reads every weight once for every token, so its speed is bytes over bandwidth. Four ways to fewer bytes:
+Decoding reads every weight once for every token, so its speed is bandwidth over bytes. Four ways to fewer bytes:
 
     full        w w w w w w      4 bytes a weight, or 2
     int8        b b b b b b  s   1 byte a weight and a scale for each row
@@ -21,19 +21,16 @@ How a row is rounded, w = (0.423, -1.270, 0.056, 0.808):
            s (q - 8) + z = (0.392, -1.270, 0.115, 0.808)          errors of at most s / 2 = 0.069
 
 One large weight makes s large for its whole row, which is why int4 cuts rows into groups. Rounding needs no data and no
-training. It is for writing and scoring; there are no gradients.
+training; there are no gradients through it. Pruning breaks the model at first. Training it further repairs it, best on
+the distribution of the unpruned model (distillation): that says something about every token of the vocabulary, a text
+only about the one that came.
 
-Pruning takes away what matters least and breaks the model at first; training it further repairs it, best on the
-distribution of the unpruned model (distillation), which tells about every token of the vocabulary and not only about
-the one that came. Minitron does so with 3 % of the tokens that a model from scratch needs (2407.14679, table 3).
+What `quantize` writes: a ckpt.pt whose matrices stand rounded, with their scales, under "quantized" instead of "model".
+`checkpoint.read_checkpoint` multiplies them out, so every page opens the folder, as a model with rounded weights;
+`load` here, which sample.py uses, keeps them rounded in memory too. What `prune` writes is a checkpoint like any other.
 
-What `quantize` writes: ckpt.pt with the rounded numbers and their scales under "quantized" instead of the weights
-under "model". `checkpoint.read_checkpoint` multiplies them out, so every page opens the folder as a model with rounded
-weights. `load` here, which sample.py, evaluate.py and serve.py use, rounds those to the same numbers again and keeps
-them small in memory. What `prune` writes is a checkpoint like any other.
-
-int8 and int4 by rows and groups: Dettmers 2022 (2208.07339), Frantar 2022 (2210.17323), here without their corrections.
-Magnitude: Han 2015 (1506.02626). Width: Minitron (2407.14679, section 2.2). Distillation: Hinton 2015 (1503.02531).
+int8 by rows: 2208.07339, int4 by groups: 2210.17323, both without their corrections. Magnitude: Han 2015 (1506.02626).
+Width: Minitron (2407.14679, section 2.2). Distillation: Hinton 2015 (1503.02531).
 """
 import copy
 import shutil
@@ -119,7 +116,7 @@ class Int8Linear(torch.nn.Module):
             y = torch._weight_int8pack_mm(flat.bfloat16(), self.q, self.scale.flatten())
         else:
             y = product(flat, multiplied_out({"q": self.q, "scale": self.scale}).to(x.dtype))
-        y = y.to(x.dtype).view(*x.shape[:-1], len(self.q))
+        y = y.to(x.dtype).reshape(*x.shape[:-1], len(self.q))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -224,6 +221,8 @@ def prune(model, share: float, kind: str = "magnitude", data=None):
     check_kind(kind, ("magnitude", "width"))
     if not 0 <= share < 1:
         raise ValueError(f"share={share} must be at least 0 and below 1: it is the part that goes")
+    if any(isinstance(module, (Int8Linear, Int4Linear)) for module in model.modules()):
+        raise ValueError("this model's weights are rounded already; prune it first, then quantize it")
     return prune_width(model, share, data) if kind == "width" else prune_magnitude(model, share)
 
 
@@ -242,9 +241,8 @@ def prune_magnitude(model, share: float):
 def prune_width(model, share: float, data=None):
     """A smaller model of the heads and neurons that are largest on `data` (2407.14679, section 2.2)."""
     c = model.config
-    for refused, setting in ((c.n_experts > 0, "n_experts"), (c.attention == "mla", "attention"),
-                             (c.mtp_depth > 0, "mtp_depth")):
-        if refused:
+    for setting, dense in (("n_experts", 0), ("attention", "standard"), ("mtp_depth", 0)):
+        if getattr(c, setting) != dense:
             raise ValueError(f"{setting}={getattr(c, setting)}: width pruning knows dense blocks with standard "
                              "attention and no further-token heads; kind=magnitude prunes this model too")
     # With one key/value head for all (MQA) single query heads leave, else a key/value head with its group of queries.
@@ -253,20 +251,18 @@ def prune_width(model, share: float, data=None):
     small_config = replace(c, n_heads=n_groups * per_group, n_kv_heads=n_groups if c.n_kv_heads > 1 else 1,
                            head_dim=int(c.head_dim), d_ff=d_ff)
     state = dict(model.state_dict())
-    sizes = weight_sizes(model) if data is None else activation_sizes(model, data)
-    for i, (heads, neurons) in enumerate(sizes):                                 # heads: (H D,), neurons: (F,)
-        group_sizes = heads.square().view(groups, -1).sum(dim=-1)
-        kept = largest(group_sizes, n_groups)
+    for i, (heads, neurons) in enumerate(column_sizes(model, data)):             # heads: (H D,), neurons: (F,)
+        kept = largest(heads.square().view(groups, -1).sum(dim=-1), n_groups)
         queries = rows_of(kept, per_group * c.head_dim)                          # rows of q_proj, columns of o_proj
-        keys = rows_of(kept if c.n_kv_heads > 1 else torch.zeros(1, dtype=torch.long), c.head_dim)
-        neurons = largest(neurons, d_ff)
-        for name, index, dim in (("attn.q_proj", queries, 0), ("attn.k_proj", keys, 0), ("attn.v_proj", keys, 0),
-                                 ("attn.o_proj", queries, 1), ("ffn.w1", neurons, 0), ("ffn.w3", neurons, 0),
-                                 ("ffn.w2", neurons, 1)):
-            for part in ("weight", "bias") if dim == 0 else ("weight",):
-                key = f"layers.{i}.{name}.{part}"
+        keys = rows_of(kept, c.head_dim) if c.n_kv_heads > 1 else slice(None)    # rows of k_proj and v_proj
+        neurons = largest(neurons, d_ff)                                         # rows of w1 and w3, columns of w2
+        for name, rows in (("attn.q_proj", queries), ("attn.k_proj", keys), ("attn.v_proj", keys), ("ffn.w1", neurons),
+                           ("ffn.w3", neurons)):
+            for key in (f"layers.{i}.{name}.weight", f"layers.{i}.{name}.bias"):
                 if key in state:                                                 # an MLP has no w3, most have no bias
-                    state[key] = state[key].index_select(dim, index.to(state[key].device))
+                    state[key] = state[key][rows]
+        for name, columns in (("attn.o_proj", queries), ("ffn.w2", neurons)):
+            state[f"layers.{i}.{name}.weight"] = state[f"layers.{i}.{name}.weight"][:, columns]
     small = Transformer(small_config).to(model.token_embeddings.weight)          # its device and dtype
     small.load_state_dict(state)
     return small.train(model.training)
@@ -279,35 +275,33 @@ def largest(sizes, n: int):
 
 def rows_of(heads, width: int):
     """Heads 0 and 2 of width 3 are rows 0 1 2 6 7 8."""
-    return (heads.cpu()[:, None] * width + torch.arange(width)).flatten()
+    return (heads[:, None] * width + torch.arange(width, device=heads.device)).flatten()
 
 
-def activation_sizes(model, data, windows: int = 64) -> list[tuple]:
-    """For each block the sizes (L2 over tokens) of what enters o_proj (H D,) and w2 (F,) on evenly spaced windows."""
+def column_sizes(model, data=None, windows: int = 64) -> list[tuple]:
+    """For each block, how much goes through each column of o_proj (H D,) and of w2 (F,).
+
+    With data: the L2 norm of what enters there, over the tokens of evenly spaced windows. Without: that of the column.
+    """
+    layers = [(block.attn.o_proj, block.ffn.w2) for block in model.layers]
+    if data is None:
+        return [tuple(layer.weight.float().norm(dim=0) for layer in pair) for pair in layers]
     data = torch.as_tensor(np.asarray(data, dtype=np.int64))
     length = min(model.config.context_length, len(data))
-    if length < 1:
+    if length == 0:
         raise ValueError("data holds no token to rank heads and neurons on")
-    starts = np.unique(np.linspace(0, len(data) - length, windows, dtype=int)).tolist()
-    sums, hooks = {}, []
-    for block in model.layers:
-        for layer in (block.attn.o_proj, block.ffn.w2):
-            def add(layer, inputs):
-                sums[layer] = sums.get(layer, 0) + inputs[0].float().square().flatten(0, -2).sum(dim=0)
-            hooks.append(layer.register_forward_pre_hook(add))
+    squares = {layer: 0.0 for pair in layers for layer in pair}
+
+    def add(layer, inputs):
+        squares[layer] += inputs[0].float().square().flatten(0, -2).sum(dim=0)
+    hooks = [layer.register_forward_pre_hook(add) for layer in squares]
     try:
-        for start in starts:
+        for start in np.unique(np.linspace(0, len(data) - length, windows, dtype=int)).tolist():
             model(data[start:start + length][None].to(model.token_embeddings.weight.device))
     finally:
         for hook in hooks:
             hook.remove()
-    return [(sums[block.attn.o_proj].sqrt(), sums[block.ffn.w2].sqrt()) for block in model.layers]
-
-
-def weight_sizes(model) -> list[tuple]:
-    """The same ranking without data: the norms of o_proj's (H D,) and w2's (F,) columns."""
-    return [tuple(layer.weight.float().norm(dim=0) for layer in (block.attn.o_proj, block.ffn.w2))
-            for block in model.layers]
+    return [(squares[o_proj].sqrt(), squares[w2].sqrt()) for o_proj, w2 in layers]
 
 
 # --- distillation ---

@@ -109,6 +109,8 @@ def test_what_width_pruning_cannot_do_is_refused_by_name(switch, words):
         compress.prune(toy(), 1.0)
     with pytest.raises(ValueError, match="kind='depth'"):
         compress.prune(toy(), 0.5, "depth")
+    with pytest.raises(ValueError, match="rounded already"):
+        compress.prune(compress.quantize(toy(), "int8"), 0.5)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
