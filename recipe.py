@@ -24,8 +24,7 @@ import numpy as np
 import torch
 
 import optim
-from checkpoint import read_checkpoint, sha256
-from data import open_tokens, read_meta
+from checkpoint import open_tokens, read_checkpoint, read_meta
 from machine import DTYPES
 from model import ModelConfig, Transformer
 
@@ -85,6 +84,7 @@ class TrainConfig(ModelConfig):
     activation_checkpointing: bool = False   # keep only each block's input for backward and compute the rest again
     parallel: str = "ddp"                    # under torchrun: ddp | zero1 | fsdp, what ranks divide; see parallel.py
     tp: int = 1                              # ranks that share every matrix (tensor parallel); the rest divide the data
+    pp: int = 1                              # stages of layers, each on ranks of its own (pipeline)
     compile: bool | None = None              # torch.compile; none = on CUDA only
 
     def __post_init__(self):
@@ -93,7 +93,7 @@ class TrainConfig(ModelConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, allowed))}")
         given = {name: value for name, value in vars(self).items() if value is not None}
-        for name in ("batch_tokens", "eval_steps", "muon_steps", "tp", "vocab_size", "log_every", "micro_batch_size",
+        for name in ("batch_tokens", "eval_steps", "muon_steps", "tp", "pp", "vocab_size", "log_every", "micro_batch_size",
                      "max_steps", "checkpoint_every", "threads"):
             if given.get(name, 1) < 1:
                 raise ValueError(f"{name}={given[name]} must be at least 1")
@@ -109,10 +109,10 @@ class TrainConfig(ModelConfig):
         if self.batch_tokens < self.context_length:
             raise ValueError(f"batch_tokens={self.batch_tokens} is less than context_length={self.context_length}, one "
                              "sequence")
-        if self.teacher and (self.fused_loss or self.tp > 1):
-            raise ValueError(f"teacher={self.teacher} needs whole logits, so neither fused_loss=true nor tp > 1")
-        cut = "parallel=fsdp" if self.parallel == "fsdp" else f"tp={self.tp}"
-        if self.divided and self.optimizer == "muon":
+        if self.teacher and self.fused_loss:
+            raise ValueError(f"teacher={self.teacher} needs logits, which fused_loss=true never makes; drop one")
+        cut = "parallel=fsdp" if self.parallel == "fsdp" else f"tp={self.tp}" if self.tp > 1 else f"pp={self.pp}"
+        if self.optimizer == "muon" and (self.parallel == "fsdp" or self.tp > 1):
             raise ValueError(f"{cut} cuts matrices and optimizer=muon needs whole ones; choose optimizer=adamw, or "
                              "parallel=ddp or zero1 with tp=1")
         if self.divided and self.compile:
@@ -122,8 +122,8 @@ class TrainConfig(ModelConfig):
 
     @property
     def divided(self) -> bool:
-        """Whether no rank holds whole matrices."""
-        return self.parallel == "fsdp" or self.tp > 1
+        """Whether no rank holds the whole model."""
+        return self.parallel == "fsdp" or self.tp > 1 or self.pp > 1
 
     @property
     def start(self) -> Path | None:
@@ -231,12 +231,6 @@ def open_data(data_dir, context_length: int, vocab_size: int | None = None) -> t
         if len(tokens) <= context_length:
             raise ValueError(f"{folder}/{split}.bin has {len(tokens):,} tokens, too few for one window of "
                              f"context_length={context_length} and the token after; give more text, or less context")
-    made_with, tokenizer = meta.get("tokenizer_sha256"), folder / "tokenizer.json"
-    if made_with and tokenizer.exists() and sha256(tokenizer) != made_with:
-        raise ValueError(f"{tokenizer} is not the tokenizer that {folder}/meta.json names (SHA-256 {made_with[:9]}…): "
-                         "they are of two preparations; run data.py prepare again")
-    if (folder / "meta.json").exists() and not (meta.get("vocab_size") or vocab_size):
-        raise ValueError(f"{folder}/meta.json has no vocab_size; prepare the data again, or give --vocab_size")
     vocab_size = vocab_size or meta.get("vocab_size", NANOGPT_VOCABULARY)
     check_ids(splits["val"], vocab_size, f"{folder}/val.bin")      # of train.bin each batch is
     return meta, splits, vocab_size

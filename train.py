@@ -49,10 +49,11 @@ from compress import distillation_loss
 from configurator import command_line, fail, print_config
 from machine import DTYPES, Stop, Threads, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from model import ModelConfig, Transformer, bits_per_byte, perplexity_of, token_losses
-from parallel import Strategy, clip_grad_norm, ending, full_optimizer_state, full_state_dict, take_optimizer_state
+from parallel import ending
 from recipe import (OPTIMIZERS, Loader, LossScale, TrainConfig, all_groups, check_tokenizer, get_batch, lr_factor,
                     make_optimizers, open_data, take_shape)
 from runs import Log, header, plot, read_log, sweep  # noqa: F401
+from sharded import Strategy, full_optimizer_state, full_state_dict, take_optimizer_state
 
 DEFAULT_CONFIG = "config_shakespeare.py"
 DEFAULT_MINUTES = 2.0                    # when neither max_steps nor max_minutes is given
@@ -61,12 +62,19 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # --- one step, evaluation, save and restore ---
 
+class Recomputed(torch.nn.ModuleList):
+    """Blocks whose activations are not kept: backward computes them again from the block's input (1604.06174)."""
+
+    def __iter__(self):
+        return (functools.partial(recompute, block, use_reentrant=False) for block in super().__iter__())
+
+
 class Run:
     """The state of one training run: everything a checkpoint must bring back, and the steps that change it."""
 
     def __init__(self, config: TrainConfig, strategy: Strategy | None = None):
         self.config = config = take_shape(config)
-        self.strategy = strategy or Strategy(config.parallel, config.tp, config.device)
+        self.strategy = strategy or Strategy(config.parallel, config.tp, config.device, config.pp)
         self.device = pick_device(self.strategy.device)
         if self.device == "cpu":
             keep_freed_memory()
@@ -80,17 +88,15 @@ class Run:
         if saved:
             load_weights(self.model, saved["model"], config.start)
         self.model.to(self.device)
-        if config.activation_checkpointing:
-            for block in self.model.layers:
-                block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
         self.n_params = sum(p.numel() for p in self.model.parameters())
         self.flops_per_token = accounting.flops_per_token(self.model.config, config.context_length, True)["total"]
         # From here on self.model may hold only this rank's part.
-        self.strategy.divide(self.model, None if self.dtype == "float32" else DTYPES[self.dtype])
-        self.optimizers = make_optimizers(self.model, config, self.strategy.optimizer)
         on_cuda = self.device.startswith("cuda") and not config.divided
-        use_compile = on_cuda if config.compile is None else config.compile
-        self.forward = torch.compile(self.model) if use_compile else self.model
+        self.strategy.divide(self.model, None if self.dtype == "float32" else DTYPES[self.dtype],
+                             on_cuda if config.compile is None else config.compile)
+        if config.activation_checkpointing:
+            self.model.layers = Recomputed(self.model.layers)
+        self.optimizers = make_optimizers(self.model, config, self.strategy.optimizer)
         self.sequences = config.batch_tokens // config.context_length
         self.loader = Loader(self.splits["train"], self.sequences, config.context_length, self.device, config.seed + 1,
                              config.loader == "epochs", vocab_size)
@@ -112,11 +118,6 @@ class Run:
         saved = read_checkpoint(path)
         check_tokenizer(saved, path, self.config.data_dir, self.tokenizer_sha256)
         return saved
-
-    def autocast(self):
-        """A context in which matrix products are of self.dtype."""
-        dtype = DTYPES[self.dtype]
-        return torch.autocast(self.device.split(":")[0], dtype, enabled=dtype != torch.float32)
 
     @property
     def tokens(self) -> int:
@@ -143,11 +144,13 @@ class Run:
         factor = lr_factor(self.config, self.step + 1, self.total_steps())
         for group in all_groups(self.optimizers):
             group["lr"] = group["peak_lr"] * factor
-        loss = self.forward_backward(*self.loader.next())
+        # All forward and backward passes are in here: micro-batches, ranks, stages of a pipeline.
+        loss = self.strategy.forward_backward(*self.loader.next(), self.config.micro_batch_size, self.loss_of,
+                                              self.loss_scale.scale)
         if self.loss_scale.on:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_(grads, 1 / self.loss_scale.scale)
-        norm = clip_grad_norm(self.model.parameters(), self.config.grad_clip)
+        norm = self.strategy.clip_grad_norm(self.model.parameters(), self.config.grad_clip)
         self.step += 1
         # Asking waits for the device, once a step; in return a bad step is known before it has touched a weight.
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -163,22 +166,14 @@ class Run:
             self.model.balance_experts()
         return loss, norm, self.config.lr * factor
 
-    def forward_backward(self, inputs, targets) -> torch.Tensor:
-        """Add up the gradients of a batch, the mean over all ranks, in p.grad; returns its mean loss."""
-        config, loss = self.config, 0.0
-        batches = list(self.strategy.micro_batches(inputs, targets, config.micro_batch_size or self.sequences))
-        for i, (x, y, share) in enumerate(batches, start=1):
-            with self.autocast():
-                logits, micro_loss = self.forward(x, y)
-                if self.teacher is not None:
-                    with torch.no_grad():
-                        teacher_logits = self.teacher(x)
-                    divergence = distillation_loss(logits, teacher_logits, config.teacher_temperature)
-                    micro_loss = micro_loss + config.teacher_weight * divergence
-            micro_loss = micro_loss * share
-            self.strategy.backward(micro_loss * self.loss_scale.scale, last=i == len(batches))
-            loss = loss + micro_loss.detach()
-        return self.strategy.mean(loss)
+    def loss_of(self, logits, loss, inputs):
+        """What is differentiated, of one micro-batch: the loss on the text and, with a teacher, the distance from it."""
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            teacher_logits = self.teacher(inputs)
+        divergence = distillation_loss(logits, teacher_logits, self.config.teacher_temperature)
+        return loss + self.config.teacher_weight * divergence
 
     def diverged(self, what: str) -> None:
         """Raises FloatingPointError, before a bad number gets into a weight or a file."""
@@ -195,17 +190,15 @@ class Run:
         rows = self.config.micro_batch_size or self.sequences
         for _ in range(self.config.eval_steps):
             batch = get_batch(self.splits["val"], rows, self.config.context_length, self.device, generator)
-            for x, y, share in self.strategy.micro_batches(*batch, rows):
-                with self.autocast():
-                    total = total + self.model(x, y)[1] * share
+            total = total + self.strategy.evaluate(*batch)
         self.model.train()
-        return self.strategy.mean(total).item() / self.config.eval_steps
+        return total.item() / self.config.eval_steps
 
     def full_loss(self) -> float:
         """Mean loss over the whole validation split, every token predicted with at least half a context before it."""
         self.model.eval()
-        with self.autocast():
-            losses = token_losses(self.model, self.splits["val"])
+        with self.strategy.autocast():
+            losses = token_losses(self.strategy.model, self.splits["val"])
         self.model.train()
         return losses.double().mean().item()
 
@@ -338,7 +331,7 @@ def main(config: TrainConfig) -> dict:
     """
     if config.max_steps is None and config.max_minutes is None:
         config = replace(config, max_minutes=DEFAULT_MINUTES)
-    strategy = Strategy(config.parallel, config.tp, config.device)
+    strategy = Strategy(config.parallel, config.tp, config.device, config.pp)
     head, out = strategy.rank == 0, Path(config.out_dir)     # head: who prepares, logs, draws and writes
     pick_device(strategy.device)                             # a mistake is known before hours of preparing
     if head and not config.resume:
@@ -404,7 +397,7 @@ def print_start(run: Run) -> None:
     micro = min(config.micro_batch_size or rows, rows)
     print(f"model: {run.n_params:,} parameters, {c.n_layers} layers of {c.d_model}, vocabulary {c.vocab_size:,}, "
           f"context {c.context_length}\n"
-          f"device: {run.device}, {run.dtype}; {run.strategy.size} ranks = dp {ranks} x tp {config.tp}\n"
+          f"device: {run.device}, {run.dtype}; {run.strategy.size} ranks = dp {ranks} x tp {config.tp} x pp {config.pp}\n"
           f"step: {run.sequences * c.context_length:,} tokens = {run.sequences} sequences of {c.context_length}, "
           f"{math.ceil(rows / micro)} micro-batches of up to {micro} a rank")
     for optimizer in run.optimizers:

@@ -20,7 +20,7 @@ import train
     ({"lr": math.nan}, "lr=nan"), ({"embedding_lr": 0.0}, "embedding_lr=0.0"), ({"beta1": 1.5}, "beta1=1.5"),
     ({"n_heads": 5}, "not a multiple of n_heads=5"), ({"log_every": 0}, "log_every=0"),
     ({"teacher": "out/a", "teacher_temperature": 0.0}, "teacher_temperature=0.0"),
-    ({"teacher": "out/a", "fused_loss": True}, "teacher=out/a needs whole logits"),
+    ({"teacher": "out/a", "fused_loss": True}, "teacher=out/a needs logits"),
     ({"parallel": "fsdp", "optimizer": "muon"}, "parallel=fsdp cuts matrices and optimizer=muon needs whole ones"),
     ({"tp": 2, "compile": True}, "tp=2 sends")], ids=str)
 def test_settings_that_cannot_be_are_refused_by_name(settings, words):
@@ -73,9 +73,7 @@ def test_token_files_that_do_not_fit_together_are_refused(corpus, tmp_path):
         (folder / "meta.json").write_text(json.dumps(kept), encoding="utf-8")
         return recipe.open_data(folder, 32)
     assert opens()[2] == 512 and recipe.open_data(folder, 32, 600)[2] == 600
-    for changes, words in (({"val_tokens": 3}, "val.bin has .* of two preparations"), ({"vocab_size": 9}, "val.bin holds"),
-                           ({"tokenizer_sha256": "0" * 64}, "tokenizer.json is not the tokenizer that"),
-                           ({"vocab_size": None}, "has no vocab_size")):
+    for changes, words in (({"val_tokens": 3}, "val.bin has .* of two preparations"), ({"vocab_size": 9}, "val.bin holds")):
         with pytest.raises(ValueError, match=words):
             opens(**changes)
     (folder / "meta.json").unlink()
