@@ -218,9 +218,7 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def fast(function, simple, *arguments):
-    """`function`, a torch.autograd.Function, when run line by line; `simple` under torch.compile, which fuses it
-    itself.
-    """
+    """`function`, a torch.autograd.Function, when run line by line; `simple` under torch.compile, which fuses it."""
     # For one new token the fixed cost of an autograd.Function is more than the arithmetic.
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() and arguments[0].numel() < 2 ** 14:
         return simple(*arguments)
@@ -236,18 +234,17 @@ class CrossEntropy(torch.autograd.Function):
     PIECE = 2 ** 18                  # elements
 
     @staticmethod
-    def pieces(rows, width):
-        step = max(1, CrossEntropy.PIECE // width)
-        return [slice(i, i + step) for i in range(0, rows, step)]
+    def pieces(logits, *tensors):
+        rows = max(1, CrossEntropy.PIECE // logits.shape[-1])
+        return zip(*(tensor.split(rows) for tensor in (logits, *tensors)))
 
     @staticmethod
     def forward(ctx, logits, targets):
         flat, ids = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
         maxima = wide(flat.amax(dim=-1, keepdim=True))
         log_sum = torch.empty_like(maxima)                                                         # (rows, 1)
-        for piece in CrossEntropy.pieces(*flat.shape):
-            exponentials = (flat[piece] - maxima[piece]).exp_()
-            log_sum[piece] = exponentials.sum(dim=-1, keepdim=True).log_().add_(maxima[piece])
+        for x, maximum, out in CrossEntropy.pieces(flat, maxima, log_sum):
+            torch.sum((x - maximum).exp_(), dim=-1, keepdim=True, out=out).log_().add_(maximum)
         ctx.save_for_backward(logits, targets, log_sum)
         return (log_sum - flat.gather(-1, ids)).reshape(targets.shape)
 
@@ -257,10 +254,10 @@ class CrossEntropy(torch.autograd.Function):
         logits, targets, log_sum = ctx.saved_tensors
         flat, ids, grad = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1), grad.reshape(-1, 1)
         dlogits = torch.empty_like(flat)
-        for piece in CrossEntropy.pieces(*flat.shape):
-            probabilities = (flat[piece] - log_sum[piece]).exp_()
-            probabilities.scatter_add_(-1, ids[piece], torch.full_like(log_sum[piece], -1.0))
-            dlogits[piece] = probabilities.mul_(grad[piece])
+        for x, total, token, g, out in CrossEntropy.pieces(flat, log_sum, ids, grad, dlogits):
+            probabilities = (x - total).exp_()
+            probabilities.scatter_add_(-1, token, torch.full_like(total, -1.0))
+            out.copy_(probabilities.mul_(g))
         return dlogits.view(logits.shape), None
 
 
@@ -301,7 +298,7 @@ class FastSwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), torch.nn.functional.silu(gate).mul_(grad)
 
 
-# oneDNN's product with a weight as it lies in memory; None where torch has none.
+# torch's second product with a weight as it lies in memory, oneDNN's; None where there is none.
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 FASTER = {}                          # (rows of x, numbers in weight), as powers of two -> whether oneDNN is faster here
 
@@ -328,12 +325,11 @@ def onednn_is_faster(rows: int, d_out: int, d_in: int) -> bool:
     d_out = min(d_out, max(1, 2 ** 21 // d_in))  # 8 MB of weights in all: they come from memory, as a model's do
     weights, x = torch.ones(max(1, 2 ** 21 // (d_out * d_in)), d_out, d_in), torch.ones(rows, d_in)
     best = {True: math.inf, False: math.inf}
-    for _ in range(4):                           # in turns, and the best of each: others may use the machine too
-        for way in best:
-            began = time.perf_counter()
-            for weight in weights:
-                ONEDNN(x, weight, None, "none", [], "") if way else x @ weight.T
-            best[way] = min(best[way], time.perf_counter() - began)
+    for way in (True, False) * 4:                # in turns, and the best of each: others may use the machine too
+        began = time.perf_counter()
+        for weight in weights:
+            ONEDNN(x, weight, None, "none", [], "") if way else x @ weight.T
+        best[way] = min(best[way], time.perf_counter() - began)
     return best[True] < best[False]
 
 
