@@ -2,19 +2,192 @@
 
 Verbs for machines (profile, memory, kernels, parallel, gpu) stand in bench_systems.py and are reached from here too.
 """
+import copy
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 import bench_systems
+import compress
+from accounting import PRESETS, kv_cache_bytes
+from checkpoint import open_tokens, read_checkpoint, read_meta
+from configurator import command_line
 from convert import architecture_of, save_pretrained
-from model import load_model
+from decoding import speculate, stream
+from evaluate import perplexity
+from machine import DTYPES, bandwidth, pick_device
+from model import ModelConfig, Transformer, load_model
 
-# --- the verbs: each takes the words after it ---
 
+# --- decoding: tokens per second and their roof ---
+
+SHAPES = PRESETS | {
+    "llama-30m": dict(vocab_size=32_000, context_length=1024, d_model=512, n_layers=6, n_heads=8, d_ff=1376,
+                      tie_embeddings=True),
+    "llama-124m": dict(vocab_size=50_257, context_length=1024, d_model=768, n_layers=12, n_heads=12, d_ff=2048,
+                       tie_embeddings=True)}
+
+
+@dataclass
+class DecodeConfig:
+    """What `python bench.py decode` can be told."""
+    prompt_tokens: int = 128             # length of every prompt
+    new_tokens: int = 64                 # tokens to write after it; the first of them is prefill's
+    batch: int = 16                      # prompts at once, beside one alone
+    rounds: int = 3                      # every case once a round; the median counts
+    k: int = 4                           # drafts for each pass
+    reference: bool = False              # also transformers' generate with the same weights
+    device: str | None = None            # cpu, cuda, mps; none = the best there is
+    dtype: str = "float32"               # float32, bfloat16, float16
+    out: str | None = None               # file that gets the table too
+
+
+def time_stream(model, prompts, n: int, **how) -> tuple[float, float]:
+    """(tokens read, tokens written) per second by `stream`; the first token of each row counts as read."""
+    clock = [time.perf_counter()]
+    for _ in stream(model, prompts, n, temperature=0, **how):
+        clock.append(time.perf_counter())
+    return len(prompts) * len(prompts[0]) / (clock[1] - clock[0]), len(prompts) * (n - 1) / (clock[-1] - clock[1])
+
+
+def time_drafts(model, draft, prompt, n: int, k: int) -> tuple[float, float]:
+    """The same by `speculate`."""
+    clock = [time.perf_counter()]
+    for _ in speculate(model, draft, prompt, n, k=k, temperature=0):
+        clock.append(time.perf_counter())
+    return len(prompt) / (clock[1] - clock[0]), (n - 1) / (clock[-1] - clock[1])
+
+
+def time_transformers(model, prompts, n: int) -> tuple[float, float]:
+    """The same by transformers' generate: once for one token, once for n."""
+    tokens, seconds = torch.tensor(prompts, device=model.device), []
+    for length in (1, n):
+        began = time.perf_counter()
+        model.generate(tokens, do_sample=False, min_new_tokens=length, max_new_tokens=length)
+        seconds.append(time.perf_counter() - began)
+    return tokens.numel() / seconds[0], len(prompts) * (n - 1) / (seconds[1] - seconds[0])
+
+
+def as_transformers(model):
+    """The same weights as a model of transformers."""
+    from transformers import AutoModelForCausalLM
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=next(model.parameters()).dtype).eval()
+    theirs.generation_config.eos_token_id = None
+    return theirs.to(next(model.parameters()).device)
+
+
+@torch.inference_mode()
+def decode(argv: list[str]) -> None:
+    """Tokens per second: one prompt and many, int8, int4, drafts, without a cache, transformers, beside the roof."""
+    usage = "usage: python bench.py decode [OUT_DIR or SHAPE] [--key=value …]     SHAPE: llama-30m, llama-124m, gpt2, …"
+    _, files, config, _ = command_line(DecodeConfig, argv, usage)
+    name, device = files[0] if files else "llama-30m", pick_device(config.device)
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SHAPES[name])) if name in SHAPES else compress.load(name)[0]
+    model = model.to(device, DTYPES[config.dtype]).eval()
+    n, many = config.new_tokens, torch.randint(model.config.vocab_size, (config.batch, config.prompt_tokens)).tolist()
+    int8, int4 = (compress.quantize(copy.deepcopy(model), kind) for kind in ("int8", "int4"))
+    cases = [(label, one, rows, lambda one=one, rows=rows: time_stream(one, rows, n))
+             for label, one in (("plain", model), ("int8", int8), ("int4", int4)) for rows in (many[:1], many)]
+    cases.append(("no cache", model, many[:1], lambda: time_stream(model, many[:1], max(2, n // 8), cache=False)))
+    cases.append(("n-grams", model, many[:1], lambda: time_drafts(model, "ngram", many[0], n, config.k)))
+    if model.config.mtp_depth:
+        cases.append(("own head", model, many[:1], lambda: time_drafts(model, "mtp", many[0], n, config.k)))
+    if config.reference:
+        theirs = as_transformers(model)
+        cases += [("transformers", model, rows, lambda rows=rows: time_transformers(theirs, rows, n))
+                  for rows in (many[:1], many)]
+    rounds, roofs = [], []
+    for _ in range(config.rounds):                   # in turn: what slows the machine down slows all of them
+        roofs.append(bandwidth(device))
+        rounds.append([run() for *_, run in cases])
+    roof = statistics.median(roofs)
+    lines = [f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.dtype}, prompt "
+             f"{config.prompt_tokens}, {n} new; medians of {config.rounds} rounds, {torch.get_num_threads()} threads, "
+             f"memory {roof / 1e9:.1f} GB/s",
+             f"{'':<14}{'rows':>5} | {'prefill tok/s':>13} | {'decode tok/s':>12} | {'roof tok/s':>10} | share"]
+    length = config.prompt_tokens + n // 2
+    for i, (label, one, rows, _) in enumerate(cases):
+        read, written = (statistics.median(results[i][phase] for results in rounds) for phase in (0, 1))
+        cache = len(rows) * kv_cache_bytes(model.config, length, config.dtype)
+        limit = len(rows) * roof / (compress.weight_bytes(one) + cache)
+        lines.append(f"{label:<14}{len(rows):>5} | {read:>13,.0f} | {written:>12,.1f} | {limit:>10,.0f} | "
+                     f"{written / limit:.2f}")
+    show(lines, config.out)
+
+
+def show(lines: list[str], path: str | None) -> None:
+    """Print a table, and write it to a file where one is named."""
+    print("\n".join(lines))
+    if path is not None:
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+# --- compression: bytes, speed, loss ---
+
+@dataclass
+class CompressConfig:
+    """What `python bench.py compress OUT_DIR` can be told."""
+    share: float = 0.5                   # what pruning takes away
+    minutes: float = 1.0                 # of training, for the pruned model and for the small one from scratch alike
+    new_tokens: int = 128                # tokens to write when speed is measured
+    rounds: int = 3                      # of that, in turn
+    out: str | None = None               # file that gets the table too
+
+
+def train(out_dir, minutes: float, *flags: str) -> Path:
+    """A training run of so many minutes as a process of its own; returns its folder."""
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), f"--out_dir={out_dir}", "--overwrite=true",
+               f"--max_minutes={minutes}", "--num_samples=0", "--eval_every=0", *flags]
+    print("$", " ".join(command[1:]), flush=True)
+    subprocess.run(command, check=True)
+    return Path(out_dir)
+
+
+def compress_table(argv: list[str]) -> None:
+    """File, tokens per second and bits per byte of a model in int8 and int4, pruned, distilled, and trained small."""
+    _, files, config, _ = command_line(CompressConfig, argv, "usage: python bench.py compress [OUT_DIR] [--key=value …]")
+    full = Path(files[0] if files else "out/shakespeare")
+    made = {"full": full}
+    for label, *words in (("int8", "quantize", "--kind=int8"), ("int4", "quantize", "--kind=int4"),
+                          ("zeros", "prune", "--kind=magnitude", f"--share={config.share}"),
+                          ("pruned", "prune", "--kind=width", f"--share={config.share}")):
+        made[label] = full.with_name(f"{full.name}-{label}")
+        compress.main([words[0], str(full), str(made[label]), *words[1:], "--overwrite=true"])
+    entries = read_checkpoint(made["pruned"] / "ckpt.pt", map_location="meta")
+    shape, data_dir = entries["model_config"], entries["train_config"]["data_dir"]
+    made["pruned, trained"] = train(full.with_name(f"{full.name}-trained"), config.minutes,
+                                    f"--init_from={made['pruned']}", f"--data_dir={data_dir}")
+    made["pruned, distilled"] = train(full.with_name(f"{full.name}-distilled"), config.minutes,
+                                      f"--init_from={made['pruned']}", f"--data_dir={data_dir}", f"--teacher={full}")
+    made["from scratch"] = train(full.with_name(f"{full.name}-scratch"), config.minutes, f"--data_dir={data_dir}",
+                                 *(f"--{key}={shape[key]}" for key in ("n_heads", "n_kv_heads", "head_dim", "d_ff")))
+    models = {label: compress.load(folder)[0] for label, folder in made.items()}
+    rates = [[time_stream(model, [[1]], config.new_tokens)[1] for model in models.values()]
+             for _ in range(config.rounds)]
+    tokens, n_bytes = open_tokens(data_dir, "val"), read_meta(data_dir).get("val_bytes")
+    lines = [f"{full}: share {config.share}, {config.minutes} minutes of training each, {torch.get_num_threads()} "
+             f"threads; speed is the median of {config.rounds} rounds of {config.new_tokens} tokens",
+             f"{'':<20}{'file, MB':>9}{'read a token, MB':>18}{'tok/s':>9}{'bits per byte':>15}"]
+    for i, (label, model) in enumerate(models.items()):
+        # Without the optimizer's state, which only a training run keeps.
+        size = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]
+                                                          }.values())
+        bits = perplexity(model, tokens, n_bytes)["bits_per_byte"]
+        lines.append(f"{label:<20}{size / 1e6:>9.2f}{compress.weight_bytes(model) / 1e6:>18.2f}"
+                     f"{statistics.median(round_[i] for round_ in rates):>9,.0f}{bits:>15.4f}")
+    show(lines, config.out)
+
+
+# --- beside transformers ---
 
 def hf(words: list[str]) -> None:
     """Forward and backward of a trained model beside transformers' own on the same weights: hf OUT_DIR."""
@@ -51,7 +224,9 @@ def hf(words: list[str]) -> None:
                                         for name, times in ms.items()))
 
 
-VERBS = {"hf": hf}
+# --- the verbs: each takes the words after it ---
+
+VERBS = {"hf": hf, "decode": decode, "compress": compress_table}
 
 
 def main(argv: list[str]) -> None:

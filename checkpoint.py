@@ -218,7 +218,22 @@ def read_checkpoint(path, map_location="cpu") -> dict:
         raise ValueError(f"{path}: step {step!r} and format_version {version!r} must be whole numbers")
     if version > FORMAT_VERSION:
         raise ValueError(f"{path} has format_version {version}, this code reads up to {FORMAT_VERSION}")
+    if "quantized" in entries:           # what compress.py wrote: every page gets the rounded weights
+        for name, parts in entries["quantized"]["weights"].items():
+            weights[name] = multiplied_out(parts).to(next(iter(weights.values())).dtype)
     return entries
+
+
+def multiplied_out(parts: dict):
+    """The matrix (R, C) in float32 of {q, scale} in int8 or of {q, scale, shift} in int4; compress.py says how."""
+    q, scale = parts["q"], parts["scale"].float().unsqueeze(-1)      # scale: (R, groups, 1)
+    if "shift" not in parts:
+        return q * scale.squeeze(-1)
+    first, second = q // 16, q % 16                                  # two numbers of 4 bits in a byte
+    numbers = first.new_empty(*q.shape, 2)
+    numbers[..., 0], numbers[..., 1] = first, second
+    groups = numbers.view(*scale.shape[:2], -1).float() - 8
+    return (groups * scale + parts["shift"].float().unsqueeze(-1)).flatten(1)
 
 
 def load_weights(model, weights: dict, path) -> None:

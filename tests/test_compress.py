@@ -1,0 +1,153 @@
+"""Claims about compress.py."""
+import copy
+
+import pytest
+import torch
+
+from common import bpe_trained, ids, little_base, random_model, rng, toy  # noqa: F401
+import bpe
+import checkpoint
+import compress
+import evaluate
+import model as model_module
+import sample
+
+
+def test_the_row_of_the_docstring():
+    row = torch.tensor([[0.423, -1.270, 0.056, 0.808]])
+    parts = compress.round_int8(row)
+    assert parts["q"].tolist() == [[42, -127, 6, 81]] and abs(parts["scale"].item() - 0.01) < 1e-4
+    assert (checkpoint.multiplied_out(parts) - row).abs().max() < 0.0055            # half a step, and bfloat16's scale
+    parts = compress.round_int4(row.repeat(1, 16))
+    assert parts["q"][0, :2].tolist() == [12 * 16 + 0, 10 * 16 + 15]
+    back = checkpoint.multiplied_out(parts)
+    torch.testing.assert_close(back[:, :4], torch.tensor([[0.392, -1.270, 0.115, 0.808]]), atol=4e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind, error", [("int8", 0.012), ("int4", 0.15)])
+def test_rounded_layers_by_torchs_kernels_and_without(kind, error, monkeypatch):
+    for d_in, bias in ((128, True), (48, False)):                        # 48 is no multiple of a group: int8
+        holder = torch.nn.Sequential(model_module.Linear(d_in, 70, bias))
+        x, exact = torch.randn(2, 3, d_in, generator=rng()), holder[0]
+        layer = compress.Int4Linear if kind == "int4" and d_in == 128 else compress.Int8Linear
+        parts = compress.round_weight(exact.weight, kind)
+        by_kernel = layer(parts, exact.bias)
+        monkeypatch.setattr(compress, "INT8_KERNEL", False)
+        monkeypatch.setattr(compress, "INT4_KERNEL", False)
+        with torch.no_grad():
+            without, true = layer(parts, exact.bias)(x), exact(x)
+            monkeypatch.undo()
+            kernel = by_kernel(x)
+        size = true.abs().max()
+        assert (kernel - without).abs().max() < 0.01 * size                         # bfloat16 keeps 8 bits
+        assert (without - true).abs().max() < error * size, (without - true).abs().max() / size
+
+
+@pytest.mark.parametrize("switch", ["plain", "tied", "moe", "mla", "gpt2"])
+def test_a_quantised_model_still_writes(switch):
+    plain, small = toy(switch, d_model=64).eval(), compress.quantize(toy(switch, d_model=64).eval(), "int8")
+    text = ids(2, 12)
+    assert (small(text) - plain(text)).abs().max() < 0.1 * plain(text).abs().max()
+    assert compress.weight_bytes(small) < 0.45 * compress.weight_bytes(plain)
+    assert len(sample.generate(small, [1, 2], 8, temperature=0)) == 8
+    four = compress.quantize(plain, "int4")
+    assert any(isinstance(module, compress.Int4Linear) for module in four.modules())
+    assert torch.isfinite(four(text)).all()
+    with pytest.raises(ValueError, match="kind='int2' must be int8 or int4"):
+        compress.quantize(plain, "int2")
+
+
+@pytest.mark.parametrize("switch", ["plain", "tied", "gpt2"])
+def test_magnitude_pruning_takes_the_smallest_weights_of_every_matrix(switch):
+    model = toy(switch)
+    before = copy.deepcopy(model.state_dict())
+    small = compress.prune(model, 0.3)
+    for name, layer in small.named_modules():
+        if isinstance(layer, model_module.Linear):
+            old, zero = before[f"{name}.weight"], layer.weight == 0
+            assert zero.sum() == round(0.3 * zero.numel()) and torch.equal(layer.weight[~zero], old[~zero])
+            assert old[zero].abs().max() <= old[~zero].abs().min()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "a copy was pruned"
+
+
+WIDTHS = {"plain": (2, 2), "tied": (2, 2), "gpt2": (2, 2), "qwen3": (2, 1), "mqa": (2, 1), "window": (2, 1),
+          "smear": (2, 2), "2017": (2, 2)}                               # heads and key/value heads left of 4
+
+
+@pytest.mark.parametrize("switch", WIDTHS)
+def test_width_pruning_gives_a_smaller_dense_model_of_what_matters(switch, tmp_path):
+    """Half the heads and neurons do nothing: the half that width pruning leaves computes the same logits."""
+    model = toy(switch).eval()
+    c, generator = model.config, torch.Generator().manual_seed(3)
+    for block in model.layers:
+        keeps = torch.randperm(max(c.n_kv_heads, 1) if c.n_kv_heads > 1 else c.n_heads, generator=generator)
+        per_unit = c.n_heads * c.head_dim // len(keeps)
+        with torch.no_grad():
+            for unit in keeps[:len(keeps) // 2].tolist():                # idle heads: no value, or no way out
+                block.attn.o_proj.weight[:, unit * per_unit:(unit + 1) * per_unit] = 0
+                if c.n_kv_heads > 1:
+                    block.attn.v_proj.weight[unit * c.head_dim:(unit + 1) * c.head_dim] = 0
+            idle = torch.randperm(c.d_ff, generator=generator)[:c.d_ff // 2]
+            block.ffn.w1.weight[idle] = 0
+            if block.ffn.w1.bias is not None:
+                block.ffn.w1.bias[idle] = 0
+    text, expected = ids(3, 20), model(ids(3, 20))
+    by_text = None if c.n_kv_heads == 1 else ids(200)                    # MQA's idle heads still carry the one value
+    small = compress.prune(model, 0.5, "width", by_text)
+    assert (small.config.n_heads, small.config.n_kv_heads, small.config.d_ff) == (*WIDTHS[switch], c.d_ff // 2)
+    if by_text is not None:
+        torch.testing.assert_close(small(text), expected, atol=1e-5, rtol=1e-5)
+    checkpoint.save_checkpoint(small, None, 0, tmp_path / "ckpt.pt")
+    torch.testing.assert_close(model_module.load_model(tmp_path)[0](text), small(text))
+
+
+@pytest.mark.parametrize("switch, words", [("moe", "n_experts=4"), ("mla", "attention=mla"), ("mtp", "mtp_depth=2")])
+def test_what_width_pruning_cannot_do_is_refused_by_name(switch, words):
+    with pytest.raises(ValueError, match=words):
+        compress.prune(toy(switch), 0.5, "width")
+    with pytest.raises(ValueError, match="share=1.0"):
+        compress.prune(toy(), 1.0)
+    with pytest.raises(ValueError, match="kind='depth'"):
+        compress.prune(toy(), 0.5, "depth")
+    with pytest.raises(ValueError, match="rounded already"):
+        compress.prune(compress.quantize(toy(), "int8"), 0.5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantised_folder_opens_everywhere_with_the_same_numbers(kind, little_base, tmp_path, capsys):
+    text = torch.arange(2, 40)[None]
+    small = tmp_path / kind
+    compress.main(["quantize", str(little_base), str(small), f"--kind={kind}"])
+    assert (small / "ckpt.pt").stat().st_size < 0.75 * (little_base / "ckpt.pt").stat().st_size
+    loaded, _ = compress.load(small)
+    direct = compress.quantize(model_module.load_model(little_base)[0], kind)
+    assert torch.equal(loaded(text), direct(text)), "the file holds what rounding in memory gives"
+    plain, _ = model_module.load_model(small)                               # train, align, convert and serve open this
+    assert (plain(text) - loaded(text)).abs().max() < 0.03 * plain(text).abs().max()
+    sample.main([str(small), "--prompt=cat", "--max_new_tokens=3"])
+    capsys.readouterr()
+    (tmp_path / "text.txt").write_text("the cat in the hat " * 9, encoding="utf-8")
+    evaluate.main([str(little_base), str(small), f"--data={tmp_path / 'text.txt'}"])
+    assert capsys.readouterr().out.count("bits per byte") == 2
+
+
+def test_compress_commands(little_base, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("the cat in the hat " * 9, encoding="utf-8")
+    compress.main(["prune", str(little_base), str(tmp_path / "zeros")])
+    told = capsys.readouterr().out
+    assert "of them zero" in told and (tmp_path / "zeros" / "tokenizer.json").is_file()
+    for more in ([], [f"--data={tmp_path / 'text.txt'}"]):
+        compress.main(["prune", str(little_base), str(tmp_path / "thin"), "--kind=width", "--share=0.5",
+                       "--overwrite=true", *more])
+        told = capsys.readouterr().out
+        assert "heads 4 -> 2" in told and ("size of their weights" in told) == (not more)
+    sample.main([str(tmp_path / "thin"), "--prompt=cat", "--max_new_tokens=3"])
+    for bad, words in ((["quantize", str(little_base), str(tmp_path / "thin")], "--overwrite=true"),
+                       (["quantize", str(little_base), str(little_base), "--overwrite=true"], "read from"),
+                       (["quantize", str(little_base), str(tmp_path / "x"), "--kind=int2"], "int2"),
+                       (["prune", str(little_base), str(tmp_path / "x"), "--data=y.txt"], "data=y.txt"),
+                       (["prune", str(little_base)], "two folders")):
+        with pytest.raises(SystemExit) as stopped:
+            compress.main(bad)
+        assert stopped.value.code == 2 and words in capsys.readouterr().err, bad
+    assert not (tmp_path / "x").exists() or not list((tmp_path / "x").iterdir())
