@@ -34,11 +34,11 @@ from pathlib import Path
 import torch
 
 import bpe
-from checkpoint import load_model, read_checkpoint, save_checkpoint, sha256
+from checkpoint import read_checkpoint, save_checkpoint, sha256
 from configurator import command_line, fail, print_config
 from evaluate import (REFUSAL, TEMPLATES, continuation_log_probs, end_id, last_boxed, need, pad_rows, pick_template,
                       read_jsonl, render, same_answer, standard_error)
-from model import ModelConfig, Transformer, token_cross_entropy, wide
+from model import ModelConfig, Transformer, load_model, token_cross_entropy, wide
 from optim import AdamW, Muon, clip_grad_norm, cosine_schedule
 from sample import distribution, prefill, stream
 

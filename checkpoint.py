@@ -276,36 +276,3 @@ def load_checkpoint(path, model=None, optimizer=None) -> int:
     if optimizer is not None:
         load_optimizer(optimizer, entries.get("optimizer"), path)
     return entries["step"]
-
-
-def load_model(out_dir, device="cpu", name: str = "ckpt.pt"):        # moves to model.py
-    """(Transformer in evaluation mode, Tokenizer) from the folder of a training run; the tokenizer is None without
-    its file.
-
-    name: `ckpt.pt` for the last state, `best.pt` for the best on validation.
-    Raises ValueError naming the path when the tokenizer is not the one that the model was trained with.
-    """
-    from bpe import Tokenizer            # here, so that saving and loading states needs no stage below this one
-    from model import ModelConfig, Transformer
-
-    path = Path(out_dir) / name
-    entries = read_checkpoint(path)
-    if not isinstance(entries.get("model_config"), dict):
-        raise ValueError(f"{path} has no model_config; it was not written by train.py")
-    try:
-        model = Transformer(ModelConfig(**entries["model_config"]))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its model_config does not fit this version of model.py: {error}") from error
-    load_weights(model, entries["model"], path)
-    tokenizer, tokenizer_path = None, path.with_name("tokenizer.json")
-    if tokenizer_path.is_file():
-        trained_with = entries.get("tokenizer_sha256")
-        if trained_with and sha256(tokenizer_path) != trained_with:
-            raise ValueError(
-                f"{tokenizer_path} is not the tokenizer that {path} was trained with (SHA-256 "
-                f"{sha256(tokenizer_path)[:12]}…, wanted {trained_with[:12]}…); put the right file beside it")
-        tokenizer = Tokenizer.load(tokenizer_path)
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(f"{tokenizer_path} has {tokenizer.vocab_size} ids, the model only "
-                             f"{model.config.vocab_size}; they do not belong together")
-    return model.to(device).eval(), tokenizer

@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import load_model, read_checkpoint
+from checkpoint import read_checkpoint
 from configurator import command_line, fail
-from model import bits_per_byte, perplexity_of, token_cross_entropy, token_losses
+from model import bits_per_byte, load_model, perplexity_of, token_cross_entropy, token_losses
 from sample import CHATS, conversation, evaluating, generate, quantize
 
 LETTERS = "ABCDEFGHIJ"

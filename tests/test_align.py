@@ -14,6 +14,7 @@ from common import ids, random_model, rng# noqa: F401
 import align
 import bpe
 import checkpoint
+import model as model_module
 import data
 import evaluate
 import sample
@@ -179,7 +180,7 @@ def test_packed_documents_are_cut_into_shifted_chunks(bpe_trained, tmp_path):
 def align_run(verb, base, data, out_dir, **more):
     settings = dict(template="chat", skip_bad=True, batch_size=4, micro_batch_size=3, lr=1e-2, log_every=5) | more
     align.run_verb(verb, align.AlignConfig(base=str(base), data=str(data), out_dir=str(out_dir), **settings))
-    return checkpoint.load_model(out_dir), evaluate.read_jsonl(Path(out_dir) / "log.jsonl")[0][1:]
+    return model_module.load_model(out_dir), evaluate.read_jsonl(Path(out_dir) / "log.jsonl")[0][1:]
 
 
 def test_sft_learns_to_answer_and_to_stop_and_names_every_bad_line(little_base, tmp_path, capsys):

@@ -73,7 +73,7 @@ def test_every_kind_of_question_is_asked_and_its_answers_kept(little_base, quest
 
 
 def test_choices_are_scored_by_the_model_s_own_log_probabilities(little_base):
-    model, tokenizer = checkpoint.load_model(little_base)
+    model, tokenizer = model_module.load_model(little_base)
     item = {"prompt": "the cat", "options": ["hat", "hat in the hat"], "answer": "A"}
     found, = evaluate.choose(model, tokenizer, [item], letters=False, batch_size=1)
     for option, score in zip(item["options"], found["scores"]):

@@ -15,6 +15,7 @@ import torch
 
 from common import TINY, torchrun, weights
 import checkpoint
+import model as model_module
 import recipe
 import train
 
@@ -62,7 +63,7 @@ def test_training_learns_and_leaves_its_files(trained):
 
 def test_final_loss_is_that_of_the_whole_split_token_by_token(trained, corpus):
     out_dir, figures = trained
-    model, tokenizer = checkpoint.load_model(out_dir)
+    model, tokenizer = model_module.load_model(out_dir)
     ids = torch.from_numpy(np.fromfile(corpus / "val.bin", dtype="<u2").astype(np.int64))
     nats, context, half = 0.0, 32, 16
     with torch.no_grad():
@@ -241,7 +242,7 @@ def test_token_files_alone_train_and_say_that_no_text_can_be_written(corpus, tmp
     figures = tiny_run(tmp_path, tmp_path / "out", max_steps=2, num_samples=2)
     said = capsys.readouterr().out
     assert "no samples" in said and said.splitlines()[-1].endswith("val bits per byte n/a")
-    assert figures["val_bits_per_byte"] is None and checkpoint.load_model(tmp_path / "out")[1] is None
+    assert figures["val_bits_per_byte"] is None and model_module.load_model(tmp_path / "out")[1] is None
 
 
 def seen_by_main(monkeypatch):
