@@ -1,4 +1,5 @@
-"""Claims about bpe.py."""
+"""Claims about bpe.py and bpe_fast.py."""
+import concurrent.futures
 import json
 import os
 import pickle
@@ -16,111 +17,111 @@ import tiktoken
 import tokenizers
 import torch
 
-from common import BPE_TEXT, bpe_write, ids, rng# noqa: F401
+from common import BPE_TEXT, ROOT, bpe_write
 import bpe
-import train
+import bpe_fast
 
-def bpe_naive(texts, n_merges):
-    """The ten-line trainer: count every pair anew each time, merge the best everywhere."""
-    words, merges = Counter(tuple(w.encode()[i:i + 1] for i in range(len(w.encode())))
-                            for t in texts for w in regex.findall(bpe.GPT2_PATTERN, t)), []
-    while len(merges) < n_merges:
-        pairs = Counter()
-        for word, n in words.items():
-            for pair in zip(word, word[1:]):
-                pairs[pair] += n
-        if not pairs:
-            break
-        best = max(pairs, key=lambda p: (pairs[p], p))
-        merges.append(best)
-        merged = Counter()
-        for word, n in words.items():
-            out, i = [], 0
-            while i < len(word):
-                step = 2 if word[i:i + 2] == best else 1
-                out.append(b"".join(word[i:i + step]))
-                i += step
-            merged[tuple(out)] += n
-        words = merged
-    return merges
+POSSESSIVE = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""    # tiktoken's GPT-2
+LLAMA = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
+         r"""\s*[\r\n]+|\s+(?!\S)|\s+""")
+HANDOUT = {b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}
+POOLS = ["ab", "ab '\n", "'sdmtlvre ' \u017f", "  \t\r\na1.", "\u0085\u00a0\u180e\u200b\u200d\u3000\u2003 \u2028ax1!",
+         "é日\u0301ᄀ 's😀𝒳", "\x00\x1c\x1f ab'1", None]
 
 
-def bpe_random_text(rng, n):
+def random_text(rng, n):
     """Text from a small alphabet full of corner cases, or from all of Unicode."""
-    pools = [
-        "ab", "ab '\n", "'sdmtlvre ' \u017f", "  \t\r\na1.", "\u0085\u00a0\u180e\u200b\u200d\u3000\u2003 \u2028ax1!",
-        "é日\u0301ᄀ 's😀𝒳", "\x00\x1c\x1f ab'1", None]
-    pool = rng.choice(pools)
+    pool = rng.choice(POOLS)
     if pool:
         return "".join(rng.choice(pool) for _ in range(n))
     codes = (rng.choice([rng.randrange(0x110000), rng.randrange(0x3100), rng.randrange(256)]) for _ in range(n))
     return "".join(chr(c) for c in codes if not 0xD800 <= c < 0xE000)
 
 
-def bpe_reference(tok):
-    """tiktoken with our ranks and GPT-2's pattern."""
-    plain = {t: i for i, t in tok.vocab.items() if i not in tok.special_tokens.values()}
-    return tiktoken.Encoding("ours", pat_str=bpe._GPT2_SPELLINGS[2], mergeable_ranks=plain,
-                             special_tokens=tok.special_tokens)
-
-
-def bpe_mixture(rng, n, *pieces):
-    """`n` pieces of text, each a random one, a part of BPE_TEXT or one of `pieces`."""
-    return "".join(rng.choice([bpe_random_text(rng, rng.randrange(30)), BPE_TEXT[:rng.randrange(240)], *pieces])
+def mixture(rng, n, *extra):
+    """`n` pieces of text, each a random one, a part of BPE_TEXT or one of `extra`."""
+    return "".join(rng.choice([random_text(rng, rng.randrange(30)), BPE_TEXT[:rng.randrange(240)], *extra])
                    for _ in range(n))
 
 
+def reference(tok):
+    """tiktoken with our ranks and GPT-2's pattern."""
+    plain = {t: i for i, t in tok.vocab.items() if i not in tok.special_tokens.values()}
+    return tiktoken.Encoding("ours", pat_str=POSSESSIVE, mergeable_ranks=plain, special_tokens=tok.special_tokens)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks, slots and memories so small that every text meets their ends."""
+    for page, name, value in ((bpe, "BLOCK_BYTES", 100), (bpe, "FAST_BLOCK_BYTES", 64), (bpe_fast, "LONG_WORD", 8),
+                              (bpe_fast, "KEPT_WORDS", 60), (bpe_fast.Words, "SLOT_BITS", 3)):
+        monkeypatch.setattr(page, name, value)
+    return monkeypatch
+
+
+# --- training ---
+
 def test_bpe_handout_example(tmp_path):
-    words = ["low"] * 5 + ["lower"] * 2 + ["widest"] * 3 + ["newest"] * 6
+    words = [word.decode() for word, n in HANDOUT.items() for _ in range(n)]
     vocab, merges = bpe.train_bpe(bpe_write(tmp_path / "t", "<|x|>".join(words)), 257 + 12, ["<|x|>"])
+    assert merges == bpe.learn_merges(HANDOUT, 12)
     assert [(a + b" " + b).decode() for a, b in merges] == [
         "s t", "e st", "o w", "l ow", "w est", "n e", "ne west", "w i", "wi d", "wid est", "low e", "lowe r"]
     assert list(vocab) == list(range(269)) and vocab[97] == b"a" and vocab[256] == b"st" and vocab[268] == b"<|x|>"
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_bpe_trains_as_the_naive_trainer_does(seed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.filterwarnings("ignore:no pair is left")
+def test_bpe_trains_as_the_naive_trainer_does(seed, tmp_path, small_blocks):
     rng = random.Random(seed)
-    for _ in range(4):
-        text = "".join(bpe_random_text(rng, 30) + rng.choice(["", "<|e|>", " "]) for _ in range(8)) + "aaaa"
+    for _ in range(5):
+        text = "".join(random_text(rng, 30) + rng.choice(["", "<|e|>", " "]) for _ in range(8)) + "aaaa"
         path, n = bpe_write(tmp_path / "t", text), rng.randrange(60)
-        monkeypatch.setattr(bpe, "BLOCK_BYTES", rng.choice([7, 50, 1 << 22]))
-        monkeypatch.setattr(bpe._Cutter.blocks, "__defaults__", (rng.choice([5, 1 << 18]),))
-        expected = bpe_naive(text.split("<|e|>"), n)
+        counts = Counter(word.encode() for part in text.split("<|e|>") for word in regex.findall(bpe.GPT2_PATTERN, part))
         for pattern in bpe.GPT2_PATTERN, f"(?:{bpe.GPT2_PATTERN})":    # the fast path, and not
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                vocab, merges = bpe.train_bpe(path, 257 + n, ["<|e|>"], pattern=pattern)
-            assert merges == expected
+            vocab, merges = bpe.train_bpe(path, 257 + n, ["<|e|>"], pattern=pattern)
+            assert merges == bpe.learn_merges(counts, n)
             assert bpe.Tokenizer(vocab, merges, ["<|e|>"], pattern=pattern).decode(range(len(vocab)))
 
 
 def test_bpe_workers_and_hash_seeds_change_nothing(tmp_path, monkeypatch, bpe_trained):
     path, specials = bpe_write(tmp_path / "t", BPE_TEXT), ["<|endoftext|>"]
+    tok, out = bpe.Tokenizer(*bpe_trained, specials), tmp_path / "x.bin"
     monkeypatch.setattr(bpe, "BLOCK_BYTES", 100)
-    assert len(list(bpe._Cutter(bpe.GPT2_PATTERN, []).ranges(path))) > 4
-    tok = bpe.Tokenizer(*bpe_trained, specials)
-    for workers, seed in (2, "1"), (3, "2"):
-        monkeypatch.setenv("PYTHONHASHSEED", seed)    # of the workers
-        assert bpe.train_bpe(path, 340, specials, workers=workers) == bpe_trained
-        assert tok.encode_file(path, tmp_path / "x.bin", workers=workers) == len(tok.encode(BPE_TEXT))
-        assert np.fromfile(tmp_path / "x.bin", "<u2").tolist() == tok.encode(BPE_TEXT)
+    monkeypatch.setenv("PYTHONHASHSEED", "1")    # of the workers
+    assert bpe.train_bpe(path, 340, specials, workers=2) == bpe_trained
+    assert tok.encode_file(path, out, workers=2) == len(tok.encode(BPE_TEXT))
+    assert np.fromfile(out, "<u2").tolist() == tok.encode(BPE_TEXT)
     (tmp_path / "bad").write_bytes(b"ok " * 200 + b"\xff")
     with pytest.raises(ValueError, match=r"bad is not UTF-8: byte 0xff at offset 600"):    # from a worker
         bpe.train_bpe(tmp_path / "bad", 300, specials, workers=2)
 
 
+def test_bpe_script_without_a_main_guard_is_told_so(tmp_path):
+    text = bpe_write(tmp_path / "t.txt", "low lower " * 500)
+    (tmp_path / "script.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport bpe\n"
+                                        f"bpe.BLOCK_BYTES = 100\nbpe.train_bpe({str(text)!r}, 260, workers=2)\n")
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "workers=1" in done.stderr.strip().splitlines()[-1]
+
+
 def test_bpe_small_files_and_encode_start_no_process(tmp_path, monkeypatch, bpe_trained):
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a process was started"))
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda *a, **k: pytest.fail("a process was started"))
     path = bpe_write(tmp_path / "t", BPE_TEXT)
     assert bpe.train_bpe(path, 340) == bpe.train_bpe(path, 340, workers=8) == bpe_trained
     tok = bpe.Tokenizer(*bpe_trained)
-    assert tok.encode_file(path, tmp_path / "b") == len(tok.encode(BPE_TEXT))
+    assert tok.encode_file(path, tmp_path / "b") == len(tok.encode(BPE_TEXT)) and len(tok.encode(BPE_TEXT * 500)) > 5000
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not say which CPUs a process may use")
+def test_bpe_uses_the_cpus_that_it_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    assert bpe_fast.cpus() == 1
 
 
 def test_bpe_counts_do_not_overflow():
-    merger = bpe._Merger([b"ab", b"cd", b"xy"], [2 ** 40, 2 ** 40 + 1, 2 ** 31])
-    assert [merger._pop()[:2] for _ in range(3)] == [(99, 100), (97, 98), (120, 121)]
+    merger = bpe_fast.Merger([b"ab", b"cd", b"xy"], [2 ** 40, 2 ** 40 + 1, 2 ** 31])
+    assert [count for _, _, count in merger.run(3)] == [2 ** 40 + 1, 2 ** 40, 2 ** 31]
 
 
 @pytest.mark.parametrize("content, arguments, error, words",
@@ -129,6 +130,7 @@ def test_bpe_counts_do_not_overflow():
                           ("abc", {"special_tokens": "<|x|>"}, TypeError, "list"),
                           ("abc", {"special_tokens": ["a", "a"]}, ValueError, "twice"),
                           ("abc", {"special_tokens": [""]}, ValueError, "empty"),
+                          ("abc", {"special_tokens": ["\ud800"]}, ValueError, "surrogate"),
                           ("abc", {"pattern": "("}, ValueError, "regular expression"),
                           ("abc", {"workers": 0}, ValueError, "workers"), (None, {}, OSError, "nowhere")])
 def test_bpe_training_refuses(content, arguments, error, words, tmp_path):
@@ -140,75 +142,57 @@ def test_bpe_training_refuses(content, arguments, error, words, tmp_path):
 def test_bpe_stops_when_no_pair_is_left(tmp_path):
     with pytest.warns(UserWarning, match="no pair is left .* 259 entries, not the 400"):
         vocab, merges = bpe.train_bpe(bpe_write(tmp_path / "t", "abc"), 400)
-    assert merges == [(b"b", b"c"), (b"a", b"bc")] and len(vocab) == 259
+    assert merges == [(b"b", b"c"), (b"a", b"bc")] == bpe.learn_merges({b"abc": 1}, 9) and len(vocab) == 259
 
+
+# --- encoding ---
 
 @pytest.mark.parametrize("seed", range(4))
 def test_bpe_numpy_boundaries_are_the_pattern_s(seed):
-    rng, compiled = random.Random(seed), regex.compile(bpe.GPT2_PATTERN)
-    special = [b"<|e|>", b"'", b"s ", "\u00a0a".encode()]
-    for _ in range(2500):
-        text, tokens = bpe_random_text(rng, rng.randrange(40)), rng.sample(special, rng.randrange(3))
-        block, split, expected = text.encode(), bpe._alternatives(tokens), []
-        for i, piece in enumerate(split.split(block) if split else [block]):
-            expected += [piece] if i % 2 else [p.encode() for p in bpe._pretokens(compiled, piece.decode())]
-        starts = bpe._boundaries(block, bpe._token_spans(block, split, tokens)).tolist()
-        assert [block[a:b] for a, b in zip(starts, [*starts[1:], len(block)])] == expected, (text, tokens)
+    rng, special = random.Random(seed), ["<|e|>", "'", "s ", "\u00a0a"]
+    for _ in range(2000):
+        text, tokens = random_text(rng, rng.randrange(1, 40)), rng.sample(special, rng.randrange(3))
+        block, expected, spans, end = text.encode(), [], [], 0
+        for i, part in enumerate(regex.split("(" + "|".join(tokens) + ")", text) if tokens else [text]):
+            expected += [part] if i % 2 else regex.findall(bpe.GPT2_PATTERN, part)
+            spans += [(end, end + len(part.encode()))] if i % 2 else []
+            end += len(part.encode())
+        starts = bpe_fast.boundaries(block, spans).tolist() if block else []
+        assert [block[a:b].decode() for a, b in zip(starts, [*starts[1:], len(block)])] == expected, (text, tokens)
 
 
-def test_bpe_table_is_a_dictionary():
-    rng, table, expected = np.random.default_rng(0), bpe._Table(2), {}
-    values = np.append(rng.integers(1, 2 ** 63, 39), 0)    # few enough that keys with one half in common share slots
-    for _ in range(40):
-        lo, hi = rng.choice(values, (2, 60)).astype(np.uint64)
-        assert table.find(lo, hi).tolist() == [expected.get(key, -1) for key in zip(lo.tolist(), hi.tolist())]
-        new = sorted({(a, b) for a, b in zip(lo.tolist(), hi.tolist()) if b and (a, b) not in expected})[:9]
-        expected.update((key, len(expected) + i) for i, key in enumerate(new))
-        columns = np.array(new, np.uint64).reshape(-1, 2).T
-        table.add(*columns, np.array([expected[key] for key in new], np.int32))
-
-
-@pytest.mark.parametrize("fast_bytes", [0, 1 << 60])
-def test_bpe_ids_are_tiktokens(fast_bytes, bpe_trained, monkeypatch):
-    monkeypatch.setattr(bpe, "FAST_BYTES", fast_bytes)
-    monkeypatch.setattr(bpe._FastEncoder, "KEPT_WORDS", 60)    # forgets often
-    monkeypatch.setattr(bpe._Cutter.blocks, "__defaults__", (64,))
+@pytest.mark.parametrize("fast_bytes", [1, 1 << 60])
+def test_bpe_ids_are_tiktokens(fast_bytes, bpe_trained, small_blocks):
+    small_blocks.setattr(bpe, "FAST_BYTES", fast_bytes)
+    small_blocks.setattr(bpe, "CACHED_WORDS", 9)
     tok, rng = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>", "<|endoftext|><|endoftext|>", "a b"]), random.Random(0)
-    theirs = bpe_reference(tok)
+    theirs = reference(tok)
     for _ in range(300):
-        text = bpe_mixture(rng, 6, *tok.special_tokens)
+        text = mixture(rng, 6, *tok.special_tokens)
         ids = tok.encode(text)
         assert ids == theirs.encode(text, allowed_special="all") and tok.decode(ids) == text
         assert tok.encode(text, allowed_special=set()) == theirs.encode_ordinary(text)
         assert tok.encode(text, {"a b"}) == theirs.encode(text, allowed_special={"a b"}, disallowed_special=())
     assert tok.encode("") == [] and tok.decode([]) == ""
-    assert bool(tok._fast) == (fast_bytes == 0) and all(fast.words.count < 60 + 100 for fast in tok._fast.values())
 
 
 @pytest.mark.parametrize("run", ["a", " ", "7", "\n", "日", "ab", "'s"])
-def test_bpe_long_runs_cost_n_log_n(run, tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tok = bpe.Tokenizer(*bpe.train_bpe(bpe_write(tmp_path / "t", run * 999), 300, []))
-    looked_up = 0
-
-    class Counted(dict):
-        def __contains__(self, key):
-            nonlocal looked_up
-            looked_up += 1
-            return super().__contains__(key)
-    tok._ranks = Counted(tok._ranks)
+@pytest.mark.filterwarnings("ignore:no pair is left")
+def test_bpe_long_runs_cost_n_log_n(run, tmp_path, monkeypatch):
+    tok = bpe.Tokenizer(*bpe.train_bpe(bpe_write(tmp_path / "t", run * 999), 300, []))
+    pops, pop = [], bpe.heapq.heappop
+    monkeypatch.setattr(bpe.heapq, "heappop", lambda heap: pops.append(1) or pop(heap))
     text = run * 20_000
-    assert tok.encode(text) == bpe_reference(tok).encode_ordinary(text)
-    assert looked_up <= 3 * len(text.encode())    # one a byte, two a merge
+    assert tok.encode(text) == reference(tok).encode_ordinary(text)
+    assert len(pops) <= 3 * len(text.encode())    # a pair of bytes each, and two new pairs a merge
 
 
 def test_bpe_stream_gives_the_same_ids(bpe_trained, monkeypatch):
     monkeypatch.setattr(bpe, "STREAM_CHARS", 10)
-    rng, patterns = random.Random(1), (*bpe._GPT2_SPELLINGS, *bpe._GPT4_SPELLINGS, r"\w+|\s", r"[^\n]*(?=\n)")
-    for k in range(400):
+    rng, patterns = random.Random(1), (bpe.GPT2_PATTERN, LLAMA, LLAMA.replace("{1,3}", ""), r"\w+|\s", r"[^\n]*(?=\n)")
+    for k in range(300):
         specials, pattern = ["<|endoftext|>", "<|endoftext|><|endoftext|>", "e c"], patterns[k % len(patterns)]
-        tok, text = bpe.Tokenizer(*bpe_trained, specials, pattern=pattern), bpe_mixture(rng, 5, *specials)
+        tok, text = bpe.Tokenizer(*bpe_trained, specials, pattern=pattern), mixture(rng, 5, *specials)
         cuts = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(20)))
         chunks = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
         assert list(tok.encode_iterable(chunks)) == tok.encode(text), (text, chunks)
@@ -242,43 +226,59 @@ def test_bpe_encode_file(tmp_path, bpe_trained):
 
 def test_bpe_decode_and_bad_arguments(bpe_trained):
     tok = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
-    ids = tok.encode(BPE_TEXT)
-    for kind in np.array, np.uint16, torch.tensor, iter, lambda x: list(np.array(x)), lambda x: list(torch.tensor(x)):
-        assert tok.decode(kind(ids)) == BPE_TEXT
+    ids = tok.encode(BPE_TEXT * 9)
+    for kind in np.array, np.uint16, torch.tensor, iter, lambda x: list(torch.tensor(x)):
+        assert tok.decode(kind(ids)) == BPE_TEXT * 9
     assert tok.decode([0xE6, 0x97, 97]) == "\ufffda" and tok.decode_bytes([0xE6, 97]) == b"\xe6a"
-    assert pickle.loads(pickle.dumps(tok)).encode(BPE_TEXT) == ids
+    assert pickle.loads(pickle.dumps(tok)).encode(BPE_TEXT * 9) == ids
     for bad in [340], [-1], np.array([7, 340]):
         with pytest.raises(ValueError, match=f"id {bad[-1]} .* 0 to 339"):
             tok.decode(bad)
     for call, error, words in (
             (lambda: tok.decode([1.0]), TypeError, "float"), (lambda: tok.encode(b"x"), TypeError, "bytes"),
             (lambda: tok.encode("x", {"<|no|>"}), ValueError, "endoftext"),
-            (lambda: tok.encode("\ud800"), ValueError, "surrogate"),
             (lambda: bpe.Tokenizer({0: b"a"}, []).encode("b"), ValueError, "no token for the byte b'b'"),
             (lambda: bpe.Tokenizer({0: b"a"}, [(b"a", b"a")]), ValueError, "merge 0.*b'aa' is not in")):
         with pytest.raises(error, match=words):
             call()
 
 
+def test_bpe_half_a_surrogate_pair_is_explained_everywhere(bpe_trained):
+    tok = bpe.Tokenizer(*bpe_trained)
+    for call in (tok.encode, lambda x: list(tok.encode_iterable([x])), bpe.ByteTokenizer().encode,
+                 lambda x: bpe.Tokenizer({}, [], [x]), lambda x: tok.with_special([x]),
+                 lambda x: bpe.compression_ratio(x, bpe.CharTokenizer())):
+        with pytest.raises(ValueError, match="half a surrogate pair.*character 1"):
+            call("a\ud800")
+
+
+def test_bpe_with_special_adds_tokens_and_keeps_the_others(bpe_trained):
+    tok = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
+    more = tok.with_special(["<|user|>", "<|endoftext|>"])
+    assert more.special_tokens == {"<|endoftext|>": 339, "<|user|>": 340} and "<|user|>" not in tok.special_tokens
+    assert more.encode("a<|user|>" + BPE_TEXT) == [97, 340, *tok.encode(BPE_TEXT)] and more.vocab_size == 341
+
+
+# --- files of others ---
+
 def test_bpe_gpt2_files(tmp_path, bpe_trained):
     order = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     order += [b for b in range(256) if b not in order]    # GPT-2's ids of the bytes: "!" is 0
     texts = {b: chr(b) if i < 188 else chr(256 + i - 188) for i, b in enumerate(order)}
-    merges = bpe_trained[1]
-    write = lambda token: "".join(texts[b] for b in token)
+    merges, write = bpe_trained[1], lambda token: "".join(texts[b] for b in token)
     vocab = {write(t): i for i, t in enumerate([*(bytes([b]) for b in order), *(a + b for a, b in merges)])}
     (tmp_path / "vocab.json").write_text(json.dumps({**vocab, "<|endoftext|>": len(vocab)}), encoding="utf-8")
     lines = "".join(f"{write(a)} {write(b)}\n" for a, b in merges)
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + lines, encoding="utf-8")
     tok = bpe.Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt", ["<|endoftext|>", "<|new|>"])
     assert tok.vocab[0] == b"!" and tok.special_tokens == {"<|endoftext|>": len(vocab), "<|new|>": len(vocab) + 1}
-    assert tok.encode(BPE_TEXT) == bpe_reference(tok).encode(BPE_TEXT, allowed_special="all")
+    assert tok.encode(BPE_TEXT * 9) == reference(tok).encode(BPE_TEXT * 9, allowed_special="all")
     (tmp_path / "merges.txt").write_text("a b c\n", encoding="utf-8")
     with pytest.raises(ValueError, match="merges.txt.*'a b c'"):
         bpe.Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
 
 
-@pytest.mark.parametrize("pattern", [bpe.GPT2_PATTERN, bpe._GPT4_SPELLINGS[0], r"\w+|[^\w\s]"])
+@pytest.mark.parametrize("pattern", [bpe.GPT2_PATTERN, LLAMA, r"\w+|[^\w\s]"])
 def test_bpe_saved_file_is_hugging_faces(pattern, tmp_path, bpe_trained):
     tok, path = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>", "a b"], pattern=pattern), tmp_path / "tokenizer.json"
     tok.save(path)
@@ -287,13 +287,13 @@ def test_bpe_saved_file_is_hugging_faces(pattern, tmp_path, bpe_trained):
         assert getattr(again, name) == getattr(tok, name)
     rng = random.Random(2)
     for _ in range(200):
-        text = bpe_random_text(rng, 30) + rng.choice([BPE_TEXT, "a b", "<|endoftext|><|endoftext|>"])
+        text = random_text(rng, 30) + rng.choice([BPE_TEXT, "a b", "<|endoftext|><|endoftext|>"])
         assert theirs.encode(text).ids == tok.encode(text) == again.encode(text), text
 
 
-def bpe_foreign(path, bpe_trained):
+def foreign(path, bpe_trained):
     """A file as Llama 3 and Qwen 2 have them: merges as pairs, a word that no merge makes, NFC, a token not special."""
-    bpe.Tokenizer(*bpe_trained, ["<|im start|>", "<tool>", "é!"], pattern=bpe._GPT4_SPELLINGS[0]).save(path)
+    bpe.Tokenizer(*bpe_trained, ["<|im start|>", "<tool>", "é!"], pattern=LLAMA).save(path)
     layout = json.loads(path.read_text(encoding="utf-8"))
     layout["normalizer"], layout["model"]["ignore_merges"] = {"type": "NFC"}, True
     layout["model"]["merges"] = [merge.split(" ") for merge in layout["model"]["merges"]]
@@ -304,12 +304,12 @@ def bpe_foreign(path, bpe_trained):
 
 def test_bpe_loads_what_llama_and_qwen_write(tmp_path, bpe_trained):
     path, again = tmp_path / "tokenizer.json", tmp_path / "again.json"
-    path.write_text(json.dumps(bpe_foreign(path, bpe_trained)), encoding="utf-8")
+    path.write_text(json.dumps(foreign(path, bpe_trained)), encoding="utf-8")
     tok, theirs = bpe.Tokenizer.load(path), tokenizers.Tokenizer.from_file(str(path))
-    tok.save(again)
+    tok.with_special([]).save(again)
     rng = random.Random(3)
     for _ in range(200):
-        text = bpe_mixture(rng, 6, "zebra", "<|im start|>", "<tool>", "e\u0301!", "é!")
+        text = mixture(rng, 6, "zebra", "<|im start|>", "<tool>", "e\u0301!", "é!")
         assert tok.encode(text) == theirs.encode(text).ids == bpe.Tokenizer.load(again).encode(text), text
         assert list(tok.encode_iterable(text)) == tok.encode(text)
     assert 340 not in tok.encode("<|im start|>", set()) and 341 in tok.encode("<tool>", set())
@@ -320,17 +320,15 @@ def test_bpe_loads_what_llama_and_qwen_write(tmp_path, bpe_trained):
                           ("model byte_fallback", True, "byte_fallback"), ("model vocab zebra", 3, "id 3"),
                           ("model vocab a&b", 77777, "'a&b' .id 77777"), ("model merges 0", "a", "merge 0 is 'a'"),
                           ("normalizer type", "Lowercase", "normalizer is 'Lowercase'"),
-                          ("decoder type", "Metaspace", "decoder is 'Metaspace'"),
-                          ("truncation", {"max_length": 5}, "truncation"), ("model", None, "no tokenizer.json"),
+                          ("decoder type", "Metaspace", "decoder is 'Metaspace'"), ("model", None, "no tokenizer.json"),
                           ("pre_tokenizer", {"type": "Metaspace"}, "pre_tokenizer is .'Metaspace'"),
-                          ("pre_tokenizer", None, "no tokenizer.json"),
                           ("pre_tokenizer pretokenizers 1 add_prefix_space", True, "add_prefix_space"),
                           ("pre_tokenizer pretokenizers 0 behavior", "Removed", "Removed"),
                           ("added_tokens 0 lstrip", True, "lstrip"), ("added_tokens 0 normalized", True, "normalized"),
                           ("added_tokens 0 id", 0, "id 0")])
 def test_bpe_foreign_files_are_refused_by_name(where, value, words, tmp_path, bpe_trained):
     path = tmp_path / "tokenizer.json"
-    part = layout = bpe_foreign(path, bpe_trained)
+    part = layout = foreign(path, bpe_trained)
     *way, last = [int(key) if key.isdigit() else key for key in where.split()]
     for key in way:
         part = part[key]
@@ -347,11 +345,12 @@ def test_bpe_broken_files_are_refused(content, tmp_path):
         bpe.Tokenizer.load(tmp_path / "tokenizer.json")
 
 
+# --- what it replaces, and commands ---
+
 def test_bpe_what_it_replaces(tmp_path):
-    text = "the cat in the hat"
+    text, love = "the cat in the hat", "I love LLM"
     tok = bpe.Tokenizer(*bpe.train_bpe(bpe_write(tmp_path / "t", text), 256 + 3, []))
     assert len(tok.encode(text)) == 12 and bpe.compression_ratio(text, tok) == 1.5
-    love = "I love LLM"
     assert len(bpe.ByteTokenizer().encode(love)) * 8 == 80 and len(bpe.CharTokenizer().encode(love)) == 10
     words = bpe.WordTokenizer(love)
     assert words.encode(love + " LLMs") == [1, 2, 3, 0] and words.decode([1, 2, 3, 0]) == "I love LLM<unk>"
@@ -364,19 +363,32 @@ def test_bpe_what_it_replaces(tmp_path):
         bpe.compression_ratio("", tok)
 
 
-def test_bpe_commands(tmp_path):
+def test_bpe_commands(tmp_path, capsys):
     def run(*arguments):
-        done = subprocess.run([sys.executable, bpe.__file__, *map(str, arguments)], capture_output=True,
-                              encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8"})
-        return done.returncode, done.stdout + done.stderr
+        bpe.main([str(argument) for argument in arguments])
+        return capsys.readouterr().out
+
     text, out = bpe_write(tmp_path / "t.txt", BPE_TEXT), tmp_path / "tokenizer.json"
-    assert run("train", text, "--vocab_size=350", f"--out={out}")[0] == 0 and bpe.Tokenizer.load(out).vocab_size == 350
-    assert run("encode", out, text, f"--out={tmp_path / 'x.bin'}")[0] == 0
+    assert "350 tokens" in run("train", text, "--vocab_size=350", f"--out={out}")
+    run("encode", out, text, f"--out={tmp_path / 'x.bin'}")
     assert bpe.Tokenizer.load(out).decode(np.fromfile(tmp_path / "x.bin", "<u2")) == BPE_TEXT
-    status, shown = run("show", out, "the cat")
-    assert status == 0 and "t h e" in shown and "merge" in shown
-    assert "BPE 300" in run("compare", text, "--sizes=300")[1]
-    assert "equal ids" in run("bench", text, "--vocab_size=300", "--repeats=1")[1]
-    assert run("train", text, "--vocab_sise=9") [0] == 2 and "'--vocab_size'" in run("train", text, "--vocab_sise=9")[1]
-    assert run("trian")[0] == 2 and "'train'" in run("trian")[1] and run("train", tmp_path / "nothing")[0] == 1
-    assert run("--help")[0] == 0 and all(f"--{key} VALUE" in run("--help")[1] for key in bpe.KEYS)
+    shown = run("show", out, "the cat")
+    assert "t h e" in shown and "merge" in shown and "\x1b" not in shown    # colours are for terminals
+    longest = run("show", out, "--merges=1")
+    assert "'<|endoftext|>'" in longest and longest.count("\n") == 1
+    words = " ".join(word.decode() + "\n" for word, n in HANDOUT.items() for _ in range(n)).replace("\n ", "\n")
+    steps = run("show", bpe_write(tmp_path / "handout.txt", words), "--merges=3")
+    assert "merge 0    s t 9; then e s 9" in steps and "6 times  n e w e st" in steps
+    assert "BPE 300" in run("compare", text, "--sizes=300")
+    with pytest.raises(SystemExit, match="0"):
+        bpe.main(["train", "--help"])
+    assert "--vocab_size=32000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["train", "t", "--vocab_sise=9"], "vocab_size"), (["encode", "t", "t", "--sizes=9"], "sizes"), (["trian"], "train"),
+    (["train", "nothing"], "nothing"), (["encode", "t"], "2 files"), (["show", "x.json"], "x.json"), ([], "compare")])
+def test_bpe_bad_command_lines_say_what_is_wrong(arguments, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bpe.main(arguments)
+    assert words in capsys.readouterr().err
