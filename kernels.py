@@ -141,9 +141,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, the middle of a SwiGLU layer (2002.05202, eq. 6). 3 numbers moved for 6 FLOPs, backward 5."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"swiglu takes one shape and dtype, not {gate.shape} {gate.dtype} and {up.shape} {up.dtype}")
-    if not use_triton(gate):
-        return gate * torch.sigmoid(gate) * up
-    return SwiGLU.apply(gate.contiguous(), up.contiguous())
+    return SwiGLU.apply(gate.contiguous(), up.contiguous()) if use_triton(gate) else gate * torch.sigmoid(gate) * up
 
 
 # --- matrix product: load a number once, use it many times ---
@@ -493,7 +491,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
 def show_errors(page: str) -> int:
     """Run bench.py's table of errors as a process, interpreted where there is no GPU; returns its exit status."""
     bench = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench.py")
-    return subprocess.run([sys.executable, bench, "kernels", f"--page={page}", "--times=false"]).returncode
+    words = ["kernels", f"--page={page}", "--times=false", *sys.argv[1:]]
+    return subprocess.run([sys.executable, bench, *words]).returncode
 
 
 if __name__ == "__main__":
