@@ -1,4 +1,4 @@
-"""Every measured figure of the README, one verb each: `python bench.py VERB [--key=value ...]`. Nobody imports this page.
+"""Every measured figure of the README, one verb each: `python bench.py VERB [--key=value …]`. Nobody imports this page.
 
 Verbs for machines (profile, memory, kernels, parallel, gpu) stand in bench_systems.py and are reached from here too.
 """
@@ -155,7 +155,8 @@ def train(out_dir, minutes: float, *flags: str) -> Path:
 
 def compress_table(argv: list[str]) -> None:
     """File, tokens per second and bits per byte of a model in int8 and int4, pruned, distilled, and trained small."""
-    _, files, config, _ = command_line(CompressConfig, argv, "usage: python bench.py compress [OUT_DIR] [--key=value …]")
+    usage = "usage: python bench.py compress [OUT_DIR] [--key=value …]"
+    _, files, config, _ = command_line(CompressConfig, argv, usage)
     full = Path(files[0] if files else "out/shakespeare")
     made = {"full": full}
     for label, *words in (("int8", "quantize", "--kind=int8"), ("int4", "quantize", "--kind=int4"),
