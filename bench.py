@@ -1,4 +1,4 @@
-"""Every measured figure of the README, one verb each: `python bench.py VERB [--key=value ...]`. No page imports this.
+"""Every measured figure of the README, one verb each: `python bench.py VERB [--key=value …]`. Nobody imports this page.
 
 Verbs for machines (profile, memory, kernels, parallel, gpu) stand in bench_systems.py and are reached from here too.
 """
@@ -137,7 +137,8 @@ def show(lines: list[str], path: str | None) -> None:
 class CompressConfig:
     """What `python bench.py compress OUT_DIR` can be told."""
     share: float = 0.5                   # what pruning takes away
-    minutes: float = 1.0                 # of training, for the pruned model and for the small one from scratch alike
+    minutes: float = 2.4                 # of training, for the pruned model and for the small one from scratch alike
+    lr_factor: float = 0.1               # the pruned model's learning rates, as a share of those it was trained with
     new_tokens: int = 128                # tokens to write when speed is measured
     rounds: int = 3                      # of that, in turn
     out: str | None = None               # file that gets the table too
@@ -154,7 +155,8 @@ def train(out_dir, minutes: float, *flags: str) -> Path:
 
 def compress_table(argv: list[str]) -> None:
     """File, tokens per second and bits per byte of a model in int8 and int4, pruned, distilled, and trained small."""
-    _, files, config, _ = command_line(CompressConfig, argv, "usage: python bench.py compress [OUT_DIR] [--key=value …]")
+    usage = "usage: python bench.py compress [OUT_DIR] [--key=value …]"
+    _, files, config, _ = command_line(CompressConfig, argv, usage)
     full = Path(files[0] if files else "out/shakespeare")
     made = {"full": full}
     for label, *words in (("int8", "quantize", "--kind=int8"), ("int4", "quantize", "--kind=int4"),
@@ -163,11 +165,14 @@ def compress_table(argv: list[str]) -> None:
         made[label] = full.with_name(f"{full.name}-{label}")
         compress.main([words[0], str(full), str(made[label]), *words[1:], "--overwrite=true"])
     entries = read_checkpoint(made["pruned"] / "ckpt.pt", map_location="meta")
-    shape, data_dir = entries["model_config"], entries["train_config"]["data_dir"]
-    made["pruned, trained"] = train(full.with_name(f"{full.name}-trained"), config.minutes,
-                                    f"--init_from={made['pruned']}", f"--data_dir={data_dir}")
-    made["pruned, distilled"] = train(full.with_name(f"{full.name}-distilled"), config.minutes,
-                                      f"--init_from={made['pruned']}", f"--data_dir={data_dir}", f"--teacher={full}")
+    shape, trained = entries["model_config"], entries["train_config"]
+    data_dir = trained["data_dir"]
+    repair = [f"--init_from={made['pruned']}", f"--data_dir={data_dir}"]
+    repair += [f"--{key}={trained[key] * config.lr_factor}" for key in ("lr", "muon_lr", "embedding_lr")
+               if trained.get(key) is not None]
+    made["pruned, trained"] = train(full.with_name(f"{full.name}-trained"), config.minutes, *repair)
+    made["pruned, distilled"] = train(full.with_name(f"{full.name}-distilled"), config.minutes, *repair,
+                                      f"--teacher={full}")
     made["from scratch"] = train(full.with_name(f"{full.name}-scratch"), config.minutes, f"--data_dir={data_dir}",
                                  *(f"--{key}={shape[key]}" for key in ("n_heads", "n_kv_heads", "head_dim", "d_ff")))
     models = {label: compress.load(folder)[0] for label, folder in made.items()}
@@ -176,13 +181,11 @@ def compress_table(argv: list[str]) -> None:
     tokens, n_bytes = open_tokens(data_dir, "val"), read_meta(data_dir).get("val_bytes")
     lines = [f"{full}: share {config.share}, {config.minutes} minutes of training each, {torch.get_num_threads()} "
              f"threads; speed is the median of {config.rounds} rounds of {config.new_tokens} tokens",
-             f"{'':<20}{'file, MB':>9}{'read a token, MB':>18}{'tok/s':>9}{'bits per byte':>15}"]
+             f"{'':<20}{'weights, MB':>12}{'read a token, MB':>18}{'tok/s':>9}{'bits per byte':>15}"]
     for i, (label, model) in enumerate(models.items()):
-        # Without the optimizer's state, which only a training run keeps.
-        size = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]
-                                                          }.values())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
         bits = perplexity(model, tokens, n_bytes)["bits_per_byte"]
-        lines.append(f"{label:<20}{size / 1e6:>9.2f}{compress.weight_bytes(model) / 1e6:>18.2f}"
+        lines.append(f"{label:<20}{size / 1e6:>12.2f}{compress.weight_bytes(model) / 1e6:>18.2f}"
                      f"{statistics.median(round_[i] for round_ in rates):>9,.0f}{bits:>15.4f}")
     show(lines, config.out)
 

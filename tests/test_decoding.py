@@ -192,7 +192,8 @@ def test_speculation_has_exactly_the_targets_distribution(draft):
         vocab_size=5, **SMALL | dict(context_length=40, sliding_window=3))}
     with torch.no_grad():
         table = decoding.distribution(target(states[:, None])[:, -1], **how)
-    ids, figures = decoding.speculative_generate(target, drafts.get(draft, draft), [0], 2500, k=3, generator=rng(), **how)
+    draft = drafts.get(draft, draft)
+    ids, figures = decoding.speculative_generate(target, draft, [0], 2500, k=3, generator=rng(), **how)
     counts = torch.zeros(5, 5).index_put_((torch.tensor([0] + ids[:-1]), torch.tensor(ids)), torch.tensor(1.0), True)
     expected = table * counts.sum(dim=1, keepdim=True)
     assert (counts[table == 0] == 0).all() and 0.05 < figures["acceptance_rate"] < 0.98, figures
@@ -217,8 +218,8 @@ def test_the_worked_example_of_the_rule():
                                                 ("lookup", {}, "ngram"), ("ngram", dict(k=0), "k=0")])
 def test_speculation_that_cannot_be_is_refused(draft, more, words):
     with pytest.raises(ValueError, match=words):
-        decoding.speculative_generate(random_model(), random_model(vocab_size=49) if draft == "model" else draft, [1], 5,
-                                    **more)
+        draft = random_model(vocab_size=49) if draft == "model" else draft
+        decoding.speculative_generate(random_model(), draft, [1], 5, **more)
 
 
 def test_the_own_heads_drafts_are_those_of_a_full_pass():
