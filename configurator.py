@@ -54,7 +54,7 @@ def coerce(key: str, value, annotation):
     except (KeyError, ValueError, OverflowError):
         pass
     names = " or ".join(one.__name__.replace("NoneType", "none") for one in types)
-    raise ConfigError(f"{key}={value!r} is not of type {names}; give a value of that type")
+    raise ConfigError(f"{key}={value!r} is not a {names}; give a value of that type")
 
 
 def evaluate(node: ast.expr, known: dict):

@@ -149,7 +149,7 @@ TWO_ROUNDS = ((7.3089, -20.5328, 14.9934), (2.8429, -2.0524, 0.4336))
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """U Vᵀ of each matrix's SVD U S Vᵀ, roughly. matrices: (..., rows, columns).
 
-    Newton-Schulz in bfloat16, matrix products only: X -> a X + (b A + c A²) X with A = X Xᵀ keeps U and V and sends each
+    Newton-Schulz in bfloat16, matrix products only: X -> a X + (b A + c A²) X with A = X Xᵀ keeps U and V, and sends a
     singular value s to a s + b s³ + c s⁵: a small one grows 3.4-fold a round, one near 1 stays within 0.3 of it.
     config_shakespeare.py takes two rounds, 5.7 % of a training step where five are 7.7 % (one core of an Intel Xeon).
     """
@@ -158,7 +158,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     x = x.mT if tall else x                                       # A is then the smaller of the two Gram matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)    # all singular values below 1, with room for rounding
     for a, b, c in TWO_ROUNDS if steps == 2 else [JORDAN] * steps:
-        gram = x @ x.mT                                           # baddbmm: beta · first + alpha · second @ third
+        gram = x @ x.mT                                          # baddbmm: beta · first + alpha · second · third
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).reshape(matrices.shape)
 

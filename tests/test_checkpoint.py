@@ -127,7 +127,8 @@ def test_token_files_with_and_without_meta(tmp_path):
 
 
 @pytest.mark.parametrize("meta, words", [
-    ("{", "not JSON"), ("\xff", "not JSON"), ("[1]", "object"), ('{"dtype": "int8", "vocab_size": 9}', "dtype 'int8'"),
+    ("{", "not JSON"), ("\xff", "not JSON"), ("[1]", "object"),
+    ('{"dtype": "int8", "vocab_size": 9}', "dtype 'int8'"),
     ('{"dtype": "uint16"}', "vocab_size None"), ('{"dtype": "uint16", "vocab_size": "9"}', "vocab_size '9'"),
     (json.dumps({"dtype": "uint16", "vocab_size": 9, "tokenizer_sha256": "0" * 64}), "another tokenizer than .*000000")])
 def test_a_meta_json_that_cannot_be_used_says_why(tmp_path, meta, words):
