@@ -116,8 +116,7 @@ class AdamW(_Optimizer):
     The state has torch's keys (step, exp_avg, exp_avg_sq), so a state_dict moves between torch's AdamW and this one.
     """
 
-    def __init__(self, params, lr: float = 1e-3, betas: tuple = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.01):
+    def __init__(self, params, lr=1e-3, betas: tuple = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01):
         super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
 
     def update(self, group, params, grads, states):
@@ -211,11 +210,9 @@ class Muon(_Optimizer):
 # --- schedules: step number to learning rate ---
 
 def cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, cosine_steps: int) -> float:
-    """Learning rate at `step`: up linearly from 0, down along half a cosine, then flat (1608.03983, eq. 5).
+    """Learning rate at `step`: up linearly from 0, down along half a cosine until cosine_steps, then min_lr.
 
-        1. step < warmup_steps:              step / warmup_steps · max_lr
-        2. warmup_steps <= step <= cosine_steps:   min_lr + ½ (1 + cos(π · done)) (max_lr - min_lr)
-        3. step > cosine_steps:              min_lr
+    Source: 1608.03983, equation 5.
     """
     if step < warmup_steps:
         return step / warmup_steps * max_lr
