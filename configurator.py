@@ -39,22 +39,22 @@ def coerce(key: str, value, annotation):
     """
     types = typing.get_args(annotation) or (annotation,)             # `int | None` gives int and NoneType
     word = str(value).strip().lower()
+    if word == "none" and type(None) in types:
+        return None
+    if str in types and value is not None:
+        return str(value)
     try:
-        if word == "none" and type(None) in types:
-            return None
-        if str in types and value is not None:
-            return str(value)
         if bool in types:
             return WORDS[word]
         number = float(word)
-        if float in types:
-            return number
-        if number == int(number):                                    # a float ends at 2^53, digits do not
-            return int(word) if word.lstrip("+-").isdigit() else int(number)
+        if int in types and number != int(number):                   # inf has no int: OverflowError
+            raise ValueError("not a whole number")
     except (KeyError, ValueError, OverflowError):
-        pass
-    names = " or ".join(one.__name__.replace("NoneType", "none") for one in types)
-    raise ConfigError(f"{key}={value!r} is not of type {names}; give a value of that type")
+        names = " or ".join(one.__name__.replace("NoneType", "none") for one in types)
+        raise ConfigError(f"{key}={value!r} is not a {names}; give a value of that type") from None
+    if float in types:
+        return number
+    return int(word) if word.lstrip("+-").isdigit() else int(number)  # a float ends at 2^53, digits do not
 
 
 def evaluate(node: ast.expr, known: dict):

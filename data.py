@@ -254,7 +254,7 @@ def read_text(path):
 
 @contextlib.contextmanager
 def unfinished(folder: Path):
-    """A folder inside `folder` to make files in. It goes at the end, and so does `folder` if it is new and still empty."""
+    """A folder inside `folder` to make files in. It is removed at the end; so is `folder` if new and still empty."""
     is_new, place = not folder.exists(), folder / "unfinished"
     shutil.rmtree(place, ignore_errors=True)                          # of a preparation that was killed
     place.mkdir(parents=True)
