@@ -79,7 +79,7 @@ def test_bpe_trains_as_the_naive_trainer_does(seed, tmp_path, small_blocks):
         path, n = bpe_write(tmp_path / "t", text), rng.randrange(60)
         counts = Counter(word.encode() for part in text.split("<|e|>") for word in regex.findall(bpe.GPT2_PATTERN, part))
         for pattern in bpe.GPT2_PATTERN, f"(?:{bpe.GPT2_PATTERN})":    # the fast path, and not
-            vocab, merges = bpe.train_bpe(path, 257 + n, ["<|e|>"], pattern=pattern)
+            vocab, merges = bpe.train_bpe(path, 257 + n, ["<|e|>"], pattern=pattern, workers=1)
             assert merges == bpe.learn_merges(counts, n)
             assert bpe.Tokenizer(vocab, merges, ["<|e|>"], pattern=pattern).decode(range(len(vocab)))
 
