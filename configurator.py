@@ -224,9 +224,6 @@ def command_line(config_class: type, argv: list[str], usage: str, verbs: tuple =
     A `config_*.py` among the files is the config file. `--help` prints and exits with 0; a mistake prints its message
     and exits with 2.
     """
-    if isinstance(config_class, dict):   # each verb has settings of its own
-        words = [word for word in argv if not word.startswith("--")]
-        config_class = config_class.get(words[0] if words and words[0] in verbs else None) or [*config_class.values()][0]
     if any(argument in ("--help", "-h") for argument in argv):
         print(format_help(config_class, usage))
         sys.exit(0)
