@@ -368,7 +368,7 @@ class Run:
         loss = self.strategy.mean(loss)
         if self.loss_scale != 1:
             torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / self.loss_scale)
-        norm = optim.clip_grad_norm(self.model.parameters(), config.grad_clip)
+        norm = parallel.clip_grad_norm(self.model.parameters(), config.grad_clip)
         self.step += 1
         # Asking waits for the device, once a step; in return a bad step is known before it has touched a weight.
         if self.is_good(loss.item(), norm.item(), config.lr * factor):
