@@ -51,12 +51,11 @@ import numpy as np
 from tqdm import tqdm
 
 from bpe_files import read_gpt2_files, read_tokenizer_json, to_text, tokenizer_json
-from bpe_fast import GPT2_CUT, GPT4_CUT, LONG_WORD, Cutter, Encoder, Merger, count_words, cpus, share
+from bpe_fast import GPT2_CUT, GPT4_CUT, LONG_WORD, Cutter, Encoder, Merger, count_words, cpus, merge_ids, share
 from checkpoint import write_atomically
-from configurator import command_line, fail, nearest
+from configurator import command_line, fail
 from words import (GPT2_PATTERN, GPT2_PATTERNS, GPT4_PATTERNS, ByteTokenizer, CharTokenizer, WordTokenizer, check_utf8,
-                   compile_pattern, compression_ratio, pieces, read_range, splitter_of, utf8)  # noqa: F401
-
+                   check_specials, compile_pattern, compression_ratio, pieces, read_range, splitter_of, utf8)  # noqa: F401
 
 _CUTS = dict.fromkeys(GPT2_PATTERNS, GPT2_CUT) | dict.fromkeys(GPT4_PATTERNS, GPT4_CUT)
 
@@ -128,7 +127,7 @@ def train_bpe(input_path, vocab_size, special_tokens=("<|endoftext|>",), *, patt
     BLOCK_BYTES on. The result is the same for any number. Memory follows the number of distinct words.
     Raises ValueError (sizes, special tokens, not UTF-8), TypeError, OSError; warns when no pair is left to merge.
     """
-    specials = [utf8(token) for token in _check_specials(special_tokens)]
+    specials = [utf8(token) for token in check_specials(special_tokens)]
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, np.integer)):
         raise TypeError(f"vocab_size must be an int, got {vocab_size!r}")
     n_merges = int(vocab_size) - 256 - len(specials)
@@ -154,19 +153,6 @@ def train_bpe(input_path, vocab_size, special_tokens=("<|endoftext|>",), *, patt
                       f"not the {vocab_size} asked for; give more text or a smaller vocab_size", stacklevel=2)
     vocab.update(enumerate(specials, len(vocab)))
     return vocab, merges
-
-
-def _check_specials(special_tokens):
-    if isinstance(special_tokens, str):
-        raise TypeError(f"special_tokens is the string {special_tokens!r}; give a list of strings")
-    special_tokens = list(special_tokens or [])
-    for token in special_tokens:
-        if not isinstance(token, str):
-            raise TypeError(f"a special token must be a string, got {token!r}")
-        if not token or special_tokens.count(token) > 1:
-            raise ValueError(f"special token {token!r} is {'given twice' if token else 'empty'}: "
-                             "give every special token once, none of them empty")
-    return special_tokens
 
 
 def _count_ranges(ranges, path, specials, pattern):
@@ -239,7 +225,7 @@ class Tokenizer:
             self._id.setdefault(token, int(i))
             last[token] = int(i)
         self.special_tokens, self.vocab_size = {}, max(self.vocab, default=-1) + 1    # so ids with gaps fit too
-        for text in _check_specials(special_tokens):
+        for text in check_specials(special_tokens):
             token = utf8(text)
             if token not in last:
                 last[token] = self.vocab_size
@@ -265,7 +251,7 @@ class Tokenizer:
 
     def with_special(self, tokens):
         """A tokenizer with these special tokens besides its own; those it lacks get the next ids."""
-        new = [token for token in _check_specials(tokens) if token not in self.special_tokens]
+        new = [token for token in check_specials(tokens) if token not in self.special_tokens]
         return Tokenizer(self.vocab, self.merges, [*self.special_tokens, *new], pattern=self.pattern, added=self.added,
                          normalizer=self.normalizer, ignore_merges=self.ignore_merges,
                          post_processor=self.post_processor)
@@ -316,34 +302,14 @@ class Tokenizer:
         return ids
 
     def _merge_word(self, word):
-        """Ids of one word, given as bytes: `merge_steps`, but n bytes cost O(n log n).
-
-        The heap holds the pairs that can be merged, the symbols are a linked list.
-        """
+        """The ids of one word, given as bytes."""
         if self.ignore_merges and word in self._id:
             return [self._id[word]]
         try:
             ids = [self._id[word[i:i + 1]] for i in range(len(word))]
         except KeyError as error:
             raise ValueError(f"the vocabulary has no token for the byte {error.args[0]!r} of {word[:50]!r}") from None
-        ranks, n = self._ranks, len(ids)
-        after, before = list(range(1, n + 1)), list(range(-1, n - 1))
-        heap = [(ranks[pair], i, pair) for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
-        heapq.heapify(heap)
-        while heap:
-            (_, new), i, (a, b) = heapq.heappop(heap)
-            j = after[i]
-            if ids[i] != a or j == n or ids[j] != b:
-                continue    # one of the two was merged with its other neighbour in the meantime
-            ids[i], ids[j], after[i] = new, -1, after[j]
-            if after[i] < n:
-                before[after[i]] = i
-            for left, right in ((before[i], i), (i, after[i])):
-                if left >= 0 and right < n:
-                    pair = ids[left], ids[right]
-                    if pair in ranks:
-                        heapq.heappush(heap, (ranks[pair], left, pair))
-        return [i for i in ids if i >= 0]
+        return merge_ids(ids, self._ranks)
 
     def encode_iterable(self, chunks):
         """Yield the ids of the joined strings, holding back only what a later chunk could change.
@@ -384,11 +350,7 @@ class Tokenizer:
                 file.write(ids)
                 total += len(ids) // dtype.itemsize
 
-        try:
-            write_atomically(bin_path, write)
-        except BaseException:
-            Path(f"{bin_path}.tmp").unlink(missing_ok=True)
-            raise
+        write_atomically(bin_path, write)
         return total
 
     # -- decoding --
@@ -461,7 +423,7 @@ class CompareConfig:
     sizes: str = "300,1000,4000,16000"         # vocabulary sizes of BPE, with commas between them
 
 
-def train(path, config):
+def train(config, path):
     """Learn a vocabulary from a file and write it as tokenizer.json."""
     specials, begin = [t for t in config.special_tokens.split(",") if t], time.perf_counter()
     vocab, merges = train_bpe(path, config.vocab_size, specials, workers=config.workers)
@@ -469,7 +431,7 @@ def train(path, config):
     print(f"{config.out}: {len(vocab)} tokens, {len(merges)} merges, {time.perf_counter() - begin:.2f} s")
 
 
-def encode(tokenizer, path, config):
+def encode(config, tokenizer, path):
     """Write the ids of a file as uint16 or uint32."""
     begin, size, out = time.perf_counter(), os.path.getsize(path), config.out or f"{path}.bin"
     n = Tokenizer.load(tokenizer).encode_file(path, out, workers=config.workers)
@@ -477,7 +439,7 @@ def encode(tokenizer, path, config):
     print(f"{out}: {n:,} tokens, {size / max(n, 1):.3f} bytes per token, {size / seconds / 1e6:.1f} MB/s")
 
 
-def show(path, config, text=None):
+def show(config, path, text=None):
     """Print how a text is encoded, or a tokenizer's longest tokens, or how a text file's first merges are learnt."""
     if not str(path).endswith(".json"):
         show_training(check_utf8(Path(path).read_bytes(), path), config.merges)
@@ -516,7 +478,7 @@ def show_training(text, n_merges):
         words = {merged[word]: n for word, n in words.items()}
 
 
-def compare(path, config):
+def compare(config, path):
     """One table: characters, bytes, words and BPE, made on nine tenths of a file, measured on the last."""
     text = check_utf8(Path(path).read_bytes(), path)
     known, held_out = text[:len(text) * 9 // 10], text[len(text) * 9 // 10:]
@@ -547,22 +509,11 @@ CONFIGS = {"train": TrainConfig, "encode": EncodeConfig, "show": ShowConfig, "co
 
 def main(argv: list[str]) -> None:
     """Run one verb. A bad command line, value or file exits with status 2."""
-    verb, files, config, _ = command_line(CONFIGS, argv, USAGE, tuple(CONFIGS))
-    wanted = {"train": (1, 1), "encode": (2, 2), "show": (1, 2), "compare": (1, 1)}
+    verb, files, config, _ = command_line(CONFIGS, argv, USAGE)
     try:
-        if verb is None:
-            raise ValueError(f"{files[:1] or 'nothing'} is no verb.{nearest(''.join(files[:1]), CONFIGS)}\n{USAGE}")
-        least, most = wanted[verb]
-        if not least <= len(files) <= most:
-            raise ValueError(f"{verb} takes {least if least == most else f'{least} or {most}'} files, not {files}\n{USAGE}")
-        if verb == "train":
-            train(files[0], config)
-        elif verb == "encode":
-            encode(*files, config)
-        elif verb == "show":
-            show(files[0], config, *files[1:])
-        else:
-            compare(files[0], config)
+        if len(files) not in {"encode": (2,), "show": (1, 2)}.get(verb, (1,)):
+            raise ValueError(f"{verb} does not take {len(files)} files: {' '.join(files)}\n{USAGE}")
+        {"train": train, "encode": encode, "show": show, "compare": compare}[verb](config, *files)
     except (ValueError, TypeError, OSError) as error:
         fail(error)
 

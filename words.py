@@ -71,6 +71,19 @@ def check_utf8(data, path, start=0):
                          f"({error.reason}); convert the file to UTF-8 first") from None
 
 
+def check_specials(special_tokens):
+    if isinstance(special_tokens, str):
+        raise TypeError(f"special_tokens is the string {special_tokens!r}; give a list of strings")
+    special_tokens = list(special_tokens or [])
+    for token in special_tokens:
+        if not isinstance(token, str):
+            raise TypeError(f"a special token must be a string, got {token!r}")
+        if not token or special_tokens.count(token) > 1:
+            raise ValueError(f"special token {token!r} is {'given twice' if token else 'empty'}: "
+                             "give every special token once, none of them empty")
+    return special_tokens
+
+
 def read_range(path, start, end):
     with open(path, "rb") as file:
         file.seek(start)
