@@ -36,10 +36,8 @@ Unsupervised Multitask Learners", section 2.2 (bytes, and merges kept inside cha
 """
 import dataclasses
 import heapq
-import json
 import operator
 import os
-import re
 import sys
 import tempfile
 import time
@@ -50,84 +48,22 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import regex
 from tqdm import tqdm
 
-from bpe_fast import GPT2_CUT, GPT4_CUT, LONG_WORD, Cutter, Encoder, Merger, count_words, cpus, share
+from bpe_files import read_gpt2_files, read_tokenizer_json, to_text, tokenizer_json
+from bpe_fast import GPT2_CUT, GPT4_CUT, LONG_WORD, Cutter, Encoder, Merger, count_words, cpus, merge_ids, share
 from checkpoint import write_atomically
-from configurator import command_line, fail, nearest
+from configurator import command_line, fail
+from words import (GPT2_PATTERN, GPT2_PATTERNS, GPT4_PATTERNS, ByteTokenizer, CharTokenizer, WordTokenizer, check_utf8,
+                   check_specials, compile_pattern, compression_ratio, pieces, read_range, splitter_of, utf8)  # noqa: F401
 
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# OpenAI's first spelling of it, which cuts alike.
-_GPT2_PATTERNS = (
-    GPT2_PATTERN, r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
-_GPT4_PATTERNS = tuple(    # Llama 3 and GPT-4 take three digits together, Qwen 2 one
-    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
-    r"""\s*[\r\n]+|\s+(?!\S)|\s+""" % digits for digits in ("{1,3}", ""))
-_CUTS = dict.fromkeys(_GPT2_PATTERNS, GPT2_CUT) | dict.fromkeys(_GPT4_PATTERNS, GPT4_CUT)
+_CUTS = dict.fromkeys(GPT2_PATTERNS, GPT2_CUT) | dict.fromkeys(GPT4_PATTERNS, GPT4_CUT)
 
 BLOCK_BYTES = 4 << 20          # what a worker takes at a time; a file of fewer than four starts no worker unless asked
 FAST_BLOCK_BYTES = 256 << 10   # what NumPy takes at a time: its arrays then stay in the second-level cache
 FAST_BYTES = 2000              # shorter text goes through the regex, which has less to set up
 STREAM_CHARS = 8192            # encode_iterable looks for a safe cut each time it holds this much
 CACHED_WORDS = 2048            # merged words that the regex path remembers, about 0.4 MB
-
-# --- cutting text into words ---
-
-def pieces(pattern, text):
-    """Yield the words of `text`, which merges stay inside: the matches of a compiled pattern, and what lies between them.
-
-    >>> list(pieces(regex.compile(GPT2_PATTERN), "I'll  go"))
-    ['I', "'ll", ' ', ' go']
-    """
-    end = 0
-    for match in pattern.finditer(text):
-        if match.start() > end:
-            yield text[end:match.start()]
-        if match[0]:
-            yield match[0]
-        end = match.end()
-    if end < len(text):
-        yield text[end:]
-
-
-def _compile(pattern):
-    try:
-        return regex.compile(pattern)
-    except regex.error as error:
-        raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
-
-
-def _splitter(tokens):
-    """A pattern for any of the byte strings, longest first, in a group so that split keeps them; None for none."""
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile(b"(" + b"|".join(map(re.escape, longest_first)) + b")") if tokens else None
-
-
-def _utf8(text):
-    """`text` as UTF-8. Raises ValueError for half a surrogate pair."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"text holds half a surrogate pair, {text[error.start]!r} at character {error.start}, "
-                         "which UTF-8 cannot write; replace it first") from None
-
-
-def _check_utf8(data, path, start=0):
-    """The text of `data`, which stands at byte `start` of the file `path`."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {start + error.start} "
-                         f"({error.reason}); convert the file to UTF-8 first") from None
-
-
-def _read_range(path, start, end):
-    with open(path, "rb") as file:
-        file.seek(start)
-        data = file.read(end - start)
-    _check_utf8(data, path, start)
-    return data
 
 
 def _plan(path, cutter, workers):
@@ -191,14 +127,14 @@ def train_bpe(input_path, vocab_size, special_tokens=("<|endoftext|>",), *, patt
     BLOCK_BYTES on. The result is the same for any number. Memory follows the number of distinct words.
     Raises ValueError (sizes, special tokens, not UTF-8), TypeError, OSError; warns when no pair is left to merge.
     """
-    specials = [_utf8(token) for token in _check_specials(special_tokens)]
+    specials = [utf8(token) for token in check_specials(special_tokens)]
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, np.integer)):
         raise TypeError(f"vocab_size must be an int, got {vocab_size!r}")
     n_merges = int(vocab_size) - 256 - len(specials)
     if n_merges < 0:
         raise ValueError(f"vocab_size is {vocab_size}; it must be at least {256 + len(specials)}: "
                          f"256 bytes and {len(specials)} special tokens")
-    _compile(pattern)
+    compile_pattern(pattern)
     if not os.path.getsize(input_path):
         raise ValueError(f"{input_path} is empty: there is nothing to train on")
     ranges, workers = _plan(input_path, Cutter(_CUTS.get(pattern), specials), workers)
@@ -219,28 +155,15 @@ def train_bpe(input_path, vocab_size, special_tokens=("<|endoftext|>",), *, patt
     return vocab, merges
 
 
-def _check_specials(special_tokens):
-    if isinstance(special_tokens, str):
-        raise TypeError(f"special_tokens is the string {special_tokens!r}; give a list of strings")
-    special_tokens = list(special_tokens or [])
-    for token in special_tokens:
-        if not isinstance(token, str):
-            raise TypeError(f"a special token must be a string, got {token!r}")
-        if not token or special_tokens.count(token) > 1:
-            raise ValueError(f"special token {token!r} is {'given twice' if token else 'empty'}: "
-                             "give every special token once, none of them empty")
-    return special_tokens
-
-
 def _count_ranges(ranges, path, specials, pattern):
     """{word: how often} in these ranges of a file; the process that has the first one shows its progress."""
-    splitter, cutter = _splitter(specials), Cutter(_CUTS.get(pattern), specials)
+    splitter, cutter = splitter_of(specials), Cutter(_CUTS.get(pattern), specials)
     bar = tqdm(ranges, desc="counting", unit=" blocks", disable=None if ranges[0][0] == 0 else True, leave=False)
-    texts = (_read_range(path, start, end) for start, end in bar)
-    if pattern in _GPT2_PATTERNS:
+    texts = (read_range(path, start, end) for start, end in bar)
+    if pattern in GPT2_PATTERNS:
         blocks = (block for text in texts for block in cutter.blocks(text, FAST_BLOCK_BYTES))
         return count_words(blocks, splitter, specials)
-    counts, compiled = Counter(), _compile(pattern)
+    counts, compiled = Counter(), compile_pattern(pattern)
     for text in texts:
         for part in splitter.split(text)[::2] if splitter else [text]:
             counts.update(pieces(compiled, part.decode("utf-8")))
@@ -302,8 +225,8 @@ class Tokenizer:
             self._id.setdefault(token, int(i))
             last[token] = int(i)
         self.special_tokens, self.vocab_size = {}, max(self.vocab, default=-1) + 1    # so ids with gaps fit too
-        for text in _check_specials(special_tokens):
-            token = _utf8(text)
+        for text in check_specials(special_tokens):
+            token = utf8(text)
             if token not in last:
                 last[token] = self.vocab_size
                 self.vocab[self.vocab_size] = token
@@ -317,10 +240,10 @@ class Tokenizer:
             if (self._id[a], self._id[b]) in self._ranks:
                 raise ValueError(f"merge {rank}, of {a!r} and {b!r}: it stands there twice")
             self._ranks[self._id[a], self._id[b]] = rank, self._id[a + b]
-        self._regex = _compile(pattern)
-        self._cutter = Cutter(_CUTS.get(pattern), [_utf8(t) for t in (*self.special_tokens, *self.added)])
+        self._regex = compile_pattern(pattern)
+        self._cutter = Cutter(_CUTS.get(pattern), [utf8(t) for t in (*self.special_tokens, *self.added)])
         self._merged, self._splitters, self._encoders = _Merged(self._merge_word), {}, {}
-        self._can_be_fast = (pattern in _GPT2_PATTERNS and not normalizer and not ignore_merges
+        self._can_be_fast = (pattern in GPT2_PATTERNS and not normalizer and not ignore_merges
                              and all(bytes([b]) in self._id for b in range(256)))
 
     def __getstate__(self):
@@ -328,7 +251,7 @@ class Tokenizer:
 
     def with_special(self, tokens):
         """A tokenizer with these special tokens besides its own; those it lacks get the next ids."""
-        new = [token for token in _check_specials(tokens) if token not in self.special_tokens]
+        new = [token for token in check_specials(tokens) if token not in self.special_tokens]
         return Tokenizer(self.vocab, self.merges, [*self.special_tokens, *new], pattern=self.pattern, added=self.added,
                          normalizer=self.normalizer, ignore_merges=self.ignore_merges,
                          post_processor=self.post_processor)
@@ -344,15 +267,15 @@ class Tokenizer:
         if isinstance(allowed, str) or not set(allowed) <= self.special_tokens.keys():
             raise ValueError(f'allowed_special is {allowed_special!r}; give "all" or a set of those that there are: '
                              f"{sorted(self.special_tokens)}")
-        ids = self._encode_bytes(_utf8(text), frozenset(allowed))
+        ids = self._encode_bytes(utf8(text), frozenset(allowed))
         return ids if isinstance(ids, list) else ids.tolist()
 
     def _tokens(self, allowed):
         """(pattern of the special tokens in `allowed` and of all added ones, or None; {bytes: id})."""
         if allowed not in self._splitters:
-            tokens = {_utf8(t): i for t, i in self.special_tokens.items() if t in allowed}
-            tokens.update((_utf8(t), i) for t, i in self.added.items())
-            self._splitters[allowed] = _splitter(tokens), tokens
+            tokens = {utf8(t): i for t, i in self.special_tokens.items() if t in allowed}
+            tokens.update((utf8(t), i) for t, i in self.added.items())
+            self._splitters[allowed] = splitter_of(tokens), tokens
         return self._splitters[allowed]
 
     def _encode_bytes(self, data, allowed):
@@ -379,34 +302,14 @@ class Tokenizer:
         return ids
 
     def _merge_word(self, word):
-        """Ids of one word, given as bytes: `merge_steps`, but n bytes cost O(n log n).
-
-        The heap holds the pairs that can be merged, the symbols are a linked list.
-        """
+        """The ids of one word, given as bytes."""
         if self.ignore_merges and word in self._id:
             return [self._id[word]]
         try:
             ids = [self._id[word[i:i + 1]] for i in range(len(word))]
         except KeyError as error:
             raise ValueError(f"the vocabulary has no token for the byte {error.args[0]!r} of {word[:50]!r}") from None
-        ranks, n = self._ranks, len(ids)
-        after, before = list(range(1, n + 1)), list(range(-1, n - 1))
-        heap = [(ranks[pair], i, pair) for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
-        heapq.heapify(heap)
-        while heap:
-            (_, new), i, (a, b) = heapq.heappop(heap)
-            j = after[i]
-            if ids[i] != a or j == n or ids[j] != b:
-                continue    # one of the two was merged with its other neighbour in the meantime
-            ids[i], ids[j], after[i] = new, -1, after[j]
-            if after[i] < n:
-                before[after[i]] = i
-            for left, right in ((before[i], i), (i, after[i])):
-                if left >= 0 and right < n:
-                    pair = ids[left], ids[right]
-                    if pair in ranks:
-                        heapq.heappush(heap, (ranks[pair], left, pair))
-        return [i for i in ids if i >= 0]
+        return merge_ids(ids, self._ranks)
 
     def encode_iterable(self, chunks):
         """Yield the ids of the joined strings, holding back only what a later chunk could change.
@@ -423,13 +326,13 @@ class Tokenizer:
                 held.append(chunk[start:start + STREAM_CHARS])
                 size += len(held[-1])
                 if size >= enough:
-                    data = _utf8("".join(held))
+                    data = utf8("".join(held))
                     cut = self._cutter.last(data)
                     yield from self._encode_by_regex(data[:cut], allowed)
                     held = [data[cut:].decode("utf-8")]
                     size = len(held[0])
                     enough = max(STREAM_CHARS, 2 * size)    # doubling: text without a cut is still looked at O(1) times
-        yield from self._encode_by_regex(_utf8("".join(held)), allowed)
+        yield from self._encode_by_regex(utf8("".join(held)), allowed)
 
     def encode_file(self, text_path, bin_path, *, workers=None):
         """Write the ids of a UTF-8 file as raw little-endian uint16, or uint32 above 65,536 ids; returns their number.
@@ -447,11 +350,7 @@ class Tokenizer:
                 file.write(ids)
                 total += len(ids) // dtype.itemsize
 
-        try:
-            write_atomically(bin_path, write)
-        except BaseException:
-            Path(f"{bin_path}.tmp").unlink(missing_ok=True)
-            raise
+        write_atomically(bin_path, write)
         return total
 
     # -- decoding --
@@ -474,13 +373,8 @@ class Tokenizer:
     @classmethod
     def from_files(cls, vocab_path, merges_path, special_tokens=None):
         """From GPT-2's vocab.json and merges.txt, which keep their own ids."""
-        vocab = _read_json(vocab_path)
-        lines = _check_utf8(Path(merges_path).read_bytes(), merges_path).splitlines()
-        try:
-            merges = _merges_from_text([line for line in lines if line and not line.startswith("#version")])
-            return cls(_vocab_from_text(vocab, special_tokens or []), merges, special_tokens)
-        except ValueError as error:
-            raise ValueError(f"{vocab_path} and {merges_path} are no vocab.json and merges.txt: {error}") from None
+        vocab, merges = read_gpt2_files(vocab_path, merges_path, special_tokens or [])
+        return cls(vocab, merges, special_tokens)
 
     @classmethod
     def load(cls, path):
@@ -489,215 +383,18 @@ class Tokenizer:
         A post_processor is kept but not applied: the ids are those of encode(..., add_special_tokens=False).
         Raises ValueError naming the path and the part that would change ids and is not understood.
         """
-        layout = _read_json(path)
-        try:
-            return _from_layout(cls, layout)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            what = f"there is no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path} is no tokenizer.json that this tokenizer understands: {what}") from None
+        return read_tokenizer_json(path, cls)
 
     def save(self, path):
         """Write tokenizer.json, which Hugging Face's tokenizers reads and gives the same ids."""
-        names, vocab = {i: text for text, i in (self.special_tokens | self.added).items()}, {}
-        for i, token in sorted(self.vocab.items()):
-            name = names.get(i) or _to_text(token)
-            if name in vocab:
-                raise ValueError(f"tokens {vocab[name]} and {i} are both {name!r}; tokenizer.json can hold it once")
-            vocab[name] = i
-        added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-                  "special": text in self.special_tokens} for i, text in sorted(names.items())]
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
-        steps = {"type": "Sequence", "pretokenizers": [split, {**level, "use_regex": False}]}
-        layout = {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-            "normalizer": {"type": self.normalizer} if self.normalizer else None,
-            "pre_tokenizer": level if self.pattern in _GPT2_PATTERNS else steps,
-            "post_processor": self.post_processor, "decoder": level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                      "ignore_merges": self.ignore_merges, "vocab": vocab,
-                      "merges": [f"{_to_text(a)} {_to_text(b)}" for a, b in self.merges]}}
-        text = json.dumps(layout, ensure_ascii=False, indent=1)
+        text = tokenizer_json(self)
         write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def _encode_range(span, path, tokenizer, dtype):
     """The ids of one range of a file as bytes."""
-    ids = tokenizer._encode_bytes(_read_range(path, *span), frozenset(tokenizer.special_tokens))
+    ids = tokenizer._encode_bytes(read_range(path, *span), frozenset(tokenizer.special_tokens))
     return np.asarray(ids, dtype).tobytes()
-
-
-# --- tokenizer.json, GPT-2's files ---
-
-def _gpt2_alphabet():
-    """GPT-2 writes bytes as printable characters: those that are one as themselves, the rest from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [b for b in range(256) if b not in plain]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-
-
-_TO_CHAR = _gpt2_alphabet()
-_TO_BYTE = {c: b for b, c in _TO_CHAR.items()}
-
-
-def _to_text(token):
-    return "".join(map(_TO_CHAR.__getitem__, token))
-
-
-def _to_bytes(text):
-    return bytes(map(_TO_BYTE.__getitem__, text))
-
-
-def _read_json(path):
-    text = _check_utf8(Path(path).read_bytes(), path)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-
-
-def _vocab_from_text(vocab, added):
-    """{text in GPT-2's alphabet: id} -> {id: bytes}; the texts in `added` are written plainly."""
-    tokens = {}
-    if not isinstance(vocab, dict):
-        raise ValueError(f"the vocabulary is a {type(vocab).__name__}, not an object of text and id")
-    for text, i in vocab.items():
-        if isinstance(i, bool) or not isinstance(i, int) or i < 0 or i in tokens:
-            raise ValueError(f"vocabulary entry {text!r} has the id {i!r}: ids are integers from 0, each given once")
-        try:
-            tokens[i] = _utf8(text) if text in added else _to_bytes(text)
-        except KeyError as error:
-            raise ValueError(f"vocabulary entry {text!r} (id {i}) holds {error.args[0]!r}, which is no byte in "
-                             "GPT-2's alphabet: not a byte-level vocabulary") from None
-    return tokens
-
-
-def _merges_from_text(merges):
-    """["a b", …] or [["a", "b"], …] -> pairs of bytes."""
-    pairs = []
-    for merge in merges:
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        try:
-            a, b = map(_to_bytes, pair)
-        except (KeyError, ValueError, TypeError):
-            raise ValueError(f"merge {len(pairs)} is {merge!r}; it must be two tokens in GPT-2's alphabet") from None
-        pairs.append((a, b))
-    return pairs
-
-
-def _only(part, value, *allowed):
-    """`value` if it is one of `allowed`; anything else would change ids, so it is refused by name."""
-    if value not in allowed:
-        raise ValueError(f"{part} is {value!r}; understood: {' or '.join(map(repr, allowed))}")
-    return value
-
-
-def _layout_pattern(section):
-    """The pattern of a pre_tokenizer section."""
-    steps = section["pretokenizers"] if section["type"] == "Sequence" else [section]
-    _only("pre_tokenizer", [s["type"] for s in steps], ["ByteLevel"], ["Split", "ByteLevel"])
-    _only("pre_tokenizer's add_prefix_space", steps[-1].get("add_prefix_space", True), False)
-    _only("pre_tokenizer's use_regex", steps[-1].get("use_regex", True), len(steps) == 1)
-    if len(steps) == 1:
-        return GPT2_PATTERN
-    _only("pre_tokenizer's Split behavior", steps[0]["behavior"], "Isolated")
-    pattern = steps[0]["pattern"]
-    return pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
-
-
-def _from_layout(cls, layout):
-    """A Tokenizer from the parsed tokenizer.json."""
-    model, added = layout["model"], layout.get("added_tokens") or []
-    _only("model's type", model.get("type", "BPE"), "BPE")
-    for key in ("byte_fallback", "dropout"):
-        _only(f"model's {key}", model.get(key) or None, None)
-    normalizer = layout.get("normalizer")
-    if normalizer and normalizer["type"] == "Sequence" and len(normalizer["normalizers"]) < 2:
-        normalizer = (normalizer["normalizers"] or [None])[0]
-    if normalizer:
-        normalizer = _only("normalizer", normalizer["type"], "NFC")
-    if layout.get("decoder"):
-        _only("decoder", layout["decoder"]["type"], "ByteLevel")
-    for token in added:
-        # Found before normalising or after is the same only where nothing is normalised.
-        for key in ("single_word", "lstrip", "rstrip", *(["normalized"] if normalizer else [])):
-            _only(f"{key} of the added token {token['content']!r}", token.get(key, False), False)
-    vocab = _vocab_from_text(model["vocab"], {t["content"] for t in added})
-    for token in added:
-        _only(f"id {token['id']}, which added_tokens give to {token['content']!r}, in the vocabulary",
-              vocab.setdefault(token["id"], _utf8(token["content"])), _utf8(token["content"]))
-    return cls(vocab, _merges_from_text(model["merges"]), [t["content"] for t in added if t.get("special")],
-               pattern=_layout_pattern(layout["pre_tokenizer"]), normalizer=normalizer,
-               added={t["content"]: t["id"] for t in added if not t.get("special")},
-               ignore_merges=bool(model.get("ignore_merges")), post_processor=layout.get("post_processor"))
-
-
-# --- the three that BPE replaces ---
-
-class CharTokenizer:
-    """One id a character: those of `text` in order, and one more for the unknown; without text, the code point."""
-
-    def __init__(self, text=None):
-        self.characters = None if text is None else sorted(set(text))
-        self.vocab_size = 0x110000 if text is None else len(self.characters) + 1
-        self.unknown_id = None if text is None else len(self.characters)
-        self._ids = None if text is None else {c: i for i, c in enumerate(self.characters)}
-
-    def encode(self, text):
-        return [ord(c) for c in text] if self._ids is None else [self._ids.get(c, self.unknown_id) for c in text]
-
-    def decode(self, ids):
-        table = None if self._ids is None else [*self.characters, "\ufffd"]
-        return "".join(chr(i) if table is None else table[i] for i in _checked(ids, self.vocab_size))
-
-
-class ByteTokenizer:
-    """One id a byte of UTF-8: nothing is ever unknown, and nothing is ever short."""
-    vocab_size, unknown_id = 256, None
-
-    def encode(self, text):
-        return list(_utf8(text))
-
-    def decode(self, ids):
-        return bytes(_checked(ids, 256)).decode("utf-8", errors="replace")
-
-
-class WordTokenizer:
-    """One id a word of `text`, the most frequent first; id 0 stands for every word never seen."""
-    unknown_id = 0
-
-    def __init__(self, text="", vocab_size=None, *, pattern=GPT2_PATTERN):
-        self._regex = _compile(pattern)
-        counts = Counter(pieces(self._regex, text)).most_common(None if vocab_size is None else vocab_size - 1)
-        self.words = ["<unk>", *(word for word, _ in counts)]
-        self.vocab_size = len(self.words)
-        self._ids = {word: i for i, word in enumerate(self.words) if i}
-
-    def encode(self, text):
-        return [self._ids.get(word, self.unknown_id) for word in pieces(self._regex, text)]
-
-    def decode(self, ids):
-        return "".join(self.words[i] for i in _checked(ids, self.vocab_size))
-
-
-def _checked(ids, vocab_size):
-    ids = [operator.index(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
-    for i in ids:
-        if not 0 <= i < vocab_size:
-            raise ValueError(f"id {i} is not in the vocabulary: ids run from 0 to {vocab_size - 1}")
-    return ids
-
-
-def compression_ratio(text, tokenizer):
-    """Bytes of UTF-8 per token.
-
-    >>> compression_ratio("I love LLM", CharTokenizer())
-    1.0
-    """
-    if not text:
-        raise ValueError("compression_ratio of empty text: give at least one character")
-    return len(_utf8(text)) / len(tokenizer.encode(text))
 
 
 # --- command line ---
@@ -726,7 +423,7 @@ class CompareConfig:
     sizes: str = "300,1000,4000,16000"         # vocabulary sizes of BPE, with commas between them
 
 
-def train(path, config):
+def train(config, path):
     """Learn a vocabulary from a file and write it as tokenizer.json."""
     specials, begin = [t for t in config.special_tokens.split(",") if t], time.perf_counter()
     vocab, merges = train_bpe(path, config.vocab_size, specials, workers=config.workers)
@@ -734,7 +431,7 @@ def train(path, config):
     print(f"{config.out}: {len(vocab)} tokens, {len(merges)} merges, {time.perf_counter() - begin:.2f} s")
 
 
-def encode(tokenizer, path, config):
+def encode(config, tokenizer, path):
     """Write the ids of a file as uint16 or uint32."""
     begin, size, out = time.perf_counter(), os.path.getsize(path), config.out or f"{path}.bin"
     n = Tokenizer.load(tokenizer).encode_file(path, out, workers=config.workers)
@@ -742,10 +439,10 @@ def encode(tokenizer, path, config):
     print(f"{out}: {n:,} tokens, {size / max(n, 1):.3f} bytes per token, {size / seconds / 1e6:.1f} MB/s")
 
 
-def show(path, config, text=None):
+def show(config, path, text=None):
     """Print how a text is encoded, or a tokenizer's longest tokens, or how a text file's first merges are learnt."""
     if not str(path).endswith(".json"):
-        show_training(_check_utf8(Path(path).read_bytes(), path), config.merges)
+        show_training(check_utf8(Path(path).read_bytes(), path), config.merges)
         return
     tok = Tokenizer.load(path)
     if text is None:
@@ -759,31 +456,31 @@ def show(path, config, text=None):
         print(piece, i, end="  ")
     print()
     splitter, _ = tok._tokens(frozenset(tok.special_tokens))
-    parts = splitter.split(_utf8(text))[::2] if splitter else [_utf8(text)]
+    parts = splitter.split(utf8(text))[::2] if splitter else [utf8(text)]
     for word in dict.fromkeys(w for part in parts for w in pieces(tok._regex, part.decode("utf-8"))):
         print()
-        for rank, symbols in merge_steps(tok, _utf8(word)):
-            print("bytes      " if rank is None else f"merge {rank:<5}", " ".join(map(_to_text, symbols)))
+        for rank, symbols in merge_steps(tok, utf8(word)):
+            print("bytes      " if rank is None else f"merge {rank:<5}", " ".join(map(to_text, symbols)))
 
 
 def show_training(text, n_merges):
     """Print each merge that wins, how often its pair occurs, the runner-up, and words that it changes."""
-    counts = Counter(word.encode("utf-8") for word in pieces(_compile(GPT2_PATTERN), text))
+    counts = Counter(word.encode("utf-8") for word in pieces(compile_pattern(GPT2_PATTERN), text))
     words = {tuple(bytes([byte]) for byte in word): n for word, n in counts.items()}
     for step, best in enumerate(learn_merges(counts, n_merges)):
         ranking = sorted(((n, pair) for pair, n in count_pairs(words).items()), reverse=True)[:2]
-        second = "".join(f"; then {_to_text(a)} {_to_text(b)} {n}" for n, (a, b) in ranking[1:])
+        second = "".join(f"; then {to_text(a)} {to_text(b)} {n}" for n, (a, b) in ranking[1:])
         merged = {word: merge_pair(word, best) for word in words}
         changed = sorted((word for word in words if merged[word] != word), key=words.get, reverse=True)
-        print(f"merge {step:<4} {_to_text(best[0])} {_to_text(best[1])} {ranking[0][0]}{second}")
+        print(f"merge {step:<4} {to_text(best[0])} {to_text(best[1])} {ranking[0][0]}{second}")
         for word in changed[:2]:
-            print(f"      {words[word]:>8} times  {' '.join(map(_to_text, merged[word]))}")
+            print(f"      {words[word]:>8} times  {' '.join(map(to_text, merged[word]))}")
         words = {merged[word]: n for word, n in words.items()}
 
 
-def compare(path, config):
+def compare(config, path):
     """One table: characters, bytes, words and BPE, made on nine tenths of a file, measured on the last."""
-    text = _check_utf8(Path(path).read_bytes(), path)
+    text = check_utf8(Path(path).read_bytes(), path)
     known, held_out = text[:len(text) * 9 // 10], text[len(text) * 9 // 10:]
     if not held_out:
         raise ValueError(f"{path} is empty: give a text to compare on")
@@ -812,22 +509,11 @@ CONFIGS = {"train": TrainConfig, "encode": EncodeConfig, "show": ShowConfig, "co
 
 def main(argv: list[str]) -> None:
     """Run one verb. A bad command line, value or file exits with status 2."""
-    verb, files, config, _ = command_line(CONFIGS, argv, USAGE, tuple(CONFIGS))
-    wanted = {"train": (1, 1), "encode": (2, 2), "show": (1, 2), "compare": (1, 1)}
+    verb, files, config, _ = command_line(CONFIGS, argv, USAGE)
     try:
-        if verb is None:
-            raise ValueError(f"{files[:1] or 'nothing'} is no verb.{nearest(''.join(files[:1]), CONFIGS)}\n{USAGE}")
-        least, most = wanted[verb]
-        if not least <= len(files) <= most:
-            raise ValueError(f"{verb} takes {least if least == most else f'{least} or {most}'} files, not {files}\n{USAGE}")
-        if verb == "train":
-            train(files[0], config)
-        elif verb == "encode":
-            encode(*files, config)
-        elif verb == "show":
-            show(files[0], config, *files[1:])
-        else:
-            compare(files[0], config)
+        if len(files) not in {"encode": (2,), "show": (1, 2)}.get(verb, (1,)):
+            raise ValueError(f"{verb} does not take {len(files)} files: {' '.join(files)}\n{USAGE}")
+        {"train": train, "encode": encode, "show": show, "compare": compare}[verb](config, *files)
     except (ValueError, TypeError, OSError) as error:
         fail(error)
 

@@ -283,7 +283,32 @@ def count_words(blocks, splitter, tokens):
     return collections.Counter(dict(zip(words.new[len(tokens):], totals.tolist()[len(tokens):])))
 
 
-# --- merging the words of a block ---
+# --- merging words ---
+
+def merge_ids(ids, ranks):
+    """The ids of one word after all merges, from the ids of its bytes, in O(n log n) for n of them.
+
+    ranks: {(id, id): (rank, id of both)}. The heap holds the pairs that can be merged, `after` and `before` link the ids.
+    """
+    ids, n = list(ids), len(ids)
+    after, before = list(range(1, n + 1)), list(range(-1, n - 1))
+    heap = [(ranks[pair], i, pair) for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
+    heapq.heapify(heap)
+    while heap:
+        (_, new), i, (a, b) = heapq.heappop(heap)
+        j = after[i]
+        if ids[i] != a or j == n or ids[j] != b:
+            continue    # one of the two was merged with its other neighbour in the meantime
+        ids[i], ids[j], after[i] = new, -1, after[j]
+        if after[i] < n:
+            before[after[i]] = i
+        for left, right in ((before[i], i), (i, after[i])):
+            if left >= 0 and right < n:
+                pair = ids[left], ids[right]
+                if pair in ranks:
+                    heapq.heappush(heap, (ranks[pair], left, pair))
+    return [i for i in ids if i >= 0]
+
 
 class Encoder:
     """Ids of whole blocks. Every distinct word is merged once, the new ones of a block together.

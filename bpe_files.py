@@ -1,0 +1,159 @@
+"""The layouts in which others keep a byte-level BPE vocabulary: tokenizer.json of Hugging Face, vocab.json and merges.txt of GPT-2.
+
+Both write a byte as a printable character: "␠the" is "Ġthe". What a file says and this project does not do is refused by
+name where it would change ids.
+"""
+import json
+from pathlib import Path
+
+import regex
+
+from words import GPT2_PATTERN, GPT2_PATTERNS, check_utf8, utf8
+
+
+def _gpt2_alphabet():
+    """GPT-2 writes bytes as printable characters: those that are one as themselves, the rest from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [b for b in range(256) if b not in plain]
+    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
+_TO_CHAR = _gpt2_alphabet()
+_TO_BYTE = {c: b for b, c in _TO_CHAR.items()}
+
+
+def to_text(token):
+    return "".join(map(_TO_CHAR.__getitem__, token))
+
+
+def to_bytes(text):
+    return bytes(map(_TO_BYTE.__getitem__, text))
+
+
+def read_json(path):
+    text = check_utf8(Path(path).read_bytes(), path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def vocab_from_text(vocab, added):
+    """{text in GPT-2's alphabet: id} -> {id: bytes}; the texts in `added` are written plainly."""
+    tokens = {}
+    if not isinstance(vocab, dict):
+        raise ValueError(f"the vocabulary is a {type(vocab).__name__}, not an object of text and id")
+    for text, i in vocab.items():
+        if isinstance(i, bool) or not isinstance(i, int) or i < 0 or i in tokens:
+            raise ValueError(f"vocabulary entry {text!r} has the id {i!r}: ids are integers from 0, each given once")
+        try:
+            tokens[i] = utf8(text) if text in added else to_bytes(text)
+        except KeyError as error:
+            raise ValueError(f"vocabulary entry {text!r} (id {i}) holds {error.args[0]!r}, which is no byte in "
+                             "GPT-2's alphabet: not a byte-level vocabulary") from None
+    return tokens
+
+
+def merges_from_text(merges):
+    """["a b", …] or [["a", "b"], …] -> pairs of bytes."""
+    pairs = []
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        try:
+            a, b = map(to_bytes, pair)
+        except (KeyError, ValueError, TypeError):
+            raise ValueError(f"merge {len(pairs)} is {merge!r}; it must be two tokens in GPT-2's alphabet") from None
+        pairs.append((a, b))
+    return pairs
+
+
+def _only(part, value, *allowed):
+    """`value` if it is one of `allowed`; anything else would change ids, so it is refused by name."""
+    if value not in allowed:
+        raise ValueError(f"{part} is {value!r}; understood: {' or '.join(map(repr, allowed))}")
+    return value
+
+
+def _layout_pattern(section):
+    """The pattern of a pre_tokenizer section."""
+    steps = section["pretokenizers"] if section["type"] == "Sequence" else [section]
+    _only("pre_tokenizer", [s["type"] for s in steps], ["ByteLevel"], ["Split", "ByteLevel"])
+    _only("pre_tokenizer's add_prefix_space", steps[-1].get("add_prefix_space", True), False)
+    _only("pre_tokenizer's use_regex", steps[-1].get("use_regex", True), len(steps) == 1)
+    if len(steps) == 1:
+        return GPT2_PATTERN
+    _only("pre_tokenizer's Split behavior", steps[0]["behavior"], "Isolated")
+    pattern = steps[0]["pattern"]
+    return pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
+
+
+def read_gpt2_files(vocab_path, merges_path, special_tokens):
+    """(vocab, merges) of GPT-2's two files. Raises ValueError naming them."""
+    vocab = read_json(vocab_path)
+    lines = check_utf8(Path(merges_path).read_bytes(), merges_path).splitlines()
+    try:
+        merges = merges_from_text([line for line in lines if line and not line.startswith("#version")])
+        return vocab_from_text(vocab, special_tokens), merges
+    except ValueError as error:
+        raise ValueError(f"{vocab_path} and {merges_path} are no vocab.json and merges.txt: {error}") from None
+
+
+def read_tokenizer_json(path, make):
+    """make(vocab, merges, special_tokens, pattern=, …) with what a tokenizer.json says. Raises ValueError naming it."""
+    layout = read_json(path)
+    try:
+        return _from_layout(make, layout)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        what = f"there is no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no tokenizer.json that this tokenizer understands: {what}") from None
+
+
+def _from_layout(make, layout):
+    """The parsed file's parts, each checked, handed to `make`."""
+    model, added = layout["model"], layout.get("added_tokens") or []
+    _only("model's type", model.get("type", "BPE"), "BPE")
+    for key in ("byte_fallback", "dropout"):
+        _only(f"model's {key}", model.get(key) or None, None)
+    normalizer = layout.get("normalizer")
+    if normalizer and normalizer["type"] == "Sequence" and len(normalizer["normalizers"]) < 2:
+        normalizer = (normalizer["normalizers"] or [None])[0]
+    if normalizer:
+        normalizer = _only("normalizer", normalizer["type"], "NFC")
+    if layout.get("decoder"):
+        _only("decoder", layout["decoder"]["type"], "ByteLevel")
+    for token in added:
+        # Found before normalising or after is the same only where nothing is normalised.
+        for key in ("single_word", "lstrip", "rstrip", *(["normalized"] if normalizer else [])):
+            _only(f"{key} of the added token {token['content']!r}", token.get(key, False), False)
+    vocab = vocab_from_text(model["vocab"], {t["content"] for t in added})
+    for token in added:
+        _only(f"id {token['id']}, which added_tokens give to {token['content']!r}, in the vocabulary",
+              vocab.setdefault(token["id"], utf8(token["content"])), utf8(token["content"]))
+    return make(vocab, merges_from_text(model["merges"]), [t["content"] for t in added if t.get("special")],
+               pattern=_layout_pattern(layout["pre_tokenizer"]), normalizer=normalizer,
+               added={t["content"]: t["id"] for t in added if not t.get("special")},
+               ignore_merges=bool(model.get("ignore_merges")), post_processor=layout.get("post_processor"))
+
+
+def tokenizer_json(tokenizer):
+    """The text of a tokenizer.json, from which Hugging Face's library gives the same ids as `tokenizer`."""
+    names, vocab = {i: text for text, i in (tokenizer.special_tokens | tokenizer.added).items()}, {}
+    for i, token in sorted(tokenizer.vocab.items()):
+        name = names.get(i) or to_text(token)
+        if name in vocab:
+            raise ValueError(f"tokens {vocab[name]} and {i} are both {name!r}; tokenizer.json can hold it once")
+        vocab[name] = i
+    added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+              "special": text in tokenizer.special_tokens} for i, text in sorted(names.items())]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
+    steps = {"type": "Sequence", "pretokenizers": [split, {**level, "use_regex": False}]}
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+             "ignore_merges": tokenizer.ignore_merges, "vocab": vocab,
+             "merges": [f"{to_text(a)} {to_text(b)}" for a, b in tokenizer.merges]}
+    layout = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+              "normalizer": {"type": tokenizer.normalizer} if tokenizer.normalizer else None,
+              "pre_tokenizer": level if tokenizer.pattern in GPT2_PATTERNS else steps,
+              "post_processor": tokenizer.post_processor, "decoder": level, "model": model}
+    return json.dumps(layout, ensure_ascii=False, indent=1)
