@@ -91,7 +91,7 @@ def run_checks(checks: dict, tmp):
         for process in started:
             process.start()
         for process in started:
-            process.join(150)
+            process.join(300)
             process.kill()
     return tmp
 
