@@ -1,4 +1,4 @@
-"""What the tests of parallel.py and sharded.py share: a small model, what one process makes of it, ranks that run checks."""
+"""What the tests of parallel.py and sharded.py share: a small model, one process as reference, ranks that run checks."""
 import datetime
 import os
 import traceback
