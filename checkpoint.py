@@ -1,36 +1,62 @@
-"""Save a training state whole or not at all, and open one without trusting whoever wrote it.
+"""What a stage leaves on disk, whole or not at all: training states, token files and meta.json.
 
-A checkpoint is one dict of tensors and plain containers (DESIGN: format_version, model_config, train_config, model,
-optimizer, step, tokens, rng, data_position, best_val_loss, tokenizer_sha256). It is written to `ckpt.pt.tmp` beside its
-place, flushed to the disk and then renamed over the old one: a rename is atomic, so a kill at any moment leaves the old
-checkpoint or the new one, each whole. It is opened with `weights_only=True`: a pickle that would run code is refused.
+    data/NAME/   train.bin val.bin     raw little-endian ids, no header       open_tokens
+                 meta.json             dtype, vocab_size, sizes, tokenizer     read_meta
+    out/NAME/    ckpt.pt best.pt       a training state                        save_checkpoint, load_checkpoint
+
+A state is one dict of tensors and plain containers. The one of `python train.py`, which accounting.py bills:
+
+    model          5.12 MB     1.28 M weights in float32, by name
+    optimizer      4.21 MB     AdamW's two moments of the embedding, the head and the norms, 0.53 M each
+                   3.01 MB     Muon's momentum of the hidden matrices, 0.75 M
+    and            0.05 MB     step, tokens, rng, data_position, best_val_loss, tokenizer_sha256, settings
+
+It is written to `ckpt.pt.tmp`, flushed to the disk, then renamed over the old one. A rename is atomic: a kill or a full
+disk at any moment leaves the old file or the new one, each whole. It is opened with `weights_only=True`: a pickle may
+run any code while it is opened and is refused, so a stranger's checkpoint can do no harm.
+
+Importing this page does not import torch, which takes two seconds: the processes that clean text need files only.
 """
 import dataclasses
+import hashlib
+import json
 import os
+import pickle
+import re
+import zipfile
 from pathlib import Path
 
-import torch
+import numpy as np
 
 FORMAT_VERSION = 1
 COMPILE_PREFIX = "_orig_mod."        # torch.compile wraps a module and puts this before every name
+RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl")
 
 
-def bare(model):
-    """The module itself, out of torch.compile's and of a data-parallel wrapper's hands."""
-    while hasattr(model, "_orig_mod") or hasattr(model, "module"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
-
+# --- files ---
 
 def write_atomically(path, write) -> None:
-    """Call `write(file)` on a temporary file beside `path`, flush it to the disk, rename it over `path`."""
+    """Call `write(file)` on a temporary file beside `path`, flush it to the disk, rename it over `path`.
+
+    When that fails the temporary file is removed and `path` is as it was. Raises OSError naming the path when the disk
+    is the reason, and what `write` raises otherwise.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        # torch.save turns the disk's own error into a RuntimeError about positions in its archive.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and cause.errno is not None:
+            kept = "; the file from before is unchanged" if path.exists() else ""
+            raise OSError(cause.errno, f"{path} could not be written: {cause.strerror}{kept}") from error
+        raise
     if os.name == "posix":               # the rename itself survives a power cut only once the folder is flushed too
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -39,74 +65,174 @@ def write_atomically(path, write) -> None:
             os.close(folder)
 
 
-def save_checkpoint(model, optimizer, step: int, path, **more) -> None:
-    """Write model, optimizer and step to `path`, atomically, with whatever else must survive.
+def sha256(path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    model: a module (compiled or wrapped is fine) or a state dict. optimizer: one optimizer, a list of them or of their
-    state dicts, or None.
-    more: the other entries of the format, plain containers and tensors only. Raises OSError naming the path, ValueError
-    for a model that parallel.py has divided: one rank's part is no checkpoint.
+
+def contents(folder) -> str:
+    """What lies in a folder, in words, for a message about a file that is missing there."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    names = sorted(path.name for path in folder.iterdir())
+    return f"{folder} holds {', '.join(names[:8]) or 'nothing'}{', …' if len(names) > 8 else ''}"
+
+
+def claim_out_dir(out_dir, overwrite: bool = False, inputs=()) -> None:
+    """Refuse an output folder that holds a run, unless `overwrite`, or that is one of the folders `inputs`.
+
+    Raises ValueError naming the folder and what to do instead.
     """
+    out_dir = Path(out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ValueError(f"{out_dir} is a file; give a folder to write to")
+    for folder in inputs:
+        if folder is not None and Path(folder).resolve() == out_dir.resolve():
+            raise ValueError(f"{out_dir} is read from and would be overwritten; give another folder (--out_dir=…)")
+    files = [name for name in RUN_FILES if (out_dir / name).exists()]
+    if files and not overwrite:
+        resume = "; --resume=true to go on with its training" if "ckpt.pt" in files else ""
+        raise ValueError(f"{out_dir} holds a run ({', '.join(files)}). Give another folder (--out_dir=…) to keep it, "
+                         f"--overwrite=true to replace it{resume}")
+
+
+# --- token files ---
+
+def read_meta(folder) -> dict:
+    """meta.json of a data folder, or nanoGPT's convention without one: uint16, sizes unknown.
+
+    Raises ValueError naming the path when it is no JSON object, has an unknown dtype or no vocab_size, or when the
+    tokenizer.json beside it is not the one that the ids were made with.
+    """
+    path, tokenizer = Path(folder) / "meta.json", Path(folder) / "tokenizer.json"
+    if not path.exists():
+        return {"dtype": "uint16"}
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path} must be a JSON object, not {type(meta).__name__}")
+    if meta.get("dtype") not in ("uint16", "uint32"):
+        raise ValueError(f"{path}: dtype {meta.get('dtype')!r} must be uint16 or uint32")
+    if type(meta.get("vocab_size")) is not int or meta["vocab_size"] < 1:
+        raise ValueError(f"{path}: vocab_size {meta.get('vocab_size')!r} must be a whole number of at least 1; add it, "
+                         "or remove meta.json to have the ids read as nanoGPT's uint16")
+    if meta.get("tokenizer_sha256") and tokenizer.is_file() and sha256(tokenizer) != meta["tokenizer_sha256"]:
+        raise ValueError(f"{path} is of another tokenizer than {tokenizer} (SHA-256 {meta['tokenizer_sha256'][:12]}… "
+                         f"and {sha256(tokenizer)[:12]}…); run data.py prepare again")
+    return meta
+
+
+def open_tokens(folder, split: str) -> np.memmap:
+    """The ids of FOLDER/train.bin or val.bin, (n,), memory-mapped. Raises OSError or ValueError naming the path."""
+    path = Path(folder) / f"{split}.bin"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path} ({contents(folder)}); make it first: "
+                                f"python data.py prepare NAME_OR_FILE --data_dir={folder}")
+    dtype = np.dtype(read_meta(folder)["dtype"]).newbyteorder("<")
+    size = path.stat().st_size
+    if size == 0 or size % dtype.itemsize:
+        raise ValueError(f"{path} has {size} bytes, not a positive multiple of {dtype.itemsize} ({dtype.name})")
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+# --- training states ---
+
+def bare(model):
+    """The module itself, out of torch.compile's and of a data-parallel wrapper's hands."""
+    while hasattr(model, "_orig_mod") or hasattr(model, "module"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
+def save_checkpoint(model, optimizer, step: int, path, **more) -> None:
+    """Write model, optimizer, step and what else must survive to `path`, atomically, or to a binary file object.
+
+    model: a module (compiled or wrapped is fine) or a state dict. optimizer: one, a list, their state dicts, or None.
+    more: the other entries of the format, plain containers and tensors only. Raises OSError naming the path, ValueError
+    for a model that sharded.py has divided: one rank's part is no checkpoint.
+    """
+    import torch
     if not isinstance(model, dict) and any(getattr(p, "cuts", None) for p in model.parameters()):
-        raise ValueError(f"{path}: this model holds one rank's part of its matrices; call "
-                         "parallel.full_state_dict(model) on every rank and save what it returns on one")
-    weights = model if isinstance(model, dict) else bare(model).state_dict()
-    if isinstance(optimizer, (list, tuple)):
-        state = [one if isinstance(one, dict) else one.state_dict() for one in optimizer]
-    else:
-        state = None if optimizer is None else optimizer.state_dict()
+        raise ValueError(f"{path}: this model holds one rank's part of its matrices; call full_state_dict(model) on "
+                         "every rank and save what it returns on one")
+
+    def state_of(thing):
+        return thing if thing is None or isinstance(thing, dict) else thing.state_dict()
+    many = isinstance(optimizer, (list, tuple))
+    entries = {"format_version": FORMAT_VERSION, "model": state_of(bare(model)), "step": int(step),
+               "optimizer": [state_of(one) for one in optimizer] if many else state_of(optimizer)}
     config = getattr(bare(model), "config", None)
-    entries = {"format_version": FORMAT_VERSION, "model": weights, "optimizer": state, "step": int(step)}
     if dataclasses.is_dataclass(config):
         entries["model_config"] = dataclasses.asdict(config)
-    write_atomically(path, lambda file: torch.save(entries | more, file))
+    if hasattr(path, "write"):
+        torch.save(entries | more, path)
+    else:
+        write_atomically(path, lambda file: torch.save(entries | more, file))
+
+
+def open_archive(path, map_location) -> dict:
+    """What torch.save wrote to a path or a file object. Raises ValueError saying what is wrong with it.
+
+    Running out of memory, and a device that is not there, are not the file's fault: those errors pass through.
+    """
+    import torch
+    if not zipfile.is_zipfile(path):     # the directory of a zip archive stands at its end, so a part of one is none
+        raise ValueError(f"{path} is cut short, or is no file of torch.save's at all")
+    if hasattr(path, "seek"):
+        path.seek(0)
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(f"{path} holds pickled code{f' ({code[1]})' if code else ''}, which is refused: a checkpoint "
+                         "is tensors and plain containers") from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error) and "PytorchStreamReader" not in str(error):
+            raise
+        raise ValueError(f"{path} is damaged, or not of torch.save: {str(error).splitlines()[0]}") from error
 
 
 def read_checkpoint(path, map_location="cpu") -> dict:
-    """The dict stored at `path`, on the CPU unless said otherwise.
+    """The dict stored at `path` or in a binary file object, on the CPU unless said otherwise.
 
-    Raises FileNotFoundError when there is none, ValueError naming the path when it is cut short, is no checkpoint, has
-    a format newer than this code, or holds anything but tensors and plain containers.
+    Raises FileNotFoundError saying what lies there when there is none; ValueError naming the path when it is cut short,
+    holds code, is no checkpoint, or has a format newer than this code.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"no checkpoint at {path}; train one first: python train.py --out_dir={Path(path).parent}")
-    with open(path, "rb"):
-        pass                                # a file that may not be read raises its own OSError here, not below
-    try:
-        # What a damaged file raises depends on where it is cut (zip directory, pickle, tensor): all mean the same here.
-        entries = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint of tensors and plain containers ({reason}); "
-                         "it is cut short or was not written by save_checkpoint") from error
-    if not isinstance(entries, dict) or not isinstance(entries.get("model"), dict) \
-            or not all(torch.is_tensor(tensor) for tensor in entries["model"].values()):
+    if not hasattr(path, "read"):
+        path = Path(path)
+        if not path.is_file():
+            folder = path if path.is_dir() else path.parent
+            raise FileNotFoundError(f"no checkpoint at {path} ({contents(folder)}); "
+                                    f"train one first: python train.py --out_dir={folder}")
+        open(path, "rb").close()         # a file that may not be read raises its own error
+    entries = open_archive(path, map_location)
+    weights = entries.get("model") if isinstance(entries, dict) else None
+    if not isinstance(weights, dict) or any(not hasattr(tensor, "shape") for tensor in weights.values()):
         raise ValueError(f"{path} is not a checkpoint: it must hold a dict with 'model', tensors by name, and 'step'")
-    if not all(isinstance(entries.get(key, FORMAT_VERSION), int) for key in ("step", "format_version")) \
-            or "step" not in entries:
-        raise ValueError(f"{path}: step {entries.get('step')!r} and format_version {entries.get('format_version')!r} "
-                         "must be whole numbers")
-    if entries.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {entries['format_version']}, this code reads up to {FORMAT_VERSION}")
+    step, version = entries.get("step"), entries.get("format_version", FORMAT_VERSION)
+    if not isinstance(step, int) or not isinstance(version, int):
+        raise ValueError(f"{path}: step {step!r} and format_version {version!r} must be whole numbers")
+    if version > FORMAT_VERSION:
+        raise ValueError(f"{path} has format_version {version}, this code reads up to {FORMAT_VERSION}")
     return entries
 
 
 def load_weights(model, weights: dict, path) -> None:
-    """Copy `weights` into `model`, names and shapes exactly. Raises ValueError naming the path and the first
-    mismatch.
-    """
+    """Copy `weights` into `model`, names and shapes exactly. Raises ValueError naming path and first mismatch."""
     weights = {name.removeprefix(COMPILE_PREFIX): tensor for name, tensor in weights.items()}
-    own = bare(model).state_dict()
-    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    state = bare(model).state_dict()
+    missing, unknown = sorted(state.keys() - weights.keys()), sorted(weights.keys() - state.keys())
     if missing or unknown:
         raise ValueError(f"{path} does not fit this model: missing {missing[:3] or 'nothing'}, "
                          f"unknown {unknown[:3] or 'nothing'} ({len(missing)} and {len(unknown)} in all)")
     for name, tensor in weights.items():
-        if tensor.shape != own[name].shape:
+        if tensor.shape != state[name].shape:
             raise ValueError(f"{path} does not fit this model: {name} has shape {tuple(tensor.shape)}, "
-                             f"the model wants {tuple(own[name].shape)}")
+                             f"the model wants {tuple(state[name].shape)}")
     bare(model).load_state_dict(weights)
 
 
@@ -125,7 +251,7 @@ def load_optimizer(optimizer, state, path) -> None:
 
 
 def load_checkpoint(path, model=None, optimizer=None) -> int:
-    """Fill `model` and `optimizer` (either may be None) from `path` and return the step it was saved at.
+    """Fill `model` and `optimizer` (either may be None) from a path or file object; returns the step it was saved at.
 
     Raises ValueError naming the path when anything does not fit, FileNotFoundError when there is no such file.
     """
@@ -134,21 +260,10 @@ def load_checkpoint(path, model=None, optimizer=None) -> int:
         load_weights(model, entries["model"], path)
     if optimizer is not None:
         load_optimizer(optimizer, entries.get("optimizer"), path)
-    return int(entries["step"])
+    return entries["step"]
 
 
-def claim_out_dir(out_dir, overwrite: bool = False, inputs=()) -> None:
-    """Raise ValueError when out_dir holds a run, unless overwrite, or when it is one of `inputs`."""
-    out_dir = Path(out_dir)
-    if any(out_dir.resolve() == Path(path).resolve() for path in inputs):
-        raise ValueError(f"{out_dir} would be read and written at once; choose another out_dir")
-    held = [name for name in ("ckpt.pt", "best.pt", "log.jsonl") if (out_dir / name).exists()]
-    if held and not overwrite:
-        raise ValueError(f"{out_dir} holds a run ({', '.join(held)}); choose another out_dir, or --overwrite=true to "
-                         "replace it")
-
-
-def load_model(out_dir, device="cpu", name: str = "ckpt.pt"):
+def load_model(out_dir, device="cpu", name: str = "ckpt.pt"):        # moves to model.py
     """(Transformer in evaluation mode, Tokenizer) from the folder of a training run; the tokenizer is None without
     its file.
 
@@ -179,10 +294,3 @@ def load_model(out_dir, device="cpu", name: str = "ckpt.pt"):
             raise ValueError(f"{tokenizer_path} has {tokenizer.vocab_size} ids, the model only "
                              f"{model.config.vocab_size}; they do not belong together")
     return model.to(device).eval(), tokenizer
-
-
-def sha256(path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    import hashlib
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

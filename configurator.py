@@ -1,14 +1,14 @@
-"""Turn a config file and `--key=value` flags into a checked dataclass: defaults < file < flags.
+"""Turn a config file and `--key=value` flags into a checked dataclass: `python train.py config_x.py --max_steps=200`.
 
-    python train.py config_shakespeare.py --lr=1e-3 --max_steps=200
+    dataclass      lr = 3e-4   max_steps = 1000   seed = 0
+    config file    lr = 8e-3                                     wins over the default
+    flags                      max_steps = 200                   wins over both
+    settings       lr = 8e-3   max_steps = 200    seed = 0
 
-A config file is plain Python assignments, read as data and never run: numbers, strings, true/false/none,
-arithmetic over them and over names assigned above. A key that the dataclass lacks ends the program with the
-nearest match and status 2, because an ignored setting is an experiment that was not the one asked for.
-`--help` prints every key with its default and the comment that stands beside it in the dataclass.
-
-In the spirit of nanoGPT's configurator, without its exec(): a config that came with a checkpoint from
-somebody else cannot run code.
+A config file is plain assignments, read and never run: numbers, strings, true/false/none and arithmetic. nanoGPT gives
+it to exec(); here a config that came with somebody else's checkpoint can neither run code nor compute for a year.
+A key that the dataclass lacks ends the program with the nearest match and status 2: an ignored setting is an experiment
+that was not the one asked for. `--help` prints every key with the value that applies and the comment beside the field.
 """
 import ast
 import dataclasses
@@ -16,12 +16,13 @@ import difflib
 import inspect
 import itertools
 import operator
+import re
 import sys
 import typing
 
-NONE_WORDS, TRUE_WORDS, FALSE_WORDS = ("none", "null", ""), ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
               ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 class ConfigError(ValueError):
@@ -31,148 +32,67 @@ class ConfigError(ValueError):
 # --- values ---
 
 def coerce(key: str, value, annotation):
-    """`value` as the type that `annotation` names; `1e4` is a good int, `true` and `0` are good bools.
+    """`value` as what `annotation` names: bool, int, float or str, also `| None`. Raises ConfigError naming `key`.
 
     >>> coerce("max_steps", "1e4", int)
     10000
-
-    Raises ConfigError naming the key, the value and the type.
     """
-    options = [option for option in typing.get_args(annotation) or (annotation,)
-               if isinstance(option, type)]                      # `int | None` gives int and NoneType
+    types = typing.get_args(annotation) or (annotation,)             # `int | None` gives int and NoneType
     word = str(value).strip().lower()
-    if type(None) in options and (value is None or word in NONE_WORDS):
-        return None
-    for option in options:
-        if option is bool and word in TRUE_WORDS + FALSE_WORDS:
-            return word in TRUE_WORDS
-        if option is int and not isinstance(value, bool):
-            try:
-                return int(value) if isinstance(value, str) else _exact_int(value)
-            except (ValueError, TypeError, OverflowError):
-                try:
-                    return _exact_int(float(value))
-                except (ValueError, TypeError, OverflowError):
-                    continue
-        if option is float and not isinstance(value, bool):
-            try:
-                return float(value)
-            except (ValueError, TypeError):
-                continue
-        if option is str and value is not None:
+    try:
+        if word == "none" and type(None) in types:
+            return None
+        if str in types and value is not None:
             return str(value)
-    names = " or ".join("none" if option is type(None) else option.__name__ for option in options)
-    raise ConfigError(f"{key}={value!r} is not a {names}; give a value of that type")
+        if bool in types:
+            return WORDS[word]
+        number = float(word)
+        if float in types:
+            return number
+        if number == int(number):                                    # a float ends at 2^53, digits do not
+            return int(word) if word.lstrip("+-").isdigit() else int(number)
+    except (KeyError, ValueError, OverflowError):
+        pass
+    names = " or ".join(one.__name__.replace("NoneType", "none") for one in types)
+    raise ConfigError(f"{key}={value!r} is not of type {names}; give a value of that type")
 
 
-def _exact_int(value) -> int:
-    if value != int(value):
-        raise ValueError(f"{value} is not whole")
-    return int(value)
+def evaluate(node: ast.expr, known: dict):
+    """The value of a literal, of a name in `known`, or of arithmetic over them. Raises ValueError for anything else.
 
-
-def _literal(node: ast.expr, known: dict, where: str):
-    """The value of an expression made of literals, arithmetic and names assigned above it."""
+    Arithmetic is floating point, which ends at 1e308: 2**16 is 65536.0 and 9**9**9 an error, not a hang.
+    """
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Name) and node.id in known:
         return known[node.id]
-    if isinstance(node, ast.Name) and node.id in ("true", "false", "none"):
-        return {"true": True, "false": False, "none": None}[node.id]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_literal(node.operand, known, where)
+        return -float(evaluate(node.operand, known))
     if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-        left, right = _literal(node.left, known, where), _literal(node.right, known, where)
-        try:
-            return ARITHMETIC[type(node.op)](left, right)
-        except (TypeError, ArithmeticError) as error:
-            raise ConfigError(f"{where}: {ast.unparse(node)!r} cannot be computed: {error}") from None
-    raise ConfigError(f"{where}: {ast.unparse(node)!r} is not a literal; a config file holds plain assignments of "
-                      "numbers, strings, True, False, None, and arithmetic over them")
+        return ARITHMETIC[type(node.op)](float(evaluate(node.left, known)), float(evaluate(node.right, known)))
+    raise ValueError("not a number, a string, True, False, None, or arithmetic over numbers and names set above")
 
 
 def read_config_file(path: str) -> dict:
     """The assignments of a config file as a dict, in order. Raises ConfigError naming file and line, or OSError."""
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
+    values, line = {}, 1
     try:
-        body = ast.parse(text, filename=path).body
-    except SyntaxError as error:
-        raise ConfigError(f"{path}:{error.lineno}: {error.msg}; a config file holds plain assignments") from None
-    values = {}
-    for node in body:
-        where = f"{path}:{node.lineno}"
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            continue                                             # the docstring that states hardware, time and target
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
-            raise ConfigError(f"{where}: {ast.unparse(node)!r} is not a plain assignment `key = value`")
-        values[node.targets[0].id] = _literal(node.value, values, where)
+        with open(path, encoding="utf-8") as file:
+            body = ast.parse(file.read()).body
+        for node in body:
+            line = node.lineno
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                continue                                             # the docstring: hardware, time, target
+            if not isinstance(node, ast.Assign) or not all(isinstance(name, ast.Name) for name in node.targets):
+                raise ValueError("not an assignment `key = value`")
+            for name in node.targets:
+                values[name.id] = evaluate(node.value, {"true": True, "false": False, "none": None} | values)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{path}:{getattr(error, 'lineno', line)}: {error}; a config file holds plain assignments "
+                          "of numbers and strings") from None
     return values
-
-
-# --- help ---
-
-def describe(config_class: type) -> dict:
-    """The comment beside every field of a dataclass (its bases included), by field name: the help text.
-
-    Where the source cannot be read (a frozen program), the comments are empty.
-    """
-    comments = {}
-    for base in reversed(config_class.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        try:
-            source = inspect.getsource(base)
-        except OSError:
-            continue
-        for line in source.splitlines():
-            name, colon, rest = line.strip().partition(":")
-            if colon and name.isidentifier() and "#" in rest:
-                comments[name] = rest.split("#", 1)[1].strip()
-    return comments
-
-
-def format_help(config_class: type, usage: str) -> str:
-    """Usage, then one line a key: `--key=default  what it does`."""
-    comments = describe(config_class)
-    lines = [
-        usage.strip(), "", "settings, each with its default (a config file changes defaults, a flag wins over both):"]
-    for field in dataclasses.fields(config_class):
-        default = field.default if isinstance(field.default, str) else str(field.default).lower()
-        lines.append(f"  --{f'{field.name}={default}':<34} {comments.get(field.name, '')}".rstrip())
-    return "\n".join(lines)
-
-
-# --- the whole ---
-
-def nearest(word: str, allowed) -> str:
-    """` Did you mean --x?`, or nothing when no name is near."""
-    near = difflib.get_close_matches(word, list(allowed), n=1)
-    return f" Did you mean {near[0]}?" if near else ""
-
-
-ALIASES = {"learning_rate": "lr"}        # what others call a setting
-
-
-def parse_flags(argv: list[str]) -> tuple[dict, list[str]]:
-    """Split arguments into `{key: text}` from `--key=value`, and the rest in order.
-
-    >>> parse_flags(["out/x", "--top_k=5"])
-    ({'top_k': '5'}, ['out/x'])
-    >>> parse_flags(["--learning-rate=1e-3"])
-    ({'lr': '1e-3'}, [])
-    """
-    flags, rest = {}, []
-    for argument in argv:
-        if not argument.startswith("--"):
-            rest.append(argument)
-            continue
-        key, equals, value = argument[2:].partition("=")
-        if not equals:
-            raise ConfigError(f"{argument} has no value; write --{key}=VALUE (for a switch, --{key}=true)")
-        key = key.replace("-", "_")
-        flags[ALIASES.get(key, key)] = value
-    return flags, rest
 
 
 def resolve(config_class: type, flags: dict, config_file: str | None = None):
@@ -183,30 +103,34 @@ def resolve(config_class: type, flags: dict, config_file: str | None = None):
     hints = typing.get_type_hints(config_class)
     names = [field.name for field in dataclasses.fields(config_class)]
     values, sources = {}, dict.fromkeys(names, "default")
-    for origin, given in ((config_file, read_config_file(config_file) if config_file else {}), ("flag", flags)):
-        for key, value in given.items():
-            if key not in hints or key not in names:
-                place = f"--{key}" if origin == "flag" else f"{key} in {origin}"
+    for origin, settings in ((config_file, read_config_file(config_file) if config_file else {}), ("flag", flags)):
+        for key, value in settings.items():
+            place = f"--{key}" if origin == "flag" else f"{origin}: {key}"
+            if key not in names:
                 raise ConfigError(f"{place} is not a setting.{nearest(key, names)} --help lists them all")
-            values[key] = coerce(key, value, hints[key])
-            sources[key] = origin
+            values[key], sources[key] = coerce(place, value, hints[key]), origin
     return config_class(**values), sources
 
 
-def grid(config_class: type, words: list[str]) -> list[dict]:
-    """The settings of each point that words such as `lr=1e-3,3e-3` and `seed=1,2` span; the last word moves fastest.
+# --- help ---
 
-    Raises ConfigError for a word that is no setting with values. `learning_rate` is understood as `lr`.
-    """
-    hints, axes = typing.get_type_hints(config_class), []
-    for word in words:
-        key, _, values = word.partition("=")
-        key = ALIASES.get(key, key)
-        if not values or key not in hints or key in ("out_dir", "resume"):
-            raise ConfigError(f"{word!r} spans no axis; write key=a,b with a setting as key.{nearest(key, hints)} "
-                              "--help lists them all")
-        axes.append([(key, coerce(key, value, hints[key])) for value in values.split(",")])
-    return [dict(point) for point in itertools.product(*axes)]
+def nearest(word: str, allowed) -> str:
+    """` Did you mean x?`, or nothing when no name is near."""
+    near = difflib.get_close_matches(word, [name for name in allowed if name], n=1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def format_help(config, usage: str = "") -> str:
+    """Usage, then `--key=value  comment` a line. config: a dataclass (defaults), or one filled with what applies."""
+    config_class = config if isinstance(config, type) else type(config)
+    bases = [base for base in reversed(config_class.__mro__) if dataclasses.is_dataclass(base)]
+    comments = dict(re.findall(r"^ +(\w+):[^#\n]*# *(.*)", "\n".join(map(inspect.getsource, bases)), re.MULTILINE))
+    lines = [usage.strip(), "", "settings (a config file changes defaults, a flag wins over both):"] if usage else []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name, "")                      # of a class: the default
+        setting = f"{field.name}={value if isinstance(value, str) else str(value).lower()}"
+        lines.append(f"  --{setting:<34} {comments.get(field.name, '')}".rstrip())
+    return "\n".join(lines)
 
 
 def print_config(config, sources: dict) -> None:
@@ -218,33 +142,76 @@ def print_config(config, sources: dict) -> None:
         print(f"  {name:<{width}} = {getattr(config, name)!s:<24} {sources[name]}")
 
 
-def command_line(config_class: type, argv: list[str], usage: str, verbs: tuple = ()):
+# --- the command line ---
+
+def parse_flags(argv) -> tuple[dict, list[str]]:
+    """Split arguments into `{key: text}` from `--key=value`, and the others in order.
+
+    >>> parse_flags(["out/x", "--top-k=5"])
+    ({'top_k': '5'}, ['out/x'])
+    """
+    flags, words = {}, []
+    for argument in argv:
+        key, equals, value = argument[2:].partition("=")
+        if not argument.startswith("--"):
+            words.append(argument)
+        elif not equals:
+            raise ConfigError(f"{argument} has no value; write {argument}=VALUE (for a switch, {argument}=true)")
+        else:
+            flags[key.replace("-", "_")] = value
+    return flags, words
+
+
+def command_line(config, argv: list[str], usage: str, verbs: tuple = (), config_file: str | None = None):
     """Read a command line of the form `[VERB] [FILE…] [--key=value …]`: (verb or None, files, config, sources).
 
-    A `config_*.py` among the files is the config file. `--help` prints and exits with 0; a mistake prints its message
-    and exits with 2.
+    config: {verb: its dataclass}, with a key None where the script also runs without a verb; or one dataclass for all
+    `verbs`. A word that ends in .py is the config file. config_file: the one to use when none is named, for the
+    dataclass that goes with None. `--help` prints the settings that apply (without a verb, those of every verb) and
+    exits with 0; a mistake prints its message and exits with 2.
     """
-    if any(argument in ("--help", "-h") for argument in argv):
-        print(format_help(config_class, usage))
-        sys.exit(0)
+    classes = config if isinstance(config, dict) else dict.fromkeys((None, *verbs), config)
+    wants_help = "--help" in argv or "-h" in argv
     try:
-        flags, rest = parse_flags(argv)
-        verb = rest.pop(0) if rest and rest[0] in verbs else None
-        files = [word for word in rest if not _is_config(word)]
-        configs = [word for word in rest if _is_config(word)]
+        flags, words = parse_flags(word for word in argv if word not in ("--help", "-h"))
+        verb = words.pop(0) if words and words[0] in classes else None
+        configs = [word for word in words if word.endswith(".py")]
+        if verb not in classes and not wants_help:
+            wrong = f"{words[0]!r} is no verb.{nearest(words[0], classes)}" if words else "a verb is missing."
+            raise ConfigError(f"{wrong} Give one of {', '.join(classes)}. {usage.strip()}")
         if len(configs) > 1:
             raise ConfigError(f"{len(configs)} config files given ({', '.join(configs)}); give one")
-        config, sources = resolve(config_class, flags, configs[0] if configs else None)
+        if not configs and config_file and classes.get(verb) is classes.get(None):
+            configs = [config_file]
+        settings, sources = resolve(classes[verb], flags, *configs) if verb in classes else (None, {})
     except (ValueError, OSError) as error:
         fail(error)
-    return verb, files, config, sources
-
-
-def _is_config(word: str) -> bool:
-    return word.endswith(".py")
+    if wants_help:
+        print(format_help(settings, usage) if settings else usage.strip())
+        for kind in dict.fromkeys(classes.values()) if verb is None else ():
+            if kind is not type(settings):
+                print(f"\n{', '.join(name for name in classes if classes[name] is kind)}:\n{format_help(kind)}")
+        sys.exit(0)
+    return verb, [word for word in words if word not in configs], settings, sources
 
 
 def fail(error) -> typing.NoReturn:
     """Print one line to standard error and exit with status 2, the status of a command line that cannot be used."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+def grid(config_class: type, words: list[str]) -> list[dict]:        # moves to runs.py
+    """The settings of each point that words such as `lr=1e-3,3e-3` and `seed=1,2` span; the last word moves fastest.
+
+    Raises ConfigError for a word that is no setting with values. `learning_rate` is understood as `lr`.
+    """
+    hints, axes = typing.get_type_hints(config_class), []
+    for word in words:
+        key, _, values = word.partition("=")
+        key = "lr" if key == "learning_rate" else key
+        if not values or key not in hints or key in ("out_dir", "resume"):
+            raise ConfigError(f"{word!r} spans no axis; write key=a,b with a setting as key.{nearest(key, hints)} "
+                              "--help lists them all")
+        axes.append([(key, coerce(key, value, hints[key])) for value in values.split(",")])
+    return [dict(point) for point in itertools.product(*axes)]

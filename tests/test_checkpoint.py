@@ -1,94 +1,63 @@
 """Claims about checkpoint.py."""
-import dataclasses
+import io
+import json
 import os
-import re
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 
-from common import ROOT  # noqa: F401# noqa: F401
+from common import ROOT
 import checkpoint
-import configurator
 import optim
 from model import ModelConfig, Transformer
 
-@dataclasses.dataclass
-class Toy:
-    width: int = 4             # how wide
-    rate: float = 0.1          # how fast
-    name: str | None = None    # what it is called
-    loud: bool = False         # whether to shout
+SHAPE = dict(vocab_size=50, context_length=16, d_model=16, n_layers=2, n_heads=2)
 
 
-def test_defaults_then_file_then_flags(tmp_path):
-    path = tmp_path / "config_toy.py"
-    path.write_text('"""A docstring."""\nhalf = 8\n'.replace("half", "width") + "rate = width * 0.5\nname = 'a'\n",
-                    encoding="utf-8")
-    config, sources = configurator.resolve(Toy, {"rate": "1e-2", "loud": "1"}, str(path))
-    assert config == Toy(8, 0.01, "a", True)
-    assert sources == {"width": str(path), "rate": "flag", "name": str(path), "loud": "flag"}
-
-
-@pytest.mark.parametrize("key, text, value", [("width", "1e4", 10_000), ("width", "-3", -3), ("rate", "3", 3.0),
-                                              ("loud", "true", True), ("loud", "0", False), ("name", "none", None),
-                                              ("name", "None", None), ("name", "7", "7")])
-def test_values_take_the_type_of_the_field(key, text, value):
-    config, _ = configurator.resolve(Toy, {key: text})
-    assert getattr(config, key) == value and type(getattr(config, key)) is type(value)
-
-
-@pytest.mark.parametrize("flags, words", [({"widht": "3"}, "Did you mean width"),
-                                          ({"width": "2.5"}, "width='2.5' is not a int"),
-                                          ({"loud": "perhaps"}, "loud='perhaps'"), ({"rate": "fast"}, "rate='fast'")])
-def test_bad_settings_say_what_and_what_instead(flags, words):
-    with pytest.raises(configurator.ConfigError, match=re.escape(words)):
-        configurator.resolve(Toy, flags)
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["import os", "width = open('x')", "width = __import__('os').getpid()", "width: int = 3", "for i in x: pass"])
-def test_config_files_cannot_run_code(tmp_path, line):
-    path = tmp_path / "config_bad.py"
-    path.write_text(line + "\n", encoding="utf-8")
-    with pytest.raises(configurator.ConfigError, match="config_bad.py:1"):
-        configurator.resolve(Toy, {}, str(path))
-
-
-def toy_model():
+def toy_model(**more):
     torch.manual_seed(0)
-    return Transformer(ModelConfig(vocab_size=50, context_length=16, d_model=16, n_layers=2, n_heads=2))
+    return Transformer(ModelConfig(**SHAPE | more))
 
 
-def test_checkpoint_brings_everything_back(tmp_path):
+@pytest.mark.parametrize("target", ["path", "file object"])
+def test_checkpoint_brings_everything_back(tmp_path, target):
     model = toy_model()
     optimizer = optim.AdamW(model.parameters(), lr=0.01)
     x = torch.arange(16).view(1, 16)
     for _ in range(2):
         model(x, x)[1].backward()
         optimizer.step()
-    checkpoint.save_checkpoint(model, optimizer, 2, tmp_path / "ckpt.pt", tokens=99)
-    other = toy_model()
-    other_optimizer = optim.AdamW(other.parameters(), lr=0.5)
-    assert checkpoint.load_checkpoint(tmp_path / "ckpt.pt", other, other_optimizer) == 2
-    for one, opt in ((model, optimizer), (other, other_optimizer)):      # the next step is the same as well
+    place = tmp_path / "ckpt.pt" if target == "path" else io.BytesIO()
+    checkpoint.save_checkpoint(model, optimizer, 2, place, tokens=99)
+    copy = toy_model()
+    copy_optimizer = optim.AdamW(copy.parameters(), lr=0.5)
+    assert checkpoint.load_checkpoint(place, copy, copy_optimizer) == 2
+    for one, opt in ((model, optimizer), (copy, copy_optimizer)):        # the next step is the same as well
         opt.zero_grad()
         one(x, x)[1].backward()
         opt.step()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
-    assert ModelConfig(**torch.load(tmp_path / "ckpt.pt", weights_only=True)["model_config"]) == model.config
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), copy.parameters()))
+    entries = checkpoint.read_checkpoint(place)
+    assert ModelConfig(**entries["model_config"]) == model.config and entries["tokens"] == 99
 
 
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
-    path = tmp_path / "ckpt.pt"
+def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(tmp_path):
+    resource, path = pytest.importorskip("resource"), tmp_path / "ckpt.pt"
     checkpoint.save_checkpoint(toy_model(), None, 1, path)
-
-    def cut_short(file):
-        file.write(b"half a check")
-        raise OSError("disk full")
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomically(path, cut_short)
-    assert checkpoint.load_checkpoint(path, toy_model()) == 1
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))    # the system refuses every byte after these
+        with pytest.raises(OSError, match="ckpt.pt could not be written.*unchanged"):
+            checkpoint.save_checkpoint(toy_model(), None, 2, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert checkpoint.load_checkpoint(path, toy_model()) == 1 and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+    with pytest.raises(KeyError):                                        # a mistake of the caller's stays what it is
+        checkpoint.write_atomically(path, lambda file: {}["x"])
+    assert checkpoint.load_checkpoint(path) == 1 and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
 class Evil:
@@ -96,22 +65,79 @@ class Evil:
         return os.system, ("echo executed",)
 
 
-def test_bad_checkpoints_are_refused_by_name(tmp_path):
+def test_bad_checkpoints_are_told_apart_and_named(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
-    with pytest.raises(FileNotFoundError, match="ckpt.pt"):
+    with pytest.raises(FileNotFoundError, match=r"ckpt.pt \(.* holds nothing\)"):
         checkpoint.load_checkpoint(path)
+    checkpoint.save_checkpoint(toy_model(), None, 1, tmp_path / "best.pt")
+    for missing in (path, tmp_path):
+        with pytest.raises(FileNotFoundError, match="holds best.pt"):
+            checkpoint.load_checkpoint(missing)
     checkpoint.save_checkpoint(toy_model(), None, 1, path)
     whole = path.read_bytes()
-    with pytest.raises(ValueError, match="does not fit this model: token_embeddings.weight"):
-        checkpoint.load_checkpoint(
-            path, Transformer(ModelConfig(vocab_size=51, context_length=16, d_model=16, n_layers=2, n_heads=2)))
-    with pytest.raises(ValueError, match="missing .'layers.2"):
-        checkpoint.load_checkpoint(
-            path, Transformer(ModelConfig(vocab_size=50, context_length=16, d_model=16, n_layers=3, n_heads=2)))
-    for content in (whole[:len(whole) // 2], whole[:100], b"", b"not a checkpoint at all"):
+    for shape, words in (({"vocab_size": 51}, "token_embeddings.weight"), ({"n_layers": 3}, "missing .'layers.2")):
+        with pytest.raises(ValueError, match=f"ckpt.pt does not fit this model: {words}"):
+            checkpoint.load_checkpoint(path, toy_model(**shape))
+    with pytest.raises(ValueError, match="ckpt.pt holds no optimizer state"):
+        checkpoint.load_checkpoint(path, None, optim.SGD(toy_model().parameters()))
+    for content in (whole[:len(whole) // 2], whole[:100], whole[:-30], b"", b"not a checkpoint at all"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="ckpt.pt"):
+        with pytest.raises(ValueError, match="ckpt.pt is cut short"):
             checkpoint.load_checkpoint(path)
-    torch.save({"model": {}, "step": Evil()}, path)
-    with pytest.raises(ValueError, match="ckpt.pt"):
-        checkpoint.load_checkpoint(path)
+    for entries, words in (({"model": {}, "step": Evil()}, "pickled code .*system"), ([1], "is not a checkpoint"),
+                           ({"model": {"w": 3}, "step": 1}, "is not a checkpoint"),
+                           ({"model": {}}, "step None"), ({"model": {}, "step": 1, "format_version": 9}, "version 9")):
+        torch.save(entries, path)
+        with pytest.raises(ValueError, match=f"ckpt.pt.*{words}"):
+            checkpoint.load_checkpoint(path)
+
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+    monkeypatch.setattr(torch, "load", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        checkpoint.read_checkpoint(path, map_location="cuda")
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
+    checkpoint.claim_out_dir(tmp_path / "new", inputs=(None, tmp_path))
+    checkpoint.claim_out_dir(tmp_path)
+    (tmp_path / "log.jsonl").touch()
+    with pytest.raises(ValueError, match="holds a run .log.jsonl.*--out_dir.*--overwrite=true"):
+        checkpoint.claim_out_dir(str(tmp_path))
+    (tmp_path / "ckpt.pt").touch()
+    with pytest.raises(ValueError, match="--resume=true"):
+        checkpoint.claim_out_dir(tmp_path)
+    checkpoint.claim_out_dir(tmp_path, overwrite=True)
+    with pytest.raises(ValueError, match="read from"):
+        checkpoint.claim_out_dir(tmp_path / "x" / "..", overwrite=True, inputs=(tmp_path,))
+    with pytest.raises(ValueError, match="is a file"):
+        checkpoint.claim_out_dir(tmp_path / "ckpt.pt")
+
+
+def test_token_files_with_and_without_meta(tmp_path):
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")      # nanoGPT's own, as they are
+    assert checkpoint.read_meta(tmp_path) == {"dtype": "uint16"}
+    assert checkpoint.open_tokens(tmp_path, "train")[999] == 999
+    (tmp_path / "val.bin").write_bytes(b"odd")
+    for split, error in (("val", ValueError), ("test", FileNotFoundError)):
+        with pytest.raises(error, match=f"{split}.bin"):
+            checkpoint.open_tokens(tmp_path, split)
+    (tmp_path / "meta.json").write_text('{"dtype": "uint32", "vocab_size": 70000}')
+    assert len(checkpoint.open_tokens(tmp_path, "train")) == 500
+
+
+@pytest.mark.parametrize("meta, words", [
+    ("{", "not JSON"), ("\xff", "not JSON"), ("[1]", "object"), ('{"dtype": "int8", "vocab_size": 9}', "dtype 'int8'"),
+    ('{"dtype": "uint16"}', "vocab_size None"), ('{"dtype": "uint16", "vocab_size": "9"}', "vocab_size '9'"),
+    (json.dumps({"dtype": "uint16", "vocab_size": 9, "tokenizer_sha256": "0" * 64}), "another tokenizer than .*000000")])
+def test_a_meta_json_that_cannot_be_used_says_why(tmp_path, meta, words):
+    (tmp_path / "meta.json").write_bytes(meta.encode("latin-1"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    np.arange(10, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match=f"meta.json.*{words}"):
+        checkpoint.open_tokens(tmp_path, "train")
+
+
+def test_files_are_opened_without_torch():
+    code = "import checkpoint, sys; checkpoint.read_meta('.'); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import json
+import shutil
 import os
 import random
 import threading
@@ -64,15 +65,63 @@ def test_prepare_writes_what_the_design_names(corpus):
     assert (corpus / "train.txt").stat().st_size > 4 * (corpus / "val.txt").stat().st_size
 
 
-@pytest.mark.parametrize("content, words", [(b"", "is empty"), (b"caf\xe9 " * 500, "is not UTF-8"),
-                                            (b"too short", "fewer than one context")])
-def test_texts_that_cannot_be_used_say_why(tmp_path, content, words):
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "is empty"), (b"caf\xe9 " * 500, "is not UTF-8"), (b"too short", "fewer than one context"),
+    (b" " * 5000, "split of x.txt has")])
+def test_a_preparation_that_fails_says_why_and_leaves_nothing(corpus, tmp_path, content, words):
     (tmp_path / "x.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=words) as caught:
-        data.prepare(tmp_path / "x.txt", vocab_size=300, data_dir=tmp_path / "data")
-    assert "x.txt" in str(caught.value) or "train.txt" in str(caught.value)
+    good = shutil.copytree(corpus, tmp_path / "good")
+    before = files_of(good)
+    for folder in (tmp_path / "data", good):
+        with pytest.raises(ValueError, match=words) as caught:
+            data.prepare(tmp_path / "x.txt", vocab_size=300, data_dir=folder)
+        assert "x.txt" in str(caught.value)
     with pytest.raises(ValueError, match="neither a corpus"):
         data.prepare("shakespear", data_dir=tmp_path / "data")
+    assert files_of(good) == before and sorted(path.name for path in tmp_path.iterdir()) == ["good", "x.txt"]
+
+
+@pytest.mark.parametrize("given", ["file", "folder"])
+def test_a_tokenizer_is_taken_byte_for_byte(corpus, tmp_path, capsys, given):
+    run = tmp_path / "run"
+    run.mkdir()
+    written = json.loads((corpus / "tokenizer.json").read_text(encoding="utf-8"))
+    (run / "tokenizer.json").write_text(json.dumps(written, indent=3), encoding="utf-8")     # not as ours would save it
+    (run / "ckpt.pt").touch()
+    (tmp_path / "mine.txt").write_text("to be or not to be, é\n" * 400, encoding="utf-8")
+    path = run if given == "folder" else run / "tokenizer.json"
+    data.main(["prepare", str(tmp_path / "mine.txt"), f"--tokenizer={path}", f"--data_dir={tmp_path / 'mine'}"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("next: python train.py ") and f"--data_dir={tmp_path / 'mine'} --out_dir=out/mine" in last
+    assert (f"--init_from={run}" in last) == (given == "folder")
+    assert (tmp_path / "mine" / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
+    assert data.read_meta(tmp_path / "mine")["vocab_size"] == 512
+    ids = data.open_tokens(tmp_path / "mine", "train")
+    assert bpe.Tokenizer.load(path / "tokenizer.json" if given == "folder" else path).decode_bytes(ids) == (
+        tmp_path / "mine" / "train.txt").read_bytes()
+    for tokenizer, vocab_size, words in ((path, 300, "vocab_size=300.*512"), (tmp_path, None, "holds mine, mine.txt, run")):
+        with pytest.raises(ValueError, match=words):
+            data.prepare(tmp_path / "mine.txt", vocab_size, tmp_path / "other", tokenizer=tokenizer)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_tokenizer_that_its_own_meta_json_does_not_name_is_refused(corpus, tmp_path):
+    folder = shutil.copytree(corpus, tmp_path / "data")
+    with open(folder / "tokenizer.json", "a", encoding="utf-8") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match="another tokenizer"):
+        data.prepare(folder / "train.txt", data_dir=tmp_path / "new", tokenizer=folder)
+
+
+def test_torchrun_is_sent_to_prepare_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="python data.py prepare shakespeare --data_dir="):
+        data.prepare("shakespeare", data_dir=tmp_path / "data")
+    assert not (tmp_path / "data").exists()
 
 
 class Flaky(http.server.BaseHTTPRequestHandler):
@@ -139,15 +188,6 @@ def test_hosted_corpora_come_through_the_mirror(server, tmp_path, monkeypatch, n
     monkeypatch.setenv("DATA_MIRROR", server)
     meta = data.prepare(name, vocab_size=300, data_dir=tmp_path)
     assert meta["train_bytes"] == meta["val_bytes"] == len(text) and (tmp_path / "train.txt").read_bytes() == text
-
-
-def test_nanogpt_token_files_load_as_they_are(tmp_path):
-    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    assert data.read_meta(tmp_path) == {"dtype": "uint16"} and data.open_tokens(tmp_path, "train")[999] == 999
-    (tmp_path / "val.bin").write_bytes(b"odd")
-    for split, error in (("val", ValueError), ("test", FileNotFoundError)):
-        with pytest.raises(error, match=f"{split}.bin"):
-            data.open_tokens(tmp_path, split)
 
 
 def warc_record(address, body: bytes, lie: int = 0, kind=b"text/html", status=b"200 OK") -> bytes:

@@ -1,0 +1,119 @@
+"""Claims about machine.py: devices, dtypes, threads, signals."""
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from common import ids, toy
+import machine
+
+
+class OneCoreBusy:
+    """A clock and a machine of two cores: a step takes 1 s, 40 s with two threads while another program runs."""
+
+    def __init__(self, busy):
+        self.now, self.busy, self.looks = 0.0, busy, 0
+
+    def rate(self, threads):
+        self.now, self.looks = self.now + 0.05, self.looks + 1
+        return {1: 55.0, 2: 2.0 if self.busy else 100.0}[threads]
+
+    def step(self, threads):
+        seconds = 40.0 if self.busy and threads.threads == 2 else 1.0 if threads.threads == 2 else 1.8
+        self.now += seconds
+        threads.watch(seconds)
+        return seconds
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_give_way_to_another_program_and_come_back(two_threads, capsys):
+    here = OneCoreBusy(busy=False)
+    with machine.Threads(clock=lambda: here.now, rate=here.rate) as threads:
+        assert here.looks == 2 and [here.step(threads) for _ in range(50)] == [1.0] * 50
+        assert here.looks == 2 and torch.get_num_threads() == 2, "a quiet machine is looked at once"
+        here.busy = True
+        assert [here.step(threads) for _ in range(3)] == [40.0, 1.8, 1.8], "one slow step is enough"
+        assert torch.get_num_threads() == 1
+        looks = here.looks
+        for _ in range(100):
+            here.step(threads)
+        assert (here.looks - looks) * 0.05 < 0.03 * 180, "looking again costs little"
+        here.busy = False
+        assert [here.step(threads) for _ in range(10)][-1] == 1.0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "1 of 2 threads" in said[0] and "free again" in said[1]
+    assert torch.get_num_threads() == 2
+
+
+def test_a_machine_busy_from_the_start_is_seen_and_a_fixed_number_stays(two_threads):
+    here = OneCoreBusy(busy=True)
+    with machine.Threads(clock=lambda: here.now, rate=here.rate) as threads:
+        assert here.step(threads) == 1.8
+    with machine.Threads(2, clock=lambda: here.now, rate=here.rate) as threads:
+        assert here.step(threads) == here.step(threads) == 40.0
+    with machine.Threads(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_slow_steps_of_another_kind_change_nothing(two_threads):
+    """A disk that stalls, a longer batch: slow, but two threads still do more small operations than one."""
+    here = OneCoreBusy(busy=False)
+    with machine.Threads(clock=lambda: here.now, rate=here.rate) as threads:
+        for seconds in (1.0, 9.0, 1.0, 9.0):
+            threads.watch(seconds)
+        assert threads.threads == 2
+
+
+def test_the_number_of_threads_is_part_of_what_a_run_repeats(two_threads):
+    """The same number, the same bits; another one may change them, which is why --threads=N exists."""
+    gradients = []
+    for threads in (2, 2, 1):
+        with machine.Threads(threads):
+            model = toy("plain", d_model=128, d_ff=512)
+            model(ids(16, 24), ids(16, 24, seed=2))[1].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, gradients[0], gradients[1]))
+    for one, two in zip(gradients[2], gradients[0]):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)     # the order of float32 sums
+
+
+def test_devices_and_dtypes(monkeypatch):
+    with pytest.raises(ValueError, match="cuda:99.*try --device=cpu"):
+        machine.pick_device("cuda:99")
+    assert machine.pick_device("cpu") == "cpu" and machine.pick_dtype("float16", "cpu") == "float16"
+    rates = {torch.bfloat16: 4.0, torch.float32: 1.0}
+    monkeypatch.setattr(machine, "matmul_flops", lambda device, dtype, *_: rates[dtype])
+    assert machine.pick_dtype(None, "cpu") == "bfloat16"
+    rates[torch.bfloat16] = 1.2
+    assert machine.pick_dtype(None, "cpu") == "float32" and machine.pick_dtype(None, "mps") == "float32"
+    assert machine.peak_flops("mps", "float32") is None and machine.peak_flops("cpu", "float32") == 1.0
+    with pytest.raises(ValueError, match="'H1' is not known; there are V100, A100, H100"):
+        machine.find_device("H1")
+
+
+def test_a_matrix_product_and_a_sum_are_measured():
+    assert 1e8 < machine.matmul_flops("cpu", torch.float32, size=128) < math.inf
+    assert 1e6 < machine.thread_rate(1, 0.01) * 2 ** 19 < 1e14
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_the_first_signal_is_remembered_and_the_second_acts(request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job starts without
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    with machine.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.sigtimedwait([], 1) if hasattr(signal, "sigtimedwait") else None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
