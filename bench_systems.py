@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import optim
 import train
 from accounting import table
-from configurator import command_line
+from configurator import ConfigError, command_line
 from machine import DTYPES, pick_device, pick_dtype
 from model import ModelConfig, Transformer
 
@@ -32,6 +32,16 @@ class KernelConfig:
     tokens: str = "512,2048,8192"             # lengths to time
     widths: str = "64,128"                    # head widths to time
     dtypes: str = "bfloat16,float32"          # dtypes to time
+
+    def __post_init__(self):
+        if self.page not in ("kernels", "flash", "both"):
+            raise ConfigError(f"page={self.page!r} must be kernels, flash or both")
+        for number in [*self.tokens.split(","), *self.widths.split(",")]:
+            if not number.isdecimal() or int(number) == 0:
+                raise ConfigError(f"tokens and widths must be whole numbers with commas between, not {number!r}")
+        for dtype in self.dtypes.split(","):
+            if dtype not in DTYPES:
+                raise ConfigError(f"dtypes={self.dtypes!r} must be some of {', '.join(DTYPES)} with commas between")
 
 
 def layer_cases(device, T, C, V, H, K, D) -> list[tuple]:
@@ -58,21 +68,20 @@ def layer_cases(device, T, C, V, H, K, D) -> list[tuple]:
 def attention_cases(device, T, H, K, D) -> list[tuple]:
     """The same for flash.py, causal and not."""
     import flash
-    rows, shapes = [], [(1, heads, T, D) for heads in (H, K, K)]
-    for function in (flash.FlashAttentionPyTorch, flash.FlashAttentionTriton):
-        for causal in (True, False):
-            def ours(q, k, v, function=function, causal=causal):
-                return function.apply(q, k, v, causal)
+    def plain(q, k, v, is_causal):
+        k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
+        return torch.softmax(flash.scores_of(q, k, is_causal), dim=-1) @ v
 
-            def plain(q, k, v, causal=causal):
-                k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
-                return torch.softmax(flash.scores_of(q, k, causal), dim=-1) @ v
+    def own(q, k, v, is_causal):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
 
-            def own(q, k, v, causal=causal):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-            name = function.__name__.removeprefix("FlashAttention") + (" causal" if causal else " full")
-            rows.append((name, ours, plain, own, [torch.randn(s, device=device).requires_grad_() for s in shapes]))
-    return rows
+    def ours(q, k, v, is_causal):
+        return flash.FlashAttentionPyTorch.apply(q, k, v, is_causal)
+
+    inputs = [torch.randn(1, heads, T, D, device=device).requires_grad_() for heads in (H, K, K)]
+    return [(f"{name} {'causal' if is_causal else 'full'}",
+             *(functools.partial(f, is_causal=is_causal) for f in (function, plain, own)), inputs)
+            for name, function in (("PyTorch", ours), ("Triton", flash.flash_attention)) for is_causal in (True, False)]
 
 
 def outputs_and_gradients(function, inputs, dtype) -> tuple[list, list]:
@@ -136,8 +145,8 @@ def print_times(cases, title: str, dtype) -> None:
 
 def kernels(argv: list[str]) -> None:
     """Every kernel's error beside plain PyTorch's, then the times: on the CPU only those of attention by tiles."""
-    from configurator import command_line
-    _, _, config, _ = command_line(KernelConfig, argv, "python bench.py kernels [--tokens=512,4096 --key=value ...]")
+    usage = "python bench.py kernels | kernels.py | flash.py [--key=value ...]"
+    _, _, config, _ = command_line(KernelConfig, argv, usage)
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
     if not gpu:
@@ -156,7 +165,7 @@ def kernels(argv: list[str]) -> None:
                     cases += layer_cases(device, T, 2048, 50304, heads, heads, D)
                 if not gpu:                                # an interpreted kernel has no time worth knowing
                     cases = [case for case in cases if "Triton" not in case[0]]
-                print_times(cases, f"{T} tokens, {heads} heads of {D}", getattr(torch, dtype))
+                print_times(cases, f"{T} tokens, {heads} heads of {D}", DTYPES[dtype])
 
 
 # --- profile: where the time of a training step goes ---
@@ -175,8 +184,6 @@ def profile(argv: list[str]) -> None:
     """
     import data
     import train
-    from configurator import command_line
-    from machine import DTYPES, pick_device, pick_dtype
     from model import Transformer
     _, _, config, _ = command_line(train.TrainConfig, argv, "python bench.py profile config_x.py [--key=value ...]")
     device = pick_device(config.device)

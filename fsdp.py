@@ -365,7 +365,7 @@ class FSDP(nn.Module):
         self._receive(self.sending)
         self.sending = []
         if self.vectors:
-            average(self.vectors, self.group)()
+            wait(average(self.vectors, self.group))
 
     def full_state_dict(self) -> dict:
         """The undivided module's state dict, plain names, on every rank; collective: call it on all, or it hangs."""

@@ -233,19 +233,20 @@ def to_host(value):
 # --- data parallel ---
 
 def average(params, group=None):
-    """Start to replace the gradients of `params` by their mean over ranks, as one message; returns the function that
-    ends it. A gradient that is None counts as 0, here and elsewhere. On return each `.grad` is a view of the message.
-    """
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    flat = torch.cat([part.flatten() for part in parts])
-    for p, part in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = part.view(p.shape)                 # frees the gradient that was there: N bytes in all, not 2 N
-    work = send("all-reduce", dist.all_reduce, flat, group=group)
+    """Start to replace the gradients of `params` by their mean over ranks, as one message; returns its work.
 
-    def end():
-        wait(work)
-        flat.div_(world(group)[1])
-    return end
+    A gradient that is None counts as 0, here and elsewhere. On return each `.grad` is a view of the message, and what
+    it was before is freed: N bytes of gradients and one bucket, not 2 N.
+    """
+    flat = params[0].new_empty(sum(p.numel() for p in params), requires_grad=False)
+    for p, part in zip(params, flat.split([p.numel() for p in params])):
+        part = part.view(p.shape)
+        if p.grad is None:
+            part.zero_()
+        else:
+            torch.mul(p.grad, 1 / world(group)[1], out=part)
+        p.grad = part
+    return send("all-reduce", dist.all_reduce, flat, group=group)
 
 
 class NaiveDDP(nn.Module):
@@ -296,7 +297,7 @@ class DDP(nn.Module):
             self.buckets[-1].append(p)
             filled += p.nbytes
             p.register_post_accumulate_grad_hook(self._arrived)
-        self.ready, self.ends = set(), []           # parameters whose gradient is there; what ends each sent bucket
+        self.ready, self.works = set(), []          # parameters whose gradient is there; buckets that were sent
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
@@ -323,18 +324,18 @@ class DDP(nn.Module):
     def _send(self, everything: bool) -> None:
         # In this order on every rank, as collectives are matched by order alone: ranks whose backward runs
         # differently (an unused layer) must not pair different buckets.
-        while len(self.ends) < len(self.buckets):
-            bucket = self.buckets[len(self.ends)]
+        while len(self.works) < len(self.buckets):
+            bucket = self.buckets[len(self.works)]
             if not everything and not self.ready.issuperset(bucket):
                 return
-            self.ends.append(average(bucket, self.group))
+            self.works.append(average(bucket, self.group))
 
     def finish_gradient_synchronization(self) -> None:
         """Call on all ranks after backward and before the step: `.grad` is then the mean over the ranks."""
         self._send(everything=True)
-        for end in self.ends:
-            end()
-        self.ready, self.ends = set(), []
+        for work in self.works:
+            wait(work)
+        self.ready, self.works = set(), []
 
 
 # --- optimizer state divided: ZeRO-1 ---

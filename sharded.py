@@ -26,9 +26,9 @@ sequence parallelism, interleaved stages, stages of measured size (the last has 
     torchrun --standalone --nproc_per_node=2 bench.py parallel             the bubble beside the formula
 """
 import contextlib
+import copy
 import math
 import os
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -138,7 +138,8 @@ def tensor_parallel(model: nn.Module, group=None) -> nn.Module:
         if names:                                   # one f for all the columns that read the same x
             parent.register_forward_pre_hook(lambda _, args: (CopyToRanks.apply(args[0], group), *args[1:]))
         if "q_proj" in names:
-            parent.config = replace(c, n_heads=c.n_heads // size, n_kv_heads=c.n_kv_heads // size)
+            parent.config = copy.copy(c)            # not replace, which would derive head_dim from n_heads anew
+            parent.config.n_heads, parent.config.n_kv_heads = c.n_heads // size, c.n_kv_heads // size
             for norm in (parent.q_norm, parent.k_norm) if c.qk_norm else ():
                 # Its weight serves all heads, of which a rank sees only its own.
                 norm.weight.register_hook(lambda grad: reduce(grad.clone(), group))
@@ -225,24 +226,28 @@ class Pipeline(nn.Module):
             here.repeated = self.stage != min(places)
             if len(places) > 1 and here is p:
                 self.tied = p
+        model.embed = self._embed
         for i, layer in enumerate(model.layers):
-            if stage_of(f"layers.{i}") != self.stage:
+            if stage_of(f"layers.{i}.") != self.stage:
                 layer.forward = lambda x, *_: x
 
     def named_parameters(self, *args, **kwargs):
         """Those of this stage, by their names in the model."""
         return ((name, p) for name, p in self.module.named_parameters(*args, **kwargs) if not p.is_meta)
 
+    def _embed(self, tokens, cache, plan):
+        """Instead of the model's own: a later stage goes on from what the stage before has sent."""
+        self.plan = plan
+        return type(self.module).embed(self.module, tokens, cache, plan) if self.first else self.received
+
     def _layers(self, tokens, x):
         """(the residual stream after this stage, its share of the experts' balance loss); x: what came in."""
-        plan, c = self.module.plan(tokens), self.config
-        if self.first:
-            x = self.module.hidden(tokens, None, plan)
-        else:
-            for layer in self.module.layers:
-                x = layer(x, None, None, plan)
-        balanced = self.module.training and c.n_experts and c.balance == "loss" and plan.balance
-        return x, c.balance_weight * sum(plan.balance) / c.n_layers if balanced else None
+        self.received, c = x, self.config
+        y = self.module.hidden(tokens)
+        self.received, balance = None, self.plan.balance
+        if not balance or c.balance != "loss":
+            return y, None
+        return y, c.balance_weight * sum(balance) / c.n_layers
 
     def _activation(self, tokens):
         """The residual stream as it comes from the stage before, for these tokens."""

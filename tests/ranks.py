@@ -1,4 +1,4 @@
-"""What the tests of parallel.py and sharded.py share: a small model, what one process makes of it, ranks that run checks."""
+"""What the tests of parallel.py and sharded.py share: a small model, one process as reference, ranks that run checks."""
 import datetime
 import os
 import traceback
@@ -91,7 +91,7 @@ def run_checks(checks: dict, tmp):
         for process in started:
             process.start()
         for process in started:
-            process.join(150)
+            process.join(300)
             process.kill()
     return tmp
 

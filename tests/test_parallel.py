@@ -85,7 +85,7 @@ def check_no_sync_holds_one_copy(rank, size, tmp):
             model(torch.ones(1, 300)).sum().backward()
         held = [t for value in vars(model).values() if isinstance(value, (list, tuple, set, dict)) for t in value
                 if torch.is_tensor(t) and t is not weight]
-        assert not held and not model.ends, "a buffer besides .grad"
+        assert not held and not model.works, "a buffer besides .grad"
     model(torch.ones(1, 300)).sum().backward()
     model.finish_gradient_synchronization()
     assert weight.grad.untyped_storage().nbytes() == weight.nbytes and torch.all(weight.grad == 3)
