@@ -88,13 +88,14 @@ class TrainConfig(ModelConfig):
     compile: bool | None = None              # torch.compile; none = on CUDA only
 
     def __post_init__(self):
+        """Check what can be checked without the data. Raises ValueError naming the setting."""
         for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", ("cosine", "wsd")), ("dtype", (None, *DTYPES)),
                               ("parallel", ("ddp", "zero1", "fsdp")), ("loader", ("random", "epochs"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, allowed))}")
         given = {name: value for name, value in vars(self).items() if value is not None}
-        for name in ("batch_tokens", "eval_steps", "muon_steps", "tp", "pp", "vocab_size", "log_every", "micro_batch_size",
-                     "max_steps", "checkpoint_every", "threads"):
+        for name in ("batch_tokens", "eval_steps", "muon_steps", "tp", "pp", "vocab_size", "log_every",
+                     "micro_batch_size", "max_steps", "checkpoint_every", "threads"):
             if given.get(name, 1) < 1:
                 raise ValueError(f"{name}={given[name]} must be at least 1")
         for name in ("seed", "warmup_steps", "eval_every", "num_samples", "lr", "muon_lr", "weight_decay"):
@@ -244,8 +245,8 @@ def check_tokenizer(entries: dict, path: Path, data_dir, made_with: str | None) 
         raise ValueError(f"{data_dir} has no meta.json that names its tokenizer, and {path} was trained with one of "
                          f"SHA-256 {trained_with[:12]}…; {advice}")
     if trained_with != made_with:
-        raise ValueError(f"{path} was trained with another tokenizer (SHA-256 {str(trained_with)[:12]}) than {data_dir} "
-                         f"was made with ({made_with[:12]}); {advice}")
+        raise ValueError(f"{path} was trained with another tokenizer (SHA-256 {str(trained_with)[:9]}) than {data_dir} "
+                         f"was made with ({made_with[:9]}); {advice}")
 
 
 # --- optimizers ---

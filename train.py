@@ -167,7 +167,7 @@ class Run:
         return loss, norm, self.config.lr * factor
 
     def loss_of(self, logits, loss, inputs):
-        """What is differentiated, of one micro-batch: the loss on the text and, with a teacher, the distance from it."""
+        """What is differentiated, of one micro-batch: the loss and, with a teacher, the distance from its logits."""
         if self.teacher is None:
             return loss
         with torch.no_grad():
@@ -397,7 +397,7 @@ def print_start(run: Run) -> None:
     micro = min(config.micro_batch_size or rows, rows)
     print(f"model: {run.n_params:,} parameters, {c.n_layers} layers of {c.d_model}, vocabulary {c.vocab_size:,}, "
           f"context {c.context_length}\n"
-          f"device: {run.device}, {run.dtype}; {run.strategy.size} ranks = dp {ranks} x tp {config.tp} x pp {config.pp}\n"
+          f"device: {run.device}, {run.dtype}; {run.strategy.size} ranks = dp {ranks}, tp {config.tp}, pp {config.pp}\n"
           f"step: {run.sequences * c.context_length:,} tokens = {run.sequences} sequences of {c.context_length}, "
           f"{math.ceil(rows / micro)} micro-batches of up to {micro} a rank")
     for optimizer in run.optimizers:

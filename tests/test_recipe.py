@@ -73,7 +73,8 @@ def test_token_files_that_do_not_fit_together_are_refused(corpus, tmp_path):
         (folder / "meta.json").write_text(json.dumps(kept), encoding="utf-8")
         return recipe.open_data(folder, 32)
     assert opens()[2] == 512 and recipe.open_data(folder, 32, 600)[2] == 600
-    for changes, words in (({"val_tokens": 3}, "val.bin has .* of two preparations"), ({"vocab_size": 9}, "val.bin holds")):
+    for changes, words in (({"val_tokens": 3}, "val.bin has .* of two preparations"),
+                           ({"vocab_size": 9}, "val.bin holds")):
         with pytest.raises(ValueError, match=words):
             opens(**changes)
     (folder / "meta.json").unlink()
