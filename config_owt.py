@@ -33,5 +33,4 @@ min_lr_factor = 0.0
 warmup_steps = 300
 eval_every = 500
 checkpoint_every = 1000
-log_every = 20
 num_samples = 3

@@ -32,5 +32,4 @@ min_lr_factor = 0.02
 warmup_steps = 50
 eval_every = 200
 eval_steps = 10
-log_every = 100
 num_samples = 3

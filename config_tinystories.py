@@ -24,5 +24,4 @@ warmup_steps = 200
 weight_decay = 0.1
 eval_every = 500
 checkpoint_every = 500
-log_every = 20
 num_samples = 3

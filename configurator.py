@@ -14,7 +14,6 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import itertools
 import operator
 import re
 import sys
@@ -199,19 +198,3 @@ def fail(error) -> typing.NoReturn:
     """Print one line to standard error and exit with status 2, the status of a command line that cannot be used."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
-
-
-def grid(config_class: type, words: list[str]) -> list[dict]:        # moves to runs.py
-    """The settings of each point that words such as `lr=1e-3,3e-3` and `seed=1,2` span; the last word moves fastest.
-
-    Raises ConfigError for a word that is no setting with values. `learning_rate` is understood as `lr`.
-    """
-    hints, axes = typing.get_type_hints(config_class), []
-    for word in words:
-        key, _, values = word.partition("=")
-        key = "lr" if key == "learning_rate" else key
-        if not values or key not in hints or key in ("out_dir", "resume"):
-            raise ConfigError(f"{word!r} spans no axis; write key=a,b with a setting as key.{nearest(key, hints)} "
-                              "--help lists them all")
-        axes.append([(key, coerce(key, value, hints[key])) for value in values.split(",")])
-    return [dict(point) for point in itertools.product(*axes)]

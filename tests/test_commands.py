@@ -109,7 +109,7 @@ def test_a_run_that_is_stopped_goes_on(corpus, tmp_path, number):
                                               (["train.py", "--max_steps"], "has no value"),
                                               (["train.py", "config_none.py"], "config_none.py"),
                                               (["train.py", "trian"], "'trian' is neither"),
-                                              (["train.py", "--max_steps=many"], "max_steps='many' is not a int"),
+                                              (["train.py", "--max_steps=many"], "--max_steps='many' is not of type int or none"),
                                               (["sample.py"], "give one folder"),
                                               (["sample.py", "out/none"], "no checkpoint at"),
                                               (["data.py", "prepare", "none.txt"], "neither a corpus"),
