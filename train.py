@@ -211,7 +211,7 @@ class Run:
 
     def save(self, name: str = "ckpt.pt") -> None:
         """Write the whole, undivided state, so that any number of ranks can go on from it; collective."""
-        weights = full_state_dict(self.model)
+        weights = full_state_dict(self.model, keep=self.strategy.rank == 0)
         states = [full_optimizer_state(optimizer) for optimizer in self.optimizers]
         if self.strategy.rank:
             return

@@ -364,9 +364,11 @@ def test_train_on_ranks_equals_one_process_and_goes_on_anywhere(corpus, tmp_path
     shutil.copy(tmp_path / "two" / "ckpt.pt", tmp_path / "three" / "ckpt.pt")
     run("two", 2, 10, "--tp=2", "--resume=true")
     run("three", 3, 10, "--parallel=zero1", "--resume=true")   # 8 sequences and 2 evaluation batches on 3 ranks
+    run("four", 4, 5, "--parallel=zero1", "--pp=2")            # two pipelines of two stages
+    run("four", 2, 10, "--pp=2", "--resume=true")
 
     right = dict(losses(tmp_path / "one", "val_loss"))
-    for out, steps in (("two", (2, 4, 6, 8, 10)), ("three", (6, 8, 10))):
+    for out, steps in (("two", (2, 4, 6, 8, 10)), ("three", (6, 8, 10)), ("four", (2, 4, 6, 8, 10))):
         on_ranks = dict(losses(tmp_path / out, "val_loss"))
         assert [on_ranks[step] for step in steps] == pytest.approx([right[step] for step in steps], abs=1e-4)
         for (name, tensor), other in zip(weights(tmp_path / "one").items(), weights(tmp_path / out).values()):
