@@ -1,11 +1,11 @@
-"""Text as characters, bytes or words: the three vocabularies that byte-pair encoding replaces, and the words it starts from.
+"""Text as characters, bytes or words: the three vocabularies that BPE replaces, and the words that it starts from.
 
-    "I'll  go"    characters    I ' l l ␠ ␠ g o      short vocabulary of its own alphabet, long text, unknown characters
+    "I'll  go"    characters    I ' l l ␠ ␠ g o      a small vocabulary, long text, unknown characters
                   bytes         49 27 6c 6c 20 …     256 ids, nothing unknown, longer still
                   words         I | 'll | ␠ | ␠go    short text, an endless vocabulary, every new word unknown
 
-The words are GPT-2's, cut by a regex: contractions; letters, numbers or other signs, each with one space before them; and
-white space. bpe.py merges bytes inside such words.
+The words are GPT-2's, cut by a regex: contractions; letters, numbers or other signs, each with one space before them;
+and white space. bpe.py merges bytes inside such words.
 """
 import operator
 import re
@@ -24,7 +24,7 @@ GPT4_PATTERNS = tuple(    # Llama 3 and GPT-4 take three digits together, Qwen 2
 # --- cutting text into words ---
 
 def pieces(pattern, text):
-    """Yield the words of `text`, which merges stay inside: the matches of a compiled pattern, and what lies between them.
+    """Yield the words of `text`, which merges stay inside: the matches of a compiled pattern and what lies between.
 
     >>> list(pieces(regex.compile(GPT2_PATTERN), "I'll  go"))
     ['I', "'ll", ' ', ' go']

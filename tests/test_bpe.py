@@ -21,7 +21,8 @@ from common import BPE_TEXT, ROOT, bpe_write
 import bpe
 import bpe_fast
 
-POSSESSIVE = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""    # tiktoken's GPT-2
+# tiktoken's GPT-2
+POSSESSIVE = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 LLAMA = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
          r"""\s*[\r\n]+|\s+(?!\S)|\s+""")
 HANDOUT = {b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}
@@ -77,7 +78,8 @@ def test_bpe_trains_as_the_naive_trainer_does(seed, tmp_path, small_blocks):
     for _ in range(5):
         text = "".join(random_text(rng, 30) + rng.choice(["", "<|e|>", " "]) for _ in range(8)) + "aaaa"
         path, n = bpe_write(tmp_path / "t", text), rng.randrange(60)
-        counts = Counter(word.encode() for part in text.split("<|e|>") for word in regex.findall(bpe.GPT2_PATTERN, part))
+        parts = text.split("<|e|>")
+        counts = Counter(word.encode() for part in parts for word in regex.findall(bpe.GPT2_PATTERN, part))
         for pattern in bpe.GPT2_PATTERN, f"(?:{bpe.GPT2_PATTERN})":    # the fast path, and not
             vocab, merges = bpe.train_bpe(path, 257 + n, ["<|e|>"], pattern=pattern, workers=1)
             assert merges == bpe.learn_merges(counts, n)

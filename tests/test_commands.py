@@ -12,6 +12,7 @@ import pytest
 
 from common import ROOT, TINY, corpus_text, python, steps# noqa: F401
 import bpe
+import words
 import checkpoint
 import clean
 import configurator
@@ -23,11 +24,11 @@ import parallel
 import sample
 import train
 
-SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "kernels", "parallel", "model", "accounting", "convert",
+SCRIPTS = ["configurator", "checkpoint", "words", "bpe_files", "bpe_fast", "bpe", "optim", "kernels", "parallel", "model", "accounting", "convert",
            "clean", "data", "train", "sample", "evaluate"]
 
 
-@pytest.mark.parametrize("module", [bpe, clean, configurator, data, evaluate, model_module, parallel])
+@pytest.mark.parametrize("module", [bpe, words, clean, configurator, data, evaluate, model_module, parallel])
 def test_examples_in_docstrings_are_true(module):
     found = doctest.testmod(module)
     assert found.attempted > 0 and found.failed == 0, found
