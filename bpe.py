@@ -50,11 +50,11 @@ import numpy as np
 from tqdm import tqdm
 
 from bpe_files import read_gpt2_files, read_tokenizer_json, to_text, tokenizer_json
-from bpe_fast import GPT2_CUT, GPT4_CUT, LONG_WORD, Cutter, Encoder, Merger, count_words, cpus, merge_ids, share
+from bpe_fast import GPT2_CUT, GPT4_CUT, Cutter, Encoder, Merger, count_words, cpus, merge_ids, share
 from checkpoint import write_atomically
 from configurator import command_line, fail
 from words import GPT2_PATTERN, GPT2_PATTERNS, GPT4_PATTERNS, check_specials, check_utf8, compile_pattern
-from words import pieces, read_range, splitter_of, utf8
+from words import Remembered, pieces, read_range, splitter_of, utf8
 from words import ByteTokenizer, CharTokenizer, WordTokenizer, compression_ratio  # noqa: F401
 
 _CUTS = dict.fromkeys(GPT2_PATTERNS, GPT2_CUT) | dict.fromkeys(GPT4_PATTERNS, GPT4_CUT)
@@ -185,21 +185,6 @@ def merge_steps(tokenizer, word):
         parts = [*parts[:i], parts[i] + parts[i + 1], *parts[i + 2:]]
 
 
-class _Merged(dict):
-    """{word: its ids}, merged when first asked for. It holds CACHED_WORDS words and then starts afresh."""
-
-    def __init__(self, merge_word):
-        self.merge_word = merge_word
-
-    def __missing__(self, word):
-        ids = self.merge_word(word.encode("utf-8"))
-        if len(ids) < LONG_WORD:
-            if len(self) >= CACHED_WORDS:
-                self.clear()
-            self[word] = ids
-        return ids
-
-
 class Tokenizer:
     """Text to ids and back with a given vocabulary and merges.
 
@@ -242,7 +227,7 @@ class Tokenizer:
             self._ranks[self._id[a], self._id[b]] = rank, self._id[a + b]
         self._regex = compile_pattern(pattern)
         self._cutter = Cutter(_CUTS.get(pattern), [utf8(t) for t in (*self.special_tokens, *self.added)])
-        self._merged, self._splitters, self._encoders = _Merged(self._merge_word), {}, {}
+        self._merged, self._splitters, self._encoders = Remembered(self._merge_word, CACHED_WORDS), {}, {}
         self._can_be_fast = (pattern in GPT2_PATTERNS and not normalizer and not ignore_merges
                              and all(bytes([b]) in self._id for b in range(256)))
 
@@ -255,8 +240,6 @@ class Tokenizer:
         return Tokenizer(self.vocab, self.merges, [*self.special_tokens, *new], pattern=self.pattern, added=self.added,
                          normalizer=self.normalizer, ignore_merges=self.ignore_merges,
                          post_processor=self.post_processor)
-
-    # -- encoding --
 
     def encode(self, text, allowed_special="all"):
         """The ids of `text`, a list. allowed_special: "all", or the set of special tokens that may become control ids;
@@ -353,8 +336,6 @@ class Tokenizer:
         write_atomically(bin_path, write)
         return total
 
-    # -- decoding --
-
     def decode_bytes(self, ids):
         """The bytes of `ids`, integers of any kind, NumPy's and torch's too."""
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
@@ -367,8 +348,6 @@ class Tokenizer:
     def decode(self, ids):
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    # -- files --
 
     @classmethod
     def from_files(cls, vocab_path, merges_path, special_tokens=None):

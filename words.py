@@ -92,6 +92,22 @@ def read_range(path, start, end):
     return data
 
 
+class Remembered(dict):
+    """{word: make(its UTF-8)}, made when first asked for. It holds `size` words and then starts afresh."""
+    LONG_WORD = 64    # results longer than this are not kept, so that memory stays small
+
+    def __init__(self, make, size):
+        self.make, self.size = make, size
+
+    def __missing__(self, word):
+        result = self.make(utf8(word))
+        if len(result) < self.LONG_WORD:
+            if len(self) >= self.size:
+                self.clear()
+            self[word] = result
+        return result
+
+
 # --- the three that BPE replaces ---
 
 class CharTokenizer:
