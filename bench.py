@@ -1,4 +1,4 @@
-"""Every measured figure of the README, one verb each: `python bench.py VERB [--key=value ...]`. No other page imports this one.
+"""Every measured figure of the README, one verb each: `python bench.py VERB [--key=value ...]`. No page imports this one.
 
 Verbs for machines (profile, memory, kernels, parallel, gpu) stand in bench_systems.py and are reached from here too.
 """
@@ -69,7 +69,7 @@ def bench_bpe(words):
         if ids != clock("Hugging Face", lambda: theirs.encode_batch_fast([text], add_special_tokens=False)[0].ids):
             raise ValueError("Hugging Face's ids differ from ours")
     size = len(text.encode("utf-8")) / 1e6
-    print(f"encoding {size:.1f} MB, vocabulary {tok.vocab_size:,}, one process, {len(ids):,} equal ids, MB per CPU second")
+    print(f"encoding {size:.1f} MB, vocabulary {tok.vocab_size:,}, one process, {len(ids):,} equal ids, MB per CPU s")
     for name, times in seconds.items():
         cpu = [size / used for _, used in times]
         print(f"  {name:14} first {cpu[0]:6.1f}   median {sorted(cpu)[len(cpu) // 2]:6.1f}   best {max(cpu):6.1f}")

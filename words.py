@@ -24,20 +24,19 @@ GPT4_PATTERNS = tuple(    # Llama 3 and GPT-4 take three digits together, Qwen 2
 # --- cutting text into words ---
 
 def pieces(pattern, text):
-    """Yield the words of `text`, which merges stay inside: the matches of a compiled pattern and what lies between.
+    """The words of `text`, which merges stay inside: the matches of a compiled pattern and what lies between.
 
-    >>> list(pieces(regex.compile(GPT2_PATTERN), "I'll  go"))
+    >>> pieces(regex.compile(GPT2_PATTERN), "I'll  go")
     ['I', "'ll", ' ', ' go']
     """
-    end = 0
+    words = [] if pattern.groups else pattern.findall(text)
+    if sum(map(len, words)) == len(text):
+        return words if all(words) else list(filter(None, words))
+    words, end = [], 0
     for match in pattern.finditer(text):
-        if match.start() > end:
-            yield text[end:match.start()]
-        if match[0]:
-            yield match[0]
+        words += text[end:match.start()], match[0]
         end = match.end()
-    if end < len(text):
-        yield text[end:]
+    return list(filter(None, [*words, text[end:]]))
 
 
 def compile_pattern(pattern):
@@ -100,7 +99,7 @@ class Remembered(dict):
         self.make, self.size = make, size
 
     def __missing__(self, word):
-        result = self.make(utf8(word))
+        result = tuple(self.make(utf8(word)))    # smaller than a list
         if len(result) < self.LONG_WORD:
             if len(self) >= self.size:
                 self.clear()
