@@ -1,7 +1,7 @@
-"""The layouts in which others keep a byte-level BPE vocabulary: tokenizer.json of Hugging Face, vocab.json and merges.txt of GPT-2.
+"""How others keep a byte-level BPE vocabulary: Hugging Face's tokenizer.json, GPT-2's vocab.json and merges.txt.
 
-Both write a byte as a printable character: "␠the" is "Ġthe". What a file says and this project does not do is refused by
-name where it would change ids.
+Both write a byte as a printable character: "␠the" is "Ġthe". What a file says and this project does not do is refused
+by name where it would change ids.
 """
 import json
 from pathlib import Path

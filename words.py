@@ -1,11 +1,11 @@
-"""Text as characters, bytes or words: the three vocabularies that byte-pair encoding replaces, and the words it starts from.
+"""Text as characters, bytes or words: the three vocabularies that BPE replaces, and the words that it starts from.
 
-    "I'll  go"    characters    I ' l l ␠ ␠ g o      short vocabulary of its own alphabet, long text, unknown characters
+    "I'll  go"    characters    I ' l l ␠ ␠ g o      a small vocabulary, long text, unknown characters
                   bytes         49 27 6c 6c 20 …     256 ids, nothing unknown, longer still
                   words         I | 'll | ␠ | ␠go    short text, an endless vocabulary, every new word unknown
 
-The words are GPT-2's, cut by a regex: contractions; letters, numbers or other signs, each with one space before them; and
-white space. bpe.py merges bytes inside such words.
+The words are GPT-2's, cut by a regex: contractions; letters, numbers or other signs, each with one space before them;
+and white space. bpe.py merges bytes inside such words.
 """
 import operator
 import re
@@ -24,20 +24,19 @@ GPT4_PATTERNS = tuple(    # Llama 3 and GPT-4 take three digits together, Qwen 2
 # --- cutting text into words ---
 
 def pieces(pattern, text):
-    """Yield the words of `text`, which merges stay inside: the matches of a compiled pattern, and what lies between them.
+    """The words of `text`, which merges stay inside: the matches of a compiled pattern and what lies between.
 
-    >>> list(pieces(regex.compile(GPT2_PATTERN), "I'll  go"))
+    >>> pieces(regex.compile(GPT2_PATTERN), "I'll  go")
     ['I', "'ll", ' ', ' go']
     """
-    end = 0
+    words = [] if pattern.groups else pattern.findall(text)
+    if sum(map(len, words)) == len(text):
+        return words if all(words) else list(filter(None, words))
+    words, end = [], 0
     for match in pattern.finditer(text):
-        if match.start() > end:
-            yield text[end:match.start()]
-        if match[0]:
-            yield match[0]
+        words += text[end:match.start()], match[0]
         end = match.end()
-    if end < len(text):
-        yield text[end:]
+    return list(filter(None, [*words, text[end:]]))
 
 
 def compile_pattern(pattern):
@@ -90,6 +89,22 @@ def read_range(path, start, end):
         data = file.read(end - start)
     check_utf8(data, path, start)
     return data
+
+
+class Remembered(dict):
+    """{word: make(its UTF-8)}, made when first asked for. It holds `size` words and then starts afresh."""
+    LONG_WORD = 64    # results longer than this are not kept, so that memory stays small
+
+    def __init__(self, make, size):
+        self.make, self.size = make, size
+
+    def __missing__(self, word):
+        result = tuple(self.make(utf8(word)))    # smaller than a list
+        if len(result) < self.LONG_WORD:
+            if len(self) >= self.size:
+                self.clear()
+            self[word] = result
+        return result
 
 
 # --- the three that BPE replaces ---

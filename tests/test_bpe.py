@@ -21,7 +21,8 @@ from common import BPE_TEXT, ROOT, bpe_write
 import bpe
 import bpe_fast
 
-POSSESSIVE = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""    # tiktoken's GPT-2
+# tiktoken's GPT-2
+POSSESSIVE = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 LLAMA = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
          r"""\s*[\r\n]+|\s+(?!\S)|\s+""")
 HANDOUT = {b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}
@@ -77,7 +78,8 @@ def test_bpe_trains_as_the_naive_trainer_does(seed, tmp_path, small_blocks):
     for _ in range(5):
         text = "".join(random_text(rng, 30) + rng.choice(["", "<|e|>", " "]) for _ in range(8)) + "aaaa"
         path, n = bpe_write(tmp_path / "t", text), rng.randrange(60)
-        counts = Counter(word.encode() for part in text.split("<|e|>") for word in regex.findall(bpe.GPT2_PATTERN, part))
+        parts = text.split("<|e|>")
+        counts = Counter(word.encode() for part in parts for word in regex.findall(bpe.GPT2_PATTERN, part))
         for pattern in bpe.GPT2_PATTERN, f"(?:{bpe.GPT2_PATTERN})":    # the fast path, and not
             vocab, merges = bpe.train_bpe(path, 257 + n, ["<|e|>"], pattern=pattern, workers=1)
             assert merges == bpe.learn_merges(counts, n)
@@ -100,7 +102,8 @@ def test_bpe_workers_and_hash_seeds_change_nothing(tmp_path, monkeypatch, bpe_tr
 def test_bpe_script_without_a_main_guard_is_told_so(tmp_path):
     text = bpe_write(tmp_path / "t.txt", "low lower " * 500)
     (tmp_path / "script.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport bpe\n"
-                                        f"bpe.BLOCK_BYTES = 100\nbpe.train_bpe({str(text)!r}, 260, workers=2)\n")
+                                        f"bpe.BLOCK_BYTES = 100\nbpe.train_bpe({str(text)!r}, 260, workers=2)\n",
+                                        encoding="utf-8")
     done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "workers=1" in done.stderr.strip().splitlines()[-1]
 
@@ -113,7 +116,7 @@ def test_bpe_small_files_and_encode_start_no_process(tmp_path, monkeypatch, bpe_
     assert tok.encode_file(path, tmp_path / "b") == len(tok.encode(BPE_TEXT)) and len(tok.encode(BPE_TEXT * 500)) > 5000
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not say which CPUs a process may use")
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not say which CPUs one may use")
 def test_bpe_uses_the_cpus_that_it_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
     assert bpe_fast.cpus() == 1
@@ -386,8 +389,9 @@ def test_bpe_commands(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["train", "t", "--vocab_sise=9"], "vocab_size"), (["encode", "t", "t", "--sizes=9"], "sizes"), (["trian"], "train"),
-    (["train", "nothing"], "nothing"), (["encode", "t"], "does not take 1 files"), (["show", "x.json"], "x.json"), ([], "compare")])
+    (["train", "t", "--vocab_sise=9"], "vocab_size"), (["encode", "t", "t", "--sizes=9"], "sizes"),
+    (["trian"], "train"), (["train", "nothing"], "nothing"), (["encode", "t"], "does not take 1 files"),
+    (["show", "x.json"], "x.json"), ([], "compare")])
 def test_bpe_bad_command_lines_say_what_is_wrong(arguments, words, capsys):
     with pytest.raises(SystemExit, match="2"):
         bpe.main(arguments)

@@ -22,12 +22,14 @@ import optim
 import sharded
 import sample
 import train
+import words
 
-SCRIPTS = ["configurator", "checkpoint", "bpe", "optim", "kernels", "parallel", "fsdp", "sharded", "model", "accounting", "convert",
-           "clean", "data", "train", "sample", "evaluate"]
+SCRIPTS = ["configurator", "checkpoint", "words", "bpe_files", "bpe_fast", "bpe", "optim", "kernels", "flash", "parallel", "fsdp",
+           "sharded", "layers", "attention", "model", "accounting", "convert", "clean", "data", "recipe", "runs", "train", "decoding",
+           "sample", "compress", "evaluate"]
 
 
-@pytest.mark.parametrize("module", [bpe, clean, configurator, data, evaluate, model_module, sharded])
+@pytest.mark.parametrize("module", [bpe, words, clean, configurator, data, evaluate, model_module, sharded])
 def test_examples_in_docstrings_are_true(module):
     found = doctest.testmod(module)
     assert found.attempted > 0 and found.failed == 0, found
@@ -109,7 +111,7 @@ def test_a_run_that_is_stopped_goes_on(corpus, tmp_path, number):
                                               (["train.py", "--max_steps"], "has no value"),
                                               (["train.py", "config_none.py"], "config_none.py"),
                                               (["train.py", "trian"], "'trian' is neither"),
-                                              (["train.py", "--max_steps=many"], "--max_steps='many' is not of type int or none"),
+                                              (["train.py", "--max_steps=many"], "max_steps='many' is not a int or none"),
                                               (["sample.py"], "give one folder"),
                                               (["sample.py", "out/none"], "no checkpoint at"),
                                               (["data.py", "prepare", "none.txt"], "neither a corpus"),
