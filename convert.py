@@ -13,9 +13,8 @@ All five architectures are our Transformer with different switches, so importing
 
 What the table does not know is refused by name: a tensor dropped in silence would still give fluent text, only worse.
 
-Why q and k are not permuted. RoPE turns pairs of numbers. Meta's own Llama files pair neighbours (2i, 2i + 1); Hugging
-Face permuted the rows of q_proj and k_proj once so that i meets i + D/2, two slices instead of a stride. Our rope()
-pairs halves too, so rows stay. Permuting twice is the classic bug: it loads without a word, since the shapes agree.
+Rows of q_proj and k_proj are not permuted: Hugging Face did that once to Meta's files, for the pairs (i, i + D/2) that
+our rope() turns too (layers.py). Permuting twice is the classic bug: it loads without a word, since the shapes agree.
 
 A model of ours goes out as what it is: with qk_norm, as in our config files, Qwen3; without, Llama (with qkv_bias
 Qwen2); with experts Mixtral; in GPT-2's shape GPT-2. Left out: pickled and quantised weights, sliding windows,
