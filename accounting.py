@@ -208,8 +208,8 @@ def checkpoint_plan(n_layers: int, levels: int, block_bytes: float, input_bytes:
     bytes; recomputed, blocks computed again; flops, where 1 is a step without checkpoints, head left out.
     """
     plans = [{"sizes": (), "bytes": n_layers * block_bytes, "recomputed": 0}]
-    divisors = [k for k in range(1, n_layers) if n_layers % k == 0]
-    for k in divisors if levels else []:
+    divisors = [k for k in range(1, n_layers) if n_layers % k == 0] if levels else []
+    for k in divisors:
         group, n_groups = checkpoint_plan(k, levels - 1, block_bytes, input_bytes), n_layers // k
         # The first subgroup's input is the group's own, kept by the level above. The last subgroup is not run when the
         # group is entered for its inputs: torch stops there.
@@ -302,7 +302,7 @@ def training_hours(config: ModelConfig, tokens: float, device: str, mfu: float =
 class Bill(ModelConfig):
     """A model and what it is to be used for."""
     batch_size: int = 1              # sequences at a time
-    dtype: str = "bfloat16"          # float32 | bfloat16 | float16, of activations and of the weights that only run
+    dtype: str = "bfloat16"          # float32 | bfloat16 | float16, of activations, messages and caches
     optimizer: str = "adamw"         # adamw | muon | sgd | adagrad | rmsprop
     device: str = "H100"             # see DEVICES in machine.py
     n_devices: int = 1               # how many of it
