@@ -15,50 +15,39 @@ of the inputs and one for that of the weights. Three times 2 N is 6 N a token, 6
     logits (tied embedding)     V C                       38,597,376                    77.2           231.6
     all; 6 N = 746.6 (N = 124,439,808) has no scores                                   284.8           854.4
 
-Norms, softmax and activation functions are left out: a percent of the arithmetic, though more of the time, as they wait
-for memory. Scores count over the whole T x T square, as in the literature; causal=True counts what a flash kernel does.
-Left out of the bytes: temporaries of the backward pass, the allocator's waste.
+Scores count over the whole T x T square, as in the literature; a causal flash kernel does half. Left out: norms,
+softmax and activation functions (a percent of the arithmetic, though more of the time: they wait for memory),
+temporaries of the backward pass, the allocator's waste.
 
 The roofline (Williams 2009): a chip of F FLOP/s that reads W bytes/s is busy only from F / W FLOPs a byte on, its ridge
 (H100: 295). Decoding one sequence in bfloat16 does 2 FLOPs for the 2 bytes of a weight: a larger batch is nearly free.
 
-    FLOP/s |     ______ F           left of the ridge memory is waited for: intensity x W
-           |___/______________ FLOPs per byte        right of it arithmetic: F
-               ^ F / W
 
 Papers: Kaplan 2020 (2001.08361, 2.1), Chowdhery 2022 (2204.02311, B: MFU), Korthikanti 2022 (2205.05198: activations),
 Chen 2016 (1604.06174: checkpoints), Rajbhandari 2019 (1910.02054: messages).
 """
-import functools
 import math
 import sys
-from dataclasses import dataclass, fields, replace
-
-from torch.utils.checkpoint import checkpoint
+from dataclasses import dataclass, fields
 
 from configurator import command_line, fail, nearest, read_config_file
 from machine import DEVICES, find_device  # noqa: F401
 from model import ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-STATES = {"adamw": 2, "muon": 1, "sgd": 1, "adagrad": 1, "rmsprop": 1}    # float32 numbers kept for a parameter
+STATES = {"adamw": 2, "muon": 1, "sgd": 1, "adagrad": 1, "rmsprop": 1}    # float32 numbers kept for each parameter
 
-# Published shapes. gpt2: Radford 2019. llama: 2307.09288, 2407.21783. qwen3: 2505.09388. small … 10b: CS336 (2026), A2.
-_GPT2 = dict(vocab_size=50_257, context_length=1024, norm="layer", position="learned", ffn="gelu", bias=True,
-             tie_embeddings=True)
-_LLAMA3 = dict(vocab_size=128_256, context_length=131_072, rope_theta=500_000.0, n_kv_heads=8, n_heads=32)
-_QWEN3 = dict(vocab_size=151_936, context_length=40_960, rope_theta=1_000_000.0, norm_eps=1e-6, qk_norm=True,
-              head_dim=128, n_kv_heads=8)
+# Published shapes. gpt2: Radford 2019. llama: 2407.21783. qwen3: 2505.09388. small … 10b: CS336 (2026), assignment 2.
+_GPT2 = dict(vocab_size=50_257, norm="layer", position="learned", ffn="gelu", bias=True, tie_embeddings=True)
 PRESETS = {
-    "gpt2": _GPT2 | dict(d_model=768, n_layers=12, n_heads=12),
-    "gpt2-medium": _GPT2 | dict(d_model=1024, n_layers=24, n_heads=16),
-    "gpt2-large": _GPT2 | dict(d_model=1280, n_layers=36, n_heads=20),
-    "gpt2-xl": _GPT2 | dict(d_model=1600, n_layers=48, n_heads=25),
-    "llama-2-7b": dict(vocab_size=32_000, context_length=4096, d_model=4096, n_layers=32, n_heads=32, d_ff=11_008),
-    "llama-3.2-1b": _LLAMA3 | dict(d_model=2048, n_layers=16, d_ff=8192, rope_factor=32.0, tie_embeddings=True),
-    "llama-3.1-8b": _LLAMA3 | dict(d_model=4096, n_layers=32, d_ff=14_336, rope_factor=8.0),
-    "qwen3-0.6b": _QWEN3 | dict(d_model=1024, n_layers=28, n_heads=16, d_ff=3072, tie_embeddings=True),
-    "qwen3-8b": _QWEN3 | dict(d_model=4096, n_layers=36, n_heads=32, d_ff=12_288),
+    "gpt2": _GPT2 | dict(context_length=1024, d_model=768, n_layers=12, n_heads=12),
+    "gpt2-medium": _GPT2 | dict(context_length=1024, d_model=1024, n_layers=24, n_heads=16),
+    "gpt2-large": _GPT2 | dict(context_length=1024, d_model=1280, n_layers=36, n_heads=20),
+    "gpt2-xl": _GPT2 | dict(context_length=1024, d_model=1600, n_layers=48, n_heads=25),
+    "llama-3.1-8b": dict(vocab_size=128_256, context_length=131_072, d_model=4096, n_layers=32, n_heads=32,
+                         n_kv_heads=8, d_ff=14_336, rope_theta=5e5, rope_factor=8.0),
+    "qwen3-0.6b": dict(vocab_size=151_936, context_length=40_960, d_model=1024, n_layers=28, n_heads=16, n_kv_heads=8,
+                       head_dim=128, d_ff=3072, rope_theta=1e6, norm_eps=1e-6, qk_norm=True, tie_embeddings=True),
     "small": dict(context_length=512, d_model=768, d_ff=3072, n_layers=12, n_heads=12),
     "medium": dict(context_length=512, d_model=1024, d_ff=4096, n_layers=24, n_heads=16),
     "large": dict(context_length=512, d_model=1280, d_ff=5120, n_layers=36, n_heads=20),
@@ -70,7 +59,7 @@ def preset(name: str, **changes) -> ModelConfig:
     """The published shape of that name (PRESETS), with changes: preset("gpt2", context_length=512)."""
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
-    return ModelConfig(**(PRESETS[name] | changes))
+    return ModelConfig(**PRESETS[name] | changes)
 
 
 # --- parameters ---
@@ -113,40 +102,27 @@ def _block_params(c: ModelConfig, active: bool = False, matrices_only: bool = Fa
     return parts
 
 
-def active_params(config: ModelConfig) -> int:
-    """Parameters that one token meets: all but the experts it is not sent to, and the heads used in training only."""
-    counts, block, met = count_params(config), _block_params(config), _block_params(config, active=True)
-    return counts["total"] - counts["mtp"] - config.n_layers * (sum(block.values()) - sum(met.values()))
-
-
 # --- FLOPs ---
 
-def flops_per_token(config: ModelConfig, context_length: int, training: bool = False, causal: bool = False) -> dict:
-    """FLOPs of one token in a sequence of context_length, by part, and their "total".
+def flops_per_token(config: ModelConfig, context_length: int, training: bool = False) -> dict:
+    """FLOPs of one token in a sequence of context_length, by part, and their "total". A sliding layer has its window.
 
     Forward only; with training=True forward and backward, three times that, and the multi-token prediction heads.
-    causal: only the pairs of positions that may attend. A sliding layer counts with its window either way.
     """
     c, T = config, context_length
-    blocks = [_block_flops(c, _keys(T, window, causal)) for window in c.windows]
+    blocks = [_block_flops(c, min(window or T, T)) for window in c.windows]
     parts = {name: sum(block[name] for block in blocks) for name in blocks[0]}
     parts["logits"] = 2 * c.d_model * c.vocab_size
-    if not training:
-        return parts | {"total": sum(parts.values())}
-    if c.mtp_depth:
-        block = sum(_block_flops(c, _keys(T, None, causal)).values())
-        parts["mtp"] = c.mtp_depth * (4 * c.d_model ** 2 + block + parts["logits"])
-    parts = {name: 3 * n for name, n in parts.items()}
+    if training:
+        if c.mtp_depth:
+            block = sum(_block_flops(c, T).values())
+            parts["mtp"] = c.mtp_depth * (4 * c.d_model ** 2 + block + parts["logits"])
+        parts = {name: 3 * n for name, n in parts.items()}
     return parts | {"total": sum(parts.values())}
 
 
-def _keys(T: int, window: int | None, causal: bool) -> float:
-    """Keys a query meets on average: causal, the first ones see 1, 2, …, the others all of the window."""
-    seen = min(window or T, T)
-    return (seen * (seen + 1) / 2 + (T - seen) * seen) / T if causal else seen
-
-
-def _block_flops(c: ModelConfig, keys: float) -> dict:
+def _block_flops(c: ModelConfig, keys: int) -> dict:
+    """Forward FLOPs of a token in one block, whose query meets so many keys."""
     matrices = _block_params(c, active=True, matrices_only=True)
     rotary = c.rope_head_dim if c.attention == "mla" else 0
     return {"attention_projections": 2 * matrices["attention"],
@@ -157,30 +133,27 @@ def _block_flops(c: ModelConfig, keys: float) -> dict:
 # --- bytes ---
 
 def memory_bytes(config: ModelConfig, batch_size: int = 1, context_length: int | None = None, dtype: str = "float32",
-                 optimizer: str | None = "adamw") -> dict:
-    """Bytes of a training step by part, and their "total"; with optimizer=None those of running the model only.
+                 optimizer: str = "adamw") -> dict:
+    """Bytes of a training step by part, and their "total". Raises ValueError.
 
-    dtype: of the activations, by autocast; weights, gradients and optimizer state stay in float32. Muon keeps one
-    moment of the blocks' matrices; the embedding, the head and vectors run AdamW and keep two. Without an optimizer the
-    weights are in `dtype`, and the cache of batch_size full contexts takes the place of activations. Raises ValueError.
+    dtype: of the activations, by autocast; all else is float32. Muon keeps one moment of the blocks' matrices; the
+    embedding, the head and vectors run AdamW and keep two.
     """
-    if dtype not in BYTES or optimizer not in (None, *STATES):
+    if dtype not in BYTES or optimizer not in STATES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(BYTES)}, optimizer={optimizer!r} one of "
-                         f"{', '.join(STATES)} or None")
-    c, T, n = config, context_length or config.context_length, count_params(config)["total"]
-    if optimizer is None:
-        parts = {"weights": n * BYTES[dtype], "kv_cache": batch_size * kv_cache_bytes(c, T, dtype)}
-        return parts | {"total": sum(parts.values())}
+                         f"{', '.join(STATES)}")
+    c, n = config, count_params(config)["total"]
     moments = n * STATES[optimizer]
-    if optimizer == "muon":          # the second moments of what AdamW trains there
+    if optimizer == "muon":
         moments += n - (c.n_layers + c.mtp_depth) * sum(_block_params(c, matrices_only=True).values())
     parts = {"weights": 4 * n, "gradients": 4 * n, "optimizer": 4 * moments,
-             "activations": batch_size * activation_bytes(c, T, dtype)}
+             "activations": batch_size * activation_bytes(c, context_length or c.context_length, dtype)}
     return parts | {"total": sum(parts.values())}
 
 
 def activation_bytes(config: ModelConfig, T: int, dtype: str = "float32") -> int:
-    """Bytes that autograd keeps of one sequence for backward, with sdpa; routing and further heads are left out."""
+    """Bytes that autograd keeps of one sequence for backward, with sdpa. Left out: routing, further heads, and that
+    latent attention (MLA) keeps more than the standard one with as many heads."""
     c, low = config, BYTES[dtype]
     logits = c.vocab_size * low * (1 if c.logit_softcap is None else 2) + 4
     if c.fused_loss:
@@ -195,10 +168,6 @@ def _block_bytes(c: ModelConfig, low: int) -> int:
     attention = low * (2 * H + 2 * K) * D + 4 * H                # q, k, v, the output and its log-sum-exp
     if c.qk_norm:
         attention += (H + K) * (D * low + 4)
-    if c.attention == "mla":
-        R, P, Q = c.kv_lora_rank, c.rope_head_dim, c.q_lora_rank or 0
-        # The latents and what their norms keep; values and output are padded to the keys' width.
-        attention = low * (2 * R + 2 * Q + 4 * H * (D + P) + H * D) + 4 * (1 + bool(Q) + H)
     width = c.d_ff if not c.n_experts else (c.n_experts_per_token + c.n_shared_experts) * c.d_ff_expert
     kept = {"swiglu": 3, "silu": 3, "gelu": 5, "relu2": 2}[c.ffn]                    # swiglu: gate, up, their product
     return 2 * _norm_bytes(c, low) + attention + kept * width * low
@@ -217,27 +186,16 @@ def kv_cache_bytes(config: ModelConfig, length: int, dtype: str = "bfloat16") ->
 
 
 def largest_batch(config: ModelConfig, memory: float, context_length: int | None = None, dtype: str = "float32",
-                  optimizer: str | None = "adamw") -> int:
-    """Most sequences whose training step (without optimizer: whose caches) fits `memory` bytes; 0 when none does."""
+                  optimizer: str = "adamw") -> int:
+    """Most sequences whose training step fits `memory` bytes; 0 when none does."""
     none, one = (memory_bytes(config, n, context_length, dtype, optimizer)["total"] for n in (0, 1))
     return max(0, int((memory - none) // (one - none)))
 
 
 # --- activation checkpoints ---
 
-def run_checkpointed(blocks, x, sizes: tuple):
-    """The blocks applied to x in order, in groups of sizes[0] that backward computes again, nested by sizes[1:]."""
-    if not sizes:
-        for block in blocks:
-            x = block(x)
-        return x
-    for i in range(0, len(blocks), sizes[0]):
-        x = checkpoint(run_checkpointed, blocks[i:i + sizes[0]], x, sizes[1:], use_reentrant=False)
-    return x
-
-
 def checkpoint_plan(n_layers: int, levels: int, block_bytes: float, input_bytes: float) -> dict:
-    """The nesting of checkpoints, at most `levels` deep, that needs least memory: sizes, bytes, recomputed, flops.
+    """The nesting of checkpoints in equal groups, at most `levels` deep, that needs least memory.
 
     A checkpoint keeps a group's input and computes the inside again in backward. Of groups of k1 > k2 > … blocks N/k1
     inputs are kept; while one group is in backward, those of its k1/k2 subgroups too; in the smallest, k blocks.
@@ -246,73 +204,49 @@ def checkpoint_plan(n_layers: int, levels: int, block_bytes: float, input_bytes:
         one level        N/k inputs + k blocks, k near sqrt(N i/b)       4 passes
         log2 N levels    halves of halves: log2 N inputs + 1 block       3 + log2 N passes at most
 
-    block_bytes, input_bytes: what autograd keeps of a block, b, and its input alone, i. sizes: outermost first.
-    recomputed: blocks computed again (torch skips the last subgroup of a group entered for inputs only). flops: 1 is a
-    step without checkpoints, head left out.
+    block_bytes, input_bytes: what autograd keeps of a block, b, and its input alone, i. Returns sizes, outermost first;
+    bytes; recomputed, blocks computed again; flops, where 1 is a step without checkpoints, head left out.
     """
-    @functools.lru_cache(None)
-    def best(n: int, levels: int) -> tuple:
-        if levels == 0:
-            return n * block_bytes, 0, ()
-        plans = [best(n, levels - 1)]
-        for k in range(1, n):
-            inside, _, sizes = best(k, levels - 1)
-            sizes = k, *sizes
-            # The first subgroup's input is the group's own, which the level above keeps (and the last level's block).
-            plans.append((inside + (math.ceil(n / k) - 1) * input_bytes, _recomputed(n, sizes), sizes))
-        return min(plans)
-
-    n_bytes, recomputed, sizes = best(n_layers, levels)
-    return {"sizes": sizes, "bytes": n_bytes, "recomputed": recomputed, "flops": 1 + recomputed / (3 * n_layers)}
-
-
-def _recomputed(n: int, sizes: tuple) -> int:
-    """Blocks of n that are computed again."""
-    if not sizes:
-        return 0
-    total = 0
-    for start in range(0, n, sizes[0]):
-        group = min(sizes[0], n - start)
-        last = (group - 1) % sizes[1] + 1 if sizes[1:] else 0
-        total += group - last + _recomputed(group, sizes[1:])
-    return total
+    plans = [{"sizes": (), "bytes": n_layers * block_bytes, "recomputed": 0}]
+    divisors = [k for k in range(1, n_layers) if n_layers % k == 0] if levels else []
+    for k in divisors:
+        group, n_groups = checkpoint_plan(k, levels - 1, block_bytes, input_bytes), n_layers // k
+        # The first subgroup's input is the group's own, kept by the level above. The last subgroup is not run when the
+        # group is entered for its inputs: torch stops there.
+        last = group["sizes"][0] if group["sizes"] else 0
+        plans.append({"sizes": (k, *group["sizes"]), "bytes": group["bytes"] + (n_groups - 1) * input_bytes,
+                      "recomputed": n_groups * (k - last + group["recomputed"])})
+    best = min(plans, key=lambda plan: (plan["bytes"], plan["recomputed"]))
+    return best | {"flops": 1 + best["recomputed"] / (3 * n_layers)}
 
 
 # --- communication ---
+# A step on one rank: what it computes, what it sends, and from where on the first hides the second. B: batch_tokens of
+# all N ranks. C: flops_per_s that a rank reaches. W: link_bytes_per_s that it can send. A ring sends (N-1)/N of the
+# weights' bytes to gather them, as much to reduce gradients, twice that to all-reduce them.
+# work: a ModelConfig, or (d_model, d_ff) for one SwiGLU layer. dtype: of messages.
+# Returned: {"forward", "backward", "step"}, each with flops, bytes, compute_s, communication_s, hidden, and
+# smallest_batch and most_ranks that hide the messages; the step also with seconds, the longer of the two in each pass.
 
 def data_parallel_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_s, dtype="bfloat16") -> dict:
-    """One step of DDP on one rank: what it computes, what it sends, and from where on the first hides the second.
-
-    Gradients, S bytes, are all-reduced in backward by a ring: each of N ranks sends 2 S (N-1)/N. Arithmetic falls as
-    1/N, messages do not: hidden while N <= 1 + B W / C (a SwiGLU layer, 2 bytes a number), however large the layer.
-
-    work: a ModelConfig, or (d_model, d_ff) for one SwiGLU layer. batch_tokens: B, of all ranks. flops_per_s: C, what a
-    rank reaches. link_bytes_per_s: W, what it can send. dtype: of messages. Returns {"forward", "backward", "step"},
-    each with flops, bytes, compute_s, communication_s, hidden, and smallest_batch and most_ranks that hide the messages
-    (most_ranks of FSDP, whatever tp); the step also with seconds, the longer of the two in each pass.
-    """
+    """DDP all-reduces its gradients in backward. Arithmetic falls as 1/N, messages do not: they hide while
+    N <= 1 + B W / C (a SwiGLU layer, 2 bytes a number), however large the layer."""
     return _step_cost(work, batch_tokens, ranks, 1, flops_per_s, link_bytes_per_s, dtype, (0, 2))
 
 
-def fsdp_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_s, dtype="bfloat16", tp=1,
-              shared_links=False) -> dict:
-    """The same for FSDP: S (N-1)/N to gather weights in forward; in backward once more, and to reduce gradients.
-
-    tp: each of these ranks is a group of tp that divides the matrices; the two kinds of message overlap, unless
-    shared_links makes both wait for the same wires.
-    """
-    return _step_cost(work, batch_tokens, ranks, tp, flops_per_s, link_bytes_per_s, dtype, (1, 2), shared_links)
+def fsdp_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_s, dtype="bfloat16", tp=1) -> dict:
+    """FSDP gathers weights in forward; in backward once more, and reduces gradients. tp: each rank is a group of so
+    many, which divides the matrices; both kinds of message travel at the same time, and most_ranks is FSDP's."""
+    return _step_cost(work, batch_tokens, ranks, tp, flops_per_s, link_bytes_per_s, dtype, (1, 2))
 
 
 def tensor_parallel_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_s, dtype="bfloat16") -> dict:
-    """The same for tensor parallelism: an all-reduce of (B, d_model) a layer in each pass (Megatron's f and g).
-
-    A block is two layers; embedding and head send nothing and count as divided. B cancels out: N <= 1 + 3 F W / 2 C.
-    """
+    """Tensor parallelism all-reduces (B, d_model) a layer in each pass (Megatron's f and g), two layers a block;
+    embedding and head send nothing and count as divided. B cancels out: N <= 1 + 3 d_ff W / 2 C."""
     return _step_cost(work, batch_tokens, 1, ranks, flops_per_s, link_bytes_per_s, dtype, (0, 0))
 
 
-def _step_cost(work, batch, dp, tp, flops_per_s, link_bytes_per_s, dtype, rounds, shared_links=False) -> dict:
+def _step_cost(work, batch, dp, tp, flops_per_s, link_bytes_per_s, dtype, rounds) -> dict:
     """rounds: how often all weights (or gradients) go round the ring of dp ranks in forward and in backward."""
     if min(batch, dp, tp) < 1 or min(flops_per_s, link_bytes_per_s) <= 0:
         raise ValueError(f"batch_tokens={batch}, ranks {dp} x {tp}, FLOP/s {flops_per_s}, bytes/s {link_bytes_per_s}: "
@@ -322,61 +256,44 @@ def _step_cost(work, batch, dp, tp, flops_per_s, link_bytes_per_s, dtype, rounds
         reduced = 2 * work.n_layers * work.d_model       # numbers a token that tensor parallelism all-reduces in a pass
     else:
         params, flops, reduced = 3 * work[0] * work[1], 6 * work[0] * work[1], work[0]
-    step = {}
+    cost = {}
     for name, passes, times in (("forward", 1, rounds[0]), ("backward", 2, rounds[1])):
-        # Seconds of arithmetic a token on one rank; of messages in a ring of many, for all weights and for a token.
+        # Seconds: the arithmetic of a token on one rank; to send all weights round a long ring, and a token's numbers.
         compute = passes * flops / flops_per_s
         weights = times * params * BYTES[dtype] / link_bytes_per_s
         activations = 2 * reduced * BYTES[dtype] / link_bytes_per_s
         send = weights * (dp - 1) / (dp * tp), batch * activations * (tp - 1) / (dp * tp)
         # Weights hide from a batch on. Activations grow with it as arithmetic does: they hide always or never.
-        left = compute - activations * (tp - 1) * shared_links
-        hides = activations * (tp - 1) <= compute and left > 0
-        alone = weights if any(rounds) else batch * activations              # the message of a single strategy
-        step[name] = {"flops": batch * passes * flops / (dp * tp), "bytes": sum(send) * link_bytes_per_s,
-                      "compute_s": batch * compute / (dp * tp),
-                      "communication_s": sum(send) if shared_links else max(send),
-                      "smallest_batch": weights * (dp - 1) / left if hides else math.inf,
-                      "most_ranks": 1 + batch * compute / alone if alone else math.inf}
-    ways = step["forward"], step["backward"]
-    step["step"] = {key: sum(way[key] for way in ways) for key in ("flops", "bytes", "compute_s", "communication_s")}
-    step["step"] |= {"smallest_batch": max(way["smallest_batch"] for way in ways),
-                     "most_ranks": min(way["most_ranks"] for way in ways),
-                     "seconds": sum(max(way["compute_s"], way["communication_s"]) for way in ways)}
-    return {name: cost | {"hidden": cost["smallest_batch"] <= batch} for name, cost in step.items()}
+        smallest = weights * (dp - 1) / compute if activations * (tp - 1) <= compute else math.inf
+        message = weights if any(rounds) else batch * activations
+        cost[name] = {"flops": batch * passes * flops / (dp * tp), "bytes": sum(send) * link_bytes_per_s,
+                      "compute_s": batch * compute / (dp * tp), "communication_s": max(send),
+                      "smallest_batch": smallest, "most_ranks": 1 + batch * compute / message if message else math.inf}
+    ways = cost["forward"], cost["backward"]
+    step = {key: sum(way[key] for way in ways) for key in ("flops", "bytes", "compute_s", "communication_s")}
+    step["smallest_batch"] = max(way["smallest_batch"] for way in ways)
+    step["most_ranks"] = min(way["most_ranks"] for way in ways)
+    step["seconds"] = sum(max(way["compute_s"], way["communication_s"]) for way in ways)
+    cost["step"] = step
+    return {name: way | {"hidden": way["smallest_batch"] <= batch} for name, way in cost.items()}
 
 
-def best_mix(work, batch_tokens, ranks, *machine, shared_links=False) -> tuple:
+def best_mix(work, batch_tokens, ranks, *machine) -> tuple:
     """(fsdp, tp, its cost): the division of `ranks` whose step takes least time, and among those sends least.
 
-    machine: as fsdp_cost's, from flops_per_s to dtype. Most ranks hide both kinds of message with fsdp near B W / C and
-    tp near 3 F W / 2 C; on shared wires near half of each.
+    machine: fsdp_cost's flops_per_s to dtype. Most ranks hide both messages near fsdp = B W / C, tp = 3 d_ff W / 2 C.
     """
-    grids = [(ranks // tp, tp) for tp in range(1, ranks + 1) if ranks % tp == 0]
-    costs = [fsdp_cost(work, batch_tokens, fsdp, *machine, tp=tp, shared_links=shared_links) for fsdp, tp in grids]
-    best = min(range(len(grids)), key=lambda i: (costs[i]["step"]["seconds"], costs[i]["step"]["bytes"]))
-    return *grids[best], costs[best]
+    mixes = [(ranks // tp, tp, fsdp_cost(work, batch_tokens, ranks // tp, *machine, tp=tp))
+             for tp in range(1, ranks + 1) if ranks % tp == 0]
+    return min(mixes, key=lambda mix: (mix[2]["step"]["seconds"], mix[2]["step"]["bytes"]))
 
 
 # --- time ---
 
-def training_hours(config: ModelConfig, tokens: float, device: str, mfu: float = 0.4, n_devices: int = 1,
-                   context_length: int | None = None) -> float:
+def training_hours(config: ModelConfig, tokens: float, device: str, mfu: float = 0.4, n_devices: int = 1) -> float:
     """Hours to train on `tokens` when the share `mfu` of the devices' peak goes into the model's FLOPs."""
-    flops = flops_per_token(config, context_length or config.context_length, training=True)["total"] * tokens
+    flops = flops_per_token(config, config.context_length, training=True)["total"] * tokens
     return flops / (find_device(device).flops * mfu * n_devices) / 3600
-
-
-def intensity(config: ModelConfig, batch_size: int, context_length: int, dtype: str = "bfloat16") -> dict:
-    """FLOPs per byte of prefill (a whole context) and decode (one more token a sequence), to hold against the ridge.
-
-    Either reads the weights once (of experts those that its tokens meet) and writes or reads the cache.
-    """
-    weights = (count_params(config)["total"] - count_params(config)["mtp"]) * BYTES[dtype]
-    met = min(weights, batch_size * active_params(config) * BYTES[dtype]) if config.n_experts else weights
-    cache = batch_size * kv_cache_bytes(config, context_length, dtype)
-    flops = flops_per_token(config, context_length)["total"] * batch_size
-    return {"prefill": flops * context_length / (weights + cache), "decode": flops / (met + cache)}
 
 
 # --- the command ---
@@ -385,7 +302,7 @@ def intensity(config: ModelConfig, batch_size: int, context_length: int, dtype: 
 class Bill(ModelConfig):
     """A model and what it is to be used for."""
     batch_size: int = 1              # sequences at a time
-    dtype: str = "bfloat16"          # float32 | bfloat16 | float16, of activations and of the weights that only run
+    dtype: str = "bfloat16"          # float32 | bfloat16 | float16, of activations, messages and caches
     optimizer: str = "adamw"         # adamw | muon | sgd | adagrad | rmsprop
     device: str = "H100"             # see DEVICES in machine.py
     n_devices: int = 1               # how many of it
@@ -400,8 +317,8 @@ class Bill(ModelConfig):
         memory_bytes(self, 1, None, self.dtype, self.optimizer)    # refuses dtypes and optimizers it does not know,
         find_device(self.device)                                   # and devices
         if not 0 < self.mfu <= 1 or min(self.n_devices, self.batch_size) < 1:
-            raise ValueError(f"mfu={self.mfu}: above 0, up to 1; n_devices={self.n_devices}, batch_size="
-                             f"{self.batch_size}: at least 1")
+            raise ValueError(f"mfu={self.mfu} must be above 0, up to 1, n_devices={self.n_devices} and "
+                             f"batch_size={self.batch_size} at least 1")
 
 
 def table(title: str, header: list[str], rows: list[list]) -> None:
@@ -410,55 +327,38 @@ def table(title: str, header: list[str], rows: list[list]) -> None:
              for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     print(f"\n{title}")
-    for first, *others in rows:
-        print(f"  {first:<{widths[0]}}", *(f" {cell:>{width}}" for cell, width in zip(others, widths[1:])))
+    for name, *cells in rows:
+        print(f"  {name:<{widths[0]}}", *(f" {cell:>{width}}" for cell, width in zip(cells, widths[1:])))
 
 
-def print_counts(bill: Bill) -> None:
-    """Parameters and FLOPs."""
-    T, counts = bill.context_length, count_params(bill)
-    table(f"parameters with vocabulary {bill.vocab_size:,}; {active_params(bill):,} active for a token",
-          ["part", "count", "share"],
-          [[name, n, f"{100 * n / counts['total']:.1f} %"] for name, n in counts.items() if n])
-    forward, causal = flops_per_token(bill, T), flops_per_token(bill, T, causal=True)["total"]
-    table(f"FLOPs of a forward pass over {T:,} tokens; causal pairs only: {causal * T:.4g}; backward: twice as many",
-          ["part", "TFLOP", "share"],
-          [[name, n * T / 1e12, f"{100 * n / forward['total']:.1f} %"] for name, n in forward.items()])
+def print_parts(title: str, parts: dict, unit: float = 1) -> None:
+    """One table: each part of a count, in this unit, and its share of the total."""
+    table(title, ["part", "number", "share"],
+          [[name, n if unit == 1 else n / unit, f"{100 * n / parts['total']:.1f} %"] for name, n in parts.items() if n])
 
 
-def print_memory(bill: Bill) -> None:
-    """Bytes of training by dtype and by nesting of checkpoints, and of the cache by number of key/value heads."""
-    T, room, rows = bill.context_length, find_device(bill.device).memory_bytes, []
-    for dtype in ("float32", "bfloat16"):
-        memory = memory_bytes(bill, bill.batch_size, T, dtype, bill.optimizer)
-        rows.append([dtype, *(n / 1e9 for n in memory.values()), largest_batch(bill, room, T, dtype, bill.optimizer)])
-    table(f"GB of a training step at batch {bill.batch_size}, {bill.optimizer}, and the largest batch in {bill.device}",
-          ["", *memory, "largest batch"], rows)
-    block, stream = _block_bytes(bill, BYTES[bill.dtype]), 4 * bill.d_model
-    plans = [checkpoint_plan(bill.n_layers, levels, bill.batch_size * T * block, bill.batch_size * T * stream)
-             for levels in range(2 + int(math.log2(bill.n_layers)))]
-    table(f"activations of the blocks in {bill.dtype}, with groups of blocks computed again in backward",
-          ["levels", "groups of", "GB", "FLOPs, times"],
-          [[str(levels), " > ".join(map(str, plan["sizes"])), plan["bytes"] / 1e9, plan["flops"]]
-           for levels, plan in enumerate(plans)])
-    heads = sorted({1, bill.n_kv_heads, bill.n_heads}) if bill.attention == "standard" else [bill.n_heads]
-    caches = {K: kv_cache_bytes(replace(bill, n_kv_heads=K), T, bill.dtype) / 1e6 for K in heads}
-    table(f"MB of KV cache in {bill.dtype} for {T:,} positions by key/value heads, {bill.n_kv_heads} here",
-          ["heads", *map(str, caches)], [["MB", *caches.values()]])
+def print_model(bill: Bill) -> None:
+    """Parameters, FLOPs and bytes by part, and what nested checkpoints save."""
+    T, room = bill.context_length, find_device(bill.device).memory_bytes
+    memory = memory_bytes(bill, bill.batch_size, None, bill.dtype, bill.optimizer)
+    fits = largest_batch(bill, room, None, bill.dtype, bill.optimizer)
+    print_parts("parameters", count_params(bill))
+    print_parts(f"TFLOP of a forward pass over {T:,} tokens (backward: 2 x)", flops_per_token(bill, T), 1e12 / T)
+    print_parts(f"GB of a training step at batch {bill.batch_size}, {bill.dtype}, {bill.optimizer}; one {bill.device} "
+                f"fits {fits}; cache of one sequence {kv_cache_bytes(bill, T, bill.dtype) / 1e6:,.4g} MB", memory, 1e9)
+    rows, tokens = [], bill.batch_size * T
+    for levels in range(2 + int(math.log2(bill.n_layers))):
+        block = tokens * _block_bytes(bill, BYTES[bill.dtype])
+        plan = checkpoint_plan(bill.n_layers, levels, block, tokens * 4 * bill.d_model)
+        rows.append([" > ".join(map(str, plan["sizes"])), plan["bytes"] / 1e9, plan["flops"]])
+    table("activations of the blocks, with groups of blocks computed again in backward",
+          ["groups of", "GB", "FLOPs, times"], rows)
 
 
 def print_speed(bill: Bill) -> None:
-    """The roofline, what the strategies of parallel.py and sharded.py send beside their arithmetic, hours, dollars."""
-    device, rows = find_device(bill.device), []
-    ridge = device.flops / device.bytes_per_s
-    for batch in sorted({1, bill.batch_size, 64, 512}):
-        bounds = intensity(bill, batch, bill.context_length, bill.dtype).values()
-        rows.append([f"batch {batch}", *(f"{x:,.1f} ({100 * min(1, x / ridge):.1f} %)" for x in bounds)])
-    table(f"FLOPs per byte (share of the peak under the roof); {bill.device}: ridge {ridge:.0f}, peak "
-          f"{device.flops / 1e12:.0f} TFLOP/s, {device.bytes_per_s / 1e12:.2f} TB/s ({device.source})",
-          ["", "prefill", "decode"], rows)
+    """What the strategies of parallel.py and sharded.py send beside their arithmetic; hours and dollars."""
     ranks, rows = max(2, bill.n_devices), []
-    rates = bill.batch_tokens, ranks, device.flops * bill.mfu, bill.link_gb_per_s * 1e9
+    rates = bill.batch_tokens, ranks, find_device(bill.device).flops * bill.mfu, bill.link_gb_per_s * 1e9
     fsdp, tp, mixed = best_mix(bill, *rates, bill.dtype)
     costs = {"DDP, float32": data_parallel_cost(bill, *rates, "float32"), "FSDP": fsdp_cost(bill, *rates, bill.dtype),
              "tensor parallel": tensor_parallel_cost(bill, *rates, bill.dtype), f"best: fsdp {fsdp} x tp {tp}": mixed}
@@ -477,21 +377,20 @@ def print_speed(bill: Bill) -> None:
 def main(argv: list[str]) -> None:
     """Print the bill of one command line."""
     usage = f"python accounting.py CONFIG_OR_PRESET [--key=value …]\npresets: {', '.join(PRESETS)}"
-    names = [word for word in argv if not word.startswith("-")]
+    names, settings = [word for word in argv if not word.startswith("-")], {}
     try:
         if len(names) > 1:
             raise ValueError(f"{' '.join(names)!r}: one config file or one preset is billed at a time")
-        given = {}
         if names and names[0].endswith(".py"):
-            given = read_config_file(names[0])
+            settings = read_config_file(names[0])
         elif names and preset(names[0]):
-            given = PRESETS[names[0]]
+            settings = PRESETS[names[0]]
         # What a config file says of training alone (lr, data_dir, …) costs nothing here; as a flag it is a mistake.
         keys = {field.name for field in fields(Bill)}
-        words = [f"--{key}={value}" for key, value in given.items() if key in keys]
+        words = [f"--{key}={value}" for key, value in settings.items() if key in keys]
         _, _, bill, _ = command_line(Bill, words + [word for word in argv if word.startswith("-")], usage)
-        for part in (print_counts, print_memory, print_speed):
-            part(bill)
+        print_model(bill)
+        print_speed(bill)
     except (ValueError, OSError) as error:
         fail(error)
 

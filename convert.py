@@ -13,14 +13,12 @@ All five architectures are our Transformer with different switches, so importing
 
 What the table does not know is refused by name: a tensor dropped in silence would still give fluent text, only worse.
 
-Why q and k are not permuted. RoPE turns pairs of numbers. Meta's own Llama files pair neighbours (2i, 2i + 1); Hugging
-Face permuted the rows of q_proj and k_proj once so that i meets i + D/2, two slices instead of a stride. Our rope()
-pairs halves too, so rows stay. Permuting twice is the classic bug: it loads without a word, since the shapes agree.
+Rows of q_proj and k_proj are not permuted: Hugging Face did that once to Meta's files, for the pairs (i, i + D/2) that
+our rope() turns too (layers.py). Permuting twice is the classic bug: it loads without a word, since the shapes agree.
 
 A model of ours goes out as what it is: with qk_norm, as in our config files, Qwen3; without, Llama (with qkv_bias
-Qwen2); with experts Mixtral; in GPT-2's shape GPT-2. Left out: pickled weights (`pytorch_model.bin` can run code when
-opened), quantised files, sliding windows, stretched RoPE but Llama 3's, and vocabularies that are no byte-level BPE:
-such a model comes without its tokenizer, and says so.
+Qwen2); with experts Mixtral; in GPT-2's shape GPT-2. Left out: pickled and quantised weights, sliding windows,
+stretched RoPE but Llama 3's, vocabularies that are no byte-level BPE (the model comes alone, and says so).
 """
 import json
 import math
@@ -35,9 +33,9 @@ import torch
 from bpe import Tokenizer
 from checkpoint import claim_out_dir, save_checkpoint, sha256
 from configurator import command_line, fail
-from model import MixtureOfExperts, ModelConfig, Transformer, load_model
+from model import ModelConfig, Transformer, load_model, with_weights
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}    # safetensors'
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # --- the tables ---
 
@@ -55,18 +53,18 @@ OPTIONAL = ("head_dim", "num_key_value_heads", "n_inner", "tie_word_embeddings",
 GPT2_SWITCHES = dict(norm="layer", position="learned", ffn="gelu", bias=True)
 ARCHITECTURES = {          # name: (model_type, names, our switches, what transformers takes when a key is not there)
     "GPT2LMHeadModel": ("gpt2", GPT2_SHAPE, GPT2_SWITCHES, {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}),
-    "MixtralForCausalLM": ("mixtral", MIXTRAL_SHAPE, {}, {
-        "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, "num_local_experts": 8,
-        "num_experts_per_tok": 2}),
     "Qwen3ForCausalLM": ("qwen3", SHAPE, {"qk_norm": True}, {"rms_norm_eps": 1e-6, "head_dim": 128}),
     "Qwen2ForCausalLM": ("qwen2", SHAPE, {"qkv_bias": True}, {"rms_norm_eps": 1e-6}),
-    "LlamaForCausalLM": ("llama", SHAPE, {}, {"rms_norm_eps": 1e-6})}
+    "LlamaForCausalLM": ("llama", SHAPE, {}, {"rms_norm_eps": 1e-6}),
+    "MixtralForCausalLM": ("mixtral", MIXTRAL_SHAPE, {}, {       # last: without experts it is a Llama
+        "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, "num_local_experts": 8,
+        "num_experts_per_tok": 2})}
 ROPE = {"factor": "rope_factor", "low_freq_factor": "rope_low_freq", "high_freq_factor": "rope_high_freq",
         "original_max_position_embeddings": "rope_original_context"}
 # What must be so in a config.json for our layers to compute the same, where it is said at all.
 MUST_BE = {"hidden_act": ["silu"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "attention_bias": [False],
-           "mlp_bias": [False], "partial_rotary_factor": [1], "scale_attn_weights": [True], "pretraining_tp": [1],
-           "add_cross_attention": [False], "scale_attn_by_inverse_layer_idx": [False], "quantization_config": []}
+           "mlp_bias": [False], "partial_rotary_factor": [1], "scale_attn_weights": [True],
+           "scale_attn_by_inverse_layer_idx": [False], "quantization_config": []}
 # Fields of ours that may have any value: of training alone, or checked or written elsewhere.
 FREE = {"zero_init", "balance", "balance_weight", "balance_rate", "mtp_weight", "attention_backend", "fused_loss",
         "d_ff_expert", "n_experts_per_token", "rope_theta", *ROPE.values()}
@@ -84,8 +82,11 @@ BLOCK = {"input_layernorm": "ln1", "self_attn.q_proj": "attn.q_proj", "self_attn
 ENDS = {"model.embed_tokens": "token_embeddings", "model.norm": "ln_final", "lm_head": "lm_head"}
 
 
-def name_table(config: ModelConfig, architecture: str) -> dict:
-    """{their tensor: ([our tensors], transposed)}. GPT-2's matrices are (in, out): its Conv1D computes x W."""
+def name_table(config: ModelConfig, architecture: str, names) -> dict:
+    """{their tensor: ([our tensors], transposed)} for the names in our state dict.
+
+    GPT-2's matrices are (in, out), as its Conv1D computes x W: they are transposed.
+    """
     gpt2 = architecture == "GPT2LMHeadModel"
     block, modules, stack = (GPT2_BLOCK, GPT2_ENDS, "transformer.h") if gpt2 else (BLOCK, ENDS, "model.layers")
     experts = {f"block_sparse_moe.experts.{e}.{w}": f"ffn.experts.{e}.{w}"
@@ -93,15 +94,14 @@ def name_table(config: ModelConfig, architecture: str) -> dict:
     for i in range(config.n_layers):
         modules = modules | {f"{stack}.{i}.{their}": " ".join(f"layers.{i}.{our}" for our in ours.split())
                              for their, ours in (block | experts).items()}
-    with torch.device("meta"):
-        names = Transformer(config).state_dict().keys()
     table = {}
     for their, ours in modules.items():
         for kind in ("weight", "bias"):
-            transposed = gpt2 and kind == "weight" and their.rpartition(".")[2] in ("c_attn", "c_proj", "c_fc")
-            if f"{ours.split()[0]}.{kind}" in names:             # of all these, those that this model has
-                table[f"{their}.{kind}"] = [f"{our}.{kind}" for our in ours.split()], transposed
-    missing = names - {our for ours, _ in table.values() for our in ours}
+            tensors = [f"{our}.{kind}" for our in ours.split()]
+            if tensors[0] in names:                              # of all these, those that this model has
+                conv1d = gpt2 and kind == "weight" and their.endswith(("c_attn", "c_proj", "c_fc"))
+                table[f"{their}.{kind}"] = tensors, conv1d
+    missing = set(names) - {our for ours, _ in table.values() for our in ours}
     assert not missing, f"{sorted(missing)[:3]} of ours have no name in {architecture}"
     return table
 
@@ -125,16 +125,20 @@ def read_config(folder) -> tuple[str, ModelConfig]:
             if key in theirs and theirs[key] not in allowed:
                 raise ValueError(f"{key}={theirs[key]!r} is not supported; allowed: {allowed or 'none'}")
         window = theirs.get("sliding_window", math.inf)          # Llama's and GPT-2's code has none, Qwen's a switch
-        slides = model_type == "mixtral" or model_type.startswith("qwen") and theirs.get("use_sliding_window", False)
+        slides = model_type == "mixtral" or theirs.get("use_sliding_window", False)
         if slides and window < theirs["max_position_embeddings"]:
             raise ValueError(f"sliding_window={window} is in use; only models that see their whole context are read")
         ours = {our: theirs[their] for their, our in shape.items() if their in theirs or their not in OPTIONAL}
-        return name, ModelConfig(**ours | switches | ({} if name == "GPT2LMHeadModel" else _rope(theirs)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: {f'it lacks {error}' if isinstance(error, KeyError) else error}") from error
+        if model_type != "gpt2":
+            ours |= rope_fields(theirs)
+        return name, ModelConfig(**ours | switches)
+    except KeyError as error:
+        raise ValueError(f"{path}: it lacks {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _rope(theirs: dict) -> dict:
+def rope_fields(theirs: dict) -> dict:
     """RoPE's fields: one `rope_parameters` in transformers 5; in 4 `rope_theta`, and `rope_scaling` if stretched."""
     rope = theirs.get("rope_parameters")
     if rope is None:
@@ -148,22 +152,20 @@ def _rope(theirs: dict) -> dict:
 
 def architecture_of(config: ModelConfig) -> str:
     """The Hugging Face architecture that computes what this config does. Raises ValueError naming what has no place."""
-    nearest = {}
+    lacking = {}
     for name, (_, shape, switches, _) in ARCHITECTURES.items():
         plain = ModelConfig(**switches | dict(d_model=config.d_model, n_heads=config.n_heads))
         free = {*shape.values(), *FREE}
         if name in ("GPT2LMHeadModel", "Qwen2ForCausalLM"):      # there a head is always d_model / n_heads wide
             free -= {"head_dim"}
-        wrong = [key for key in asdict(plain) if key not in free and getattr(config, key) != getattr(plain, key)]
-        if name == "MixtralForCausalLM" and not config.n_experts:
-            wrong.append("n_experts")
-        if name == "MixtralForCausalLM" and config.balance == "bias":
-            wrong.append("balance")
-        if not wrong:
+        if config.n_experts and config.balance == "bias":        # sigmoid scores: none of them routes so
+            free -= {"balance"}
+        fixed = asdict(plain).keys() - free
+        lacking[name] = [key for key in sorted(fixed) if getattr(config, key) != getattr(plain, key)]
+        if not lacking[name]:
             return name
-        nearest[name] = wrong
-    name = min(nearest, key=lambda name: len(nearest[name]))
-    values = ", ".join(f"{key}={getattr(config, key)}" for key in nearest[name])
+    name = min(lacking, key=lambda name: len(lacking[name]))
+    values = ", ".join(f"{key}={getattr(config, key)}" for key in lacking[name])
     hint = "; train with --smear=false for a model that can be exported" if config.smear else ""
     raise ValueError(f"{name}, the nearest of {', '.join(ARCHITECTURES)}, has no {values}{hint}")
 
@@ -190,30 +192,21 @@ def their_config(config: ModelConfig, dtype: torch.dtype, tokenizer=None) -> dic
 
 # --- weights ---
 
-def weight_files(folder) -> dict:
-    """{tensor name: (file, dtype)} of a folder's safetensors, in one file or in several with an index.
-
-    Raises FileNotFoundError, ValueError naming the file.
-    """
+def stored_tensors(folder):
+    """Each (name, tensor) of a folder's safetensors, in one file or in several. Raises ValueError naming the file."""
     from safetensors import SafetensorError, safe_open
-    folder = Path(folder)
-    index, parts = folder / "model.safetensors.index.json", ["model.safetensors"]
-    try:
-        if index.is_file():
-            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = sorted({folder / Path(part).name for part in parts})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
-    where = {}
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no {Path(folder) / 'model.safetensors'}; only safetensors are read: opening pickled "
+                                "weights can run code")
     for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"no {file}; only safetensors are read: opening pickled weights can run code")
         try:
             with safe_open(file, "pt") as tensors:
-                where |= {name: (file, tensors.get_slice(name).get_dtype()) for name in tensors.keys()}
+                for name in tensors.keys():
+                    # A copy: a view into the file would change with it, for instance when saved there again.
+                    yield name, tensors.get_tensor(name).clone()
         except SafetensorError as error:
             raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
-    return where
 
 
 def from_pretrained(folder, dtype: torch.dtype | None = None):
@@ -223,52 +216,38 @@ def from_pretrained(folder, dtype: torch.dtype | None = None):
     folder has no tokenizer.json, and, with a warning, when it is not a byte-level BPE. Raises ValueError naming the
     path for an architecture, a setting or a tensor that is not known, FileNotFoundError.
     """
-    from safetensors import safe_open
-    folder = Path(folder)
     architecture, config = read_config(folder)
-    table, where = name_table(config, architecture), weight_files(folder)
-    names = {}                                    # their full name: the name in the file
-    for name in where:
-        if not name.endswith(IGNORED):
-            bare = architecture == "GPT2LMHeadModel" and not name.startswith(("transformer.", "lm_head."))
-            names[f"transformer.{name}" if bare else name] = name    # GPT-2's first files lack the prefix
-    unknown = [names[their] for their in sorted(names.keys() - table.keys())]
-    missing = sorted(table.keys() - names.keys() - ({"lm_head.weight"} if config.tie_embeddings else set()))
-    odd = [name for name in names.values() if where[name][1] not in DTYPES]
-    if unknown:
-        raise ValueError(f"{folder}: {architecture} with this config.json has no tensor {unknown[0]!r} ({len(unknown)} "
-                         "unknown in all); refused rather than dropped")
+    with torch.device("meta"):                                   # shapes without memory
+        state = Transformer(config).state_dict()
+    table = name_table(config, architecture, state)
+    missing = set(table) - ({"lm_head.weight"} if config.tie_embeddings else set())
+    for name, tensor in stored_tensors(folder):
+        if name.endswith(IGNORED):
+            continue
+        bare = architecture == "GPT2LMHeadModel" and not name.startswith(("transformer.", "lm_head."))
+        their = f"transformer.{name}" if bare else name          # GPT-2's first files lack the prefix
+        if their not in table:
+            raise ValueError(f"{folder}: {architecture} with this config.json has no tensor {name!r}; refused rather "
+                             "than dropped")
+        place(tensor, their, *table[their], state, folder)
+        missing.discard(their)
     if missing:
-        raise ValueError(f"{folder}: the tensor {missing[0]!r} is missing ({len(missing)} in all)")
-    if odd:
-        raise ValueError(f"{folder}: {odd[0]} is stored as {where[odd[0]][1]}; {', '.join(DTYPES)} are read")
-    if dtype is None:
-        dtype = max((DTYPES[where[name][1]] for name in names.values()), key=lambda kind: kind.itemsize)
-    with torch.device("meta"):                    # no weights are drawn: they are about to be replaced
-        model = Transformer(config)
-    state = model.state_dict()
-    for file in sorted({where[name][0] for name in names.values()}):
-        with safe_open(file, "pt") as tensors:
-            for their, name in names.items():
-                if where[name][0] == file:
-                    # A copy: a view into the file would change with it, for instance when saved there again.
-                    _place(tensors.get_tensor(name).to(dtype, copy=True), their, *table[their], state, folder)
+        raise ValueError(f"{folder}: the tensor {min(missing)!r} is missing ({len(missing)} in all)")
     if config.tie_embeddings:
         head, embedding = state["lm_head.weight"], state["token_embeddings.weight"]
         if not head.is_meta and not torch.equal(head, embedding):
             raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding matrix")
         state["lm_head.weight"] = embedding
-    model.load_state_dict(state, assign=True)
-    if config.tie_embeddings:                     # assigned one by one, they are two parameters on the same memory
-        model.token_embeddings.weight = model.lm_head.weight
-    for module in model.modules():
-        if isinstance(module, MixtureOfExperts):                   # a counter, not stored
-            module.tokens_per_expert = torch.zeros(config.n_experts, dtype=torch.long)
-    return model.eval(), _read_tokenizer(folder)
+    dtype = dtype or max((tensor.dtype for tensor in state.values()), key=lambda kind: kind.itemsize)
+    for name in state:
+        state[name] = state[name].to(dtype)
+    return with_weights(config, state).eval(), read_tokenizer(folder)
 
 
-def _place(tensor, their: str, ours: list, transposed: bool, state: dict, folder) -> None:
+def place(tensor, their: str, ours: list, transposed: bool, state: dict, folder) -> None:
     """Put one tensor of theirs into our state dict, turned and cut. Raises ValueError when it does not fit."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{folder}: {their} is stored as {tensor.dtype}; {', '.join(map(str, DTYPES))} are read")
     if transposed:
         tensor = tensor.T.contiguous()
     rows = [state[our].shape[0] for our in ours]
@@ -279,13 +258,11 @@ def _place(tensor, their: str, ours: list, transposed: bool, state: dict, folder
         state[our] = part if len(ours) == 1 else part.clone()
 
 
-def _read_tokenizer(folder):
+def read_tokenizer(folder) -> Tokenizer | None:
     """The Tokenizer of the folder, None without one or, with a warning, when it is no byte-level BPE."""
     path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        return None
     try:
-        return Tokenizer.load(path)
+        return Tokenizer.load(path) if path.is_file() else None
     except ValueError as error:
         warnings.warn(f"the model comes without its tokenizer: {error}", stacklevel=3)
         return None
@@ -300,9 +277,9 @@ def save_pretrained(model, folder, tokenizer=None) -> None:
     from safetensors.torch import save_file
     config, weights, folder = model.config, model.state_dict(), Path(folder)
     files = {"config.json": their_config(config, model.lm_head.weight.dtype, tokenizer)}
+    table, tensors = name_table(config, architecture_of(config), weights), {}
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for their, (ours, transposed) in name_table(config, architecture_of(config)).items():
+    for their, (ours, transposed) in table.items():
         if their != "lm_head.weight" or not config.tie_embeddings:
             tensor = torch.cat([weights[our].cpu() for our in ours])
             tensors[their] = (tensor.T if transposed else tensor).contiguous()
@@ -328,36 +305,31 @@ def import_folder(folder, out_dir, overwrite: bool = False) -> None:
     """A Hugging Face folder to a checkpoint with its tokenizer, which sample.py, evaluate.py, train.py start from."""
     claim_out_dir(out_dir, overwrite, inputs=[folder])
     model, tokenizer = from_pretrained(folder)
-    out_dir, more = Path(out_dir), {}
+    out_dir, entries = Path(out_dir), {}
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "tokenizer.json").unlink(missing_ok=True)           # an overwritten run's is not this model's
     if tokenizer is not None:
         shutil.copyfile(Path(folder) / "tokenizer.json", out_dir / "tokenizer.json")
-        more["tokenizer_sha256"] = sha256(out_dir / "tokenizer.json")
-    save_checkpoint(model, None, 0, out_dir / "ckpt.pt", **more)
+        entries["tokenizer_sha256"] = sha256(out_dir / "tokenizer.json")
+    save_checkpoint(model, None, 0, out_dir / "ckpt.pt", **entries)
     print(f"{out_dir / 'ckpt.pt'}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{'with' if tokenizer else 'without'} a tokenizer")
-
-
-def export_folder(out_dir, folder) -> None:
-    """A checkpoint of ours to a Hugging Face folder, written over what is there; OUT_DIR itself is refused."""
-    claim_out_dir(folder, overwrite=True, inputs=[out_dir])
-    model, tokenizer = load_model(out_dir)
-    save_pretrained(model, folder, tokenizer)
-    print(f"{folder}: {architecture_of(model.config)}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 def main(argv: list[str]) -> None:
     """Run one verb of the command line."""
     usage = "python convert.py import FOLDER OUT_DIR [--overwrite=true] | export OUT_DIR FOLDER"
-    verb, files, config, _ = command_line(ConvertConfig, argv, usage, ("import", "export"))
+    verb, folders, config, _ = command_line(ConvertConfig, argv, usage, ("import", "export"))
     try:
-        if verb is None or len(files) != 2 or verb == "export" and config.overwrite:
+        if len(folders) != 2 or (verb == "export" and config.overwrite):
             raise ValueError(f"{' '.join(argv)!r} is not: {usage}")
         if verb == "import":
-            import_folder(*files, config.overwrite)
+            import_folder(*folders, config.overwrite)
         else:
-            export_folder(*files)
+            claim_out_dir(folders[1], overwrite=True, inputs=folders[:1])      # written over, but never its own source
+            model, tokenizer = load_model(folders[0])
+            save_pretrained(model, folders[1], tokenizer)
+            print(f"{folders[1]}: {architecture_of(model.config)}")
     except (ValueError, OSError) as error:
         fail(error)
 

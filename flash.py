@@ -70,9 +70,7 @@ def attention_backward_reference(q, k, v, o, lse, do, is_causal: bool):
     dp = do @ v.mT
     delta = (do * o).sum(dim=-1, keepdim=True)
     ds = p * (dp - delta) / math.sqrt(q.shape[-1])
-    dq = ds @ k
-    dk = ds.mT @ q
-    return dq, dk, dv
+    return ds @ k, ds.mT @ q, dv
 
 
 # --- tiles in PyTorch: the algorithm to read ---
@@ -218,9 +216,8 @@ def _flash_forward(q, k, v, o, lse, Tq, Tk, scale, GROUP: constexpr, D: constexp
 
 @jit
 def load_lse(lse, query, Tq):
-    """L of a tile of queries in base 2; 0 for one that saw no key, so that exp2(-inf - L) is 0 and not NaN."""
-    numbers = tl.load(lse + query, mask=query < Tq, other=0.0) * LOG2E
-    return tl.where(numbers == -float("inf"), 0.0, numbers)
+    """L of a tile of queries in base 2; not -inf for one that saw no key, so that exp2(-inf - L) is 0 and not NaN."""
+    return tl.maximum(tl.load(lse + query, mask=query < Tq, other=0.0) * LOG2E, -1e30)
 
 
 @jit
@@ -329,9 +326,10 @@ def check_attention(q, k, v) -> None:
     """Raises ValueError for shapes and dtypes that do not go together."""
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
-    heads, key_heads = (x.shape[-3] if x.dim() > 2 else 1 for x in (q, k))
+    heads, key_heads = q.shape[-3:-2], k.shape[-3:-2]              # of (T, D) alone there are none
     fits = q.dim() == k.dim() >= 2 and k.shape == v.shape and q.shape[-1] == k.shape[-1] > 0
-    if not fits or q.shape[:-3] != k.shape[:-3] or (heads != key_heads and (not key_heads or heads % key_heads)):
+    grouped = heads == key_heads or (fits and key_heads[0] > 0 and heads[0] % key_heads[0] == 0)
+    if not fits or not grouped or q.shape[:-3] != k.shape[:-3]:
         raise ValueError("attention takes q (..., H, Tq, D) and k, v (..., K, Tk, D), H a multiple of K and all else "
                          f"equal, not {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
 

@@ -8,13 +8,12 @@ each of which reads its inputs from memory and writes its output back: silu(gate
     read 1, write 1      read 2, write 1      read 2, write 1         read 2, write 1
 
 Fusing means only this: load a number once, do all the arithmetic in registers, store the result once. Read in this
-order: SwiGLU (every line explained), matmul (tiles), RMSNorm (a row a program), RoPE (pairs), cross entropy (a row in
-pieces: softmax in one pass), linear + cross entropy (in chunks); then flash.py, attention, which needs all of it.
+order: SwiGLU (every line explained), matmul (tiles), RMSNorm (a row a program), RoPE (pairs), cross entropy (softmax in
+one pass), linear + cross entropy (in chunks); then flash.py, attention, which needs all of it.
 
 They run on CUDA, and on the CPU through Triton's interpreter if TRITON_INTERPRET=1 is set before the import (slow; for
-tests); elsewhere, and in float64, PyTorch does the same. Left out: second derivatives, fp8, and autotuning:
-`@triton.autotune(configs=[triton.Config({"BLOCK": 64}), ...], key=["M", "N", "K"])` above a kernel times each tile and
-keeps the fastest, at a compilation each; the next process may keep another, with another order of summation.
+tests); elsewhere, and in float64, PyTorch does the same. Left out: second derivatives, fp8, and `triton.autotune`:
+it times tiles and keeps the fastest, and the next process may keep another, with another order of summation.
 
 Papers: Triton (Tillet et al. 2019), SwiGLU 2002.05202, RMSNorm 1910.07467, RoPE 2104.09864, online softmax 1805.02867,
 chunked linear cross entropy 2410.10989 (Liger).
@@ -24,9 +23,9 @@ chunked linear cross entropy 2410.10989 (Liger).
 """
 import functools
 import math
-import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -107,13 +106,17 @@ def _swiglu_forward(gate, up, y, count, BLOCK: constexpr):
 
 
 @jit
+def load(address, mask):
+    """The numbers there in float32; 0 where the mask is false."""
+    return tl.load(address, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
 def _swiglu_backward(gate, up, dy, dgate, dup, count, BLOCK: constexpr):
     """With s = sigmoid(gate): dup = dy gate s;  dgate = dy up s (1 + gate (1 - s))."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < count
-    g = tl.load(gate + i, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + i, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(dy + i, mask=mask, other=0.0).to(tl.float32)
+    g, u, grad = load(gate + i, mask), load(up + i, mask), load(dy + i, mask)
     s = tl.sigmoid(g)                                              # computed again: cheaper than storing and loading it
     tl.store(dup + i, (grad * g * s).to(dup.dtype.element_ty), mask=mask)
     tl.store(dgate + i, (grad * u * s * (1 + g * (1 - s))).to(dgate.dtype.element_ty), mask=mask)
@@ -130,10 +133,10 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        dgate, dup, count = torch.empty_like(gate), torch.empty_like(up), gate.numel()
-        launch(_swiglu_backward, (triton.cdiv(count, 2048),), dy, gate, up, dy.contiguous(), dgate, dup, count,
-               BLOCK=2048, num_warps=8)
+        (gate, up), dy, count = ctx.saved_tensors, dy.contiguous(), dy.numel()
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        grid = (triton.cdiv(count, 2048),)
+        launch(_swiglu_backward, grid, dy, gate, up, dy, dgate, dup, count, BLOCK=2048, num_warps=8)
         return dgate, dup
 
 
@@ -155,7 +158,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 @jit
 def dot(a, b, acc):
     """acc + a @ b of two tiles, summed in float32. "ieee": float32 tiles are not rounded to TF32's ten bits."""
-    if INTERPRETED:                                    # which keeps bfloat16 as 16-bit whole numbers: multiply float32
+    if INTERPRETED:                                    # it keeps bfloat16 as 16-bit whole numbers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
@@ -205,8 +208,7 @@ def _rms_forward(x, weight, y, rstd, eps, N: constexpr, N_PAD: constexpr):
     """One row of x and y (rows, N), whole in registers. weight (N,); rstd (rows,) float32, kept for backward."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, N_PAD)
-    values = tl.load(x + row * N + i, mask=i < N, other=0.0).to(tl.float32)
-    w = tl.load(weight + i, mask=i < N, other=0.0).to(tl.float32)
+    values, w = load(x + row * N + i, i < N), load(weight + i, i < N)
     scale = tl.rsqrt(tl.sum(values * values, axis=0) / N + eps)    # zeros past the end add nothing to the sum
     tl.store(y + row * N + i, (values * scale * w).to(y.dtype.element_ty), mask=i < N)
     tl.store(rstd + row, scale)
@@ -217,14 +219,14 @@ def _rms_backward(x, weight, rstd, dy, dx, dweight, rows, N: constexpr, N_PAD: c
     """dx of SPAN rows, and what they add to dweight, in the program's own row of dweight (programs, N): if all added to
     one row, the order, hence the rounding, would change from run to run. PyTorch sums the rows."""
     i = tl.arange(0, N_PAD)
-    w = tl.load(weight + i, mask=i < N, other=0.0).to(tl.float32)
+    w = load(weight + i, i < N)
     dw = tl.zeros((N_PAD,), tl.float32)
     first = tl.program_id(0) * SPAN
     for index in range(first, tl.minimum(first + SPAN, rows)):
         row = tl.cast(index, tl.int64)
         scale = tl.load(rstd + row)
-        u = tl.load(x + row * N + i, mask=i < N, other=0.0).to(tl.float32) * scale
-        grad = tl.load(dy + row * N + i, mask=i < N, other=0.0).to(tl.float32)
+        u = load(x + row * N + i, i < N) * scale
+        grad = load(dy + row * N + i, i < N)
         dw += grad * u
         grad = grad * w
         grad = scale * (grad - u * (tl.sum(grad * u, axis=0) / N))
@@ -276,12 +278,10 @@ def _rope(x, y, cos, sin, T, table_stride, HEADS: constexpr, HALF: constexpr, HA
     i = tl.arange(0, HALF_PAD)[None, :]
     mask = (t < T) & (i < HALF)
     table = head // HEADS * table_stride + t * HALF + i
-    c = tl.load(cos + table, mask=mask, other=0.0).to(tl.float32)
-    s = tl.load(sin + table, mask=mask, other=0.0).to(tl.float32)
+    c, s = load(cos + table, mask), load(sin + table, mask)
     first = (head * T + t) * (2 * HALF) + (2 * i if INTERLEAVED else i)
     second = first + (1 if INTERLEAVED else HALF)
-    a = tl.load(x + first, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x + second, mask=mask, other=0.0).to(tl.float32)
+    a, b = load(x + first, mask), load(x + second, mask)
     tl.store(y + first, (a * c - b * s).to(y.dtype.element_ty), mask=mask)
     tl.store(y + second, (a * s + b * c).to(y.dtype.element_ty), mask=mask)
 
@@ -309,11 +309,11 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
     q: (B, H, T, D), k: (B, K, T, D), D even. cos, sin: (T, D/2) or (B, T, D/2), as rope_tables of layers.py makes them.
     Pairs are (i, i + D/2), or (2i, 2i + 1) when interleaved. 2 numbers moved for 3 FLOPs.
     """
-    tables = (q.shape[-2], q.shape[-1] // 2)
-    fits = q.dim() == k.dim() == 4 and q.shape[-1] % 2 == 0 and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])
-    if not fits or cos.shape != sin.shape or tuple(cos.shape) not in (tables, (q.shape[0], *tables)):
-        raise ValueError("apply_rope takes q (B, H, T, D), k (B, K, T, D), D even, tables ([B,] T, D/2), not "
-                         f"{q.shape}, {k.shape}, {cos.shape} and {sin.shape}")
+    for x in (q, k):
+        tables = (x.shape[-2], x.shape[-1] // 2)
+        if x.dim() != 4 or x.shape[-1] % 2 or cos.shape != sin.shape or cos.shape not in (tables, (len(x), *tables)):
+            raise ValueError("apply_rope takes q (B, H, T, D), k (B, K, T, D), D even, tables ([B,] T, D/2), not "
+                             f"{q.shape}, {k.shape}, {cos.shape} and {sin.shape}")
     cos, sin = cos.contiguous(), sin.contiguous()
     turn = RoPE.apply if use_triton(q) else turned
     return turn(q, cos, sin, interleaved), turn(k, cos, sin, interleaved)
@@ -369,7 +369,7 @@ def _cross_entropy_backward(logits, dlogits, targets, lse, dlosses, V, ignore_in
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     target = tl.load(targets + row)
-    piece = tl.load(logits + row * V + i, mask=i < V, other=0.0).to(tl.float32)
+    piece = load(logits + row * V + i, i < V)
     grad = (tl.exp(piece - tl.load(lse + row)) - tl.where(i == target, 1.0, 0.0)) * tl.load(dlosses + row)
     grad = tl.where(target == ignore_index, 0.0, grad)             # not times 0: an ignored row may hold infinities
     tl.store(dlogits + row * V + i, grad.to(dlogits.dtype.element_ty), mask=i < V)
@@ -443,21 +443,19 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, weight, targets, ignore_index, chunk):
-        wide, train = torch.promote_types(x.dtype, torch.float32), any(ctx.needs_input_grad)
-        total, dx = x.new_zeros((), dtype=wide), torch.empty_like(x) if train else None
-        dweight = torch.zeros_like(weight, dtype=wide) if train else None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        total, dx, dweight = x.new_zeros((), dtype=wide), torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
             logits = x[rows] @ weight.T                            # (chunk, V), the largest tensor alive
             losses, lse = token_losses(logits, targets[rows], ignore_index)
             total += losses.sum()
-            if train:
-                dlogits = logits_gradient(logits, targets[rows], lse, torch.ones_like(losses), ignore_index)
-                dx[rows] = dlogits @ weight
-                if x.is_cuda and x.dtype != wide:                  # never rounded to float16, which ends at 65,504
-                    dweight += torch.mm(dlogits.T, x[rows], out_dtype=wide)
-                else:
-                    dweight += dlogits.T.to(wide) @ x[rows].to(wide)
+            dlogits = logits_gradient(logits, targets[rows], lse, torch.ones_like(losses), ignore_index)
+            dx[rows] = dlogits @ weight
+            if x.is_cuda and x.dtype != wide:                      # never rounded to float16, which ends at 65,504
+                dweight += torch.mm(dlogits.T, x[rows], out_dtype=wide)
+            else:
+                dweight += dlogits.T.to(wide) @ x[rows].to(wide)
         count, ctx.dtypes = (targets != ignore_index).sum(), (x.dtype, weight.dtype)
         ctx.save_for_backward(dx, dweight, count)
         return total / count
@@ -473,8 +471,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
                          chunk_tokens: int | None = None) -> Tensor:
     """Mean of cross_entropy(x @ weightᵀ, targets) without ever holding all (tokens, V) logits; also without Triton.
 
-    x: (..., C), weight: (V, C), targets: (...). chunk_tokens: rows of logits alive at a time; when not given as many as
-    fill 256 MB on CUDA, 32 MB elsewhere. 64 x 1,024 tokens of GPT-2's vocabulary would take 6.6 GB in bfloat16, twice.
+    For training: gradients are made with the loss. x: (..., C), weight: (V, C), targets: (...). chunk_tokens: rows of
+    logits alive at a time; not given, as many as fill 256 MB on CUDA, 32 MB elsewhere. (64 x 1,024 tokens of GPT-2's
+    vocabulary would take 6.6 GB in bfloat16, twice.)
     """
     if targets.shape != x.shape[:-1] or targets.is_floating_point() or weight.shape[1:] != x.shape[-1:]:
         raise ValueError(f"linear_cross_entropy takes x (..., C), weight (V, C) and ids (...), not {x.shape}, "
@@ -490,7 +489,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
 
 def show_errors(page: str) -> int:
     """Run bench.py's table of errors as a process, interpreted where there is no GPU; returns its exit status."""
-    bench = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench.py")
+    bench = Path(__file__).with_name("bench.py")
     words = ["kernels", f"--page={page}", "--times=false", *sys.argv[1:]]
     return subprocess.run([sys.executable, bench, *words]).returncode
 

@@ -20,10 +20,7 @@ from machine import CrossEntropy, FastRMSNorm, FastSwiGLU, fast, product, wide
 # --- softmax, and what rests on it ---
 
 def softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """exp(x) normalised to sum to 1 along `dim`; any shape, any size of numbers.
-
-    The maximum is subtracted first: the ratio stays the same and exp() cannot overflow.
-    """
+    """exp(x) normalised to sum to 1 along `dim`. Less the maximum the ratio is the same, and exp() cannot overflow."""
     if not x.numel():
         return x                                                   # the maximum of nothing is an error
     exponentials = torch.exp(x - x.amax(dim=dim, keepdim=True))
@@ -31,10 +28,10 @@ def softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean of -log softmax(logits)[target] in nats, a scalar in float32 (float64 for float64 logits).
+    """Mean of -log softmax(logits)[target] in nats: a scalar in float32 (float64 for float64 logits).
 
-    logits: (..., V), any float dtype. targets: (...), integer ids. Raises ValueError when the shapes differ.
-    A model that knows nothing gives every token 1 / V: a loss of ln V, 9.2 for 10,000 tokens. Check it before training.
+    logits: (..., V), any float dtype. targets: (...), integer ids. Raises ValueError when the shapes differ. A model
+    that knows nothing gives every token 1 / V: a loss of ln V, 9.2 for 10,000 tokens. Check it before training.
     """
     return token_cross_entropy(logits, targets).mean()
 
@@ -73,11 +70,8 @@ def truncated_normal(shape, std: float) -> torch.Tensor:
 
 
 class Linear(nn.Module):
-    """x @ weightᵀ, plus a bias if asked. weight: (d_out, d_in), from N(0, 2 / (d_in + d_out)) (Glorot & Bengio 2010).
-
-    That variance keeps the size of numbers about the same on the way forward (1 / d_in) and back (1 / d_out).
-    """
-
+    """x @ weightᵀ, plus a bias if asked. weight: (d_out, d_in), from N(0, 2 / (d_in + d_out)) (Glorot & Bengio 2010):
+    numbers keep about their size on the way forward (which asks for 1 / d_in) and back (1 / d_out)."""
     def __init__(self, d_in: int, d_out: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(truncated_normal((d_out, d_in), std=math.sqrt(2 / (d_in + d_out))))
@@ -90,7 +84,6 @@ class Linear(nn.Module):
 
 class Embedding(nn.Module):
     """A row of a table for every id. weight: (vocab_size, d_model), from N(0, 1)."""
-
     def __init__(self, vocab_size: int, d_model: int):
         super().__init__()
         self.weight = nn.Parameter(truncated_normal((vocab_size, d_model), std=1.0))
@@ -116,7 +109,6 @@ def rms_norm(x, weight, eps):
 
 class RMSNorm(nn.Module):
     """See rms_norm: float32 inside, the dtype that came in outside. weight: (d_model,), ones."""
-
     def __init__(self, d_model: int, eps: float = 1e-5):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d_model))
@@ -128,7 +120,6 @@ class RMSNorm(nn.Module):
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, in float32 (1607.06450, eq. 4)."""
-
     def __init__(self, d_model: int, eps: float = 1e-5, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d_model))
@@ -144,9 +135,11 @@ class LayerNorm(nn.Module):
 
 def make_norm(config) -> nn.Module:
     """The norm that a ModelConfig asks for, over the residual stream."""
-    if config.norm == "layer":
-        return LayerNorm(config.d_model, config.norm_eps, config.bias)
-    return RMSNorm(config.d_model, config.norm_eps) if config.norm == "rms" else nn.Identity()
+    if config.norm == "none":
+        return nn.Identity()
+    if config.norm == "rms":
+        return RMSNorm(config.d_model, config.norm_eps)
+    return LayerNorm(config.d_model, config.norm_eps, config.bias)
 
 
 # --- feed-forward ---
@@ -173,7 +166,6 @@ def swiglu(gate, up):
 
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x): w1 is the gate, w3 the way up, w2 the way down (2002.05202, eq. 6)."""
-
     def __init__(self, d_model: int, d_ff: int, bias: bool = False):
         super().__init__()
         self.w1, self.w2 = Linear(d_model, d_ff, bias), Linear(d_ff, d_model, bias)
@@ -186,7 +178,6 @@ class SwiGLU(nn.Module):
 
 class MLP(nn.Module):
     """w2(f(w1 x)) with f = silu, gelu or relu2: two matrices where SwiGLU has three."""
-
     def __init__(self, d_model: int, d_ff: int, kind: str, bias: bool = False):
         super().__init__()
         self.w1, self.w2 = Linear(d_model, d_ff, bias), Linear(d_ff, d_model, bias)
@@ -211,9 +202,8 @@ def feed_forward(config, d_ff: int) -> nn.Module:
 # Which numbers make a pair is a convention; the two in use are different models with the same shapes (D = 8):
 #     interleaved: the paper, the course         (0 1) (2 3) (4 5) (6 7)
 #     halves: GPT-NeoX, Qwen, Llama's HF files   (0 4) (1 5) (2 6) (3 7)
-# Permuting the rows of W_q and W_k within each head turns one into the other. Meta's Llama files are interleaved, and
-# Hugging Face permuted them once, into halves. We read those and turn halves, so an import permutes nothing: doing it
-# once more is the classic bug (llama2.c#321).
+# Permuting the rows of W_q and W_k within each head turns one into the other. Hugging Face did that once, to Meta's
+# interleaved Llama files. We turn halves like them, so an import permutes nothing (the classic bug: llama2.c#321).
 
 def rope_tables(positions: torch.Tensor, head_dim: int, theta: float = 10_000.0, config=None):
     """(cos, sin) of positions x frequencies, each (..., T, D/2) in float32.
@@ -240,9 +230,9 @@ def rotate(x, cos, sin, interleaved: bool = False):
 
 
 def rope(x, positions, theta: float = 10_000.0, interleaved: bool = False):
-    """x with rotary position embedding: the product of a query and a key then depends on their distance only.
+    """x (..., T, D), D even, with rotary position embedding.
 
-    x: (..., T, D), D even. positions: (T,), or (B, T) for x of (B, H, T, D) or (B, T, D), the same for all heads.
+    positions: (T,), or (B, T) for x of (B, H, T, D) or (B, T, D), the same for all heads.
     """
     if x.shape[-1] % 2:
         raise ValueError(f"rope needs an even last dimension, it is {x.shape[-1]}")
@@ -255,10 +245,8 @@ def rope(x, positions, theta: float = 10_000.0, interleaved: bool = False):
 # --- experts ---
 
 def balance_loss(scores, counts):
-    """E Σ_e f_e P_e with f_e the share of tokens sent to e and P_e its mean score (2101.03961, eq. 4-6).
-
-    scores: (N, E). counts: (E,). Least where all experts are equally busy: then it is the number of experts a token.
-    """
+    """E Σ_e f_e P_e with f_e the share of tokens sent to e and P_e its mean score (2101.03961, eq. 4-6). Where all are
+    equally busy it is least: the number of experts a token. scores: (N, E). counts: (E,)."""
     return scores.shape[-1] * (counts / len(scores) * scores.mean(dim=0)).sum()
 
 
@@ -269,7 +257,6 @@ class MixtureOfExperts(nn.Module):
     balance=loss: softmax scores. balance=bias: sigmoid scores; a bias per expert joins them for the choice only, not
     for the weights (2408.15664, eq. 3; 2412.19437, eq. 16).
     """
-
     def __init__(self, config):
         super().__init__()
         self.n_chosen, self.by_bias = config.n_experts_per_token, config.balance == "bias"
@@ -297,7 +284,7 @@ class MixtureOfExperts(nn.Module):
             if losses is not None:
                 losses.append(balance_loss(scores, counts))
         order = chosen.flatten().argsort(stable=True)              # all of expert 0's, then all of 1's, …
-        # An expert without tokens still runs, on no rows: its gradient is 0 rather than missing on one of many ranks.
+        # An expert without tokens runs on no rows: its gradient is 0 rather than missing on one of many ranks.
         parts = flat[order // self.n_chosen].split(counts.tolist())
         y = torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
         y = y[order.argsort()].view(len(flat), self.n_chosen, -1)  # back to the tokens' order
@@ -306,14 +293,12 @@ class MixtureOfExperts(nn.Module):
 
     @torch.no_grad()
     def rebalance(self, rate: float) -> None:
-        """Count anew; with balance=bias first move each bias by `rate` towards an equal load (2408.15664, algorithm 1).
-
-        Collective when torch.distributed is initialised: the ranks' counts are summed.
-        """
+        """Count anew (all ranks' tokens); with balance=bias first move each bias by `rate` towards an equal load
+        (2408.15664, algorithm 1)."""
         counts = self.tokens_per_expert
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
         if self.by_bias:
-            load = counts.to(self.expert_bias.dtype)
+            load = counts.float()
             self.expert_bias += rate * torch.sign(load.mean() - load)
         counts.zero_()

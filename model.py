@@ -363,6 +363,19 @@ class FutureToken(nn.Module):
 
 # --- from a folder, and over a text ---
 
+def with_weights(config: ModelConfig, weights: dict) -> Transformer:
+    """A Transformer made of these tensors, in their dtype: built without memory, so that nothing is drawn or copied."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(weights, assign=True)
+    if config.tie_embeddings:                    # assigned one by one, they are two parameters on the same memory
+        model.token_embeddings.weight = model.lm_head.weight
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):                   # a counter, not stored
+            module.tokens_per_expert = torch.zeros(config.n_experts, dtype=torch.long)
+    return model
+
+
 def load_model(out_dir, device=None, name: str = "ckpt.pt"):
     """(Transformer in evaluation mode, Tokenizer or None) from the folder of a training run.
 
@@ -376,17 +389,10 @@ def load_model(out_dir, device=None, name: str = "ckpt.pt"):
         raise ValueError(f"{path} has no model_config; it was not written by train.py")
     weights = {key.removeprefix("_orig_mod."): tensor for key, tensor in entries["model"].items()}
     try:
-        with torch.device("meta"):               # shapes without memory: nothing is drawn, the stored tensors move in
-            model = Transformer(ModelConfig(**entries["model_config"]))
-        model.load_state_dict(weights, assign=True)
+        model = with_weights(ModelConfig(**entries["model_config"]), weights)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not fit this version of model.py: {reason}") from error
-    for module in model.modules():
-        if isinstance(module, MixtureOfExperts):                   # not stored
-            module.tokens_per_expert = torch.zeros(model.config.n_experts, dtype=torch.long)
-    if model.config.tie_embeddings:
-        model.token_embeddings.weight = model.lm_head.weight
     if path.with_name("tokenizer.json").is_file():
         tokenizer, wanted = path.with_name("tokenizer.json"), entries.get("tokenizer_sha256")
         if wanted and sha256(tokenizer) != wanted:

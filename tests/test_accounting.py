@@ -3,6 +3,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import accounting as bill
 import optim
@@ -40,8 +41,6 @@ def test_parameters_and_flops_are_what_the_model_has_and_does(switch):
     model = toy(switch, attention_backend="naive", d_model=128, d_ff=320, context_length=64, vocab_size=512)
     counts = bill.count_params(model.config)
     assert counts["total"] == sum(p.numel() for p in model.parameters()) == sum(counts.values()) - counts["total"]
-    assert (bill.active_params(model.config) == counts["total"]) == (
-        not model.config.n_experts and not model.config.mtp_depth)
     # Our naive backend multiplies the whole square and masks after, in sliding layers too.
     config = dataclasses.replace(model.config, sliding_window=None, window_pattern="S")
     for training, tolerance in ((False, 1e-9), (True, 0.03 if config.mtp_depth else 0.01)):
@@ -53,7 +52,7 @@ def test_parameters_and_flops_are_what_the_model_has_and_does(switch):
         assert flops == pytest.approx(counter.get_total_flops(), rel=tolerance)
 
 
-@pytest.mark.parametrize("switch", ["plain", "gpt2", "qwen3", "2017", "mla", "smear", "softcap"])
+@pytest.mark.parametrize("switch", ["plain", "gpt2", "qwen3", "2017", "smear", "softcap"])
 def test_activations_are_what_autograd_keeps(switch, monkeypatch):
     model = toy(switch, d_model=128, d_ff=320, context_length=64, vocab_size=512)
     monkeypatch.setattr("attention.SHORT_CONTEXT", 0)        # the bill is for fused attention, which keeps no scores
@@ -75,8 +74,8 @@ def saved_bytes(model, tokens, dtype) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("switch", ["plain", "gpt2", "moe", "mla", "mtp"])
-@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("name, switch", [("muon", "plain"), ("muon", "gpt2"), ("muon", "moe"), ("muon", "mla"),
+                                          ("muon", "mtp"), ("adamw", "gpt2"), ("sgd", "plain")])
 def test_optimizer_state_is_billed_as_it_is_kept(name, switch):
     """Muon trains the matrices of the blocks only; AdamW keeps two moments of all others, SGD its momentum."""
     model = toy(switch)
@@ -94,7 +93,7 @@ def test_optimizer_state_is_billed_as_it_is_kept(name, switch):
     assert sum(value.nbytes for value in kept) == bill.memory_bytes(model.config, 1, optimizer=name)["optimizer"]
 
 
-def test_memory_time_and_intensity_by_hand():
+def test_memory_and_time_by_hand():
     config = preset("llama-3.1-8b", context_length=8192)
     assert bill.kv_cache_bytes(config, 1) == 2 * 32 * 8 * 128 * 2 == 131_072
     mla = preset("small", attention="mla", kv_lora_rank=512, rope_head_dim=64)
@@ -110,11 +109,19 @@ def test_memory_time_and_intensity_by_hand():
     per_token = bill.flops_per_token(config, 8192, training=True)["total"]
     hours = bill.training_hours(config, 1e9, "H100", mfu=0.5, n_devices=8)
     assert hours == pytest.approx(per_token * 1e9 / (989e12 * 0.5 * 8) / 3600)
-    assert bill.intensity(config, 1, 8192)["decode"] < 5 < 295 < bill.intensity(config, 1, 8192)["prefill"]
-    causal, square = (bill.flops_per_token(config, 1000, causal=kind)["attention_scores"] for kind in (True, False))
-    assert causal / square == pytest.approx(1001 / 2000)
     with pytest.raises(ValueError, match="dtype='int4'"):
         bill.memory_bytes(config, dtype="int4")
+
+
+def run_checkpointed(blocks, x, sizes: tuple):
+    """The blocks applied to x in order, in groups of sizes[0] that backward computes again, nested by sizes[1:]."""
+    if not sizes:
+        for block in blocks:
+            x = block(x)
+        return x
+    for i in range(0, len(blocks), sizes[0]):
+        x = checkpoint(run_checkpointed, blocks[i:i + sizes[0]], x, sizes[1:], use_reentrant=False)
+    return x
 
 
 def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
@@ -124,19 +131,17 @@ def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
     shape, B = ModelConfig(vocab_size=64, context_length=64, d_model=64, n_layers=16, n_heads=4), 2
     torch.manual_seed(0)
     model, x = Transformer(shape), torch.randn(B, 64, 64, requires_grad=True)
-    given = [*model.parameters(), x]
-    for tensor in given:
-        tensor.grad = torch.zeros_like(tensor)
     calls = []
     for block in model.layers:
         block.register_forward_pre_hook(lambda *_: calls.append(1))
-    one_input = B * 64 * 64 * 4
-    fewer = dataclasses.replace(shape, n_layers=15)
+    given = [*model.parameters(), x]
+    for tensor in given:
+        tensor.grad = torch.zeros_like(tensor)
+    one_input, fewer = B * 64 * 64 * 4, dataclasses.replace(shape, n_layers=15)
     one_block = B * (bill.activation_bytes(shape, 64) - bill.activation_bytes(fewer, 64))
     above, planned, gradients = [], [], []
     for levels in range(5):
-        plan = bill.checkpoint_plan(16, levels, one_block, one_input)
-        tracker = MemoryTracker()
+        plan, tracker = bill.checkpoint_plan(16, levels, one_block, one_input), MemoryTracker()
         for tensor in given:
             tensor.grad.zero_()
             tracker.watch(tensor, "given")
@@ -144,7 +149,7 @@ def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
         before = tracker.live
         calls.clear()
         with tracker:
-            bill.run_checkpointed(list(model.layers), x, plan["sizes"]).sum().backward()
+            run_checkpointed(list(model.layers), x, plan["sizes"]).sum().backward()
         assert len(calls) == 16 + plan["recomputed"] and plan["flops"] == 1 + plan["recomputed"] / 48
         planned.append(plan["bytes"])
         above.append(max(tracker.history) - before - plan["bytes"])
@@ -199,8 +204,6 @@ def test_what_parallel_ranks_compute_and_send_by_hand():
     mixed = bill.fsdp_cost(layer, B, 4, *machine, tp=2)["forward"]
     kinds = 6 * D * F * 3 / (8 * W), 4 * B * D * 1 / (8 * W)
     assert mixed["communication_s"] == pytest.approx(max(kinds)) and mixed["compute_s"] == 6 * B * D * F / 8 / C
-    shared = bill.fsdp_cost(layer, B, 4, *machine, tp=2, shared_links=True)["forward"]
-    assert shared["communication_s"] == pytest.approx(sum(kinds))
     for cost in (ddp, fsdp):                       # at the smallest batch that hides them, messages take as long
         at = cost["step"]["smallest_batch"]
         edge = bill.data_parallel_cost(layer, at, N, *machine)["backward"]
@@ -211,9 +214,9 @@ def test_what_parallel_ranks_compute_and_send_by_hand():
 
 def test_the_best_mix_is_the_fastest_grid():
     config = preset("xl")
-    for batch, shared in ((2048, False), (131_072, False), (131_072, True)):
-        fsdp, tp, cost = bill.best_mix(config, batch, 64, 4e14, 1e11, shared_links=shared)
-        every = [bill.fsdp_cost(config, batch, 64 // t, 4e14, 1e11, tp=t, shared_links=shared)["step"]["seconds"]
+    for batch in (2048, 131_072):
+        fsdp, tp, cost = bill.best_mix(config, batch, 64, 4e14, 1e11)
+        every = [bill.fsdp_cost(config, batch, 64 // t, 4e14, 1e11, tp=t)["step"]["seconds"]
                  for t in (1, 2, 4, 8, 16, 32, 64)]
         assert fsdp * tp == 64 and cost["step"]["seconds"] == min(every)
     assert bill.best_mix(config, 10 ** 7, 8, 4e14, 1e11)[:2] == (8, 1)       # a large batch hides FSDP: send least

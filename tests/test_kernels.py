@@ -97,9 +97,6 @@ def test_cross_entropy_corners(kernels):
     kernels.cross_entropy(infinite, torch.tensor([1, -1]), ignore_index=-1, reduction="sum").backward()
     torch.testing.assert_close(infinite.grad, torch.tensor([[0, -0.5, 0.5], [0, 0, 0]]))
     assert kernels.cross_entropy(logits, torch.tensor([0, 1, 10, 2])).isnan(), "an id outside the vocabulary"
-    for arguments in ((logits, torch.arange(3)), (logits, torch.arange(4), -100, "max"), (logits, torch.ones(4))):
-        with pytest.raises(ValueError):
-            kernels.cross_entropy(*arguments)
 
 
 def test_float16_gradients_of_many_positions_survive_until_the_loss_scale(kernels, monkeypatch):
@@ -133,11 +130,12 @@ def test_linear_cross_entropy_never_holds_all_logits(kernels):
 
 
 def test_what_the_kernels_cannot_do_is_said(kernels):
-    x, four = torch.zeros(2, 3), torch.zeros(1, 2, 5, 6)
-    for call in (lambda: kernels.swiglu(x, x.half()), lambda: kernels.rms_norm(x, torch.ones(4)),
+    x, four, ids = torch.zeros(2, 3), torch.zeros(1, 2, 5, 6), torch.arange(2)
+    for call in (lambda: kernels.cross_entropy(x, torch.arange(3)), lambda: kernels.cross_entropy(x, torch.ones(2)),
+                 lambda: kernels.swiglu(x, x.half()), lambda: kernels.rms_norm(x, torch.ones(4)),
                  lambda: kernels.apply_rope(four, four, *torch.ones(2, 4, 3)), lambda: kernels.matmul(x, x),
-                 lambda: kernels.linear_cross_entropy(x, torch.ones(9, 4), torch.arange(2)),
-                 lambda: kernels.linear_cross_entropy(x, torch.ones(9, 3), torch.arange(2), chunk_tokens=0)):
+                 lambda: kernels.linear_cross_entropy(x, torch.ones(9, 4), ids),
+                 lambda: kernels.linear_cross_entropy(x, torch.ones(9, 3), ids, chunk_tokens=0)):
         with pytest.raises(ValueError, match=r"\d"):
             call()
 
@@ -228,12 +226,11 @@ def test_the_error_table_of_every_kernel(kernels, capsys):
     assert len(rows) == 10 and all(float(error) < 1e-5 for _, *errors in rows for error in errors), rows
 
 
-@pytest.mark.parametrize("fused_loss", ["false", "true"])
-def test_profile_of_a_training_step_by_region(tmp_path, capsys, fused_loss):
+def test_profile_of_a_training_step_by_region(tmp_path, capsys):
     import bench_systems
     bench_systems.VERBS["profile"]([
         f"--out_dir={tmp_path}", f"--data_dir={tmp_path}/none", "--d_model=32", "--n_layers=2", "--n_heads=2",
-        "--vocab_size=50", "--context_length=16", "--batch_tokens=64", "--device=cpu", f"--fused_loss={fused_loss}"])
+        "--vocab_size=50", "--context_length=16", "--batch_tokens=64", "--device=cpu", "--fused_loss=true"])
     said = capsys.readouterr().out
     shares = dict(re.findall(r"^([a-z-]+) .* ([\d.]+)%$", said, re.M))
     assert len(shares) == 8 and 95 < sum(map(float, shares.values())) < 105, said
