@@ -20,7 +20,7 @@ import math
 import torch
 from torch import nn
 
-from parallel import all_gather, average, broadcast, collect, reduce_scatter, to_host, wait, world
+from parallel import all_gather, average, broadcast, collect, reduce_scatter, wait, world
 
 
 # --- cut tensors ---
@@ -104,7 +104,7 @@ def full_state_dict(module: nn.Module, keep: bool = True) -> dict:
                 gather_like(p, p.detach())
             if hasattr(p, "stage"):
                 broadcast([tensor], p.stage[0], [p.stage[1]])
-            whole[p] = to_host(tensor) if keep else None
+            whole[p] = tensor.cpu() if keep else None
         state[name] = whole[p]
     return state if keep else {}
 
@@ -134,7 +134,7 @@ def full_optimizer_state(optimizer) -> dict:
     """
     def gathered(p, value):
         whole = gather_like(p, value.to(p.device))
-        return to_host(whole) if all(world(cut.group)[0] == 0 for cut in cuts_of(p)) else None
+        return whole.cpu() if all(world(cut.group)[0] == 0 for cut in cuts_of(p)) else None
 
     state = _map_state(optimizer, optimizer.state_dict(), gathered)
     stages = [p.stage[0] for group in optimizer.param_groups for p in group["params"] if hasattr(p, "stage")]
