@@ -3,6 +3,7 @@
 Verbs for machines (profile, memory, kernels, parallel, gpu) stand in bench_systems.py and are reached from here too.
 """
 import copy
+import os
 import statistics
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 import torch
 
 import bench_systems
+import bpe
+import bpe_fast
 import compress
 from accounting import PRESETS, kv_cache_bytes
 from checkpoint import open_tokens, read_checkpoint, read_meta
@@ -86,7 +89,7 @@ def as_transformers(model):
 
 @torch.inference_mode()
 def decode(argv: list[str]) -> None:
-    """Tokens per second: one prompt and many, int8, int4, drafts, without a cache, transformers, beside the roof."""
+    """Tokens per second of one prompt and many, int8, int4, drafts, no cache, transformers, beside the roof."""
     usage = "usage: python bench.py decode [OUT_DIR or SHAPE] [--key=value …]     SHAPE: llama-30m, llama-124m, gpt2, …"
     _, files, config, _ = command_line(DecodeConfig, argv, usage)
     name, device = files[0] if files else "llama-30m", pick_device(config.device)
@@ -154,7 +157,7 @@ def train(out_dir, minutes: float, *flags: str) -> Path:
 
 
 def compress_table(argv: list[str]) -> None:
-    """File, tokens per second and bits per byte of a model in int8 and int4, pruned, distilled, and trained small."""
+    """Bytes, tokens per second and bits per byte of a model in int8, int4, pruned, distilled, trained small."""
     usage = "usage: python bench.py compress [OUT_DIR] [--key=value …]"
     _, files, config, _ = command_line(CompressConfig, argv, usage)
     full = Path(files[0] if files else "out/shakespeare")
@@ -190,11 +193,75 @@ def compress_table(argv: list[str]) -> None:
     show(lines, config.out)
 
 
+# --- the tokenizer beside others ---
+
+@dataclass
+class BpeConfig:
+    """What `python bench.py bpe FILE` can be told."""
+    vocab_size: int = 32000            # of the vocabulary that is trained
+    tokenizer: str = ""                # a tokenizer.json with GPT-2's pattern, to encode with instead of training
+    megabytes: float = 10.0            # how much of FILE is encoded
+    repeats: int = 5                   # how often, in turns
+
+
+def bench_bpe(words: list[str]) -> None:
+    """Training and encoding of FILE beside Hugging Face's tokenizers and tiktoken; ids must agree."""
+    _, files, config, _ = command_line(BpeConfig, words, "python bench.py bpe FILE [--key=value ...]")
+    if len(files) != 1:
+        sys.exit("usage: python bench.py bpe FILE [--key=value ...]")
+    import tiktoken
+    import tokenizers
+    path, seconds = files[0], {}
+
+    def clock(name, run):
+        begin = time.perf_counter(), time.process_time()
+        result = run()
+        seconds.setdefault(name, []).append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
+        return result
+
+    print(f"tiktoken {tiktoken.__version__}, tokenizers {tokenizers.__version__}, {bpe_fast.cpus()} CPUs, {path}: "
+          f"{os.path.getsize(path) / 1e6:.1f} MB")
+    special = ["<|endoftext|>"]
+    if config.tokenizer:
+        tok = bpe.Tokenizer.load(config.tokenizer)
+    else:
+        tok = bpe.Tokenizer(*clock("ours", lambda: bpe.train_bpe(path, config.vocab_size, special)), special)
+        level = tokenizers.pre_tokenizers.ByteLevel
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=config.vocab_size, special_tokens=special,
+                                                 show_progress=False, initial_alphabet=level.alphabet())
+        rival = tokenizers.Tokenizer(tokenizers.models.BPE())
+        rival.pre_tokenizer = level(add_prefix_space=False)
+        clock("Hugging Face", lambda: rival.train([path], trainer))
+        print(f"training, vocabulary {config.vocab_size:,}: " +
+              ", ".join(f"{name} {times[0][0]:.2f} s" for name, times in seconds.items()))
+        seconds.clear()
+    text = Path(path).read_bytes()[:int(config.megabytes * 1e6)].decode("utf-8", errors="ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        tok.save(f"{folder}/tokenizer.json")
+        theirs = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+        theirs.encode_special_tokens = True              # as plain text, like encode_ordinary
+        tok = bpe.Tokenizer.load(f"{folder}/tokenizer.json")
+    plain = {token: i for i, token in tok.vocab.items() if i not in tok.special_tokens.values()}
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+    tik = tiktoken.Encoding("bench", pat_str=pattern, mergeable_ranks=plain, special_tokens=tok.special_tokens)
+    for _ in range(config.repeats):
+        ids = clock("ours", lambda: tok.encode(text, set()))
+        if ids != clock("tiktoken", lambda: tik.encode_ordinary(text)):
+            raise ValueError("tiktoken's ids differ from ours")
+        if ids != clock("Hugging Face", lambda: theirs.encode_batch_fast([text], add_special_tokens=False)[0].ids):
+            raise ValueError("Hugging Face's ids differ from ours")
+    size = len(text.encode("utf-8")) / 1e6
+    print(f"encoding {size:.1f} MB, vocabulary {tok.vocab_size:,}, one process, {len(ids):,} equal ids, MB per CPU s")
+    for name, times in seconds.items():
+        cpu = [size / used for _, used in times]
+        print(f"  {name:14} first {cpu[0]:6.1f}   median {sorted(cpu)[len(cpu) // 2]:6.1f}   best {max(cpu):6.1f}")
+
+
 # --- beside transformers ---
 
 def hf(words: list[str]) -> None:
     """Forward and backward of a trained model beside transformers' own on the same weights: hf OUT_DIR."""
-    if len(words) != 1:
+    if len(words) != 1 or words[0].startswith("-"):
         sys.exit("usage: python bench.py hf OUT_DIR")
     try:
         from transformers import AutoModelForCausalLM
@@ -229,7 +296,7 @@ def hf(words: list[str]) -> None:
 
 # --- the verbs: each takes the words after it ---
 
-VERBS = {"hf": hf, "decode": decode, "compress": compress_table}
+VERBS = {"bpe": bench_bpe, "hf": hf, "decode": decode, "compress": compress_table}
 
 
 def main(argv: list[str]) -> None:
