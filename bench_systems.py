@@ -40,6 +40,9 @@ class KernelConfig:
     def __post_init__(self):
         if self.page not in ("kernels", "flash", "both"):
             raise ConfigError(f"page={self.page!r} must be kernels, flash or both")
+        for number in [*self.tokens.split(","), *self.widths.split(",")]:
+            if not number.isdecimal() or int(number) == 0:
+                raise ConfigError(f"tokens and widths must be whole numbers with commas between, not {number!r}")
         if not set(self.dtypes.split(",")) <= set(DTYPES):
             raise ConfigError(f"dtypes={self.dtypes!r} must be some of {', '.join(DTYPES)} with commas between")
 
