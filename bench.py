@@ -16,6 +16,7 @@ import torch
 
 import bench_systems
 import bpe
+import bpe_fast
 import compress
 from accounting import PRESETS, kv_cache_bytes
 from checkpoint import open_tokens, read_checkpoint, read_meta
@@ -88,7 +89,7 @@ def as_transformers(model):
 
 @torch.inference_mode()
 def decode(argv: list[str]) -> None:
-    """Tokens per second: one prompt and many, int8, int4, drafts, without a cache, transformers, beside the roof."""
+    """Tokens per second of one prompt and many, int8, int4, drafts, no cache, transformers, beside the roof."""
     usage = "usage: python bench.py decode [OUT_DIR or SHAPE] [--key=value …]     SHAPE: llama-30m, llama-124m, gpt2, …"
     _, files, config, _ = command_line(DecodeConfig, argv, usage)
     name, device = files[0] if files else "llama-30m", pick_device(config.device)
@@ -156,7 +157,7 @@ def train(out_dir, minutes: float, *flags: str) -> Path:
 
 
 def compress_table(argv: list[str]) -> None:
-    """File, tokens per second and bits per byte of a model in int8 and int4, pruned, distilled, and trained small."""
+    """Bytes, tokens per second and bits per byte of a model in int8, int4, pruned, distilled, trained small."""
     usage = "usage: python bench.py compress [OUT_DIR] [--key=value …]"
     _, files, config, _ = command_line(CompressConfig, argv, usage)
     full = Path(files[0] if files else "out/shakespeare")
@@ -192,60 +193,24 @@ def compress_table(argv: list[str]) -> None:
     show(lines, config.out)
 
 
-# --- beside transformers ---
-
-def hf(words: list[str]) -> None:
-    """Forward and backward of a trained model beside transformers' own on the same weights: hf OUT_DIR."""
-    if len(words) != 1:
-        sys.exit("usage: python bench.py hf OUT_DIR")
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        sys.exit("hf compares with transformers, which is not installed: pip install transformers")
-    repeats, (ours, _) = 15, load_model(words[0])
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(ours, folder)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
-    ours, theirs, T = ours.float().train(), theirs.train(), ours.config.context_length
-    x, y = torch.randint(0, ours.config.vocab_size, (2, max(1, 2048 // T), T))
-
-    def their_loss():
-        logits = theirs(input_ids=x, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
-
-    print(f"{architecture_of(ours.config)}, {x.shape[0]} x {T} tokens, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}; ms of forward and backward, median of {repeats} in turns (fastest)")
-    for dtype in (torch.float32, torch.bfloat16):
-        ms = {"ours": [], "transformers": []}
-        for turn in range(repeats + 2):
-            for name, loss in (("ours", lambda: ours(x, y)[1]), ("transformers", their_loss)):
-                began = time.perf_counter()
-                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    value = loss()
-                value.backward()
-                if turn > 1:                      # the first two warm up
-                    ms[name].append(1000 * (time.perf_counter() - began))
-        print(f"{str(dtype)[6:]:<9}", *(f"{name} {statistics.median(times):.1f} ({min(times):.1f})"
-                                        for name, times in ms.items()))
-
-
-# --- the verbs: each takes the words after it ---
-
-# --- the tokenizer ---
+# --- the tokenizer beside others ---
 
 @dataclass
 class BpeConfig:
+    """What `python bench.py bpe FILE` can be told."""
     vocab_size: int = 32000            # of the vocabulary that is trained
     tokenizer: str = ""                # a tokenizer.json with GPT-2's pattern, to encode with instead of training
     megabytes: float = 10.0            # how much of FILE is encoded
     repeats: int = 5                   # how often, in turns
 
 
-def bench_bpe(words):
-    """Tokenizer FILE: training beside Hugging Face's, encoding beside Hugging Face's and tiktoken's; ids must agree."""
+def bench_bpe(words: list[str]) -> None:
+    """Training and encoding of FILE beside Hugging Face's tokenizers and tiktoken; ids must agree."""
+    _, files, config, _ = command_line(BpeConfig, words, "python bench.py bpe FILE [--key=value ...]")
+    if len(files) != 1:
+        sys.exit("usage: python bench.py bpe FILE [--key=value ...]")
     import tiktoken
     import tokenizers
-    _, files, config, _ = command_line(BpeConfig, words, "python bench.py bpe FILE [--key=value ...]")
     path, seconds = files[0], {}
 
     def clock(name, run):
@@ -254,7 +219,7 @@ def bench_bpe(words):
         seconds.setdefault(name, []).append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
         return result
 
-    print(f"tiktoken {tiktoken.__version__}, tokenizers {tokenizers.__version__}, {bpe.cpus()} CPUs, {path}: "
+    print(f"tiktoken {tiktoken.__version__}, tokenizers {tokenizers.__version__}, {bpe_fast.cpus()} CPUs, {path}: "
           f"{os.path.getsize(path) / 1e6:.1f} MB")
     special = ["<|endoftext|>"]
     if config.tokenizer:
@@ -291,6 +256,45 @@ def bench_bpe(words):
         cpu = [size / used for _, used in times]
         print(f"  {name:14} first {cpu[0]:6.1f}   median {sorted(cpu)[len(cpu) // 2]:6.1f}   best {max(cpu):6.1f}")
 
+
+# --- beside transformers ---
+
+def hf(words: list[str]) -> None:
+    """Forward and backward of a trained model beside transformers' own on the same weights: hf OUT_DIR."""
+    if len(words) != 1 or words[0].startswith("-"):
+        sys.exit("usage: python bench.py hf OUT_DIR")
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        sys.exit("hf compares with transformers, which is not installed: pip install transformers")
+    repeats, (ours, _) = 15, load_model(words[0])
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(ours, folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
+    ours, theirs, T = ours.float().train(), theirs.train(), ours.config.context_length
+    x, y = torch.randint(0, ours.config.vocab_size, (2, max(1, 2048 // T), T))
+
+    def their_loss():
+        logits = theirs(input_ids=x, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    print(f"{architecture_of(ours.config)}, {x.shape[0]} x {T} tokens, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}; ms of forward and backward, median of {repeats} in turns (fastest)")
+    for dtype in (torch.float32, torch.bfloat16):
+        ms = {"ours": [], "transformers": []}
+        for turn in range(repeats + 2):
+            for name, loss in (("ours", lambda: ours(x, y)[1]), ("transformers", their_loss)):
+                began = time.perf_counter()
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    value = loss()
+                value.backward()
+                if turn > 1:                      # the first two warm up
+                    ms[name].append(1000 * (time.perf_counter() - began))
+        print(f"{str(dtype)[6:]:<9}", *(f"{name} {statistics.median(times):.1f} ({min(times):.1f})"
+                                        for name, times in ms.items()))
+
+
+# --- the verbs: each takes the words after it ---
 
 VERBS = {"bpe": bench_bpe, "hf": hf, "decode": decode, "compress": compress_table}
 

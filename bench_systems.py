@@ -1,5 +1,4 @@
 """What machines do: the verbs of bench.py that measure steps, memory, kernels and ranks."""
-import dataclasses
 import functools
 import math
 import os
@@ -15,18 +14,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-import optim
+import fsdp
+import parallel
+import sharded
 import train
 from accounting import table
+from checkpoint import read_meta
 from configurator import ConfigError, command_line
 from machine import DTYPES, pick_device, pick_dtype
 from model import ModelConfig, Transformer
+from optim import AdamW, clip_grad_norm
+
 
 # --- kernels: their errors, and their times beside what they replace ---
 
-
-@dataclasses.dataclass
+@dataclass
 class KernelConfig:
+    """What `python bench.py kernels` can be told."""
     page: str = "both"                        # whose kernels: kernels | flash | both
     times: bool = True                        # false: only the errors
     tokens: str = "512,2048,8192"             # lengths to time
@@ -39,9 +43,8 @@ class KernelConfig:
         for number in [*self.tokens.split(","), *self.widths.split(",")]:
             if not number.isdecimal() or int(number) == 0:
                 raise ConfigError(f"tokens and widths must be whole numbers with commas between, not {number!r}")
-        for dtype in self.dtypes.split(","):
-            if dtype not in DTYPES:
-                raise ConfigError(f"dtypes={self.dtypes!r} must be some of {', '.join(DTYPES)} with commas between")
+        if not set(self.dtypes.split(",")) <= set(DTYPES):
+            raise ConfigError(f"dtypes={self.dtypes!r} must be some of {', '.join(DTYPES)} with commas between")
 
 
 def layer_cases(device, T, C, V, H, K, D) -> list[tuple]:
@@ -68,20 +71,20 @@ def layer_cases(device, T, C, V, H, K, D) -> list[tuple]:
 def attention_cases(device, T, H, K, D) -> list[tuple]:
     """The same for flash.py, causal and not."""
     import flash
-    def plain(q, k, v, is_causal):
+    inputs, cases = [torch.randn(1, heads, T, D, device=device).requires_grad_() for heads in (H, K, K)], []
+
+    def plain(q, k, v, causal):
         k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
-        return torch.softmax(flash.scores_of(q, k, is_causal), dim=-1) @ v
+        return torch.softmax(flash.scores_of(q, k, causal), dim=-1) @ v
 
-    def own(q, k, v, is_causal):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+    def sdpa(q, k, v, causal):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
-    def ours(q, k, v, is_causal):
-        return flash.FlashAttentionPyTorch.apply(q, k, v, is_causal)
-
-    inputs = [torch.randn(1, heads, T, D, device=device).requires_grad_() for heads in (H, K, K)]
-    return [(f"{name} {'causal' if is_causal else 'full'}",
-             *(functools.partial(f, is_causal=is_causal) for f in (function, plain, own)), inputs)
-            for name, function in (("PyTorch", ours), ("Triton", flash.flash_attention)) for is_causal in (True, False)]
+    for name, ours in (("PyTorch", flash.FlashAttentionPyTorch.apply), ("Triton", flash.flash_attention)):
+        for kind, causal in (("causal", True), ("full", False)):
+            functions = [lambda q, k, v, f=f, causal=causal: f(q, k, v, causal) for f in (ours, plain, sdpa)]
+            cases.append((f"{name} {kind}", *functions, inputs))
+    return cases
 
 
 def outputs_and_gradients(function, inputs, dtype) -> tuple[list, list]:
@@ -125,26 +128,26 @@ def print_times(cases, title: str, dtype) -> None:
     print(f"\n{title}, {str(dtype)[6:]}: ms forward, forward + backward{', MB at its peak' * gpu}\n{'':24}"
           + "".join(f"{name:>28}" for name in ("ours", "plain", "compiled", "torch's own")))
     for name, ours, plain, own, inputs in cases:
-        line = f"{name:24}"
+        rounded, line = [x.to(dtype) if x.is_floating_point() else x for x in inputs], f"{name:24}"
         for function in (ours, plain, torch.compile(plain) if gpu else None, own):
+            if function is None:
+                line += f"{'-':>28}"
+                continue
             try:
                 with torch.no_grad():
-                    given = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
-                    forward = time_ms(lambda: function(*given))
+                    forward = time_ms(lambda: function(*rounded))
                 if gpu:
                     torch.cuda.reset_peak_memory_stats()
                 both = time_ms(lambda: outputs_and_gradients(function, inputs, dtype))
                 peak = f"{torch.cuda.max_memory_allocated() / 1e6:9,.0f}" if gpu else ""
                 line += f"{forward:9.3f} {both:9.3f}{peak}".rjust(28)
-            except (RuntimeError, torch.OutOfMemoryError) as error:
+            except RuntimeError as error:                  # out of memory is one
                 line += f"{str(error)[:26]:>28}"
-            except TypeError:                              # there is no such function
-                line += f"{'-':>28}"
         print(line, flush=True)
 
 
 def kernels(argv: list[str]) -> None:
-    """Every kernel's error beside plain PyTorch's, then the times: on the CPU only those of attention by tiles."""
+    """Errors of every kernel beside plain PyTorch's, then times: on a CPU those of attention by tiles."""
     usage = "python bench.py kernels | kernels.py | flash.py [--key=value ...]"
     _, _, config, _ = command_line(KernelConfig, argv, usage)
     gpu = torch.cuda.is_available()
@@ -174,7 +177,7 @@ LABELS = ("attention", "feed-forward", "norm", "loss", "clip", "optimizer")
 
 
 def profile(argv: list[str]) -> None:
-    """One training step by phase (clipping has its own) and by region, and its ten largest kernels; writes trace.json.
+    """One training step by phase and by region, its ten largest kernels; writes OUT_DIR/trace.json.
 
     Random tokens stand for the data. The step is one micro-batch, not compiled: the regions are modules, and a compiled
     model has none. A forward operation belongs to the module that it runs in, a backward one to that of the forward
@@ -182,13 +185,10 @@ def profile(argv: list[str]) -> None:
     ranges, and only steps after the warm-up are captured:
     nsys profile --capture-range=cudaProfilerApi --trace=cuda,nvtx python bench.py profile config_x.py
     """
-    import data
-    import train
-    from model import Transformer
     _, _, config, _ = command_line(train.TrainConfig, argv, "python bench.py profile config_x.py [--key=value ...]")
     device = pick_device(config.device)
     dtype = DTYPES[pick_dtype(config.dtype, device)]
-    meta = data.read_meta(config.data_dir) if os.path.isdir(config.data_dir) else {}
+    meta = read_meta(config.data_dir) if os.path.isdir(config.data_dir) else {}
     vocab_size = config.vocab_size or meta.get("vocab_size") or 50304
     model = Transformer(config.model_config(vocab_size)).to(device)
     size = (config.micro_batch_size or config.batch_tokens // config.context_length, config.context_length)
@@ -223,7 +223,6 @@ def profile(argv: list[str]) -> None:
 
 def make_step(model, optimizers, batch, dtype, grad_clip, region):
     """A function that takes one training step and gives the ms of its four phases."""
-    from optim import clip_grad_norm
     device = batch[0].device.type
 
     def clock() -> float:
@@ -232,6 +231,7 @@ def make_step(model, optimizers, batch, dtype, grad_clip, region):
         return time.perf_counter() * 1e3
 
     def step() -> list[float]:
+        """Forward, backward, clip, optimizer."""
         marks = [clock()]
         with region("forward"), torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = model(*batch)[1]
@@ -353,7 +353,7 @@ def memory_step(config, device: str, dtype):
             return model(ids, ids)[1]
 
     def update():
-        optim.clip_grad_norm(list(model.parameters()), config.grad_clip)
+        clip_grad_norm(list(model.parameters()), config.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
 
@@ -383,8 +383,8 @@ def memory_step(config, device: str, dtype):
 
 
 def memory(words: list[str]) -> None:
-    """Memory over one training step by kind, its peaks, its largest allocations: memory [config_x.py] [--key=value]."""
-    config = command_line(train.TrainConfig, words, memory.__doc__)[2]
+    """Memory over one training step by kind, its peaks, its largest allocations; writes out/memory/."""
+    config = command_line(train.TrainConfig, words, "python bench.py memory [config_x.py] [--key=value ...]")[2]
     device = pick_device(config.device)
     on_cuda, folder = device.startswith("cuda"), Path("out/memory")
     folder.mkdir(parents=True, exist_ok=True)
@@ -435,7 +435,6 @@ class ParallelConfig:
 
 def collective_times(max_mb: int, device) -> list[str]:
     """Time and bandwidth of each collective by message size, the best of six, as lines of a table."""
-    import parallel
     size, lines = parallel.world()[1], ["collective         MB        ms   GB/s sent per rank"]
     for mb in [4 ** i for i in range(10) if 4 ** i <= max_mb]:
         n = int(mb * 1e6) // 4 // size
@@ -459,10 +458,6 @@ def strategies(shape, device) -> dict:
     """name -> (wrapped model, optimizer, formula in bytes of weights, gradients and moments on a rank)."""
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
-
-    import parallel
-    import sharded
-    from optim import AdamW
 
     def torch_fsdp(model):
         for module in [*model.layers, model]:
@@ -488,8 +483,8 @@ def strategies(shape, device) -> dict:
     even = replace(shape, vocab_size=256, n_layers=2 * size)       # equal stages: a large head would be the last's
     layers = 4 * sum(p.numel() for p in Transformer(even).layers.parameters())
     for schedule, n in (("gpipe", 2), ("1f1b", 2), ("gpipe", 4), ("1f1b", 4)):
-        jobs.append((f"{schedule} m={n}", even, lambda model, n=n, schedule=schedule:
-                     sharded.Pipeline(model, None, n, schedule), AdamW, 4 * (layers / size + 4 * 256 * shape.d_model)))
+        wrap = functools.partial(sharded.Pipeline, group=None, n_micro_batches=n, schedule=schedule)
+        jobs.append((f"{schedule} m={n}", even, wrap, AdamW, 4 * (layers / size + 4 * 256 * shape.d_model)))
     for name, config, wrap, optimizer, formula in jobs:
         torch.manual_seed(0)
         wrapper = wrap(Transformer(config).to(device))
@@ -499,9 +494,6 @@ def strategies(shape, device) -> dict:
 
 def traced_step(wrapper, optimizer, x, y) -> dict:
     """A training step: row -> (kind, start, end) in seconds, for what was computed, waited for and sent."""
-    import fsdp
-    import parallel
-    import sharded
     rows, send, wait = {"computing": [], "waiting": [], "sending": []}, parallel.send, parallel.wait
 
     def timed(row, kind, call, *args, **more):
@@ -539,7 +531,6 @@ def held_bytes(wrapper, optimizer) -> int:
 
 def strategy_times(config: ParallelConfig, device) -> tuple[list[str], dict]:
     """(lines of a table, a traced step of each strategy). They take turns, so that all see the same machine."""
-    import parallel
     shape = ModelConfig(config.vocab_size, config.context_length, config.d_model, config.n_layers, n_heads=8)
     made, size = strategies(shape, device), parallel.world()[1]
     rows = config.batch_size * size                # of the whole batch, which tensor parallel and pipelines do together
@@ -592,8 +583,7 @@ def draw_timeline(traces: dict, path) -> None:
 
 
 def bench_parallel(argv: list[str]) -> None:
-    """Collectives, strategies beside torch's, a pipeline's bubble: OUT_DIR/parallel_DEVICE_W_ranks.txt and .png."""
-    import parallel
+    """Under torchrun: collectives, strategies beside torch's, a pipeline's bubble; writes two files to OUT_DIR."""
     usage = "usage: torchrun --standalone --nproc_per_node=N bench.py parallel [--key=value …]"
     config = command_line(ParallelConfig, argv, usage)[2]
     with parallel.ending():

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import nn
 
-from parallel import all_gather, average, broadcast, collect, reduce_scatter, to_host, wait, world
+from parallel import all_gather, average, broadcast, collect, reduce_scatter, wait, world
 
 
 # --- cut tensors ---
@@ -28,8 +28,7 @@ from parallel import all_gather, average, broadcast, collect, reduce_scatter, to
 class Cut:
     """One division of a tensor of `length` along `dim` among the ranks of a group: ceil(length / W) each.
 
-    The last ranks may get less, or nothing. A divided parameter keeps its cuts in `.cuts`, in order: state dicts,
-    optimizer states and the gradient's norm follow from them.
+    The last ranks may get less. A divided parameter keeps its cuts in `.cuts`, in order.
     """
 
     def __init__(self, dim: int, length: int, group=None):
@@ -100,11 +99,13 @@ def full_state_dict(module: nn.Module, keep: bool = True) -> dict:
     for name, value in module.state_dict().items():
         p = named.get(name, value)
         if p not in whole:                          # a tied matrix travels once and stays tied
-            tensor = torch.empty(full_shape(p), dtype=p.dtype, device=device) if p.is_meta else \
-                gather_like(p, p.detach())
+            if p.is_meta:                           # another stage of the pipeline has it
+                tensor = torch.empty(full_shape(p), dtype=p.dtype, device=device)
+            else:
+                tensor = gather_like(p, p.detach())
             if hasattr(p, "stage"):
                 broadcast([tensor], p.stage[0], [p.stage[1]])
-            whole[p] = to_host(tensor) if keep else None
+            whole[p] = tensor.cpu() if keep else None
         state[name] = whole[p]
     return state if keep else {}
 
@@ -115,15 +116,19 @@ def take_state_dict(module: nn.Module, whole: dict) -> dict:
     return {name: take_like(named[name], tensor) if name in named else tensor for name, tensor in whole.items()}
 
 
+def numbered(optimizer, state: dict) -> dict:
+    """The optimizer's parameters by their numbers in a state dict."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return dict(zip([i for group in state["param_groups"] for i in group["params"]], params))
+
+
 def _map_state(optimizer, state: dict, change) -> dict:
     """`state` with every tensor that belongs to a cut parameter's elements replaced by change(parameter, tensor)."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    ids = [i for group in state["param_groups"] for i in group["params"]]
-    entries = dict(state["state"])
-    for i, p in zip(ids, params):
-        if cuts_of(p) and i in entries:
-            entries[i] = {key: change(p, value) if torch.is_tensor(value) and value.dim() == p.dim() else value
-                          for key, value in entries[i].items()}
+    params, entries = numbered(optimizer, state), dict(state["state"])
+    for i, entry in entries.items():
+        if cuts_of(params[i]):
+            entries[i] = {key: change(params[i], value) if torch.is_tensor(value) and value.dim() == params[i].dim()
+                          else value for key, value in entry.items()}
     return state | {"state": entries}
 
 
@@ -134,10 +139,11 @@ def full_optimizer_state(optimizer) -> dict:
     """
     def gathered(p, value):
         whole = gather_like(p, value.to(p.device))
-        return to_host(whole) if all(world(cut.group)[0] == 0 for cut in cuts_of(p)) else None
+        return whole.cpu() if all(world(cut.group)[0] == 0 for cut in cuts_of(p)) else None
 
-    state = _map_state(optimizer, optimizer.state_dict(), gathered)
-    stages = [p.stage[0] for group in optimizer.param_groups for p in group["params"] if hasattr(p, "stage")]
+    state = optimizer.state_dict()
+    stages = [p.stage[0] for p in numbered(optimizer, state).values() if hasattr(p, "stage")]
+    state = _map_state(optimizer, state, gathered)
     if stages:
         state["state"] = dict(sorted(collect(state["state"], stages[0]).items()))
     return state
@@ -145,11 +151,9 @@ def full_optimizer_state(optimizer) -> dict:
 
 def take_optimizer_state(optimizer, state: dict) -> dict:
     """This rank's part of the state of an undivided optimizer, whoever saved it, for optimizer.load_state_dict."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    ids = [i for group in state["param_groups"] for i in group["params"]]
-    elsewhere = {i for i, p in zip(ids, params) if p.is_meta}
-    state = state | {"state": {i: entry for i, entry in state["state"].items() if i not in elsewhere}}
-    return _map_state(optimizer, state, take_like)
+    params = numbered(optimizer, state)
+    here = {i: entry for i, entry in state["state"].items() if not params[i].is_meta}
+    return _map_state(optimizer, state | {"state": here}, take_like)
 
 
 # --- weights divided: FSDP (ZeRO-3) ---
@@ -167,7 +171,7 @@ class Unit:
         self.wholes, self.flats = {}, {}            # by parameter: what the module sees; its memory, in W equal parts
         self.pieces, self.lookup = 0, True          # lookup: tables alone, whose backward does not read them
         self.works, self.whole = None, False        # being gathered; gathered
-        self.in_backward, self.arrived, self.sent = False, 0, False
+        self.in_backward, self.sent = False, False
 
     def add(self, piece: nn.Module) -> None:
         """Cut all matrices of `piece`."""
@@ -224,6 +228,10 @@ class Unit:
             flat.untyped_storage().resize_(0)
         self.whole = False
 
+    def missing(self) -> list:
+        """Trainable matrices whose gradient is not there yet."""
+        return [p for p, whole in self.wholes.items() if whole.requires_grad and whole.grad is None]
+
     @torch.enable_grad()
     def swap(self, inside: bool) -> None:
         """Let the modules see the whole matrices, or the parts again."""
@@ -239,16 +247,15 @@ class FSDP(nn.Module):
         model = FSDP(module); optimizer = AdamW(model.parameters())
         …backward(); model.finish_gradient_synchronization(); optimizer.step()
 
-    Parameters of two and more dimensions are cut by rows, ceil(rows / W) a rank, the last ranks less or none; vectors
-    (norms, biases) stay whole on every rank. `parameters()` are the parts; `.grad` has a part's shape and dtype.
-    compute_dtype: what travels and what the matrices compute in (float16, bfloat16); the parts stay as they are, and
-    gradients are summed in float32.
+    Matrices are cut by rows, ceil(rows / W) a rank, the last ranks less or none; vectors (norms, biases) stay whole on
+    every rank. `parameters()` are the parts; `.grad` has a part's shape and dtype. compute_dtype: what travels and what
+    the matrices compute in (float16, bfloat16); the parts stay as they are, and gradients are summed in float32.
 
     A unit is an entry of a ModuleList or a module outside them; modules that share a matrix are one unit, which stays
     whole between its uses, as does the last one, whose backward comes at once. Each backward sends, so micro-batches
-    add up. Works under activation checkpointing of whole units. Gathers and sends share one order, so all ranks must
-    run the same modules in the same order, and every trainable matrix must get a gradient. A matrix is whole only
-    inside the module that owns it: a parent that reads `child.weight` would read this rank's rows.
+    add up. Works under activation checkpointing of whole units. Gathers and sends share one order: all ranks must run
+    the same modules in the same order, and every trainable matrix must get a gradient. A matrix is whole only inside
+    the module that owns it: a parent that reads `child.weight` would read this rank's rows.
     """
 
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, group=None):
@@ -327,8 +334,7 @@ class FSDP(nn.Module):
             before.gather()
 
     def _gradient_arrived(self, unit) -> None:
-        unit.arrived += 1
-        if unit.arrived < sum(whole.requires_grad for whole in unit.wholes.values()):
+        if unit.missing():
             return
         earlier, self.sending = self.sending, []
         for p, whole in unit.wholes.items():
@@ -338,7 +344,7 @@ class FSDP(nn.Module):
                 self.sending.append((p, reduce_scatter(grad, self.group)))
         unit.swap(inside=False)
         unit.free()
-        unit.in_backward, unit.arrived, unit.sent = False, 0, True
+        unit.in_backward, unit.sent = False, True
         # The previous unit's gradients were sent during this unit's backward. More in flight would hold more memory.
         self._receive(earlier)
 
@@ -348,19 +354,14 @@ class FSDP(nn.Module):
             p.grad = mean if p.grad is None else p.grad.add_(mean)
 
     def finish_gradient_synchronization(self) -> None:
-        """Call on all ranks after backward and before the step: `.grad` is then this rank's part of the mean.
-
-        Raises RuntimeError naming a trainable matrix that got no gradient: its unit was never sent.
-        """
+        """Call on all ranks after backward and before the step: `.grad` is then this rank's part of the mean."""
         for unit in self.units:
-            missing = [p for p, whole in unit.wholes.items() if whole.requires_grad and whole.grad is None]
-            if missing and not unit.sent:
-                name = next(name for name, p in self.module.named_parameters() if p is missing[0] or
-                            p is unit.wholes[missing[0]])
+            unit.swap(inside=False)
+            if unit.missing() and not unit.sent:
+                name = next(name for name, p in self.module.named_parameters() if p is unit.missing()[0])
                 raise RuntimeError(f"{name} got no gradient in this backward; FSDP needs one for every trainable "
                                    "matrix on every rank: use it, or freeze it with requires_grad_(False)")
             unit.in_backward = unit.sent = False
-            unit.swap(inside=False)
             unit.free()
         self._receive(self.sending)
         self.sending = []

@@ -2,7 +2,7 @@
 
 A rank is one process with one device. All ranks run the same program on other rows of the batch and end with the
 weights that one process would have got, up to rounding. torchrun starts them, torch.distributed carries the bytes
-(gloo on CPUs, NCCL on CUDA); what is sent, when and why stands here. A model too large for one rank: sharded.py.
+(gloo on CPUs, NCCL on CUDA). A model too large for one rank: fsdp.py and sharded.py.
 
 What an all-reduce costs. Three ranks in a ring hold gradients of three parts, a b c, and want the sums. In every step
 each rank sends one part to its right neighbour (rank 2's is rank 0), all at the same time:
@@ -14,7 +14,7 @@ each rank sends one part to its right neighbour (rank 2's is rank 0), all at the
     (capitals: what has just arrived and been added; a letter alone is the whole sum)
 
 Each half sends N (W-1)/W bytes a rank: the sum takes about 2 N / bandwidth, whatever the number of ranks. The two
-halves, at other moments of a step, are ZeRO-1 (here) and FSDP (sharded.py):
+halves, at other moments of a step, are ZeRO-1 (here) and FSDP (fsdp.py):
 
     bytes a parameter (float32, AdamW)   weight   gradient   state     a step sends, N = bytes of weights
     DDP                                     4         4        8       2 N (W-1)/W   all-reduce of gradients
@@ -49,36 +49,31 @@ from optim import norms
 
 # --- processes ---
 
-def start(device: str | None = None, timeout_s: float = 600.0) -> torch.device:
-    """Join the process group that torchrun describes in the environment; returns this rank's device.
+def start(device: str | None = None) -> torch.device:
+    """Join the process group that torchrun describes in the environment, else RuntimeError; returns this rank's device.
 
     device: "cpu" to leave GPUs alone; else each rank takes the GPU of its number on its host, where there are any.
-    Raises RuntimeError, with the command to use, in a process that torchrun did not start.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         raise RuntimeError("RANK and WORLD_SIZE are not set: this process is no rank. Start it with "
                            f"torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}")
-    if torch.cuda.is_available() and device != "cpu":
-        place, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
-        torch.cuda.set_device(place)
-    else:
-        place, backend = torch.device("cpu"), "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    return place
+    if device == "cpu" or not torch.cuda.is_available():
+        dist.init_process_group("gloo", timeout=timedelta(minutes=10))
+        return torch.device("cpu")
+    gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(gpu)
+    dist.init_process_group("nccl", timeout=timedelta(minutes=10))
+    return gpu
 
 
 @contextlib.contextmanager
 def ending():
-    """Around the whole of a rank's work: a failure ends all ranks, with this rank's traceback, and nothing hangs.
-
-    The failed process must go at once and not wait, at exit, for peers that wait for it: torchrun then ends the
-    others. KeyboardInterrupt and SystemExit pass.
-    """
+    """Around the whole of a rank's work: a failure ends all ranks, with this rank's traceback, and nothing hangs."""
     try:
         yield
     except Exception:
         print(f"rank {os.environ.get('RANK', '?')} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(1)       # at once, as its peers wait for it; torchrun then ends them
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -88,13 +83,10 @@ def ending():
 
 
 def world(group=None) -> tuple[int, int]:
-    """(rank, number of ranks) in `group`; None is all ranks. Without torchrun: rank 0 of 1.
-
-    Raises RuntimeError when torchrun started several and no process group was made: each would train alone, unnoticed.
-    """
+    """(rank, number of ranks) in `group`; None is all ranks. Without torchrun: rank 0 of 1."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(group), dist.get_world_size(group)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:    # each would train alone, unnoticed
         raise RuntimeError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but there is no process group; "
                            "call parallel.start() first")
     return 0, 1
@@ -104,11 +96,10 @@ Mesh = namedtuple("Mesh", "dp pp tp dp_rank pp_rank tp_rank")      # this rank's
 
 
 def make_mesh(dp: int, tp: int = 1, pp: int = 1) -> Mesh:
-    """Arrange all ranks in a dp x pp x tp table. Every rank must call it.
+    """Arrange all ranks in a dp x pp x tp table; ValueError when they are not as many. Every rank must call it.
 
     Rank = (dp_rank · pp + pp_rank) · tp + tp_rank: neighbours sit in one host, on its fastest links, and so share a
     tensor-parallel group, which sends most and has nothing to hide it behind.
-    Raises ValueError when dp · pp · tp is not the number of ranks.
     """
     rank, size = world()
     if min(dp, tp, pp) < 1 or dp * pp * tp != size:
@@ -118,9 +109,8 @@ def make_mesh(dp: int, tp: int = 1, pp: int = 1) -> Mesh:
         return Mesh(None, None, None, 0, 0, 0)
     table, groups = torch.arange(size).view(dp, pp, tp), []
     for axis in range(3):
-        # Every rank has to take part in making every group, also those it is not in, and in the same order.
         for line in table.movedim(axis, -1).flatten(0, 1).tolist():
-            group = dist.new_group(line)
+            group = dist.new_group(line)            # on every rank, also those it leaves out, and in the same order
             if rank in line:
                 groups.append(group)
     return Mesh(*groups, *(table == rank).nonzero()[0].tolist())
@@ -129,29 +119,26 @@ def make_mesh(dp: int, tp: int = 1, pp: int = 1) -> Mesh:
 # --- collectives ---
 
 def send(kind: str, call, *args, group=None, **more):
-    """Start a collective and return its work, for `wait`. Among one rank: None, there is nothing to do.
-
-    kind: its name, for whoever draws a timeline (bench.py parallel).
-    """
+    """Start a collective and return its work, for `wait`; None among one rank. kind: its name in a timeline."""
     if world(group)[1] == 1:
         return None
     return call(*args, group=group, async_op=True, **more)
 
 
 def wait(work) -> None:
-    """Until that collective, on CUDA in the order of the stream, is done."""
+    """Until that collective is done, on CUDA in the order of the stream."""
     if work is not None:
         work.wait()
 
 
 def reduce(x: torch.Tensor, group=None, op=dist.ReduceOp.SUM) -> torch.Tensor:
-    """x, contiguous, overwritten with its sum (or op) over the ranks."""
+    """x, contiguous, overwritten with its sum (or another op) over the ranks."""
     wait(send("all-reduce", dist.all_reduce, x, group=group, op=op))
     return x
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
-    """x, contiguous, seen as uint8: what only moves data moves every dtype, whatever the backend knows of it."""
+    """x, contiguous, seen as uint8: backends lack some dtypes, and what only moves data need not know them."""
     return x.view(-1).view(torch.uint8)      # view, not reshape: a copy would be sent, or received and lost
 
 
@@ -169,26 +156,22 @@ def reduce_scatter(x: torch.Tensor, group=None):
     Every rank gets its part of all x and adds them itself: a ring's bytes, N (W-1)/W, with the sum in float32 where
     float16 travels, always in the same order. (gloo's own reduce-scatter is a whole all-reduce: twice the bytes.)
     """
-    parts = torch.empty_like(x) if world(group)[1] > 1 else x
+    size = world(group)[1]
+    parts = torch.empty_like(x) if size > 1 else x
     work = send("reduce-scatter", dist.all_to_all_single, as_bytes(parts), as_bytes(x), group=group)
 
     def result(x=x):                                # x must live until it is sent
         wait(work)
-        rows = parts.view(world(group)[1], -1)
-        total = rows[0].to(torch.promote_types(x.dtype, torch.float32), copy=True)
-        for row in rows[1:]:
-            total += row
-        return total
+        return parts.view(size, -1).sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
     return result
 
 
 def broadcast(tensors, group=None, sources=None) -> None:
     """Overwrite every rank's tensors with those of rank 0, or of the rank in `sources`; ranks of the group."""
     started = []
-    for i, tensor in enumerate(tensors):
+    for tensor, source in zip(tensors, sources or [0] * len(tensors)):
         if tensor.numel() and not tensor.is_meta:
             whole = tensor.detach().contiguous()    # the tensor itself, or a copy that goes back below
-            source = 0 if sources is None else sources[i]
             work = send("broadcast", dist.broadcast, as_bytes(whole), group=group, group_src=source)
             started.append((tensor.detach(), whole, work))
     for tensor, whole, work in started:
@@ -203,14 +186,12 @@ def collect(entries: dict, group=None) -> dict:
     Tensor by tensor: the device of rank 0 holds one more at a time, and no other host a copy.
     """
     rank, size = world(group)
-    result = {key: {name: to_host(value) for name, value in entry.items()} for key, entry in entries.items()}
+    result = {key: moved(entry, "cpu") for key, entry in entries.items()} if rank == 0 else {}
     if size == 1:
         return result
-    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    empty = {key: {name: torch.empty_like(value, device="meta") if torch.is_tensor(value) else value
-                   for name, value in entry.items()} for key, entry in entries.items()}
-    layouts = [None] * size
-    dist.all_gather_object(layouts, empty, group=group)
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    layouts = [None] * size                         # what each rank has: names, shapes and dtypes
+    dist.all_gather_object(layouts, {key: moved(entry, "meta") for key, entry in entries.items()}, group=group)
     for source in range(1, size):
         for key, entry in layouts[source].items():
             for name, value in entry.items():
@@ -222,12 +203,12 @@ def collect(entries: dict, group=None) -> dict:
                     entry[name] = received.cpu()
             if rank == 0:
                 result.setdefault(key, entry)
-    return result if rank == 0 else {}
+    return result
 
 
-def to_host(value):
-    """A tensor on the CPU; everything else as it is."""
-    return value.cpu() if torch.is_tensor(value) else value
+def moved(entry: dict, device: str) -> dict:
+    """Its tensors on that device, everything else as it is."""
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in entry.items()}
 
 
 # --- data parallel ---
@@ -235,17 +216,14 @@ def to_host(value):
 def average(params, group=None):
     """Start to replace the gradients of `params` by their mean over ranks, as one message; returns its work.
 
-    A gradient that is None counts as 0, here and elsewhere. On return each `.grad` is a view of the message, and what
-    it was before is freed: N bytes of gradients and one bucket, not 2 N.
+    None counts as 0. Each `.grad` becomes a view of the message, and what it was is freed: N bytes of gradients and
+    one bucket, not 2 N.
     """
-    flat = params[0].new_empty(sum(p.numel() for p in params), requires_grad=False)
-    for p, part in zip(params, flat.split([p.numel() for p in params])):
-        part = part.view(p.shape)
-        if p.grad is None:
-            part.zero_()
-        else:
-            torch.mul(p.grad, 1 / world(group)[1], out=part)
-        p.grad = part
+    sizes = [p.numel() for p in params]
+    flat = params[0].new_empty(sum(sizes), requires_grad=False)
+    for p, part in zip(params, flat.split(sizes)):
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        p.grad = torch.div(grad, world(group)[1], out=part.view(p.shape))
     return send("all-reduce", dist.all_reduce, flat, group=group)
 
 
@@ -267,7 +245,7 @@ class NaiveDDP(nn.Module):
                 p.grad = reduce(grad.contiguous(), self.group) / world(self.group)[1]
 
 
-class DDP(nn.Module):
+class DDP(NaiveDDP):
     """Data parallel: every rank has the whole module and other data; gradients are averaged while backward runs.
 
         model = DDP(module); …backward(); model.finish_gradient_synchronization(); optimizer.step()
@@ -276,18 +254,15 @@ class DDP(nn.Module):
         0     each gradient alone: hides all it can, pays the latency of many small messages
         inf   all in one flat message when backward is through: least latency, hides nothing
         else  both (2006.15704, section 3.2.3)
-    Rank 0's parameters and buffers, frozen ones too, go to all ranks here. A parameter that no backward reached gets
-    the gradient 0. Tied weights are one parameter and travel once. For accumulation, all but the last backward run
-    under `no_sync()`. Raises ValueError for a negative bucket_mb.
+    Rank 0's parameters and buffers, frozen ones too, go to all ranks here. Tied weights travel once; a parameter that
+    no backward reached gets the gradient 0. For accumulation, all but the last backward run under `no_sync()`.
     """
 
     def __init__(self, module: nn.Module, bucket_mb: float = 8.0, group=None):
-        super().__init__()
+        super().__init__(module, group)
         if not bucket_mb >= 0:
             raise ValueError(f"bucket_mb={bucket_mb} must be at least 0 (each gradient alone); inf is one flat message")
-        self.module, self.group, self.sync = module, group, True
-        broadcast([*module.parameters(), *module.buffers()], group)
-        self.buckets, filled = [], 0
+        self.sync, self.buckets, filled = True, [], 0
         trained = [p for p in module.parameters() if p.requires_grad and not p.is_meta]
         for p in reversed(trained):                 # about the order in which backward reaches them
             full = filled + p.nbytes > bucket_mb * 1e6
@@ -298,9 +273,6 @@ class DDP(nn.Module):
             filled += p.nbytes
             p.register_post_accumulate_grad_hook(self._arrived)
         self.ready, self.works = set(), []          # parameters whose gradient is there; buckets that were sent
-
-    def forward(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
 
     @contextlib.contextmanager
     def no_sync(self):
@@ -315,24 +287,17 @@ class DDP(nn.Module):
         if not self.sync:
             return
         if p in self.ready:
-            raise RuntimeError(f"a second backward reached a parameter of shape {tuple(p.shape)} whose gradient is "
-                               "being sent; call finish_gradient_synchronization() after each backward, or run all "
-                               "but the last one under no_sync()")
+            raise RuntimeError("a second backward reached a gradient that is being sent; run all backwards but the "
+                               "last under no_sync(), and call finish_gradient_synchronization() after that one")
         self.ready.add(p)
-        self._send(everything=False)
-
-    def _send(self, everything: bool) -> None:
-        # In this order on every rank, as collectives are matched by order alone: ranks whose backward runs
-        # differently (an unused layer) must not pair different buckets.
-        while len(self.works) < len(self.buckets):
-            bucket = self.buckets[len(self.works)]
-            if not everything and not self.ready.issuperset(bucket):
-                return
-            self.works.append(average(bucket, self.group))
+        # In one order on every rank, also where a layer is unused: collectives are matched by order alone.
+        while len(self.works) < len(self.buckets) and self.ready.issuperset(self.buckets[len(self.works)]):
+            self.works.append(average(self.buckets[len(self.works)], self.group))
 
     def finish_gradient_synchronization(self) -> None:
         """Call on all ranks after backward and before the step: `.grad` is then the mean over the ranks."""
-        self._send(everything=True)
+        for bucket in self.buckets[len(self.works):]:          # those with a gradient that no backward reached
+            self.works.append(average(bucket, self.group))
         for work in self.works:
             wait(work)
         self.ready, self.works = set(), []
@@ -346,8 +311,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         optimizer = ShardedOptimizer(model.parameters(), AdamW, lr=1e-3)
 
     Whole parameters go to ranks, largest first, each to the rank that has least: so Muon works, which needs whole
-    matrices, and its products are divided too. `param_groups` is complete: what is set there (a learning rate) holds on
-    every rank. Gradients must be averaged already (DDP). Source: 1910.02054, section 5.1 (there in equal flat slices).
+    matrices, and its products are divided too. What is set in `param_groups` (a learning rate) holds on every rank.
+    Gradients must be averaged already (DDP). Source: 1910.02054, section 5.1 (there in equal flat slices).
     """
 
     def __init__(self, params, optimizer_cls, group=None, **kwargs):
@@ -361,64 +326,47 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """As torch's; also finds an owner for each of the new parameters."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        # The class sees all parameters first: its defaults and its complaints are then the same on every rank.
-        if self.local is None:
-            self.local = self.make([dict(group)])
-            self.state = self.local.state
-            self.defaults.update(self.local.defaults)          # schedulers look there
-        else:
-            self.local.add_param_group(dict(group))
-        local = self.local.param_groups[-1]
-        group.update(settings(local))
         for p in sorted(group["params"], key=lambda p: -p.numel()):        # stable, so the same on every rank
             self.owner[p] = self.load.index(min(self.load))
             self.load[self.owner[p]] += 0 if p.is_meta else p.numel()      # meta: of another stage of a pipeline
-            if self.owner[p] != self.rank:
-                self.local.state.pop(p, None)                  # Adagrad makes its state at once, for all
-        local["params"] = [p for p in group["params"] if self.owner[p] == self.rank]
+        owned = group | {"params": [p for p in group["params"] if self.owner[p] == self.rank]}
+        if self.local is None:
+            self.local = self.make([owned])
+            self.state = self.local.state
+        else:
+            self.local.add_param_group(owned)
+        group.update(settings(self.local.param_groups[-1]))
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Step this rank's parameters, then send every parameter from its owner. Collective. Returns the closure's
-        loss.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Step this rank's parameters, then send every parameter from its owner; gives closure's loss. Collective."""
         for group, local in zip(self.param_groups, self.local.param_groups):
             local.update(settings(group))
-        self.local.step()
+        loss = self.local.step(closure)
         trained = [p for p in self.owner if p.requires_grad]
         broadcast(trained, self.group, [self.owner[p] for p in trained])
         return loss
 
     def state_dict(self) -> dict:
-        """That of one undivided optimizer, on the CPU of the group's rank 0; elsewhere its state is {}. Collective:
-        call it on all ranks, or it hangs.
-        """
+        """That of one undivided optimizer, on the CPU of rank 0; elsewhere its state is {}. Collective."""
         index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         state = collect({index[p]: entry for p, entry in self.local.state.items()}, self.group)
         groups = [settings(group) | {"params": [index[p] for p in group["params"]]} for group in self.param_groups]
         return {"state": dict(sorted(state.items())), "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take this rank's part of an undivided state dict, saved by any number of ranks or by a plain optimizer.
-
-        Raises ValueError when its groups hold other numbers of parameters.
-        """
+        """Take this rank's part of an undivided state dict, saved by any number of ranks or by a plain optimizer."""
         groups = [dict(group) for group in state_dict["param_groups"]]
-        sizes = [len(group["params"]) for group in self.param_groups]
-        saved_sizes = [len(group["params"]) for group in groups]
-        if saved_sizes != sizes:
-            raise ValueError(f"the saved groups hold {saved_sizes} parameters, this optimizer's {sizes}; "
+        counts = [len(group["params"]) for group in self.param_groups]
+        saved_counts = [len(group["params"]) for group in groups]
+        if saved_counts != counts:
+            raise ValueError(f"the saved groups hold {saved_counts} parameters, this optimizer's {counts}; "
                              "make it with the settings that it was saved with")
-        state = {}
         for saved, group in zip(groups, self.param_groups):
-            ids = [i for i, p in zip(saved["params"], group["params"]) if self.owner[p] == self.rank]
-            state |= {i: state_dict["state"][i] for i in ids if i in state_dict["state"]}
-            saved["params"] = ids
+            saved["params"] = [i for i, p in zip(saved["params"], group["params"]) if self.owner[p] == self.rank]
             group.update(settings(saved))
+        ids = {i for saved in groups for i in saved["params"]}
+        state = {i: entry for i, entry in state_dict["state"].items() if i in ids}
         self.local.load_state_dict({"state": state, "param_groups": groups})
         self.state = self.local.state
 
@@ -434,19 +382,17 @@ def settings(group: dict) -> dict:
 def clip_grad_norm(params, max_norm: float, eps: float = 1e-6, stages=None) -> torch.Tensor:
     """optim.clip_grad_norm where parameters may be divided: the norm is that of the whole gradient, on every rank.
 
-    The squares of a divided parameter (sharded.Cut, in p.cuts) are summed over the ranks that share it; a replicated
-    one counts once. stages: the group of a pipeline, whose ranks hold other layers; a tied matrix that both ends hold
-    (p.repeated on the second) counts once. Collective. Returns the norm before clipping, a float32 scalar tensor;
-    where it is not finite the gradients stay as they are.
+    The squares of a divided parameter (p.cuts, see fsdp.Cut) are summed over the ranks that share it. stages: the group
+    of a pipeline, whose ranks hold other layers; a tied matrix at both ends (p.repeated on the second) counts once.
+    Collective. Returns the norm before clipping, a float32 scalar tensor; one not finite leaves the gradients alone.
     """
     params = [p for p in params if not p.is_meta]
-    device = params[0].device if params else "cpu"
+    total = torch.zeros((), device=params[0].device if params else "cpu")
     by_groups = {}         # ranks must agree on the collectives: one whose part has no gradient takes part with 0
     for p in params:
         grads = by_groups.setdefault(tuple(cut.group for cut in getattr(p, "cuts", ())), [])
         if p.grad is not None and not getattr(p, "repeated", False):
             grads.append(p.grad)
-    total = torch.zeros((), device=device)
     for groups, grads in by_groups.items():
         square = torch.stack(norms([total.new_zeros(1), *grads])).square().sum()
         for group in groups:

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import nn
 
 import parallel
-from fsdp import (FSDP, Cut, full_optimizer_state, full_shape, full_state_dict, gather_like, take_like,  # noqa: F401
+from fsdp import (FSDP, Cut, full_optimizer_state, full_state_dict, gather_like, take_like,  # noqa: F401
                   take_optimizer_state, take_state_dict)
 from parallel import DDP, ShardedOptimizer, broadcast, make_mesh, reduce, start, wait, world
 
@@ -172,8 +172,8 @@ class Pipeline(nn.Module):
     n_micro_batches: parts of a batch that follow one another, of about equal numbers of rows. schedule: gpipe | 1f1b.
     `parameters()` are this stage's. `model` keeps all names, but what stands on another stage is on the meta device
     and takes no memory. A tied embedding is on the first and the last stage, with one gradient, the sum.
-    Raises ValueError for another schedule, fewer layers than ranks, mtp_depth (it needs embedding and head on one
-    stage) and balance=bias (it counts all layers at once).
+    Raises ValueError for another schedule, fewer layers than ranks, and for what needs the whole model on one stage:
+    mtp_depth (embedding and head) and balance=bias (all layers).
     """
 
     def __init__(self, model: nn.Module, group=None, n_micro_batches: int = 4, schedule: str = "1f1b"):
@@ -195,9 +195,7 @@ class Pipeline(nn.Module):
         self.first, self.last = self.stage == 0, self.stage == self.n_stages - 1
         self.autocast = contextlib.nullcontext      # train.py's mixed precision, around forward passes only
         self.most_held = 0                          # micro-batches whose activations waited for backward, at most
-        # Both directions between two stages at once: with NCCL two messages of one group would wait for each other.
-        self.backward_group = None
-        if self.n_stages > 1:
+        if self.n_stages > 1:           # gradients in a group of their own: NCCL sends one message of a group at a time
             self.backward_group = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
         broadcast([*model.parameters(), *model.buffers()], group)
         self._cut(model)
@@ -249,23 +247,30 @@ class Pipeline(nn.Module):
             return y, None
         return y, c.balance_weight * sum(balance) / c.n_layers
 
-    def _activation(self, tokens):
-        """The residual stream as it comes from the stage before, for these tokens."""
+    def _split(self, tokens, targets) -> list:
+        """Micro-batches (tokens, targets, share of the rows)."""
+        n = min(self.n_micro_batches, len(tokens))
+        return [(x, y, len(x) / len(tokens)) for x, y in zip(tokens.tensor_split(n), targets.tensor_split(n))]
+
+    def _receive(self, tokens):
+        """The residual stream of these tokens as the stage before sends it; None on the first stage."""
+        if self.first:
+            return None
         x = torch.empty(*tokens.shape, self.config.d_model, device=tokens.device)
         wait(dist.irecv(x, group=self.group, group_src=self.stage - 1))
-        return x
+        return x.requires_grad_(torch.is_grad_enabled())
+
+    def _send(self, y):
+        return dist.isend(y.detach().contiguous(), group=self.group, group_dst=self.stage + 1)
 
     def _forward(self, i, tokens, targets, weight, loss_of):
         """One micro-batch; returns this stage's part of the loss, times weight."""
-        x = None if self.first else self._activation(tokens).requires_grad_()
+        x = self._receive(tokens)
         with self.autocast():
             y, balance = self._layers(tokens, x)
-            if self.last:
-                y = loss_of(*self.module.head_loss(y, targets), tokens) * weight
-            elif y.dtype != torch.float32:
-                y = y.float()
+            y = loss_of(*self.module.head_loss(y, targets), tokens) * weight if self.last else y.float()
         roots = [y] if balance is None else [y, balance * weight]
-        sent = None if self.last else dist.isend(y.detach().contiguous(), group=self.group, group_dst=self.stage + 1)
+        sent = None if self.last else self._send(y)
         self.held[i] = x, roots, sent
         self.most_held = max(self.most_held, len(self.held))
         return sum(root.detach() for root in (roots if self.last else roots[1:]))
@@ -287,8 +292,7 @@ class Pipeline(nn.Module):
         Gradients, times scale, are added to `.grad`. loss_of(logits, loss, tokens): the loss of a micro-batch, on the
         last stage. Micro-batches count by their rows, also ragged ones. Collective.
         """
-        parts = [(x, y, len(x) / len(tokens)) for x, y in zip(tokens.tensor_split(self.n_micro_batches),
-                                                              targets.tensor_split(self.n_micro_batches)) if len(x)]
+        parts = self._split(tokens, targets)
         self.held, self.returning, self.most_held = {}, None, 0
         earlier, total = None, torch.zeros((), device=tokens.device)
         if self.tied is not None:
@@ -312,29 +316,23 @@ class Pipeline(nn.Module):
     @torch.no_grad()
     def forward(self, tokens, targets=None):
         """The model without gradients: logits (B, T, V), or (None, mean loss) with targets; on all stages."""
-        results, sends = [], []
-        n = self.n_micro_batches
-        for x, y in zip(tokens.tensor_split(n), (tokens if targets is None else targets).tensor_split(n)):
-            if not len(x):
-                continue
+        total, logits, sends = torch.zeros((), device=tokens.device), [], []
+        for x, y, share in self._split(tokens, tokens if targets is None else targets):
             with self.autocast():
-                out = self._layers(x, None if self.first else self._activation(x))[0]
-                if self.last and targets is None:
-                    results.append(self.module.head(out).float())
-                elif self.last:
-                    results.append(self.module.head_loss(out, y)[1] * (len(x) / len(tokens)))
-            if not self.last:
-                out = out.float().contiguous()
-                sends.append((dist.isend(out, group=self.group, group_dst=self.stage + 1), out))
-        for sent, _ in sends:
+                out = self._layers(x, self._receive(x))[0]
+                if not self.last:
+                    sends.append(self._send(out.float()))
+                elif targets is None:
+                    logits.append(self.module.head(out).float())
+                else:
+                    total += self.module.head_loss(out, y)[1] * share
+        for sent in sends:
             wait(sent)
         if targets is not None:
-            return None, reduce(torch.stack(results).sum() if self.last else torch.zeros((), device=tokens.device),
-                                self.group)
-        logits = torch.cat(results) if self.last else \
-            torch.empty(*tokens.shape, self.config.vocab_size, device=tokens.device)
-        broadcast([logits], self.group, [self.n_stages - 1])
-        return logits
+            return None, reduce(total, self.group)
+        whole = torch.cat(logits) if self.last else total.new_empty(*tokens.shape, self.config.vocab_size)
+        broadcast([whole], self.group, [self.n_stages - 1])
+        return whole
 
 
 # --- by name ---
@@ -442,12 +440,6 @@ class Strategy:
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """Mean of a number over the ranks along the data."""
         return reduce(x.clone(), self.mesh.dp) / self.dp
-
-    def total(self, number: float) -> float:
-        """Its sum over the ranks along the data."""
-        if self.dp == 1:
-            return number
-        return reduce(torch.tensor(number, dtype=torch.float64, device=self.device), self.mesh.dp).item()
 
     def largest(self, *numbers: float) -> list[float]:
         """The largest of each number over all ranks: what they act upon must be the same on all."""

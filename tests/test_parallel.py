@@ -70,7 +70,7 @@ def check_odd_modules(rank, size, tmp):
                 grad = torch.zeros_like(q) if q.grad is None else q.grad * (turn + 1)
                 assert not p.requires_grad or torch.allclose(p.grad, grad, atol=1e-6), f"{name}, {turn}: {key}"
         model(x[rank:rank + 1], True).sum().backward()
-        with pytest.raises(RuntimeError, match="second backward reached a parameter of shape"):
+        with pytest.raises(RuntimeError, match="a second backward reached a gradient"):
             model(x[rank:rank + 1], True).sum().backward()
         model.finish_gradient_synchronization()
     parallel.send = send
@@ -131,8 +131,6 @@ def check_sharded_optimizer(rank, size, tmp):
         for key, entry in state.items():
             for name, value in entry.items():
                 assert torch.allclose(torch.as_tensor(value), torch.as_tensor(right[key][name]), atol=1e-3), (key, name)
-    with pytest.raises(ValueError, match="Muon takes matrices"):       # on every rank, also those that would not own it
-        parallel.ShardedOptimizer([torch.nn.Parameter(torch.ones(3))], optim.Muon)
 
 
 def check_state_goes_to_one_rank(rank, size, tmp):
