@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -58,6 +59,21 @@ def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(tmp_path):
     with pytest.raises(KeyError):                                        # a mistake of the caller's stays what it is
         checkpoint.write_atomically(path, lambda file: {}["x"])
     assert checkpoint.load_checkpoint(path) == 1 and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_a_kill_inside_a_checkpoint_write_leaves_a_whole_one(tmp_path):
+    code = ("import sys, torch, checkpoint\nfor step in range(10**6):\n    checkpoint.save_checkpoint("
+            "{'w': torch.full((8_000_000,), float(step))}, None, step, sys.argv[1])")
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "ckpt.pt"], cwd=ROOT)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "ckpt.pt").exists() or not (tmp_path / "ckpt.pt.tmp").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+    process.kill()
+    process.wait()
+    entries = checkpoint.read_checkpoint(tmp_path / "ckpt.pt")
+    assert (entries["model"]["w"] == entries["step"]).all()
+    assert (tmp_path / "ckpt.pt.tmp").exists(), "the kill came too late to prove anything"
 
 
 class Evil:
