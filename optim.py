@@ -167,8 +167,8 @@ class Muon(_Optimizer):
         2 rounds       1.3656  1.3631  1.1224  0.9305  0.3304  0.0154
         5 rounds       1.1870  1.1838  1.1325  1.1047  0.8686  0.3537
 
-    Embeddings, the head and norms belong to AdamW. Source: Jordan 2024, kellerjordan.github.io/posts/muon; weight decay:
-    Liu 2025, 2502.16982.
+    Embeddings, the head and norms belong to AdamW. Source: Jordan 2024, kellerjordan.github.io/posts/muon; weight
+    decay: Liu 2025, 2502.16982.
     """
 
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0, ns_steps: int = 5):
