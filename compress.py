@@ -20,14 +20,12 @@ How a row is rounded, w = (0.423, -1.270, 0.056, 0.808):
     int4   s = (max - min) / 15 = 0.1385      z = min + 8 s = -0.162      q = round((w - z) / s) + 8 = (12, 0, 10, 15)
            s (q - 8) + z = (0.392, -1.270, 0.115, 0.808)          errors of at most s / 2 = 0.069
 
-One large weight makes s large for its whole row, which is why int4 cuts rows into groups. Rounding needs no data and no
-training; there are no gradients through it. Pruning breaks the model at first. Training it further repairs it, best on
-the distribution of the unpruned model (distillation): that says something about every token of the vocabulary, a text
-only about the one that came.
+One large weight makes s large for its whole row, which is why int4 cuts rows into groups. Pruning breaks the model at
+first. Training it further repairs it, best on the distribution of the unpruned model (distillation): that says
+something about every token of the vocabulary, a text only about the one that came.
 
-What `quantize` writes: a ckpt.pt whose matrices stand rounded, with their scales, under "quantized" instead of "model".
-`checkpoint.read_checkpoint` multiplies them out, so every page opens the folder, as a model with rounded weights;
-`load` here, which sample.py uses, keeps them rounded in memory too. What `prune` writes is a checkpoint like any other.
+`quantize` writes a ckpt.pt whose rounded matrices stand under "quantized". Every page opens it, multiplied out by
+checkpoint.read_checkpoint; `load` here, which sample.py uses, keeps them rounded in memory too.
 
 int8 by rows: 2208.07339, int4 by groups: 2210.17323, both without their corrections. Magnitude: Han 2015 (1506.02626).
 Width: Minitron (2407.14679, section 2.2). Distillation: Hinton 2015 (1503.02531).
@@ -61,13 +59,11 @@ class QuantizeConfig:
 
 
 @dataclass
-class PruneConfig:
+class PruneConfig(QuantizeConfig):
     """What `python compress.py prune OUT_DIR NEW_OUT_DIR` can be told."""
     kind: str = "magnitude"                  # magnitude (single weights become zero) | width (heads and neurons leave)
     share: float = 0.5                       # the part that goes, 0 … 1
     data: str | None = None                  # width: text or .bin to rank on; none = the train.bin of the run
-    checkpoint: str = "ckpt.pt"              # ckpt.pt = the last state, best.pt = the best on validation
-    overwrite: bool = False                  # true = write over the run that NEW_OUT_DIR holds
 
 
 # --- rounding ---
@@ -98,10 +94,9 @@ def round_weight(weight, kind: str) -> dict:
 
 
 class Int8Linear(torch.nn.Module):
-    """x @ weightᵀ + bias with weights from round_int8.
+    """x @ weightᵀ + bias with weights from round_int8, by torch's kernel for few rows on a CPU.
 
-    torch's kernel for CPUs multiplies bfloat16 by int8 and sums in float32. Where there is none, and where many rows
-    share the cost, the weights are multiplied out first: on a GPU this saves memory and no time.
+    Elsewhere the weights are multiplied out first: on a GPU this saves memory and no time.
     """
 
     def __init__(self, parts: dict, bias=None):
@@ -121,10 +116,7 @@ class Int8Linear(torch.nn.Module):
 
 
 class Int4Linear(torch.nn.Module):
-    """x @ weightᵀ + bias with weights from round_int4.
-
-    torch's kernel for CPUs wants them in an order of its own, made once here. Elsewhere they are multiplied out first.
-    """
+    """x @ weightᵀ + bias with weights from round_int4; torch's kernel for CPUs wants them in an order of its own."""
 
     def __init__(self, parts: dict, bias=None):
         super().__init__()
@@ -152,18 +144,16 @@ class Int4Linear(torch.nn.Module):
 def matrices(model) -> dict:
     """{name: Linear} of what rounding takes.
 
-    Not the routers of experts, whose small errors would choose other experts, nor MLA's kv_up_proj, which decoding uses
-    as a matrix. The embedding table is no Linear: its rows are looked up and not multiplied.
+    Not routers, whose small errors would choose other experts, nor MLA's kv_up_proj, which decoding uses as a matrix.
     """
     return {name: layer for name, layer in model.named_modules()
             if isinstance(layer, Linear) and not name.endswith(("router", "kv_up_proj"))}
 
 
 def quantize(model, kind: str, stored: dict | None = None):
-    """Keep the model's matrices in int8 or int4 from now on, in place; returns the model. For inference alone.
+    """Round the model's matrices to int8 or int4 in place, for inference; returns the model.
 
-    Matrices whose rows are no multiple of GROUP stay in int8. stored: matrices that are rounded already, by name.
-    Raises ValueError for another kind.
+    stored: matrices that are rounded already, by name. Raises ValueError for another kind.
     """
     check_kind(kind, ("int8", "int4"))
     for name, layer in matrices(model).items():
@@ -175,15 +165,13 @@ def quantize(model, kind: str, stored: dict | None = None):
 
 
 def check_kind(kind: str, kinds) -> None:
+    """Raises ValueError naming the kinds there are."""
     if kind not in kinds:
         raise ValueError(f"kind={kind!r} must be {' or '.join(kinds)}")
 
 
 def load(out_dir, device=None, name: str = "ckpt.pt", kind: str | None = None, dtype=None):
-    """(model, tokenizer) as load_model gives them, in int8 or int4 where `kind` or the checkpoint says so.
-
-    dtype: torch dtype of what is not rounded; None keeps the stored one.
-    """
+    """load_model's (model, tokenizer), rounded where `kind` or the checkpoint says so; dtype is of the others."""
     model, tokenizer = load_model(out_dir, device, name)
     model.to(dtype)
     path = Path(out_dir) / name
@@ -195,10 +183,7 @@ def load(out_dir, device=None, name: str = "ckpt.pt", kind: str | None = None, d
 
 
 def weight_bytes(model) -> int:
-    """Bytes of weights that decoding one token reads: all but the embedding table, unless the head is that table.
-
-    Of the experts of a layer, only those that work on a token.
-    """
+    """Bytes of weights that one token of decoding reads: the experts that work, no embeddings (but a tied head)."""
     c, total = model.config, 0
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         share = c.n_experts_per_token / c.n_experts if ".experts." in name else 1
@@ -209,26 +194,21 @@ def weight_bytes(model) -> int:
 
 # --- pruning ---
 
+@torch.no_grad()
 def prune(model, share: float, kind: str = "magnitude", data=None):
     """A copy of the model without `share` (0 … 1) of its weights, or of its heads and neurons; the model stays.
 
-    kind: "magnitude": in every Linear's matrix the share of smallest weights becomes zero. "width": in every block that
-    share of the heads (with grouped-query attention, of the groups) and of the feed-forward neurons leaves, and at
-    least one of each stays; the result is a dense Transformer whose config says n_heads, n_kv_heads and d_ff.
-    data: ids (n,) to rank heads and neurons on; None ranks by the size of their weights.
-    Raises ValueError for another kind or share, and by name for what width pruning cannot do.
+    kind: "magnitude": in every matrix the smallest weights become zero (1506.02626). "width": in every block that share
+    of the heads (or groups of heads) and of the feed-forward neurons leaves; the result is a smaller dense Transformer.
+    data: ids (n,) to rank heads and neurons on; None ranks by the size of their weights. Raises ValueError by name.
     """
     check_kind(kind, ("magnitude", "width"))
     if not 0 <= share < 1:
         raise ValueError(f"share={share} must be at least 0 and below 1: it is the part that goes")
     if any(isinstance(module, (Int8Linear, Int4Linear)) for module in model.modules()):
         raise ValueError("this model's weights are rounded already; prune it first, then quantize it")
-    return prune_width(model, share, data) if kind == "width" else prune_magnitude(model, share)
-
-
-@torch.no_grad()
-def prune_magnitude(model, share: float):
-    """A copy with the smallest weights of every matrix at zero (1506.02626)."""
+    if kind == "width":
+        return prune_width(model, share, data)
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, Linear):
@@ -243,8 +223,8 @@ def prune_width(model, share: float, data=None):
     c = model.config
     for setting, dense in (("n_experts", 0), ("attention", "standard"), ("mtp_depth", 0)):
         if getattr(c, setting) != dense:
-            raise ValueError(f"{setting}={getattr(c, setting)}: width pruning knows dense blocks with standard "
-                             "attention and no further-token heads; kind=magnitude prunes this model too")
+            raise ValueError(f"{setting}={getattr(c, setting)}: width pruning needs {setting}={dense}; "
+                             "use kind=magnitude")
     # With one key/value head for all (MQA) single query heads leave, else a key/value head with its group of queries.
     groups, per_group = (c.n_kv_heads, c.n_heads // c.n_kv_heads) if c.n_kv_heads > 1 else (c.n_heads, 1)
     n_groups, d_ff = (max(1, round((1 - share) * n)) for n in (groups, c.d_ff))
@@ -279,9 +259,9 @@ def rows_of(heads, width: int):
 
 
 def column_sizes(model, data=None, windows: int = 64) -> list[tuple]:
-    """For each block, how much goes through each column of o_proj (H D,) and of w2 (F,).
+    """For each block, the L2 norm of what enters each column of o_proj (H D,) and of w2 (F,) over windows of `data`.
 
-    With data: the L2 norm of what enters there, over the tokens of evenly spaced windows. Without: that of the column.
+    Without data: that of the columns.
     """
     layers = [(block.attn.o_proj, block.ffn.w2) for block in model.layers]
     if data is None:

@@ -5,10 +5,9 @@
     flags                      max_steps = 200                   wins over both
     settings       lr = 8e-3   max_steps = 200    seed = 0
 
-A config file is plain assignments, read and never run: numbers, strings, true/false/none and arithmetic. nanoGPT gives
-it to exec(); here a config that came with somebody else's checkpoint can neither run code nor compute for a year.
-A key that the dataclass lacks ends the program with the nearest match and status 2: an ignored setting is an experiment
-that was not the one asked for. `--help` prints every key with the value that applies and the comment beside the field.
+A config file holds plain assignments of numbers, strings, true/false/none and arithmetic. It is read and never run, as
+nanoGPT's exec() would: a config that came with somebody else's checkpoint can neither run code nor hang.
+An unknown key ends the program with status 2 and the nearest name: an ignored setting is another experiment.
 """
 import ast
 import dataclasses
@@ -25,10 +24,8 @@ WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no":
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; the message says which, its value, what is allowed and what to do."""
+    """A setting that cannot be used; the message says which, its value and what is allowed."""
 
-
-# --- values ---
 
 def coerce(key: str, value, annotation):
     """`value` as what `annotation` names: bool, int, float or str, also `| None`. Raises ConfigError naming `key`.
@@ -45,31 +42,30 @@ def coerce(key: str, value, annotation):
     try:
         if bool in types:
             return WORDS[word]
+        if int in types and word.lstrip("+-").isdigit():             # beyond 2^53 a float would lose digits
+            return int(word)
         number = float(word)
-        if int in types and number != int(number):                   # inf has no int: OverflowError
-            raise ValueError("not a whole number")
-    except (KeyError, ValueError, OverflowError):
-        names = " or ".join(one.__name__.replace("NoneType", "none") for one in types)
-        raise ConfigError(f"{key}={value!r} is not a {names}; give a value of that type") from None
-    if float in types:
-        return number
-    return int(word) if word.lstrip("+-").isdigit() else int(number)  # a float ends at 2^53, digits do not
+        if int not in types:
+            return number
+        if number.is_integer():
+            return int(number)
+    except (KeyError, ValueError):
+        pass
+    names = " or ".join(one.__name__.replace("NoneType", "none") for one in types)
+    raise ConfigError(f"{key}={value!r} is not a {names}; give a value of that type")
 
 
 def evaluate(node: ast.expr, known: dict):
-    """The value of a literal, of a name in `known`, or of arithmetic over them. Raises ValueError for anything else.
-
-    Arithmetic is floating point, which ends at 1e308: 2**16 is 65536.0 and 9**9**9 an error, not a hang.
-    """
+    """The value of a literal, of a name in `known`, or of arithmetic over them. Raises ValueError for anything else."""
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Name) and node.id in known:
         return known[node.id]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -float(evaluate(node.operand, known))
-    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:  # of floats: 9**9**9 is an error, not a hang
         return ARITHMETIC[type(node.op)](float(evaluate(node.left, known)), float(evaluate(node.right, known)))
-    raise ValueError("not a number, a string, True, False, None, or arithmetic over numbers and names set above")
+    raise ValueError("not a number, a string, true, false, none, or arithmetic over numbers and names set above")
 
 
 def read_config_file(path: str) -> dict:
@@ -81,48 +77,39 @@ def read_config_file(path: str) -> dict:
         for node in body:
             line = node.lineno
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                continue                                             # the docstring: hardware, time, target
-            if not isinstance(node, ast.Assign) or not all(isinstance(name, ast.Name) for name in node.targets):
+                continue                                             # the docstring
+            if not isinstance(node, ast.Assign) or [type(target) for target in node.targets] != [ast.Name]:
                 raise ValueError("not an assignment `key = value`")
-            for name in node.targets:
-                values[name.id] = evaluate(node.value, {"true": True, "false": False, "none": None} | values)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
+            values[node.targets[0].id] = evaluate(node.value, {"true": True, "false": False, "none": None} | values)
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
-        raise ConfigError(f"{path}:{getattr(error, 'lineno', line)}: {error}; a config file holds plain assignments "
-                          "of numbers and strings") from None
+        line = getattr(error, "lineno", line)
+        raise ConfigError(f"{path}:{line}: {error}; write plain assignments, in UTF-8") from None
     return values
 
 
 def resolve(config_class: type, flags: dict, config_file: str | None = None):
-    """(config, sources): the dataclass filled from its defaults, then the file, then the flags.
-
-    sources: {key: "default" | the file's name | "flag"}. Raises ConfigError for an unknown key or a wrong type.
-    """
+    """(the dataclass filled from its defaults, then the file, then the flags; {key: "default", the file or "flag"})."""
     hints = typing.get_type_hints(config_class)
-    names = [field.name for field in dataclasses.fields(config_class)]
-    values, sources = {}, dict.fromkeys(names, "default")
-    for origin, settings in ((config_file, read_config_file(config_file) if config_file else {}), ("flag", flags)):
+    sources, values = {field.name: "default" for field in dataclasses.fields(config_class)}, {}
+    in_file = read_config_file(config_file) if config_file else {}
+    for origin, settings in ((config_file, in_file), ("flag", flags)):
         for key, value in settings.items():
             place = f"--{key}" if origin == "flag" else f"{origin}: {key}"
-            if key not in names:
-                raise ConfigError(f"{place} is not a setting.{nearest(key, names)} --help lists them all")
+            if key not in sources:
+                raise ConfigError(f"{place} is not a setting.{nearest(key, sources)} --help lists them all")
             values[key], sources[key] = coerce(place, value, hints[key]), origin
     return config_class(**values), sources
 
 
-# --- help ---
-
 def nearest(word: str, allowed) -> str:
     """` Did you mean x?`, or nothing when no name is near."""
-    near = difflib.get_close_matches(word, [name for name in allowed if name], n=1)
-    return f" Did you mean {near[0]}?" if near else ""
+    names = difflib.get_close_matches(word, [name for name in allowed if name], n=1)
+    return f" Did you mean {names[0]}?" if names else ""
 
 
 def format_help(config, usage: str = "") -> str:
     """Usage, then `--key=value  comment` a line. config: a dataclass (defaults), or one filled with what applies."""
-    config_class = config if isinstance(config, type) else type(config)
-    bases = [base for base in reversed(config_class.__mro__) if dataclasses.is_dataclass(base)]
+    bases = (config if isinstance(config, type) else type(config)).__mro__[-2::-1]                # but `object`
     comments = dict(re.findall(r"^ +(\w+):[^#\n]*# *(.*)", "\n".join(map(inspect.getsource, bases)), re.MULTILINE))
     lines = [usage.strip(), "", "settings (a config file changes defaults, a flag wins over both):"] if usage else []
     for field in dataclasses.fields(config):
@@ -133,22 +120,15 @@ def format_help(config, usage: str = "") -> str:
 
 
 def print_config(config, sources: dict) -> None:
-    """Every setting that is not at its default, with its value and where it came from."""
-    changed = [name for name, origin in sources.items() if origin != "default"]
-    width = max((len(name) for name in changed), default=0)
-    print(f"settings ({len(sources) - len(changed)} more at their defaults; --help lists them):")
-    for name in changed:
-        print(f"  {name:<{width}} = {getattr(config, name)!s:<24} {sources[name]}")
+    """Print every setting that is not at its default, and where it came from."""
+    print(f"settings ({list(sources.values()).count('default')} more at their defaults; --help lists them):")
+    for name, origin in sources.items():
+        if origin != "default":
+            print(f"  {name:<20} = {getattr(config, name)!s:<24} {origin}")
 
-
-# --- the command line ---
 
 def parse_flags(argv) -> tuple[dict, list[str]]:
-    """Split arguments into `{key: text}` from `--key=value`, and the others in order.
-
-    >>> parse_flags(["out/x", "--top-k=5"])
-    ({'top_k': '5'}, ['out/x'])
-    """
+    """["out/x", "--top-k=5"] as ({"top_k": "5"}, ["out/x"])."""
     flags, words = {}, []
     for argument in argv:
         key, equals, value = argument[2:].partition("=")
@@ -165,24 +145,24 @@ def command_line(config, argv: list[str], usage: str, verbs: tuple = (), config_
     """Read a command line of the form `[VERB] [FILE…] [--key=value …]`: (verb or None, files, config, sources).
 
     config: {verb: its dataclass}, with a key None where the script also runs without a verb; or one dataclass for all
-    `verbs`. A word that ends in .py is the config file. config_file: the one to use when none is named, for the
-    dataclass that goes with None. `--help` prints the settings that apply (without a verb, those of every verb) and
-    exits with 0; a mistake prints its message and exits with 2.
+    `verbs`. A word that ends in .py is the config file; config_file: the one when none is named, for the dataclass that
+    goes with None. `--help` prints the settings that apply and exits with 0; a mistake prints its message, status 2.
     """
     classes = config if isinstance(config, dict) else dict.fromkeys((None, *verbs), config)
-    wants_help = "--help" in argv or "-h" in argv
+    wants_help, settings, sources = "--help" in argv or "-h" in argv, None, {}
     try:
         flags, words = parse_flags(word for word in argv if word not in ("--help", "-h"))
         verb = words.pop(0) if words and words[0] in classes else None
         configs = [word for word in words if word.endswith(".py")]
-        if verb not in classes and not wants_help:
-            wrong = f"{words[0]!r} is no verb.{nearest(words[0], classes)}" if words else "a verb is missing."
-            raise ConfigError(f"{wrong} Give one of {', '.join(classes)}. {usage.strip()}")
         if len(configs) > 1:
             raise ConfigError(f"{len(configs)} config files given ({', '.join(configs)}); give one")
-        if not configs and config_file and classes.get(verb) is classes.get(None):
-            configs = [config_file]
-        settings, sources = resolve(classes[verb], flags, *configs) if verb in classes else (None, {})
+        if verb in classes:
+            if config_file and not configs and classes[verb] is classes.get(None):
+                configs = [config_file]
+            settings, sources = resolve(classes[verb], flags, *configs)
+        elif not wants_help:
+            mistake = f"{words[0]!r} is no verb.{nearest(words[0], classes)}" if words else "a verb is missing."
+            raise ConfigError(f"{mistake} Give one of {', '.join(classes)}. {usage.strip()}")
     except (ValueError, OSError) as error:
         fail(error)
     if wants_help:
@@ -195,6 +175,6 @@ def command_line(config, argv: list[str], usage: str, verbs: tuple = (), config_
 
 
 def fail(error) -> typing.NoReturn:
-    """Print one line to standard error and exit with status 2, the status of a command line that cannot be used."""
+    """Print one line to standard error and exit with status 2."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -189,8 +189,7 @@ def stream(model, prompts, max_new_tokens: int, *, stop_ids=(), cache=True, gene
     prompts: lists of ids, of any lengths. n_each: rows per prompt, which share its prefill. texts: one for every row; a
     row ends with its stop string. how: temperature, top_k, top_p, min_p, vocab_limit.
 
-    A text that outgrows the context goes on from its last half context, read anew, with or without the cache; so both
-    see the same window at every token, and the cost of reading is spread over half a context of new tokens.
+    A text that outgrows the context goes on from its last half context, read anew, with or without the cache.
     """
     check_sampling(**how)
     check_prompts(model, prompts, max_new_tokens, how.get("vocab_limit"))
@@ -335,10 +334,7 @@ class HeadDraft:
 
 
 class LookupDraft:
-    """Drafts what followed the last time that the newest three tokens, or two, or one, stood in the text.
-
-    It costs nothing and helps where a text repeats itself: summaries, code edits, lists.
-    """
+    """Drafts what followed the last time that the newest three tokens, or two, or one, stood in the text."""
 
     def __init__(self, model):
         self.model = model
@@ -361,13 +357,12 @@ def check_draft(target, draft) -> None:
     """Raise ValueError for what cannot draft; a Transformer of the same vocabulary, "mtp" (or None) and "ngram" can."""
     if draft in (None, "mtp"):
         if not target.config.mtp_depth:
-            raise ValueError("mtp_depth=0: this model has no head for a further token to draft with; "
-                             "give a smaller model, or ngram to look drafts up in the text")
+            raise ValueError("mtp_depth=0: this model has no head to draft with; give a smaller model, or ngram")
     elif draft != "ngram" and not hasattr(draft, "new_cache"):
         raise ValueError(f"draft={draft!r} is none of: a Transformer, mtp (or None), ngram")
     elif draft != "ngram" and draft.config.vocab_size != target.config.vocab_size:
         raise ValueError(f"the draft has a vocabulary of {draft.config.vocab_size}, the target one of "
-                         f"{target.config.vocab_size}; both must be trained with the same tokenizer")
+                         f"{target.config.vocab_size}; give two of one tokenizer")
 
 
 def make_drafter(draft, reader: Reader, size: int):

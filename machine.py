@@ -43,7 +43,7 @@ DEVICES = {
 
 
 def find_device(name: str) -> Device:
-    """The entry of DEVICES. Raises ValueError naming those there are."""
+    """The entry of DEVICES, or ValueError naming those there are."""
     if name not in DEVICES:
         raise ValueError(f"device={name!r} is not known; there are {', '.join(DEVICES)}")
     return DEVICES[name]
@@ -136,12 +136,10 @@ class Threads:
 
     Every operation ends at a barrier, where OpenMP's threads spin until the last one arrives. If that one's core is
     taken, all wait for the scheduler, thousands of times a step: steps of 80 ms became 1,700 to 4,200 ms on two cores
-    beside one busy loop, and 150 with a single thread. So when a step takes SLOW times the best so far, `watch` tries
-    smaller numbers of threads for a moment, keeps what is fastest, and looks again later. It spends at most 1/50 of
-    the time on looking, and nothing on a quiet machine but one look at the start.
+    beside one busy loop, and 150 with one thread. So when a step takes SLOW times the best so far, `watch` tries fewer
+    threads for a moment, keeps what is fastest, and looks again later, for 1/PATIENCE of the time.
 
-    The number of threads changes bits of the training: sums are split between threads (tests/test_machine.py). With a
-    fixed `threads` a run repeats bit for bit; without, it does while nothing disturbs it.
+    The number of threads changes bits of the training, as sums are split between them: a fixed `threads` repeats a run.
     """
     SLOW, PATIENCE = 2.5, 50
 
@@ -189,7 +187,7 @@ class Threads:
 # --- signals ---
 
 class Stop:
-    """Turns the first Ctrl-C, SIGTERM or (Slurm's warning) SIGUSR1 into a flag; a second one acts at once."""
+    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 (Slurm's warning) into a flag; a second one acts at once."""
 
     def __enter__(self):
         self.signal, self.agreed, self.before = None, None, {}       # agreed: one that all ranks know of
@@ -228,8 +226,7 @@ def fast(function, simple, *arguments):
 class CrossEntropy(torch.autograd.Function):
     """token_cross_entropy with the gradient softmax(logits) - onehot(target).
 
-    Autograd would keep several float32 copies of the largest tensor of the whole model. This keeps the logits and one
-    number a row, and goes through them in pieces that fit the processor's cache.
+    Autograd keeps float32 copies of the model's largest tensor. This keeps one number a row and works in pieces.
     """
     PIECE = 2 ** 18                  # elements
 
@@ -306,8 +303,7 @@ FASTER = {}                          # (rows of x, numbers in weight), as powers
 def product(x, weight):
     """x @ weightᵀ; in float32 on a CPU, without gradients, by the faster of torch's two ways on this machine.
 
-    For one row of x, reading the weights is all the work, and which library reads them faster differs between
-    processors (both seen). So the first product of each size is measured, once a process; small ones are not worth it.
+    Which library reads the weights faster differs between processors (both seen): each size is measured once a process.
     """
     if (ONEDNN is None or torch.is_grad_enabled() or x.device.type != "cpu" or weight.numel() <= 2 ** 16
             or not x.numel() or not x.dtype == weight.dtype == torch.float32 or torch.compiler.is_compiling()
@@ -333,15 +329,11 @@ def onednn_is_faster(rows: int, d_out: int, d_in: int) -> bool:
     return best[True] < best[False]
 
 
-SHORT_CONTEXT = 512                  # positions up to which three batched products beat torch's fused kernel on a CPU
+SHORT_CONTEXT = 512                  # positions up to which these three products beat torch's fused kernel on a CPU
 
 
 def short_attention(q, k, v):
-    """Causal attention with the T x T scores written out: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D).
-
-    torch's fused kernel for the CPU is made for long sequences; up to a few hundred positions in bfloat16 its backward
-    alone costs more than these three batched products, forward and backward.
-    """
+    """Causal attention with the T x T scores written out: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D)."""
     (B, H, T, D), K = q.shape, k.shape[1]
     if H != K:
         k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))

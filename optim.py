@@ -10,8 +10,8 @@
 `python optim.py` lets five of them compete on one problem, 17 s on one core of an Intel Xeon, and draws the losses and
 a gradient's singular values before and after Muon to out/optimizers.png (`--out=FILE.png`: elsewhere).
 
-All are `torch.optim.Optimizer` subclasses; the arithmetic is ours. AdamW and Muon, which train models here, hand whole
-lists of tensors to one call of torch._foreach_*: 40 tensors would otherwise pay for some 400 small operations a step.
+AdamW and Muon, which train models here, hand whole lists of tensors to one call of torch._foreach_*: 40 tensors would
+otherwise pay for some 400 small operations a step.
 """
 import math
 import sys
@@ -36,23 +36,18 @@ def adamw_step(params, moments, t: int, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, w
 
 
 class _Optimizer(torch.optim.Optimizer):
-    """What all share: check the settings, and call `update` with each group's parameters that have a gradient.
-
-    update(group, params, grads, states) changes the parameters in place; states are one dict a parameter.
-    """
+    """What all share; a subclass's update(group, params, grads, states) changes the parameters in place."""
 
     def __init__(self, params, **settings):
         for name, value in settings.items():
-            for number in value if isinstance(value, tuple) else (value,):
-                if not 0 <= number < math.inf:
-                    raise ValueError(f"{name}={value} must be at least 0 and finite")
-                if name in ("momentum", "beta", "betas") and number >= 1:
-                    raise ValueError(f"{name}={value} must be below 1")
+            limit = 1 if name in ("momentum", "beta", "betas") else math.inf
+            if not all(0 <= number < limit for number in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"{name}={value} must be at least 0 and below {limit}")
         super().__init__(params, settings)
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every parameter that has a gradient. Returns the closure's loss, if there is a closure."""
+        """Update every parameter that has a gradient; returns the closure's loss, if there is a closure."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -68,8 +63,6 @@ def state_tensors(params, states, name: str) -> list[torch.Tensor]:
             state[name] = torch.zeros_like(p)
     return [state[name] for state in states]
 
-
-# --- the way to Adam ---
 
 class SGD(_Optimizer):
     """m = momentum · m + g;  p = p - lr · m (Polyak 1964). Weight decay is decoupled, here and below."""
@@ -111,10 +104,7 @@ class RMSProp(_Optimizer):
 
 
 class AdamW(_Optimizer):
-    """`adamw_step` over lists of tensors, each line one call for all of them.
-
-    The state has torch's keys (step, exp_avg, exp_avg_sq), so a state_dict moves between torch's AdamW and this one.
-    """
+    """`adamw_step` over lists of tensors. Its state_dict is torch's: it moves between torch's AdamW and this one."""
 
     def __init__(self, params, lr=1e-3, betas: tuple = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01):
         super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
@@ -177,8 +167,8 @@ class Muon(_Optimizer):
         2 rounds       1.3656  1.3631  1.1224  0.9305  0.3304  0.0154
         5 rounds       1.1870  1.1838  1.1325  1.1047  0.8686  0.3537
 
-    Embeddings, the head and norms belong to AdamW; a vector raises ValueError.
-    Source: Jordan 2024, kellerjordan.github.io/posts/muon; weight decay: Liu 2025, 2502.16982.
+    Embeddings, the head and norms belong to AdamW. Source: Jordan 2024, kellerjordan.github.io/posts/muon; weight
+    decay: Liu 2025, 2502.16982.
     """
 
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0, ns_steps: int = 5):
@@ -210,10 +200,7 @@ class Muon(_Optimizer):
 # --- schedules: step number to learning rate ---
 
 def cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, cosine_steps: int) -> float:
-    """Learning rate at `step`: up linearly from 0, down along half a cosine until cosine_steps, then min_lr.
-
-    Source: 1608.03983, equation 5.
-    """
+    """Up linearly from 0, down along half a cosine until cosine_steps, then min_lr (1608.03983, equation 5)."""
     if step < warmup_steps:
         return step / warmup_steps * max_lr
     if step > cosine_steps:
@@ -224,19 +211,14 @@ def cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, 
 
 def wsd_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, stable_steps: int,
                  decay_steps: int) -> float:
-    """Warmup, stable, decay (2404.06395): up linearly, flat for stable_steps, down linearly over decay_steps, min_lr.
-
-    The flat part has no end in mind: a run can be prolonged, and only the decay need be trained again.
-    """
+    """Warmup, stable, decay (2404.06395): a run can be prolonged, and only its decay need be trained again."""
     if step < warmup_steps:
         return step / warmup_steps * max_lr
     into_decay = step - warmup_steps - stable_steps
-    if not 0 < into_decay < decay_steps:
-        return max_lr if into_decay <= 0 else min_lr
-    return max_lr + into_decay / decay_steps * (min_lr - max_lr)
+    if into_decay <= 0:
+        return max_lr
+    return max_lr + into_decay / decay_steps * (min_lr - max_lr) if into_decay < decay_steps else min_lr
 
-
-# --- clipping ---
 
 def norms(grads) -> list[torch.Tensor]:
     """The L2 norm of each, a float32 scalar: in float16 one above 65,504 would be infinite."""
@@ -248,9 +230,8 @@ def norms(grads) -> list[torch.Tensor]:
 def clip_grad_norm(params, max_norm: float, eps: float = 1e-6) -> torch.Tensor:
     """Scale all gradients in place by max_norm / (norm + eps) when their common L2 norm is above max_norm.
 
-    One norm over all tensors, so that the direction of the step is kept; parameters without a gradient are left out.
-    Returns the norm before clipping, a float32 scalar tensor (0 when there is no gradient); where it is not finite the
-    gradients stay as they are, to be looked at. Raises ValueError for parameters divided over ranks.
+    Returns that norm before clipping, a float32 scalar (0 when there is no gradient); where it is not finite the
+    gradients stay as they are. Raises ValueError for parameters divided over ranks.
     """
     params = [params] if isinstance(params, torch.Tensor) else list(params)
     if any(getattr(p, "cuts", None) for p in params):
@@ -304,19 +285,18 @@ def main(argv: list[str]) -> None:
         lr = min(runs, key=lambda lr: runs[lr][-1] if math.isfinite(runs[lr][-1]) else math.inf)
         print(f"{make.__name__:<10}{lr:>9.2g}" + "".join(f"{runs[lr][step - 1]:>10.4f}" for step in (30, 100, 300)))
         losses.semilogy(runs[lr], label=f"{make.__name__}, lr {lr:.2g}")
-    params, loss_of = problem()
+    (first, _), loss_of = problem()
     loss_of().backward()
-    gradient = params[0].grad / params[0].grad.norm()
+    gradient = first.grad / first.grad.norm()
     print("\nsingular value    1st     2nd     4th     8th    16th    32nd")
-    for label, matrix in (("gradient", gradient), ("2 rounds", orthogonalize(gradient, 2)),
-                          ("5 rounds", orthogonalize(gradient))):
-        singular = torch.linalg.svdvals(matrix.float()).tolist()
+    for label, rounds in (("gradient", 0), ("2 rounds", 2), ("5 rounds", 5)):
+        singular = torch.linalg.svdvals(orthogonalize(gradient, rounds).float() if rounds else gradient).tolist()
         print(f"{label:<12}" + "".join(f"{singular[2 ** i - 1]:>8.4f}" for i in range(6)))
         values.semilogy(range(1, 33), singular, ".-", label=label)
     losses.set(xlabel="step", ylabel="share of the targets' variance left", title="python optim.py")
-    values.set(xlabel="number of the singular value", ylabel="singular value (gradient: share of its norm)",
-               title="one gradient, before and after Muon")
-    losses.legend(), values.legend()
+    values.set(xlabel="number of the singular value", ylabel="size", title="one gradient before and after Muon")
+    losses.legend()
+    values.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     losses.figure.savefig(path, dpi=110)
     print(path)

@@ -186,8 +186,7 @@ def get_batch(tokens, batch_size: int, context_length: int, device, generator=No
 class Loader:
     """The training batches, in an order fixed by the seed; `position` counts the sequences handed out so far.
 
-    The order of an epoch depends on the seed and the epoch alone, so the position is all that a checkpoint needs;
-    random windows need the generator's state besides. epochs: windows side by side instead of random ones.
+    epochs: windows side by side, whose order follows from seed and position; random ones need the generator's state.
     """
 
     def __init__(self, tokens, sequences: int, context_length: int, device, seed: int, epochs: bool, vocab_size=None):

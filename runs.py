@@ -6,7 +6,7 @@ OUT_DIR/log.jsonl holds one JSON object a line, on the disk as soon as it is wri
     {"step": 100, "seconds": 8.1, "loss": 5.02, "lr": 0.008, "norm": 0.31, "ms": 80.4, ...}        a logging step
     {"step": 200, "seconds": 16.2, "val_loss": 4.61, "val_bits_per_byte": 2.31}                    an evaluation
 
-`plot` draws the curves of some runs. `sweep` trains a grid of settings and draws up what came of it. One seed proves
+`plot` draws the curves of some runs. `sweep` trains a grid of settings and tabulates the scores. One seed proves
 little: give seed=1,2,3, and read a difference beside the spread.
 """
 import itertools
@@ -100,15 +100,12 @@ def read_log(path) -> list[dict]:
 
 
 def plot(out_dirs, folder=None) -> Path:
-    """Draw losses and learning rates, by step and by second, to FOLDER/loss.png (the first run's); returns its path.
-
-    What holds no log is skipped. Raises ValueError when nothing is left.
-    """
+    """Draw losses and learning rates to FOLDER/loss.png (the first run's); returns its path. Skips what is no run."""
     from matplotlib.figure import Figure
     runs = [out_dir for out_dir in out_dirs if (Path(out_dir) / "log.jsonl").is_file()]
     if not runs:
-        raise ValueError(f"no log.jsonl in {', '.join(map(str, out_dirs)) or 'nothing'}; plot needs the folders of "
-                         "runs: python train.py plot out/a out/b")
+        raise ValueError(f"no log.jsonl in {', '.join(map(str, out_dirs)) or 'nothing'}; plot needs "
+                         "the folders of runs")
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(3, 1))
     for color, out_dir in enumerate(runs):
@@ -131,25 +128,18 @@ def plot(out_dirs, folder=None) -> Path:
 # --- a grid of runs ---
 
 def grid(config_class: type, words: list[str]) -> list[dict]:
-    """The settings of each point that words such as `lr=1e-3,3e-3` and `seed=1,2` span; the last word moves fastest.
-
-    Raises ConfigError for a word that is no setting with values.
-    """
+    """The settings of each point that words such as `lr=1e-3,3e-3` and `seed=1,2` span; the last word moves fastest."""
     hints, axes = typing.get_type_hints(config_class), []
     for word in words:
         key, _, values = word.partition("=")
         if not values or key not in hints or key in ("out_dir", *PER_START):
-            raise ConfigError(f"{word!r} spans no axis; write key=a,b with a setting as key.{nearest(key, hints)} "
-                              "--help lists them all")
+            raise ConfigError(f"{word!r} spans no axis; write key=a,b with a setting as key.{nearest(key, hints)}")
         axes.append([(key, coerce(key, value, hints[key])) for value in values.split(",")])
     return [dict(point) for point in itertools.product(*axes)]
 
 
 def points(config, words: list[str]) -> list:
-    """The config of each point, in its own folder below config.out_dir; one that was interrupted goes on.
-
-    Raises ValueError for a point that cannot be, and for a folder that holds a run with other settings.
-    """
+    """The config of each point, in its own folder below config.out_dir; one that was interrupted goes on."""
     configs = []
     for point in grid(type(config), words) if words else []:
         name = re.sub(r"[^\w.+=,-]", "_", ",".join(f"{key}={value}" for key, value in point.items()))
@@ -159,8 +149,7 @@ def points(config, words: list[str]) -> list:
         for key, value in asdict(one).items() if log else ():
             before = log[0]["config"].get(key, value)
             if key not in ("out_dir", *PER_START) and before != value:
-                raise ValueError(f"{folder} holds a run with {key}={before}, now it is {value}; give another "
-                                 "--out_dir, or delete that folder")
+                raise ValueError(f"{folder} holds a run with {key}={before}, now it is {value}; give another --out_dir")
         configs.append(one)
     return configs
 
@@ -177,10 +166,9 @@ def has_ended(folder) -> bool:
 
 
 def sweep(config, words: list[str], main) -> int | None:
-    """Train the points of the grid one by one with main(config); then draw up all runs below config.out_dir.
+    """Train the points that have not ended one by one with main(config); then draw up all runs below config.out_dir.
 
-    A point that has ended is not run again. Without words only the table is made: several sweeps into one folder share
-    it. Returns the signal that stopped it, or None.
+    Without words only the table is made. Returns the signal that stopped it, or None.
     """
     for one in points(config, words):
         print(f"\n{one.out_dir}:", "done before" if has_ended(one.out_dir) else "")

@@ -64,13 +64,13 @@ COLORS = (157, 191, 228, 222, 216, 210)
 
 @torch.inference_mode()
 def explain(folder: str, config: ExplainConfig) -> None:
-    """Show how a model sees a text: for each token its probability, rank, entropy and the five likeliest."""
+    """Show for each token of a text its probability, rank, entropy and the five likeliest."""
     model, tokenizer = load(folder, config)
     ids, end = begin(tokenizer, config.prompt)
     room = model.config.context_length - len(ids)
     if config.max_new_tokens > room:
-        raise ValueError(f"{len(ids)} tokens of prompt and max_new_tokens={config.max_new_tokens} pass the model's "
-                         f"context of {model.config.context_length}; explain looks at one context, give less")
+        raise ValueError(f"{len(ids)} tokens of prompt and max_new_tokens={config.max_new_tokens} pass the context of "
+                         f"{model.config.context_length}; give less")
     if end is not None and ids[0] != end and room > config.max_new_tokens:    # before the first token, the beginning
         ids = [end] + ids
     ids += generate(model, ids, config.max_new_tokens, temperature=0, vocab_limit=tokenizer.vocab_size)
@@ -217,8 +217,8 @@ class Writer:
 
     def report(self, n_read: int, read_s: float, n_written: int, written_s: float, figures) -> None:
         """One line: the rates of the two phases, and how many drafts stood."""
-        line = f"prefill {n_read} tokens, {n_read / max(read_s, 1e-9):,.0f} tok/s; " \
-               f"decode {max(0, n_written)} tokens, {max(0, n_written) / max(written_s, 1e-9):,.0f} tok/s"
+        line = (f"prefill {n_read} tokens, {n_read / max(read_s, 1e-9):,.0f} tok/s; "
+                f"decode {max(0, n_written)} tokens, {max(0, n_written) / max(written_s, 1e-9):,.0f} tok/s")
         if self.draft is not None:
             line += "; {acceptance_rate:.0%} of drafts accepted, {tokens_per_target_call:.2f} tokens a pass".format(
                 **rates(figures))

@@ -67,9 +67,9 @@ def test_bad_settings_say_what_and_what_instead(flags, words):
     ("import os", ":1: "), ("width = open('x')", ":1: "), ("width = __import__('os').getpid()", ":1: "),
     ("width: int = 3", ":1: "), ("for i in x: pass", ":1: "), ("width = 1\nrate = [1]", ":2: "),
     ("width = 9**9**9", ":1: "), ("name = 'a' * 10**12", ":1: "), ("width = 'a' + 1", ":1: "),
-    ("width = 1 / 0", ":1: "),
-    ("width =", ":1: "), ("width = " + "(" * 300 + "1" + ")" * 300, "config_toy.py"),
-    ("width = " + "1 + " * 20_000 + "1", "config_toy.py"), (b"name = '\xe9'", "config_toy.py is not UTF-8"),
+    ("width = 1 / 0", ":1: "), ("width = rate = 1", ":1: "), ("width =", ":1: "),
+    ("width = " + "(" * 300 + "1" + ")" * 300, "config_toy.py"),
+    ("width = " + "1 + " * 20_000 + "1", "config_toy.py"), (b"name = '\xe9'", "config_toy.py:1: 'utf-8'"),
     ("width = (0 - 8) ** 0.5", "config_toy.py: width="), ("rate = 'fast'", "config_toy.py: rate='fast'"),
     ("loud = None", "config_toy.py: loud=None"), ("width = true", "config_toy.py: width=True"),
     ("widht = 3", "Did you mean width")])
