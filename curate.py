@@ -1,0 +1,474 @@
+"""The functions of clean.py over archives by the million pages.
+
+    0.warc.gz ─┐ curate_file: one archive a task, on any executor      curate_collection: all documents, in memory
+    1.warc.gz ─┼─▶ shards/*.jsonl  texts that passed            ─┬─▶ near duplicates ─▶ lines that occur again
+    2.warc.gz ─┘   shards/*.npy    their MinHash signatures      │     ─▶ documents.jsonl ─▶ corpus.txt, shuffled
+                   counts/*.json   what was dropped, with samples┴─▶ report.json, report.html
+
+A line of a shard: {"id": "http://…", "language": "en", "score": 0.98, "text": "The lighthouse of Øst …"}
+
+An archive that has its counts is not read again, so a killed job goes on where it was; every executor gives the same
+bytes. Near duplicates go before lines: were equal lines taken out first, a page fetched twice would vanish from both
+places. Documents are held in memory for that (200,000 pages: about 1 GB, said before it starts); for more, run the
+archives in parts. Left out: dedup against an earlier job's documents.
+"""
+import concurrent.futures
+import contextlib
+import difflib
+import functools
+import glob
+import html
+import json
+import multiprocessing
+import os
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import clean
+from checkpoint import sha256, write_atomically
+from clean import check_bands, extract_text, hash_ngrams, hash_words, normalize
+
+SEPARATOR = "<|endoftext|>"
+MAX_PAGE_BYTES, MAX_SECONDS = 20_000_000, 10     # a page larger, or longer in the parser, is dropped and counted
+SAMPLES, EXCERPT_CHARS = 5, 300                  # of documents in the report
+EVALUATION_WORDS = 13                            # a run of so many words from an evaluation set drops a document
+# What the labels of known models call the thing they look for; ours say `positive`.
+MODELS = {"hate": ("positive", "toxic", "hate"), "adult": ("positive", "nsfw", "adult"),
+          "quality": ("positive", "hq", "wiki", "high")}
+
+
+@dataclass
+class CurateConfig:
+    """What `python data.py curate` can be told; none or false switches a step off."""
+    out: str = "data/crawl"              # folder of shards, reports and token files
+    workers: int | None = None           # processes; none = one per core
+    scheduler: str | None = None         # tcp://HOST:PORT of a Dask cluster that sees the same files and these scripts
+    seed: int = 0                        # of samples, of the one kept in a cluster, of the order of documents
+    main_content: bool = True            # leave navigation, headers and footers of pages out
+    languages: str | None = "en"         # ISO 639-1 codes to keep, with commas between
+    language_score: float = 0.5          # least score of the language
+    mask: bool = True                    # addresses, phone numbers and IPs
+    gopher: bool = True                  # Gopher's rules of quality
+    repetition: bool = True              # Gopher's rules of repetition
+    hate: str | None = None              # model (ours or fastText's .bin) of hateful text
+    adult: str | None = None             # model of pornographic text
+    quality: str | None = None           # model of good text
+    harm_threshold: float = 0.5          # hate or adult from this probability on is dropped
+    quality_threshold: float = 0.5       # quality below this probability is dropped
+    evaluation: str | None = None        # text files, with commas between; documents that share 13 words are dropped
+    num_hashes: int | None = 128         # of MinHash; none = no search for near duplicates
+    num_bands: int = 16                  # of the signature
+    ngrams: int = 5                      # words to a shingle
+    threshold: float = 0.8               # Jaccard similarity of near duplicates
+    lines: str | None = "all"            # lines that occur again: all of them go, or all but the first, or none
+    vocab_size: int | None = 4096        # of the tokenizer; none = no token files
+
+
+# --- pages ---
+
+def read_archive(path, damage: Counter):
+    """Yield (address, bytes, is_html) of the pages of a WARC or WET file, gzip, zstd or plain.
+
+    HTML responses with status 200 are HTML; conversions (WET) are text already. What is no page, or no whole one, is
+    counted in `damage`. An archive that breaks off ends there. Raises OSError for a file that cannot be opened.
+    """
+    from fastwarc.warc import ArchiveIterator, WarcRecordType
+    with open(path, "rb") as file:
+        try:
+            for record in ArchiveIterator(file, record_types=WarcRecordType.response | WarcRecordType.conversion,
+                                          auto_decode="all"):
+                http = record.http_headers if record.is_http else {}
+                content = record.reader.read(MAX_PAGE_BYTES + 1)
+                # Under a Content-Encoding the length in the header is that of the packed page: it cannot be compared.
+                packed = http.get("Content-Encoding") or http.get("Transfer-Encoding")
+                if record.is_http and (http.status_code != 200 or "html" not in (record.http_content_type or "html")):
+                    damage["no page"] += 1
+                elif len(content) > MAX_PAGE_BYTES:
+                    damage["too large"] += 1
+                elif not packed and len(content) < record.content_length:
+                    damage["truncated"] += 1
+                else:
+                    yield record.headers.get("WARC-Target-URI") or record.record_id or "", content, record.is_http
+        except OSError:
+            damage["damaged"] += 1
+
+
+def answer_pages(pipe, function, main_content: bool) -> None:
+    """What the extraction process does: answer every page by (text, "") or ("", why there is none)."""
+    pipe.send("ready")
+    with contextlib.suppress(EOFError):          # the other side is gone
+        while page := pipe.recv_bytes():
+            try:
+                answer = function(page, main_content), ""
+            except Exception as error:           # whatever a page does to the parser is the page's fault: counted
+                answer = "", f"not parsed: {type(error).__name__}"
+            pipe.send(answer)
+
+
+class Extractor:
+    """Calls extract_text in a process of its own: a page that hangs or crashes the parser costs that page only.
+
+    The parser is C and cannot be interrupted from within: the process is killed with the page, the next gets a new one.
+    """
+
+    def __init__(self, main_content: bool = True, function=extract_text, seconds: float = MAX_SECONDS):
+        self.arguments, self.seconds, self.process = (function, main_content), seconds, None
+
+    def start(self) -> None:
+        """Start the process and wait until it has imported what it needs: the first page does not pay for that."""
+        # Dask's workers are daemons, which may have no children; this one's end with the archive.
+        multiprocessing.current_process()._config["daemon"] = False
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=answer_pages, args=(theirs, *self.arguments), daemon=True)
+        self.process.start()
+        theirs.close()                           # else a dead process would not end the pipe
+        try:
+            self.pipe.recv()
+        except EOFError:
+            raise RuntimeError("the extraction process did not start; a script that calls curate must do so under "
+                               '`if __name__ == "__main__":`') from None
+
+    def __call__(self, page: bytes) -> tuple[str, str]:
+        """(text, ""), or ("", why there is none)."""
+        if self.process is None:
+            self.start()
+        try:
+            self.pipe.send_bytes(page or b" ")
+            if self.pipe.poll(self.seconds):
+                return self.pipe.recv()
+            reason = "too slow"
+        except (EOFError, OSError):
+            reason = "crashed"
+        self.close()
+        return "", reason
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process:
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+
+# --- rules ---
+
+class Page:
+    """A text on its way: where it comes from, what was found out about it and, once a rule asks, its words as numbers."""
+
+    def __init__(self, address: str, text: str):
+        self.address, self.text, self.found = address, text, {}
+
+    @functools.cached_property
+    def words(self) -> tuple[np.ndarray, np.ndarray]:
+        """(hashes, lengths) of the normalised words, (n,) each."""
+        return hash_words(normalize(self.text))
+
+
+def language_rule(config: CurateConfig, counts: Counter, page: Page) -> str:
+    """Why the page is not of a wanted language."""
+    language, score = clean.identify_language(page.text)
+    counts[language] += 1
+    page.found = {"language": language, "score": round(score, 4)}
+    wanted = not config.languages or language in config.languages.split(",") and score >= config.language_score
+    return "" if wanted else f"{language} {score:.2f}"
+
+
+def mask_rule(counts: Counter, page: Page) -> str:
+    """Masks personal data; drops nothing."""
+    for mask in (clean.mask_emails, clean.mask_phone_numbers, clean.mask_ips):
+        page.text, n = mask(page.text)
+        counts[mask.__name__] += n
+    return ""
+
+
+def load_classifier(path: str):
+    """(function text -> (label, probability), its labels) from a file of ours or a fastText .bin (Dolma's, DCLM's)."""
+    if Path(path).suffix in (".bin", ".ftz"):
+        model = clean.load_fasttext(path)
+        return functools.partial(clean.fasttext_predict, model), clean.fasttext_labels(model)
+    model = clean.Classifier.load(path)
+    return model.predict, model.labels
+
+
+def model_rule(name: str, predict, config: CurateConfig, page: Page) -> str:
+    """Why a classifier wants the page dropped. A label of MODELS[name] is what the model looks for."""
+    label, score = predict(page.text)
+    page.found[name] = [label, score]
+    p = score if label in MODELS[name] else 1 - score
+    drop = p < config.quality_threshold if name == "quality" else p >= config.harm_threshold
+    return f"{label} {score:.3f}" if drop else ""
+
+
+def evaluation_rule(known: np.ndarray, page: Page) -> str:
+    """Why the page gives an evaluation set away. known: the hashes of its runs of 13 words, ascending."""
+    hashes = page.words[0]
+    grams = hash_ngrams(hashes, EVALUATION_WORDS) if len(hashes) >= EVALUATION_WORDS else hashes[:0]
+    shared = np.flatnonzero(known[np.searchsorted(known[:-1], grams)] == grams)
+    return f"words from the {shared[0] + 1}th on stand in the evaluation set" if len(shared) else ""
+
+
+def rules_of(config: CurateConfig, out: Path, counts: dict) -> list:
+    """[(name, function of a Page that gives why it must go, or an empty string)], in the order they are asked."""
+    rules = [("text", lambda page: "" if page.text.strip() else "no text"),
+             ("language", functools.partial(language_rule, config, counts["languages"]))]
+    if config.mask:
+        rules.append(("masks", functools.partial(mask_rule, counts["masked"])))
+    if config.gopher:
+        rules.append(("gopher", lambda page: clean.gopher_reason(page.text)))
+    if config.repetition:
+        rules.append(("repetition", lambda page: clean.repetition_reason(page.text, *page.words)))
+    for name in MODELS:
+        if path := getattr(config, name):
+            predict, labels = load_classifier(path)
+            if not set(labels) & set(MODELS[name]):
+                raise ValueError(f"{path} gives {', '.join(map(str, labels[:5]))}; a model for {name} must have one of "
+                                 f"the labels {', '.join(MODELS[name])}")
+            rules.append((name, functools.partial(model_rule, name, predict, config)))
+    if config.evaluation:
+        rules.append(("evaluation", functools.partial(evaluation_rule, np.load(out / "evaluation.npy"))))
+    return rules
+
+
+# --- one archive ---
+
+def count_page(counts: dict, step: str, page: Page, reason: str) -> None:
+    """Count a page that passed a step, and keep the first of each kind to look at."""
+    if not reason:
+        counts["funnel"][step][0] += 1
+        counts["funnel"][step][1] += len(page.text.encode("utf-8", "replace"))
+    samples = counts["samples"].setdefault(f"{step}: {'dropped' if reason else 'kept'}", [])
+    if len(samples) < SAMPLES:
+        samples.append([page.address, reason, page.text[:EXCERPT_CHARS]])
+
+
+def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
+    """Read one archive, judge every page, write its shard, its signatures and, last, its counts, which are returned.
+
+    Raises ValueError for a file of which nothing can be read.
+    """
+    out, name = Path(out_dir), Path(path).name
+    counts = {"input": name, "input_bytes": os.path.getsize(path), "damage": Counter(), "masked": Counter(),
+              "languages": Counter(), "lengths": Counter(), "samples": {}, "contaminated": []}
+    rules = rules_of(config, out, counts)
+    counts["funnel"] = {step: [0, 0] for step in ("archive", *(step for step, _ in rules))}
+    lines, signatures, extract = [], [], Extractor(config.main_content)
+    with contextlib.closing(extract):
+        for address, content, is_html in read_archive(path, counts["damage"]):
+            counts["funnel"]["archive"][0] += 1
+            counts["funnel"]["archive"][1] += len(content)
+            text, failure = extract(content) if is_html else (content.decode("utf-8", "replace"), "")
+            page = Page(address, text)
+            for step, rule in rules:
+                reason = failure or rule(page)
+                count_page(counts, step, page, reason)
+                if reason:
+                    break
+            if reason and step == "text":
+                counts["damage"][reason] += 1
+            elif reason and step == "evaluation":
+                counts["contaminated"].append(address)
+            elif not reason:
+                counts["lengths"][1 << max(len(page.words[0]).bit_length() - 1, 0)] += 1
+                lines.append(json.dumps({"id": address} | page.found | {"text": page.text}, ensure_ascii=False))
+                if config.num_hashes:
+                    grams = hash_ngrams(page.words[0], config.ngrams)
+                    signatures.append(clean.minhash(grams, config.num_hashes, config.seed))
+    if not counts["funnel"]["archive"][0] and not counts["damage"]["no page"]:
+        raise ValueError(f"{path}: no page could be read of its {counts['input_bytes']:,} bytes "
+                         f"({dict(counts['damage']) or 'no records'}); is it a WARC or WET file, gzip, zstd or plain?")
+    array = np.array(signatures, dtype=np.uint32).reshape(len(signatures), config.num_hashes or 0)
+    write_text(out / "shards" / f"{name}.jsonl", *(f"{line}\n" for line in lines))
+    write_atomically(out / "shards" / f"{name}.npy", lambda file: np.save(file, array))
+    write_text(out / "counts" / f"{name}.json", json.dumps(counts, ensure_ascii=False))
+    return counts
+
+
+def write_text(path: Path, *parts: str) -> None:
+    """Write a file of UTF-8, whole or not at all; halves of surrogate pairs become question marks."""
+    write_atomically(path, lambda file: file.writelines(part.encode("utf-8", "replace") for part in parts))
+
+
+# --- all archives ---
+
+def curate_archives(paths, out_dir, executor=None, **settings) -> dict:
+    """Clean documents from web archives; returns what report.json holds. The arguments are those of data.curate."""
+    config, out = CurateConfig(out=str(out_dir), **settings), Path(out_dir)
+    chosen = check_settings(config)
+    patterns = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    paths = {path for pattern in map(str, patterns) for path in expand(pattern)}
+    paths, shards = clean.output_names(sorted(paths, key=os.path.basename), out / "shards")
+    shards = [shard.with_name(f"{shard.name}.jsonl") for shard in shards]
+    (out / "counts").mkdir(exist_ok=True)
+    begun, now = out / "settings.json", json.dumps(chosen, indent=1, sort_keys=True)
+    if begun.exists() and begun.read_text(encoding="utf-8") != now and any((out / "counts").iterdir()):
+        raise ValueError(f"{out} was begun with other settings ({begun}); give another --out, or delete the folder")
+    write_text(begun, now)
+    if config.evaluation:
+        known = [hash_ngrams(hash_words(normalize(Path(name).read_text(encoding="utf-8")))[0], EVALUATION_WORDS)
+                 for name in config.evaluation.split(",")]
+        write_atomically(out / "evaluation.npy", lambda file: np.save(file, np.unique(np.concatenate(known))))
+    run_archives(paths, out, config, executor)
+    report = merge([json.loads((out / "counts" / f"{path.name}.json").read_text(encoding="utf-8")) for path in paths],
+                   config.seed) | {"settings": chosen}
+    curate_collection(shards, out, config, report)
+    return report
+
+
+def expand(pattern: str) -> list[str]:
+    """The files that a pattern matches, or the one of that name, brackets and all. Raises FileNotFoundError for none."""
+    paths = [pattern] if Path(pattern).is_file() else sorted(filter(os.path.isfile, glob.glob(pattern)))
+    if not paths:
+        raise FileNotFoundError(f"no file {pattern}; give files, or a pattern that finds some")
+    return paths
+
+
+def check_settings(config: CurateConfig) -> dict:
+    """The settings that decide what comes out, with the SHA-256 of the files they name. Raises ValueError."""
+    if config.num_hashes:
+        check_bands(config.num_hashes, config.num_bands, config.ngrams, config.threshold)
+    if config.lines not in ("all", "first", None):
+        raise ValueError(f"lines={config.lines!r} is not all, first or none")
+    config.languages = (config.languages or "").replace(" ", "").lower() or None
+    known = clean.fasttext_labels(clean.load_fasttext()) if config.languages else []
+    for code in (config.languages or "").split(",") if config.languages else ():
+        if code not in known:
+            near = difflib.get_close_matches(code, known, n=1)
+            raise ValueError(f"languages={config.languages!r}: {code!r} is no language of the model"
+                             f"{f'; did you mean {near[0]}?' if near else ''} Codes are those of ISO 639-1: en, de, zh")
+    chosen = {key: value for key, value in vars(config).items() if key not in ("out", "workers", "scheduler")}
+    names = [name for key in (*MODELS, "evaluation") for name in (getattr(config, key) or "").split(",") if name]
+    return chosen | {"files": {name: sha256(name) for name in names}}
+
+
+def run_archives(paths: list[Path], out: Path, config: CurateConfig, executor) -> None:
+    """Run curate_file over the archives that have no counts yet. Raises ValueError naming all that could not be read."""
+    todo, failures = [], []
+    for path in paths:
+        counts = out / "counts" / f"{path.name}.json"
+        if not counts.exists() or json.loads(counts.read_text(encoding="utf-8"))["input_bytes"] != path.stat().st_size:
+            todo.append(path)
+    with contextlib.ExitStack() as stack:
+        if executor is None and config.scheduler:
+            from distributed import Client
+            executor = stack.enter_context(Client(config.scheduler)).get_executor()
+        elif executor is None and todo:
+            executor = stack.enter_context(concurrent.futures.ProcessPoolExecutor(config.workers))
+        # By absolute paths: a worker on another machine, or of an older cluster, need not stand in this folder.
+        jobs = [executor.submit(curate_file, str(path.resolve()), str(out.resolve()), config) for path in todo]
+        documents, started = 0, time.time()
+        try:
+            with tqdm(total=len(paths), initial=len(paths) - len(todo), unit="file", disable=None) as bar:
+                for job in concurrent.futures.as_completed(jobs):
+                    try:
+                        documents += job.result()["funnel"]["archive"][0]
+                    except ValueError as error:
+                        failures.append(str(error))
+                    bar.set_postfix_str(f"{documents / (time.time() - started):.0f} documents/s")
+                    bar.update()
+        finally:
+            for job in jobs:
+                job.cancel()                     # after an error or Ctrl-C; finished ones do not mind
+    if failures:
+        raise ValueError("; ".join(sorted(failures)))
+
+
+def merge(counts: list[dict], seed: int) -> dict:
+    """The sum of the counts of all archives, with a few samples of each kind."""
+    report = {"files": len(counts), "funnel": {step: [0, 0] for step in counts[0]["funnel"]}, "samples": {},
+              "contaminated": [address for one in counts for address in one["contaminated"]]}
+    for key in ("damage", "masked", "languages", "lengths"):
+        report[key] = dict(sum((Counter(one[key]) for one in counts), Counter()))
+    for one in counts:
+        for step, size in one["funnel"].items():
+            report["funnel"][step] = [a + b for a, b in zip(report["funnel"][step], size)]
+        for kind, samples in one["samples"].items():
+            report["samples"].setdefault(kind, []).extend(samples)
+    rng = np.random.default_rng(seed)
+    for kind, samples in report["samples"].items():
+        report["samples"][kind] = [samples[i] for i in sorted(rng.permutation(len(samples))[:SAMPLES])]
+    return report
+
+
+# --- the whole collection ---
+
+def curate_collection(shards: list[Path], out: Path, config: CurateConfig, report: dict) -> None:
+    """Near duplicates, lines that occur again, order: what needs all documents at once. Fills `report`."""
+    n, n_bytes = list(report["funnel"].values())[-1]
+    print(f"{out}: {n:,} documents, {n_bytes / 1e6:,.1f} MB of text, come into memory: about "
+          f"{(4 * n_bytes + n * (1500 + 12 * (config.num_hashes or 0))) / 1e6:,.0f} MB")
+    documents = [json.loads(line) for shard in shards for line in shard.read_text(encoding="utf-8").split("\n") if line]
+    if config.num_hashes:
+        signatures = np.concatenate([np.load(shard.with_suffix(".npy")) for shard in shards])
+        clusters = clean.near_duplicates(signatures, lambda i: documents[i]["text"], config.num_bands, config.ngrams,
+                                         config.threshold, config.seed)
+        write_text(out / "clusters.jsonl", *(
+            json.dumps([documents[i]["id"] for i in cluster], ensure_ascii=False) + "\n" for cluster in clusters))
+        largest = sorted(clusters, key=lambda cluster: (-len(cluster), cluster))[:SAMPLES]
+        report["clusters"] = {"number": len(clusters), "examples": [
+            [[documents[i]["id"], documents[i]["text"][:EXCERPT_CHARS]] for i in cluster[:SAMPLES]]
+            for cluster in largest]}
+        dropped = {i for cluster in clusters for i in cluster[1:]}
+        documents = [document for i, document in enumerate(documents) if i not in dropped]
+        sizes = [len(document["text"].encode()) for document in documents]
+        report["funnel"]["near duplicates"] = [len(sizes), sum(sizes)]
+    if config.lines:
+        documents = drop_lines(documents, config, report)
+    write_text(out / "documents.jsonl", *(json.dumps(document, ensure_ascii=False) + "\n" for document in documents))
+    order = np.random.default_rng(config.seed).permutation(len(documents))
+    # A page that spells the separator must not end a document.
+    write_text(out / "corpus.txt", *(
+        documents[i]["text"].replace(SEPARATOR, "<| endoftext |>") + SEPARATOR for i in order))
+
+
+def drop_lines(documents: list[dict], config: CurateConfig, report: dict) -> list[dict]:
+    """The documents without lines that occur again; what is left must still be a document. Blank lines stay."""
+    report["funnel"]["lines"], kept = [0, 0], []
+    drop = iter(clean.duplicate_lines((line for document in documents for line in document["text"].encode().split(b"\n")),
+                                      config.lines == "first"))
+    for document in documents:
+        lines = [line for line in document["text"].split("\n") if not next(drop) or not line.strip()]
+        document["text"] = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+        reason = "" if document["text"] else "nothing left"
+        if config.gopher:
+            reason = clean.gopher_reason(document["text"])
+        count_page(report, "lines", Page(document["id"], document["text"]), reason)
+        if not reason:
+            kept.append(document)
+    return kept
+
+
+# --- the report ---
+
+def render(report: dict) -> str:
+    """report.html: the funnel, samples of every rule, histograms and clusters, without a script or an outside file."""
+    def table(rows, head=()) -> str:
+        cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}" for cell in row) for row in rows)
+        return "<table><tr>" + "".join(f"<th>{name}" for name in head) + cells + "</table>"
+
+    def bars(counts: dict) -> str:
+        most = max(counts.values(), default=1)
+        return "<table>" + "".join(f"<tr><td>{html.escape(str(key))}<td>{n:,}<td><hr style='width:{300 * n // most}px'>"
+                                   for key, n in counts.items()) + "</table>"
+    funnel, before = [], None
+    for step, (documents, n_bytes) in report["funnel"].items():
+        funnel.append((step, f"{documents:,}", f"{n_bytes:,}", f"{1 - documents / before:.1%}" if before else ""))
+        before = documents
+    parts = ["<h2>Funnel</h2>", table(funnel, ("after", "documents", "bytes", "dropped here")),
+             "<h2>Damaged or unreadable</h2>", table(sorted(report["damage"].items())),
+             "<h2>Masked</h2>", table(sorted(report["masked"].items())),
+             "<h2>Languages</h2>", bars(dict(Counter(report["languages"]).most_common())),
+             "<h2>Words of the documents kept (at least)</h2>",
+             bars({key: report["lengths"][key] for key in sorted(report["lengths"], key=int)})]
+    for kind, samples in report["samples"].items():
+        parts += [f"<h2>{kind}</h2>", table(samples, ("document", "reason", "beginning"))]
+    for cluster in report.get("clusters", {}).get("examples", ()):
+        parts += ["<h2>Near duplicates (the first is kept)</h2>", table(cluster, ("document", "beginning"))]
+    return "<!doctype html><meta charset=utf-8><title>report</title><style>body{font:15px sans-serif;margin:2em} " \
+        "td{padding:2px 1em;vertical-align:top} hr{margin:0;border:4px solid #48c}</style>" + "\n".join(parts)

@@ -1,0 +1,153 @@
+"""Claims about clean.py."""
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import ROOT
+import clean
+import data
+
+
+def test_text_and_language_of_pages_in_any_encoding():
+    page = "<html><title>t</title><body><p>Ein “Café” für 5 €</p><script>x()</script></body></html>"
+    texts = {data.extract_text(page.encode(code))[-18:] for code in ("utf-8", "utf-8-sig", "cp1252")}
+    assert texts == {"Ein “Café” für 5 €"}
+    assert data.extract_text("<p>привет мир, как дела".encode("koi8-r")) == "привет мир, как дела"
+    for text, language in (("A short text in English.", "en"), ("欢迎来到\n我们的网站", "zh"), ("", "und"),
+                           ("half a pair, \ud800, in a text", "en")):
+        code, score = data.identify_language(text)
+        assert code == language and (0.5 < score <= 1 or not text)
+
+
+E, P, I = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||"
+
+
+@pytest.mark.parametrize("mask, text, masked, n", [
+    (data.mask_emails, f"To a.b+c@x-y.co.uk, {E} and 'q@z.org'. Not a@b.", f"To {E}, {E} and '{E}'. Not a@b.", 2),
+    (data.mask_emails, "邮箱bob@x.com请", f"邮箱{E}请", 1),
+    (data.mask_phone_numbers, f"2831823829 (283)-182-3829 (283) 182 3829, 283-182-3829. {P} +1 283.182.3829",
+     f"{P} {P} {P}, {P}. {P} {P}", 5),
+    (data.mask_phone_numbers, "(283)  182  3829 or 283\u00a0 182\u20113829 or 12831823829", f"{P} or {P} or {P}", 3),
+    (data.mask_phone_numbers, "283   182 3829, x2831823829, 1.2831823829", None, 0),
+    (data.mask_phone_numbers, "28318238291 and 3.2831823829 and 2831823829.5 and 283-18-3829", None, 0),
+    (data.mask_ips, f"192.0.2.146. {I} (10.0.0.255:80)", f"{I}. {I} ({I}:80)", 2),
+    (data.mask_ips, "256.1.1.1 and 1.2.3.4.5 and v1.2.3.4", None, 0)])
+def test_masks(mask, text, masked, n):
+    assert mask(text) == (masked or text, n) and mask(mask(text)[0]) == (masked or text, 0)
+
+
+@pytest.mark.parametrize("text, keep", [
+    ("word " * 49, False), ("word " * 50, True), ("word " * 100_000, True), ("word " * 100_001, False),
+    ("word. -- " * 49, False), ("aa " * 99, False), ("aaa, " * 99, True), ("aaaaaaaaaa " * 60, True),
+    ("aaaaaaaaaaa " * 60, False), ("word " * 80 + "1234 " * 20, True), ("word " * 79 + "1234 " * 21, False),
+    ("é " * 20 + "añbc " * 80, True), ("привет " * 80 + "1234 " * 21, False), ("привет " * 80 + "12 " * 20, True),
+    ("word\n" * 70 + "word...\n" * 30, True), ("word\n" * 69 + "word…\n" * 31, False)])
+def test_gopher(text, keep):
+    assert data.gopher_filter(text) is keep
+
+
+def repetition(text):
+    return clean.repetition_reason(text, *clean.hash_words(clean.normalize(text)))
+
+
+@pytest.mark.parametrize("n, times", [(2, 250), (3, 150), (99, 2)])
+def test_repetition_rules_against_counting_by_hand(n, times):
+    words = [f"x{i}" for i in range(900)]
+    for i in range(times):
+        words[10 + i * (n + 1):10 + i * (n + 1)] = [f"w{j}" for j in range(n)]
+    assert repetition(" ".join(words[-500:])) == "" and "lines are duplicates" in repetition("\n".join("aaaaabcdef"))
+    for m in range(2, 11):
+        grams = Counter(tuple(words[i:i + m]) for i in range(len(words) - m + 1))
+        gram, most = max(grams.items(), key=lambda pair: (pair[1], sum(map(len, pair[0]))))
+        held = {j for i in range(len(words) - m + 1) if grams[tuple(words[i:i + m])] > 1 for j in range(i, i + m)}
+        size = most * sum(map(len, gram)) * (most > 1) if m < 5 else sum(len(words[j]) for j in held)
+        share = size / sum(map(len, words))
+        if share > {2: 0.2, 3: 0.18, 4: 0.16, 5: 0.15}.get(m, 0.2 - 0.01 * m):
+            break
+    assert f"{m}-gram" in repetition(" ".join(words)) and f"{share:.0%}" in repetition(" ".join(words))
+
+
+def test_words_are_hashed_one_by_one_and_alike_wherever_they_stand():
+    assert clean.normalize("The Café's\nDOOR!") == b"the cafes door"
+    rng = random.Random(0)
+    words = [b"%x" % rng.randrange(1 << 20) for _ in range(60_000)]                # several blocks of text
+    hashes, lengths = clean.hash_words(b"  ".join(words) + b" ")
+    assert lengths.tolist() == [len(word) for word in words]
+    assert len(set(zip(words, hashes.tolist()))) == len(set(words)) == len(set(hashes.tolist()))
+    assert clean.hash_words(b"one " + b"z" * 10**6)[1].sum() == 3 + 10**6 and len(clean.hash_words(b"  ")[0]) == 0
+
+
+def test_signatures_agree_as_often_as_the_sets():
+    text = "to be or not to be that is the question whether tis nobler in the mind"
+    shingles = clean.shingles_of(text, 2)
+    assert len(shingles) == 14 and clean.jaccard({1, 2, 3}, {5, 2, 3, 4}) == 2 / 5
+    fast = clean.minhash(np.array(sorted(shingles), dtype=np.uint64), 32, seed=3)
+    assert fast.tolist() == clean.minhash_by_sets(shingles, 32, seed=3)            # the form to read and the fast one
+    assert clean.minhash(np.zeros(0, np.uint64), 4).tolist() == clean.minhash_by_sets(set(), 4) == [2 ** 32 - 1] * 4
+    rng, n = np.random.default_rng(0), 300
+    for s in (0.5, 0.7, 0.8, 0.9):                                        # pairs of sets with nearly this similarity
+        shared, alone = round(200 * s / (1 + s)), round(100 * (1 - s) / (1 + s))
+        sets, true = rng.integers(0, 1 << 63, (n, shared + 2 * alone), dtype=np.uint64), shared / (shared + 2 * alone)
+        signatures = np.stack([clean.minhash(part, 128) for one in sets for part in (one[:shared + alone], one[alone:])])
+        estimate = (signatures[::2] == signatures[1::2]).mean()
+        assert abs(estimate - true) < 4 * (true * (1 - true) / 128 / n) ** 0.5, (s, estimate)      # four sigma, seeded
+        found = clean.near_duplicates(signatures, lambda i: f"text {i // 2}", 16, 5, 1.0)
+        chance = 1 - (1 - true ** 8) ** 16
+        assert abs(len(found) / n - chance) < 4 * (chance * (1 - chance) / n) ** 0.5 + 1e-9, (s, len(found) / n, chance)
+
+
+def test_a_group_of_near_duplicates_is_compared_in_linear_time():
+    asked, n = Counter(), 600
+    signatures = np.tile(np.arange(8, dtype=np.uint32), (n, 1))
+
+    def text_of(i):
+        asked[i] += 1
+        return f"the same page of cookies in every place, number {i % 3} of three" if i % 3 else "the same page"
+    clusters = clean.near_duplicates(signatures, text_of, 2, 3, 0.8)
+    assert sorted(map(len, clusters)) == [200, 200, 200]
+    assert sum(asked.values()) < 3 * n
+
+
+def test_near_duplicates_leave_one_file_of_each_cluster(tmp_path):
+    words = random.Random(0).choices([f"word{i}" for i in range(500)], k=200)
+    texts = {"a": " ".join(words), "b": " ".join(words), "d": " ".join(words[:100]), "e": "", "f": "",
+             "c": "Ünd,\n\n" + ",\t".join(words).upper(), "g": " ".join(words[::-1])}
+    kept, paths = set(), [tmp_path / name for name in texts]
+    for path, text in zip(paths, texts.values()):
+        path.write_text(text, encoding="utf-8")
+    for seed in range(6):
+        clusters = data.dedup_minhash(paths, 100, 20, 5, 0.8, tmp_path / f"out{seed}", seed=seed)
+        left = {path.name for path in (tmp_path / f"out{seed}").iterdir()}
+        assert left >= set("defg") and len(left & set("abc")) == 1 and len(left) == 5, left
+        assert [sorted(Path(path).name for path in cluster) for cluster in clusters] == [list("abc")]
+        kept |= left & {Path(clusters[0][0]).name}
+    assert len(kept) > 1 and not (tmp_path / "out0" / "e").read_bytes()     # the seed chooses; empty files stay
+    for dedup in (lambda: data.dedup_lines(paths, tmp_path),
+                  lambda: data.dedup_minhash(paths, 100, 20, 5, 0.8, tmp_path)):
+        with pytest.raises(ValueError, match="input files themselves"):
+            dedup()
+    assert (tmp_path / "a").read_text(encoding="utf-8") == texts["a"]
+    for paths, bands, words in ((paths[:1], 30, "no multiple of num_bands=30"), (paths[:1] * 2, 20, "once")):
+        with pytest.raises(ValueError, match=words):
+            data.dedup_minhash(paths, 100, bands, 5, 0.8, tmp_path / "out")
+
+
+def test_lines_that_stand_more_than_once_go(tmp_path):
+    texts = {"a": b"only a\nmenu\r\nlast", "b": b"menu\nonly b\xff\nlast\n", "c": b"", "d": b"twice\ntwice\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
+    for first, gone, left in ((False, 6, [b"only a\n", b"only b\xff\n", b"", b""]),
+                              (True, 3, [texts["a"], b"only b\xff\n", b"", b"twice\n"])):
+        assert data.dedup_lines([tmp_path / name for name in texts], tmp_path / "out", keep_first=first) == gone
+        assert [(tmp_path / "out" / name).read_bytes() for name in texts] == left
+
+
+def test_workers_start_without_torch():
+    code = "import curate, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr
