@@ -41,7 +41,7 @@ STAGES = {
                       warmup_steps=20, log_every=100),
     "sft": SFTConfig(steps=300, lr=3e-3, muon_lr=0.01, weight_decay=0.01, log_every=20),
     "dpo": DPOConfig(steps=240, micro_batch_size=64, lr=5e-4, beta=0.3, log_every=20),
-    "grpo": GRPOConfig(steps=60, prompts_per_step=32, batch_size=256, micro_batch_size=128, lr=1e-3, max_new_tokens=56,
+    "grpo": GRPOConfig(steps=60, prompts_per_step=32, batch_size=128, micro_batch_size=128, lr=1e-3, max_new_tokens=56,
                        log_every=5)}
 SECONDS = {"base": 120, "sft": 8, "dpo": 30, "grpo": 40}     # one core of an AMD EPYC, for the first ETA only
 
