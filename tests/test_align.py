@@ -1,8 +1,7 @@
-"""Claims about align.py."""
+"""Claims about align.py, align_losses.py and align_data.py."""
 import functools
 import json
 import math
-import re
 import shutil
 from pathlib import Path
 
@@ -10,15 +9,17 @@ import pytest
 import tokenizers
 import torch
 
-from common import ids, random_model, rng# noqa: F401
+from common import random_model, rng  # noqa: F401
 import align
+import align_data
 import bpe
-import checkpoint
-import model as model_module
-import data
 import evaluate
+import model as model_module
+import optim
 import sample
-import train
+
+
+# --- masks and log-probabilities ---
 
 @pytest.mark.parametrize("kind", ["ours", "tokenizers", "transformers"])
 def test_prompts_and_responses_become_shifted_rows_with_an_aligned_mask(kind, bpe_trained, tmp_path):
@@ -26,11 +27,12 @@ def test_prompts_and_responses_become_shifted_rows_with_an_aligned_mask(kind, bp
     ours.save(tmp_path / "tokenizer.json")
     tokenizer, pad = ours, ours.special_tokens["<|pad|>"]
     if kind == "tokenizers":
-        tokenizer, pad = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), 0
-    if kind == "transformers":
+        tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    if kind == "transformers":           # without a padding token: the end of text
         transformers = pytest.importorskip("transformers", reason="transformers is not installed")
         tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(tmp_path / "tokenizer.json"), pad_token="<|pad|>")
+            tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|endoftext|>")
+        pad = ours.special_tokens["<|endoftext|>"]
     prompts, responses = ["the cat", "the hat in the hat"], [" sat<|endoftext|>", " x"]
     batch = align.tokenize_prompt_and_output(prompts, responses, tokenizer)
     rows = [(ours.encode(p), ours.encode(r)) for p, r in zip(prompts, responses)]
@@ -40,25 +42,24 @@ def test_prompts_and_responses_become_shifted_rows_with_an_aligned_mask(kind, bp
         mask = [len(prompt) <= place < len(prompt + response) for place in range(width)]
         assert batch["input_ids"][i].tolist() == whole[:-1] and batch["labels"][i].tolist() == whole[1:]
         assert batch["response_mask"][i].tolist() == mask[1:]
-        assert batch["labels"][i][batch["response_mask"][i]].tolist() == response   # the EOS is learnt, padding not
     with pytest.raises(ValueError, match="2 prompts and 1 responses"):
         align.tokenize_prompt_and_output(prompts, responses[:1], tokenizer)
 
 
 def test_log_probs_and_entropy_are_those_of_the_logits():
     model, ids = random_model(), torch.randint(0, 50, (3, 9), generator=rng())
-    found = align.response_log_probs(model, ids[:, :-1], ids[:, 1:], return_entropy=True)
+    scored = align.response_log_probs(model, ids[:, :-1], ids[:, 1:], return_entropy=True)
     log_p = torch.log_softmax(model(ids[:, :-1]).double(), dim=-1)
     expected = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
-    torch.testing.assert_close(found["log_probs"].double(), expected, atol=1e-5, rtol=0)     # float32 against float64
-    torch.testing.assert_close(found["token_entropy"].double(), -(log_p.exp() * log_p).sum(-1), atol=1e-5, rtol=0)
-    assert set(align.response_log_probs(model, ids[:, :-1], ids[:, 1:])) == {"log_probs"}
-
-    def theirs(tokens):
-        return type("Output", (), {"logits": model(tokens)})
-    assert torch.equal(align.response_log_probs(theirs, ids[:, :-1], ids[:, 1:])["log_probs"], found["log_probs"])
-    sure = torch.tensor([[0.0, -torch.inf, -torch.inf], [0.0, 0.0, -torch.inf]])
-    torch.testing.assert_close(align.token_entropy(sure), torch.tensor([0.0, math.log(2)]))
+    torch.testing.assert_close(scored["log_probs"].double(), expected, atol=1e-5, rtol=0)     # float32 against float64
+    torch.testing.assert_close(scored["token_entropy"].double(), -(log_p.exp() * log_p).sum(-1), atol=1e-5, rtol=0)
+    sure = torch.tensor([[0.0, -torch.inf, -torch.inf], [0.0, 0.0, -torch.inf]], requires_grad=True)
+    entropy = align.token_entropy(sure)
+    torch.testing.assert_close(entropy, torch.tensor([0.0, math.log(2)]))
+    entropy.sum().backward()
+    assert sure.grad.isfinite().all()
+    with pytest.raises(ValueError, match="temperature=0"):
+        align.response_log_probs(model, ids[:, :-1], ids[:, 1:], temperature=0)
 
 
 def test_masked_sums_and_means_by_hand():
@@ -67,10 +68,6 @@ def test_masked_sums_and_means_by_hand():
     assert align.masked_normalize(x, mask, 0, 2.0).tolist() == [2.5, 2.5, 1.5]
     assert align.masked_normalize(x, mask, constant=10).item() == pytest.approx(1.3)
     assert align.masked_mean(x, torch.zeros(2, 3), -1).isnan().all()
-    # The course's example: 4 and 7 of 7 tokens, advantage 2 everywhere.
-    ratio, mask = torch.full((2, 7), 2.0), torch.arange(7) < torch.tensor([[4], [7]])
-    assert align.masked_mean(ratio, mask, 1).tolist() == [2, 2]
-    torch.testing.assert_close(align.masked_normalize(ratio, mask, 1, 7.0), torch.tensor([8 / 7, 2.0]))
 
 
 def test_sft_step_is_a_sum_per_row_and_a_mean_over_rows():
@@ -80,70 +77,140 @@ def test_sft_step_is_a_sum_per_row_and_a_mean_over_rows():
     torch.testing.assert_close(log_probs.grad, torch.tensor([[0, 1, 1], [1, 0, 0]]) / -12)
 
 
-def test_group_advantages_by_hand():
-    reward_fn = lambda response, truth: {"reward": float(response == truth), "format_reward": 1.0}        # noqa: E731
-    made = functools.partial(align.group_normalized_rewards, reward_fn, ["a", "b", "b", "b", "c", "c", "c", "c"],
-                             ["a"] * 4 + ["c"] * 4, 4)
-    advantages, rewards, info = made()
-    assert rewards.tolist() == [1, 0, 0, 0, 1, 1, 1, 1] and info["groups_without_variance"] == 0.5
-    torch.testing.assert_close(advantages, torch.tensor([0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]) / (0.5 + 1e-6))
-    assert made(normalize_by_std=False)[0].tolist() == [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]
-    assert align.group_normalized_rewards(reward_fn, ["a"], ["a"], 1)[0].tolist() == [0]
-    with pytest.raises(ValueError, match="groups of 3"):
-        align.group_normalized_rewards(reward_fn, ["a"] * 4, ["a"] * 4, 3)
+def test_dpo_starts_at_ln_2_and_its_reference_gets_no_gradient():
+    sides = [torch.tensor([-3.0, -4.0], requires_grad=True) for _ in range(4)]
+    loss = align.dpo_loss(*sides, 0.5)
+    assert loss.tolist() == pytest.approx([math.log(2)] * 2)
+    loss.sum().backward()
+    assert sides[0].grad.tolist() == [-0.25] * 2 and sides[1].grad.tolist() == [0.25] * 2
+    assert sides[2].grad is None and sides[3].grad is None
+    assert align.dpo_loss(*map(torch.tensor, (1.0, 0.0, 0.0, 2.0)), 0.5).item() == pytest.approx(
+        math.log(1 + math.exp(-1.5)))
+
+
+# --- policy gradients ---
+
+@pytest.mark.parametrize("baseline, normalizer, expected", [
+    ("mean", "std", [1.5, -0.5, -0.5, -0.5]), ("mean", "none", [0.75, -0.25, -0.25, -0.25]),
+    ("mean", "mean", [3, -1, -1, -1]), ("none", "none", [1, 0, 0, 0])])
+def test_group_advantages_by_hand(baseline, normalizer, expected):
+    rewards, info = align.rollout_rewards(lambda response, truth: {"reward": response == truth, "format_reward": 1},
+                                          list("abbbcccc"), list("aaaacccc"))
+    assert info == {"reward": 5 / 8, "format_reward": 1}
+    advantages, info = align.group_advantages(rewards, 4, baseline, normalizer)
+    torch.testing.assert_close(advantages[:4], torch.tensor(expected).float(), atol=1e-4, rtol=0)
+    assert advantages[4:].tolist() == [float(baseline == "none")] * 4       # equal rewards: exactly 0 with a baseline
+    assert info["dead_groups"] == (0 if baseline == "none" else 0.5)
+    assert align.group_advantages(torch.full((3,), 0.1, dtype=torch.float64), 3)[0].tolist() == [0, 0, 0]
 
 
 def test_policy_gradient_losses_by_hand():
-    new, old = torch.log(torch.tensor([[0.5, 0.3], [0.2, 0.9]])), torch.log(torch.tensor([[0.25, 0.3], [0.4, 0.6]]))
-    rewards, advantages = torch.tensor([[1.0], [0.0]]), torch.tensor([[2.0], [-1.0]])
+    new = torch.log(torch.tensor([[0.5, 0.3], [0.2, 0.9]])).requires_grad_()
+    old, advantages = torch.log(torch.tensor([[0.25, 0.3], [0.4, 0.6]])), torch.tensor([2.0, -1.0])
+    loss = functools.partial(align.policy_gradient_loss, new, advantages)
     close = functools.partial(torch.testing.assert_close, atol=1e-6, rtol=0)
-    close(align.policy_gradient_loss(new, "no_baseline", rewards)[0], torch.stack((-new[0], torch.zeros(2))))
-    close(align.policy_gradient_loss(new, "reinforce_with_baseline", None, advantages)[0], -advantages * new)
-    unbounded = align.policy_gradient_loss(new, "grpo_no_clip", None, advantages, old)[0]
-    close(unbounded, torch.tensor([[-4.0, -2], [0.5, 1.5]]))
-    loss, info = align.policy_gradient_loss(new, "grpo_clip", None, advantages, old, 0.2)
-    close(loss, torch.tensor([[-2.4, -2], [0.8, 1.5]]))           # ratios 2, 1, ½, 1½ held to 0.8 … 1.2 where it hurts
-    assert info["clipped"].tolist() == [[True, False], [True, False]]
-    for kind, words in (("grpo_clip", "old_log_probs, clip"), ("ppo", "must be one of"), ("no_baseline", "rewards")):
-        with pytest.raises(ValueError, match=words):
-            align.policy_gradient_loss(new, kind, None, advantages)
+    close(loss()[0], -advantages[:, None] * new)
+    close(loss("noclip", old)[0], torch.tensor([[-4.0, -2], [0.5, 1.5]]))
+    clipped, info = loss("grpo", old, 0.2)
+    close(clipped, torch.tensor([[-2.4, -2], [0.8, 1.5]]))        # ratios 2, 1, ½, 1½ held to 0.8 … 1.2 where it hurts
+    assert float(info["clip_fraction"]) == 0.5
+    close(loss("gspo", old, 0.1)[0], torch.tensor([[-2.2] * 2, [0.9] * 2]))      # means √2 and √¾, held to 0.9 … 1.1
+    soft, info = loss("cispo", old, 0.2)
+    close(soft, torch.tensor([[-2.4, -2], [0.5, 1.2]]) * new)
+    assert float(info["clip_fraction"]) == 0.5
+    close(torch.autograd.grad(soft.sum(), new)[0], torch.tensor([[-2.4, -2], [0.5, 1.2]]))  # none through the ratio
+
+
+@pytest.mark.parametrize("reweight", align.REWEIGHTS)
+def test_what_the_mask_leaves_out_may_be_infinite(reweight):
+    values, mask = torch.tensor([[-1.0, -2, -torch.inf]]), torch.tensor([[1, 1, 0]])
+    log_probs = values.clone().requires_grad_()
+    loss, _ = align.grpo_step(log_probs, mask, 1, torch.tensor([1.0]), reweight, values, 0.2)
+    assert loss.isfinite() and log_probs.grad.tolist() == [[-0.5, -0.5, 0]]      # on policy all five are the same
 
 
 @pytest.mark.parametrize("normalize, constant, expected", [
-    ("sequence", None, (-2 + 1) / 2), ("token", None, (-8 + 1) / 5), ("constant", 7, (-8 + 1) / 7 / 2)])
-def test_grpo_step_normalises_as_named_and_survives_an_empty_row(normalize, constant, expected):
-    named, advantages = dict(normalize=normalize, constant=constant), torch.tensor([[2.0], [-1.0]])
-    old = torch.zeros(2, 7)
-    mask = torch.arange(7) < torch.tensor([[4], [1]])
+    ("sequence", None, (-2 + 1) / 2), ("token", None, (-8 + 1) / 5), ("constant", 14, (-8 + 1) / 14)])
+def test_three_ways_to_average(normalize, constant, expected):
+    mask, per_token = torch.arange(7) < torch.tensor([[4], [1]]), torch.tensor([[-2.0] * 7, [1.0] * 7])
+    assert align.aggregate_loss(per_token, mask, normalize, constant).item() == pytest.approx(expected)
     log_probs = torch.zeros(2, 7, requires_grad=True)
-    loss, _ = align.grpo_step(log_probs, mask, 1, "grpo_clip", None, advantages, old, 0.2, **named)
-    assert loss.item() == pytest.approx(expected)
-    on_policy, log_probs.grad = log_probs.grad, None      # one epoch, one batch: the ratio is 1, REINFORCE's gradient
-    align.grpo_step(log_probs, mask, 1, "reinforce_with_baseline", None, advantages, **named)
-    torch.testing.assert_close(log_probs.grad, on_policy)
-    log_probs.grad, first_row = None, mask & torch.tensor([[True], [False]])
-    loss, info = align.grpo_step(log_probs, first_row, 2, "grpo_clip", None, advantages, old, 0.2,
-                                 ref_log_probs=torch.ones(2, 7), kl_weight=0.5)
-    assert info["kl"].item() == pytest.approx(math.e - 2) and log_probs.grad.isfinite().all()
-    assert loss.item() == pytest.approx((-2 + 0.5 * (math.e - 2)) / 2 / 2)
+    loss, _ = align.grpo_step(log_probs, mask, 2, torch.tensor([2.0, -1]), "noclip", torch.zeros(2, 7), None, normalize,
+                              constant)
+    assert loss.item() == pytest.approx(expected / (1 if normalize == "constant" else 2))
+    empty = align.aggregate_loss(per_token, mask & torch.tensor([[True], [False]]), normalize, constant)
+    assert empty.item() == pytest.approx({"sequence": -1, "token": -2, "constant": -8 / 14}[normalize])
 
 
-def test_dpo_starts_at_ln_2_with_a_gradient():
-    chosen, rejected = torch.tensor([-3.0, -4.0], requires_grad=True), torch.tensor([-2.0, -9.0], requires_grad=True)
-    loss = align.dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.5)
-    assert loss.tolist() == pytest.approx([math.log(2)] * 2)
-    loss.sum().backward()
-    assert chosen.grad.tolist() == [-0.25] * 2 and rejected.grad.tolist() == [0.25] * 2
-    assert align.dpo_loss(torch.tensor(1.0), torch.tensor(0.0), torch.tensor(0.0), torch.tensor(2.0), 0.5).item() == \
-        pytest.approx(math.log(1 + math.exp(-1.5)))
+@pytest.mark.parametrize("wrong, match", [
+    (dict(baseline="median"), "baseline='median'"), (dict(normalizer="max"), "normalizer='max'"),
+    (dict(reweight="ppo"), "reweight='ppo'"), (dict(normalize="row"), "normalize='row'"),
+    (dict(reweight="noclip"), "old_log_probs"), (dict(reweight="grpo", old_log_probs=torch.zeros(8, 5)), "needs clip"),
+    (dict(normalize="constant"), "needs constant"), (dict(group_size=3), "groups"), (dict(group_size=1), "deviation")])
+def test_what_is_unknown_or_missing_is_named(wrong, match, bpe_trained):
+    with pytest.raises(ValueError, match=match):
+        grpo_once(bpe_trained, **wrong)
 
+
+class Counting(torch.nn.Module):
+    """Passes calls on to a model and remembers how many rows each had."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.rows = model, []
+
+    def forward(self, ids):
+        self.rows.append(len(ids))
+        return self.model(ids)
+
+
+def grpo_once(bpe_trained, responses=("a", "b", "bb", "b", "c", "cc", "c", "cc"), group_size=4, **more):
+    """(model, what the step returned, weights before) of one grpo_train_step with plain SGD."""
+    model, tokenizer = Counting(random_model(vocab_size=340)), bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
+    before = [p.detach().clone() for p in model.parameters()]
+    result = align.grpo_train_step(
+        model, tokenizer, optim.SGD(model.parameters(), lr=1.0, momentum=0.0), ["the cat "] * 8, list(responses),
+        ["a"] * 4 + ["c"] * 4, lambda response, truth: {"reward": float(response == truth), "format_reward": 1.0},
+        group_size, **more)
+    return model, result, before
+
+
+@pytest.mark.parametrize("normalize, constant", [("sequence", None), ("token", None), ("constant", 30)])
+def test_a_step_is_the_plain_ten_lines_however_it_is_divided(bpe_trained, normalize, constant):
+    responses = ("a", "bb", "b", "bbb", "a", "cc", "b", "a")                   # the second group is dead
+    plain, tokenizer = random_model(vocab_size=340), bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
+    groups = torch.tensor([float(r == t) for r, t in zip(responses, ["a"] * 4 + ["c"] * 4)]).view(-1, 4)
+    advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
+    batch = align.tokenize_prompt_and_output(["the cat "] * 8, list(responses), tokenizer)
+    mask, log_p = batch["response_mask"], align.response_log_probs(plain, batch["input_ids"], batch["labels"])
+    per_token = -advantages.view(-1, 1) * log_p["log_probs"] * mask
+    loss = {"sequence": (per_token.sum(1) / mask.sum(1)).mean(), "token": per_token.sum() / mask.sum(),
+            "constant": per_token.sum() / 30}[normalize]
+    loss.backward()
+    for parts in (1, 3, 8):
+        model, (got, info), before = grpo_once(bpe_trained, responses, accumulation_steps=parts, normalize=normalize,
+                                               constant=constant)
+        assert sum(model.rows) == 4 and max(model.rows) <= math.ceil(8 / parts)
+        torch.testing.assert_close(got, loss.detach(), atol=1e-6, rtol=0)
+        for old, p, q in zip(before, model.parameters(), plain.parameters()):
+            torch.testing.assert_close(old - p, q.grad, atol=1e-6, rtol=1e-4)
+            assert p.grad is None
+        assert info["dead_groups"] == 0.5 and info["reward"] == 1 / 8 and info["format_reward"] == 1
+        assert info["norm"] > 0 and info["entropy"] > 0 and info["clip_fraction"] == 0
+
+
+def test_a_step_over_dead_groups_moves_nothing(bpe_trained):
+    model, (loss, info), before = grpo_once(bpe_trained, ["b"] * 8)
+    assert loss.item() == 0 and info["dead_groups"] == 1 and model.rows == []
+    assert all(torch.equal(old, p) and p.grad is None for old, p in zip(before, model.parameters()))
+
+
+# --- verifiers ---
 
 @pytest.mark.parametrize("response, truth, rewards", [
     ("so </think> <answer> 1,000 </answer>", 1000, (1, 1)), ("</think> <answer>1/2</answer> and more", "0.5", (1, 1)),
-    ("</think> <answer>\\frac{1}{2}</answer>", "1/2", (1, 1)), ("</think> <answer>4</answer>", "5", (1, 0)),
-    ("</think> <answer></answer>", "", (1, 0)), ("<answer>5</answer>", "5", (0, 0)), ("5", "5", (0, 0)),
-    ("</think> <answer>5", "5", (0, 0)), ("</think> <answer>b a</answer>", "B A", (1, 1)),
-    ("</think> <answer>?</answer>", None, (1, 0)),
+    ("</think> <answer>4</answer>", "5", (1, 0)), ("</think> <answer></answer>", "", (1, 0)),
+    ("<answer>5</answer>", "5", (0, 0)), ("</think> <answer>5", "5", (0, 0)),
     ("</think> <answer>1e999999999</answer>", "7", (1, 0)), ("", "", (0, 0))])
 def test_r1_zero_reward_wants_the_form_and_the_answer(response, truth, rewards):
     form, right = rewards
@@ -152,9 +219,10 @@ def test_r1_zero_reward_wants_the_form_and_the_answer(response, truth, rewards):
 
 def test_boxed_reward_reads_balanced_braces():
     assert align.boxed_reward("so \\boxed{1} or \\boxed{\\frac{3}{4}}.", "0.75")["reward"] == 1
-    for response in ("so \\boxed{\\frac{3}{4}", "3/4"):
-        assert align.boxed_reward(response, "0.75") == {"reward": 0, "format_reward": 0, "answer_reward": 0}
+    assert align.boxed_reward("3/4", "0.75") == {"reward": 0, "format_reward": 0, "answer_reward": 0}
 
+
+# --- lines ---
 
 def test_packed_documents_are_cut_into_shifted_chunks(bpe_trained, tmp_path):
     tokenizer, path = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"]), tmp_path / "sft.jsonl"
@@ -169,17 +237,58 @@ def test_packed_documents_are_cut_into_shifted_chunks(bpe_trained, tmp_path):
         assert chunk["input_ids"].tolist() == ids[32 * i:32 * i + 32]
         assert chunk["labels"].tolist() == ids[32 * i + 1:32 * i + 33]
     assert not torch.equal(align.PackedSFT(tokenizer, path, 32, shuffle=True).ids, data_set.ids)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write('{"prompt": "no answer"}\n')
-    with pytest.raises(ValueError, match="sft.jsonl:4: .*response"):
-        align.PackedSFT(tokenizer, path, 32, shuffle=False)
     batches = align.iterate_batches(data_set, 2, shuffle=True)
     assert len(batches) == math.ceil(len(data_set) / 2) and next(iter(batches))["labels"].shape == (2, 32)
 
 
+def test_layouts_that_people_publish_read_alike():
+    user, assistant = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+    for record in ({"prompt": "2+2?", "response": "4"}, {"messages": [user, assistant]},
+                   {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+                   {"prompt": [user], "completion": [assistant]}, {"instruction": "2+2?", "input": "", "output": "4"}):
+        assert align_data.read_pair(record) == (["2+2?"], "4")
+    wrong = {"role": "assistant", "content": "5"}
+    for record in ({"prompt": "2+2?", "chosen": "4", "rejected": "5"},
+                   {"prompt": [user], "chosen": [assistant], "rejected": [wrong]},
+                   {"chosen": [user, assistant], "rejected": [user, wrong]},
+                   {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"}):
+        assert align_data.read_preference(record) == (["2+2?"], "4", "5")
+    asked = "What does 'Assistant: ' mean?\nHuman: is a word"       # a name inside a message begins no turn
+    sides = [f"\n\nHuman: {asked}\n\nAssistant: {answer}" for answer in ("a", "b")]
+    assert align_data.read_preference(dict(zip(("chosen", "rejected"), sides))) == ([asked], "a", "b")
+    for record, truth in (({"question": "q", "answer": "so #### 5"}, "5"), ({"question": "q", "answer": 5}, "5"),
+                          ({"problem": "q", "solution": "so \\boxed{7}."}, "7"), ({"problem": "q", "solution": "9"}, "9"),
+                          ({"problem": "q", "solution": "we add them"}, None), ({"question": "q", "answer": "####"}, None)):
+        assert align_data.read_truth(record) == (["q"], truth)
+
+
+@pytest.mark.parametrize("verb, bad", [
+    ("sft", bad) for bad in ({"messages": []}, {"messages": [{"role": "system", "content": "x"}]}, {"messages": 3},
+                             {"messages": [{"role": "user"}]}, {"messages": ["x"]}, {"prompt": 5, "response": "x"},
+                             {"prompt": "x", "response": 5}, {"prompt": "x", "response": []}, {"prompt": []},
+                             {"instruction": "x", "input": 7, "output": "y"})] + [
+    ("dpo", {"chosen": [], "rejected": []}), ("dpo", {"prompt": "x", "chosen": 1, "rejected": 2}),
+    ("dpo", {"prompt": [], "chosen": [{"role": "assistant", "content": "x"}], "rejected": []}),
+    ("grpo", {"messages": [{}]}), ("grpo", {"question": {}, "answer": "x"})])
+def test_any_bad_line_is_named_and_can_be_skipped(verb, bad, bpe_trained, tmp_path):
+    path, tokenizer = tmp_path / "x.jsonl", bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
+    good = {"prompt": "x", "response": "y", "chosen": "y", "rejected": "z"}
+    path.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n", encoding="utf-8")
+    reader = align.make_reader(verb, tokenizer, "alpaca", 999)
+    rows, complaints = evaluate.read_jsonl(path, reader, skip=True)
+    assert len(rows) == len(complaints) == 1 and complaints[0].startswith(f"{path}:2: ")
+    with pytest.raises(ValueError, match="x.jsonl:2: "):
+        evaluate.read_jsonl(path, reader)
+
+
+# --- the loops ---
+
+CONFIGS = {"sft": align.SFTConfig, "dpo": align.DPOConfig, "grpo": align.GRPOConfig}
+
+
 def align_run(verb, base, data, out_dir, **more):
     settings = dict(template="chat", skip_bad=True, batch_size=4, micro_batch_size=3, lr=1e-2, log_every=5) | more
-    align.run_verb(verb, align.AlignConfig(base=str(base), data=str(data), out_dir=str(out_dir), **settings))
+    align.run_verb(verb, CONFIGS[verb](base=str(base), data=str(data), out_dir=str(out_dir), **settings))
     return model_module.load_model(out_dir), evaluate.read_jsonl(Path(out_dir) / "log.jsonl")[0][1:]
 
 
@@ -193,14 +302,20 @@ def test_sft_learns_to_answer_and_to_stop_and_names_every_bad_line(little_base, 
         ids = evaluate.render(tokenizer, "chat", [prompt])
         assert ids.count(stop) == 1                                  # the user's own "<|end|>" is plain text
         assert tokenizer.decode(sample.generate(model, ids, 20, temperature=0, stop_ids=(stop,))) == answer
-    config = align.AlignConfig(group_size=4, max_new_tokens=12, temperature=0.7)
-    prompts = [evaluate.render(tokenizer, "chat", [word]) for word in ("cat", "hat hat")]
-    responses = align.rollout(model, prompts, config, stop, tokenizer.vocab_size, rng())
-    rows = [(prompt, row) for prompt, row in zip([p for p in prompts for _ in range(4)], responses)]
-    assert align.drift(model, rows, config, tokenizer.vocab_size) < 1e-5
-    batch, = align.micro_batches(rows, config, 0)
-    at_one = align.response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"][batch["response_mask"]]
-    assert (align.sampler_log_probs(model, rows, 0.7) - at_one).abs().mean() > 1e-3      # scored at another temperature
+    with pytest.raises(ValueError, match="--overwrite=true"):
+        align_run("sft", little_base, little_base / "sft.jsonl", tmp_path)
+
+
+def test_a_sample_is_scored_by_the_distribution_it_came_from(little_base):
+    model, tokenizer = model_module.load_model(little_base)
+    config, stop = align.GRPOConfig(group_size=200, max_new_tokens=1, temperature=0.5), 0
+    prompt = tokenizer.encode("the cat")
+    rows = align.rollout(model, [prompt], config, stop, tokenizer.vocab_size, rng())
+    batch = align.padded([(prompt, [token]) for token in range(tokenizer.vocab_size)], config, 0)
+    scored = align.response_log_probs(model, batch["input_ids"], batch["labels"], temperature=0.5)["log_probs"][:, -1].detach()
+    assert scored.exp().sum().item() == pytest.approx(1, abs=1e-4)
+    drawn = torch.tensor([scored[row[0]] for row in rows])           # its mean estimates minus the entropy
+    assert drawn.mean().item() == pytest.approx((scored.exp() * scored).sum().item(), abs=5 * drawn.std().item() / 14)
 
 
 def test_dpo_starts_at_ln_2_and_turns_a_model_round(little_base, tmp_path):
@@ -210,14 +325,13 @@ def test_dpo_starts_at_ln_2_and_turns_a_model_round(little_base, tmp_path):
     held = [line for line in log if "val_loss" in line]
     assert held[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-4) and held[0]["val_accuracy"] == 0.5
     assert held[-1]["val_accuracy"] == 1 and held[-1]["val_margin"] > 0.1
-    assert {"chosen", "rejected", "margin"} <= set(log[1]) and log[1]["norm"] > 0
     with pytest.raises(ValueError, match="(?s)9: chosen and rejected are equal.*10: .* answer different prompts"):
-        align_run("dpo", tmp_path / "sft", little_base / "dpo.jsonl", tmp_path / "dpo", skip_bad=False)
+        align_run("dpo", tmp_path / "sft", little_base / "dpo.jsonl", tmp_path / "x", skip_bad=False)
 
 
-@pytest.mark.parametrize("more", [dict(), dict(kind="reinforce_with_baseline", normalize="token"),
-                                  dict(kind="grpo_clip", normalize="constant", epochs=2, kl_weight=0.1, batch_size=5),
-                                  dict(kind="expert_iteration")])
+@pytest.mark.parametrize("more", [dict(), dict(reweight="none", normalize="token", normalizer="none"),
+                                  dict(reweight="gspo", normalize="constant", epochs=2, batch_size=5),
+                                  dict(reweight="none", baseline="none", normalizer="none")])
 def test_grpo_raises_a_reward_that_can_be_had(little_base, tmp_path, monkeypatch, more):
     monkeypatch.setitem(align.REWARDS, "boxed", lambda response, truth: {"reward": float(response[:1] in "aeiou ")})
     settings = dict(reward="boxed", prompts_per_step=4, group_size=8, batch_size=32, micro_batch_size=16,
@@ -225,20 +339,37 @@ def test_grpo_raises_a_reward_that_can_be_had(little_base, tmp_path, monkeypatch
     _, log = align_run("grpo", little_base, little_base / "grpo.jsonl", tmp_path, **settings | more)
     first, last = (sum(line["reward"] for line in part) / 5 for part in (log[:5], log[-5:]))
     assert last > first + 0.15, (first, last)       # of 160 answers each: some four standard deviations
-    assert {"length", "truncated", "groups_without_variance", "drift", "entropy", "norm"} <= set(log[-1])
-    assert all(line["drift"] < 1e-4 for line in log)
-    assert ("clip_fraction" in log[-1]) == (more.get("kind", "grpo_clip") == "grpo_clip")
-    if not more:                                                     # one batch, one epoch: on-policy
-        assert all(line["ratio"] == pytest.approx(1, abs=1e-4) and abs(line["loss"]) < 0.2 for line in log)
+    assert {"dead_groups", "distinct", "eos_rate", "length", "entropy", "clip_fraction", "norm"} <= set(log[0])
 
 
-@pytest.mark.parametrize("muon_lr", [0.0, 0.01])
-def test_weight_decay_is_adamws_beside_muon_too(muon_lr):
-    model = random_model()
-    learner = align.Learner(model, align.AlignConfig(muon_lr=muon_lr, weight_decay=0.3), 10)
-    groups = [group for optimizer in learner.optimizers for group in optimizer.param_groups]
-    assert [group["weight_decay"] for group in groups] == [0.3] + [0.0] * (muon_lr > 0)
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+def test_dead_groups_only_end_the_run_with_advice(little_base, tmp_path):
+    with pytest.raises(ValueError, match="5 rollouts in a row.*align.py sft.*--group_size"):
+        align_run("grpo", little_base, little_base / "grpo.jsonl", tmp_path, reward="boxed", max_new_tokens=4, steps=20)
+    assert not (tmp_path / "ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("verb", ["sft", "dpo", "grpo"])
+def test_a_diverged_run_is_never_saved(verb, little_base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(align.REWARDS, "boxed", lambda response, truth: {"reward": float(response[:1] in "aeiou ")})
+    words = [verb, f"--base={little_base}", f"--data={little_base / verb}.jsonl", f"--out_dir={tmp_path}",
+             "--skip_bad=true", "--template=chat", "--lr=1e30", "--grad_clip=1e30", "--warmup_steps=0"]
+    with pytest.raises(SystemExit) as end:
+        align.main(words + ["--reward=boxed", "--max_new_tokens=4"] * (verb == "grpo"))
+    assert end.value.code == 2 and capsys.readouterr().err and not (tmp_path / "ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("words, match", [
+    (["sft", "--beta=0.5"], "--beta is not a setting"), (["dpo", "--clip=0.2"], "--clip is not a setting"),
+    (["grpo", "--temperature=0"], "temperature=0.0 must be above 0"), (["grpo", "--grad_clip=0"], "grad_clip=0.0"),
+    (["sft", "--val_fraction=1"], "val_fraction"), (["sft", "--warmup_steps=-1"], "warmup_steps"),
+    (["grpo", "--baseline=x"], "baseline='x'"), (["--lr=1"], "--lr is not a setting"), (["sft", "x"], "neither a verb"),
+    (["sft", "--out_dir=BASE", "--overwrite=true"], "is read from")])
+def test_a_mistake_names_the_setting(words, match, little_base, tmp_path, capsys):
+    given = [f"--base={little_base}", f"--data={little_base / 'sft.jsonl'}", f"--out_dir={tmp_path}"]
+    given = [] if words[0].startswith("--") else given
+    with pytest.raises(SystemExit) as end:
+        align.main([words[0], *given, *(word.replace("BASE", str(little_base)) for word in words[1:])])
+    assert end.value.code == 2 and match in capsys.readouterr().err
 
 
 def test_log_probs_of_hugging_face_models_are_ours(little_base, tmp_path):
@@ -247,21 +378,9 @@ def test_log_probs_of_hugging_face_models_are_ours(little_base, tmp_path):
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)).eval()
     ids = torch.randint(0, 400, (2, 12), generator=rng())
-    found = align.response_log_probs(theirs, ids[:, :-1], ids[:, 1:])["log_probs"]
-    assert -found.mean().item() == pytest.approx(theirs(ids, labels=ids).loss.item(), abs=1e-5)
+    log_probs = align.response_log_probs(theirs, ids[:, :-1], ids[:, 1:])["log_probs"]
+    assert -log_probs.mean().item() == pytest.approx(theirs(ids, labels=ids).loss.item(), abs=1e-5)
     theirs.save_pretrained(tmp_path / "hf")
     shutil.copy(little_base / "tokenizer.json", tmp_path / "hf")
     _, log = align_run("sft", tmp_path / "hf", little_base / "sft.jsonl", tmp_path / "out", steps=5, template="alpaca")
     assert log[-1]["loss"] < log[0]["loss"]
-
-
-def test_tasks_of_the_experiment_are_disjoint_and_right():
-    tasks = {split: align.make_tasks(300, split, 0) for split in ("train", "val", "test")}
-    questions = [task["question"] for split in tasks.values() for task in split]
-    assert len(set(questions)) == 900
-    assert align.make_tasks(300, "test", 0) == tasks["test"] != align.make_tasks(300, "test", 1)
-    for task in tasks["test"]:
-        for style in ("think", "guess"):
-            assert align.r1_zero_reward(align.answered(task, style), task["answer"])["reward"] == 1
-        if task["kind"] == "sum":
-            assert int(task["answer"]) == sum(map(int, re.findall("[0-9]", task["question"])))

@@ -1,0 +1,207 @@
+"""Lines of published data sets as ids to learn from: dialogues of people, preferences, problems with an answer.
+
+    {"prompt": "2+2?", "response": "4"}                               also instruction (+ input), question, problem,
+                                                                      with output, answer, solution
+    {"messages": [{"role": "user", "content": "2+2?"}, …]}            OpenAI and TRL
+    {"conversations": [{"from": "human", "value": "2+2?"}, …]}        ShareGPT
+    {"prompt": "2+2?", "chosen": "4", "rejected": "5"}                preferences; all three may be lists of messages
+    {"chosen": "\\n\\nHuman: 2+2?\\n\\nAssistant: 4", "rejected": …}      HH's dialogues (2204.05862)
+    {"question": "2+2?", "answer": "two and two #### 4"}              problems: GSM8K's form, or the last \\boxed{4}
+
+What a line cannot give is a ValueError that says why, and `read_jsonl` puts file and line before it.
+
+Packing against padding. Documents a, b, c of 3, 5 and 2 tokens in rows of 5:
+
+    packed   a a a b b | b b b c c       no token is wasted; b is cut, and attention of the first row crosses from a to b
+    padded   a a a . . | b b b b b | c c . . .      each document whole and alone; dots cost time, so sort by length
+
+`PackedSFT` is the course's packed data set; the loops of align.py pad.
+"""
+import random
+import re
+
+import torch
+
+from evaluate import TEMPLATES, as_number, end_id, last_boxed, need, read_jsonl, render, same_answer
+
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+
+
+# --- the course's packed data set ---
+
+class PackedSFT(torch.utils.data.Dataset):
+    """Alpaca documents of a JSONL file (prompt, response) end to end, cut into chunks: {input_ids, labels}.
+
+    Each document is the tokenizer's own encoding, with the BOS it may add, and its end of text. A chunk has
+    context_length ids, labels are one place on, prompts count as well, and what does not fill a chunk is left out.
+    shuffle: the documents.
+    """
+
+    def __init__(self, tokenizer, path, context_length: int, shuffle: bool, seed: int = 0):
+        documents = read_jsonl(path, lambda record: need(record, "prompt", "response"))[0]
+        if shuffle:
+            random.Random(seed).shuffle(documents)
+        hugging_face, ids = hasattr(tokenizer, "eos_token_id"), []
+        end = tokenizer.eos_token_id if hugging_face else end_id(tokenizer, "alpaca")
+        if end is None:
+            raise ValueError("this tokenizer has no token that ends a text, such as <|endoftext|>")
+        for prompt, response in documents:
+            document = list(tokenizer.encode(TEMPLATES["alpaca"][0].replace("{prompt}", prompt) + response))
+            ids += document if document[-1] == end else document + [end]
+        self.ids, self.context_length = torch.tensor(ids), context_length
+
+    def __len__(self):
+        return (len(self.ids) - 1) // self.context_length
+
+    def __getitem__(self, index: int) -> dict:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"chunk {index} of {len(self)}")
+        start = index % len(self) * self.context_length
+        return {"input_ids": self.ids[start:start + self.context_length],
+                "labels": self.ids[start + 1:start + self.context_length + 1]}
+
+
+def iterate_batches(dataset, batch_size: int, shuffle: bool):
+    """One epoch of batches of a data set's dicts, stacked, the last one smaller; it has a length."""
+    return torch.utils.data.DataLoader(dataset, batch_size=batch_size, shuffle=shuffle)
+
+
+# --- dialogues ---
+
+def read_messages(messages) -> list[tuple[str, str]]:
+    """[(role, text)] of a list of {role, content} or {from, value}."""
+    if not isinstance(messages, list):
+        raise ValueError(f"a {type(messages).__name__} where a list of messages belongs")
+    turns = []
+    for message in messages:
+        if not isinstance(message, dict):
+            raise ValueError(f"a {type(message).__name__} where a message belongs")
+        role, text = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if not isinstance(role, str) or role.lower() not in ROLES or not isinstance(text, str):
+            raise ValueError(f"a message needs a role of user, assistant or system and a text, not {message!r:.100}")
+        turns.append((ROLES[role.lower()], text))
+    return turns
+
+
+def read_hh(text: str) -> list[tuple[str, str]]:
+    """[(role, text)] of HH's form. A turn begins after an empty line only: people write "Human:" inside a message."""
+    parts = re.split(r"\n\n(Human|Assistant): ", "\n\n" + text.lstrip())
+    return [(ROLES[role.lower()] if role == "Human" else "assistant", words.strip())
+            for role, words in zip(parts[1::2], parts[2::2])]
+
+
+def split_dialogue(turns: list[tuple[str, str]], answered: bool = True) -> tuple[list[str], str | None]:
+    """(turns up to the last user's, the answer); a system message becomes the beginning of the first user's turn."""
+    if len(turns) > 1 and turns[0][0] == "system":
+        turns = [(turns[1][0], turns[0][1] + "\n\n" + turns[1][1]), *turns[2:]]
+    roles = [role for role, _ in turns]
+    whole = ["user", "assistant"] * (len(turns) // 2) + ["user"] * (not answered)
+    if not turns or roles != whole:
+        raise ValueError(f"roles {roles} do not alternate from user to {'assistant' if answered else 'user'}")
+    texts = [text for _, text in turns]
+    return (texts[:-1], texts[-1]) if answered else (texts, None)
+
+
+def first_of(record: dict, *names) -> str:
+    """The first of these names that the record has, else the first, for `need` to miss."""
+    return next((name for name in names if name in record), names[0])
+
+
+def read_prompt(record: dict) -> list[str]:
+    """The turns of a record's prompt, a text or a list of messages."""
+    prompt, = need(record, first_of(record, "prompt", "instruction", "question", "problem"))
+    if isinstance(prompt, list):
+        return split_dialogue(read_messages(prompt), answered=False)[0]
+    if not isinstance(prompt, str):
+        raise ValueError(f"a prompt that is a {type(prompt).__name__}, not text")
+    extra = record.get("input") or ""
+    if not isinstance(extra, str):
+        raise ValueError(f"an input that is a {type(extra).__name__}, not text")
+    return [prompt + "\n\n" + extra] if extra else [prompt]
+
+
+def read_pair(record: dict) -> tuple[list[str], object]:
+    """(turns up to the last user's, response) of a line in any of the layouts above."""
+    for name in ("messages", "conversations"):
+        if name in record:
+            return split_dialogue(read_messages(record[name]))
+    response, = need(record, first_of(record, "response", "completion", "output", "answer", "solution"))
+    if isinstance(response, list):
+        response = split_dialogue([("user", ""), *read_messages(response)])[1]
+    return read_prompt(record), response
+
+
+def read_preference(record: dict) -> tuple[list[str], str, str]:
+    """(turns up to the last user's, chosen, rejected) of a line in any of the layouts above."""
+    sides = need(record, "chosen", "rejected")
+    if all(isinstance(side, list) for side in sides):
+        shared = [("user", turn) for turn in read_prompt(record)] if "prompt" in record else []
+        dialogues = [read_messages(side) for side in sides]
+        if dialogues[0][:1] and dialogues[0][0][0] == "assistant":   # TRL: the answers alone, the question in prompt
+            dialogues = [[*shared, *side] for side in dialogues]
+        dialogues = [split_dialogue(side) for side in dialogues]
+    elif isinstance(sides[0], str) and sides[0].lstrip().startswith("Human:") and isinstance(sides[1], str):
+        dialogues = [split_dialogue(read_hh(side)) for side in sides]
+    else:
+        dialogues = [(read_prompt(record), side) for side in sides]
+    if dialogues[0][0] != dialogues[1][0]:
+        raise ValueError("chosen and rejected answer different prompts")
+    return dialogues[0][0], dialogues[0][1], dialogues[1][1]
+
+
+def read_truth(record: dict) -> tuple[list[str], str | None]:
+    """(turns, answer) of a problem: what follows ####, else the last \\boxed{…}, else the text; None: unreadable.
+
+    A worked solution without a box is no answer, unless it is a number.
+    """
+    turns, response = read_pair(record)
+    text = str(response).split("####")[-1].strip()
+    truth = last_boxed(text)
+    if truth is None and ("solution" != first_of(record, "answer", "response", "output", "solution")
+                          or as_number(text) is not None):
+        truth = text
+    return turns, truth if same_answer(truth, truth) else None
+
+
+# --- lines to ids ---
+
+def make_reader(verb: str, tokenizer, template: str, context: int, max_new_tokens: int = 0):
+    """A function from a record to (prompt ids, response ids), (prompt, chosen, rejected) or (prompt, truth).
+
+    It raises ValueError for what cannot be used; a gold answer that cannot be read gives None: none could be right.
+    """
+    stop, lead = end_id(tokenizer, template), ""
+    if template in ("qa", "r1_zero"):
+        lead = " "                           # the template ends in a word
+
+    def prompt_ids(turns, room: int):
+        ids = render(tokenizer, template, turns)
+        if len(ids) + room > context:
+            raise ValueError(f"{len(ids)} tokens of prompt and {room} of response pass the context of {context}")
+        return ids
+
+    def response_ids(text):
+        if not isinstance(text, str):
+            raise ValueError(f"a response that is a {type(text).__name__}, not text")
+        if not text.strip():
+            raise ValueError("empty response")
+        return tokenizer.encode(lead + text, allowed_special=set()) + [stop]
+
+    def read_sft(record):
+        turns, response = read_pair(record)
+        response = response_ids(response)
+        return prompt_ids(turns, len(response)), response
+
+    def read_dpo(record):
+        turns, chosen, rejected = read_preference(record)
+        if chosen == rejected:
+            raise ValueError("chosen and rejected are equal")
+        chosen, rejected = response_ids(chosen), response_ids(rejected)
+        return prompt_ids(turns, max(len(chosen), len(rejected))), chosen, rejected
+
+    def read_grpo(record):
+        turns, truth = read_truth(record)
+        prompt = prompt_ids(turns, max_new_tokens)
+        return None if truth is None else (prompt, truth)
+
+    return {"sft": read_sft, "dpo": read_dpo, "grpo": read_grpo}[verb]

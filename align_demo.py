@@ -1,0 +1,316 @@
+"""The whole way from base model to assistant on tasks a laptop learns: `python align.py` without a verb runs this.
+
+    python align.py [--out_dir=out/align --seed=0]     table, curves.png, and a folder for each of the four stages
+
+A model of 0.2 million parameters reads a little web of worked sums, counts, words and locks in three styles, none of
+them an assistant's, with a slip in one of twenty. A thousand demonstrations, two thirds of them rash, teach it the form
+`<think> … </think> <answer> … </answer>`. From there DPO learns a judge's taste, and GRPO, separately, finds by itself
+that it pays to think before answering:
+
+    base --- SFT --+-- DPO     the longest right of four own answers over the shortest wrong one; refusals for locks
+                   +-- GRPO    rewarded for the right answer alone
+
+Every figure is of held-out tasks: the hash of a question says whether it is for training, validation or test.
+"""
+import copy
+import hashlib
+import json
+import random
+import re
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import bpe
+from align import DemoConfig, DPOConfig, GRPOConfig, SFTConfig, dpo, grpo, make_log, r1_zero_reward, rollout, save, sft
+from checkpoint import claim_out_dir
+from configurator import command_line, fail
+from evaluate import REFUSAL, continuation_log_probs, read_jsonl, standard_error
+from model import ModelConfig, Transformer
+
+# GPT-2's pattern with every digit alone, so that 15 is always the same two tokens.
+DIGITS_ALONE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+END, REFUSES = "<|endoftext|>", " I cannot help with that."
+HARMLESS = ("sum", "count", "reverse", "close")
+SHAPE = dict(context_length=96, d_model=64, n_layers=3, n_heads=4, qk_norm=True)
+STAGES = {
+    "base": SFTConfig(steps=1500, batch_size=64, micro_batch_size=64, lr=3e-3, muon_lr=0.02, weight_decay=0.01,
+                      warmup_steps=20, log_every=100),
+    "sft": SFTConfig(steps=300, lr=3e-3, muon_lr=0.01, weight_decay=0.01, log_every=20),
+    "dpo": DPOConfig(steps=240, micro_batch_size=64, lr=5e-4, beta=0.3, log_every=20),
+    "grpo": GRPOConfig(steps=60, prompts_per_step=32, batch_size=128, micro_batch_size=128, lr=1e-3, max_new_tokens=56,
+                       log_every=5)}
+SECONDS = {"base": 120, "sft": 8, "dpo": 30, "grpo": 40}     # one core of an AMD EPYC, for the first ETA only
+
+
+# --- tasks ---
+
+def make_task(pick: random.Random) -> dict:
+    """{kind, question, steps, answer}: a sum, a count, a word to reverse, a lock to close or (harm) to open.
+
+    A model this small hardly sums five numbers or counts letters in one go, but it can go through them one by one.
+    """
+    kind = pick.choices([*HARMLESS, "open"], (0.4, 0.3, 0.1, 0.1, 0.1))[0]
+    if kind == "sum":
+        numbers = [pick.randint(0, 9) for _ in range(5)]
+        question = "sum of " + " ".join(f"{name} {number}" for name, number in zip("abcde", numbers))
+        steps, answer = [f"{name} {sum(numbers[:i])}" for i, name in enumerate("abcde", start=1)], str(sum(numbers))
+    elif kind == "count":
+        counted, letters = pick.choice("abc"), pick.choices("abc", k=8)
+        question, answer = f"count {counted} in {' '.join(letters)}", str(letters.count(counted))
+        steps = [f"{letter} {letters[:i].count(counted)}" for i, letter in enumerate(letters, start=1)]
+    else:
+        letters = pick.sample("abcdefghijkl", 5 if kind == "reverse" else 3)
+        result = letters[::-1] if kind == "reverse" else letters
+        question = f"reverse {' '.join(letters)}" if kind == "reverse" else f"{kind} the lock {' '.join(letters)}"
+        steps, answer = [f"{a} {b}" for a, b in zip(result, result[1:])], " ".join(result)
+    return {"kind": kind, "question": question, "steps": steps, "answer": answer}
+
+
+def make_tasks(n: int, split: str, seed: int) -> list[dict]:
+    """n different tasks of one split; the hash of a question says which split it belongs to, so that none is in two."""
+    pick, tasks = random.Random(f"{seed} {split}"), {}
+    while len(tasks) < n:
+        task = make_task(pick)
+        place = hashlib.sha256(task["question"].encode("utf-8")).digest()[0] // 26
+        if split == {0: "test", 1: "val"}.get(place, "train"):
+            tasks[task["question"]] = task
+    return list(tasks.values())
+
+
+def answered(task: dict, style: str, wrong: str | None = None) -> str:
+    """What stands after "A:" in one of the styles; wrong: another answer, for slips."""
+    answer, steps = wrong or task["answer"], " , ".join(task["steps"])
+    return {"direct": f" {answer}", "so": f" {steps} so {answer}", "first": f" first {steps} . it is {answer}",
+            "guess": f" <think> easy </think> <answer> {answer} </answer>",
+            "think": f" <think> {steps} </think> <answer> {answer} </answer>"}[style]
+
+
+def base_text(tasks: list[dict], pick: random.Random) -> list[str]:
+    """Documents of a little web: three styles, none the assistant's, a slip now and then, some refusals and markup."""
+    documents = []
+    for task in tasks:
+        wrong = pick.choice(tasks)["answer"] if pick.random() < 0.05 else None
+        reply = answered(task, pick.choices(["direct", "so", "first"], (0.15, 0.45, 0.4))[0], wrong)
+        if task["kind"] == "open" and pick.random() < 0.3:
+            reply = REFUSES
+        documents.append(f"Q: {task['question']}\nA:{reply}")
+        if pick.random() < 0.05:         # otherwise the tags of the assistant's form would be no tokens
+            tag = pick.choice(["think", "answer"])
+            documents.append(f"a page with <{tag}> {' '.join(pick.choices('abcdefghijkl', k=4))} </{tag}>")
+    return documents
+
+
+class Laboratory:
+    """Tasks by split, a tokenizer of the base corpus, and what is asked of every model."""
+
+    def __init__(self, out_dir, seed: int, sizes=(20_000, 2000, 800)):
+        self.seed, self.folder = seed, Path(out_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tasks = {split: make_tasks(n, split, seed) for split, n in zip(("train", "val", "test"), sizes)}
+        self.corpus = base_text(self.tasks["train"] * 2, random.Random(seed))
+        text = self.folder / "corpus.txt"
+        text.write_text(END.join(self.corpus), encoding="utf-8", newline="\n")
+        self.tokenizer = bpe.Tokenizer(*bpe.train_bpe(text, 336, [END], pattern=DIGITS_ALONE), [END],
+                                       pattern=DIGITS_ALONE)
+        self.stop = self.tokenizer.special_tokens[END]
+
+    def prompt(self, task: dict) -> list[int]:
+        """Ids of a question."""
+        return [self.stop] + self.tokenizer.encode(f"Q: {task['question']}\nA:")
+
+    def reply(self, text: str) -> list[int]:
+        """Ids of an answer."""
+        return self.tokenizer.encode(text) + [self.stop]
+
+    def pick(self, split: str, n: int, kinds: tuple = HARMLESS) -> list[dict]:
+        """The first n tasks of these kinds in a split."""
+        return [task for task in self.tasks[split] if task["kind"] in kinds][:n]
+
+    def texts(self, model, tasks: list[dict], temperature: float = 1.0, group_size: int = 1) -> tuple:
+        """(rows of ids, their texts): group_size answers to each task."""
+        config = GRPOConfig(temperature=temperature, group_size=group_size, max_new_tokens=56)
+        rows = rollout(model, [self.prompt(task) for task in tasks], config, self.stop, self.tokenizer.vocab_size,
+                       torch.Generator().manual_seed(self.seed))
+        return rows, [self.tokenizer.decode([i for i in row if i != self.stop]) for row in rows]
+
+    def measure(self, model, sft_model=None, n: int = 400) -> dict:
+        """Held-out figures of one model: on test tasks sampled at temperature 1 (and greedy), and its refusals."""
+        tasks = self.pick("test", n)
+        rows, texts = self.texts(model, tasks)
+        grades = [r1_zero_reward(text, task["answer"]) for text, task in zip(texts, tasks)]
+        figures = {name: sum(grade[key] for grade in grades) / len(tasks)
+                   for name, key in (("accuracy", "reward"), ("format", "format_reward"))}
+        figures["error"] = standard_error(figures["accuracy"], len(tasks))
+        # Right in whatever form: what the base model knows, though it does not know how it is to be said.
+        words = [re.sub("<[^>]*>", " ", text).split() for text in texts]
+        figures["any_form"] = sum(said[-len(task["answer"].split()):] == task["answer"].split()
+                                  for said, task in zip(words, tasks)) / len(tasks)
+        greedy = self.texts(model, tasks, 0.0)[1]
+        figures["greedy"] = sum(r1_zero_reward(text, task["answer"])["reward"]
+                                for text, task in zip(greedy, tasks)) / len(tasks)
+        figures["length"] = sum(map(len, rows)) / len(rows)
+        if sft_model is not None:        # E over the model's own responses of log p - log p_sft, in nats a response
+            prompts = [self.prompt(task) for task in tasks]
+            new, old = (continuation_log_probs(one, prompts, rows, 100) for one in (model, sft_model))
+            figures["kl"] = (new - old).mean().item()
+        for name, kinds in (("refuses_harmful", ("open",)), ("refuses_harmless", HARMLESS)):
+            texts = self.texts(model, self.pick("test", 150, kinds))[1]
+            figures[name] = sum(bool(REFUSAL.search(text)) for text in texts) / len(texts)
+        return figures
+
+    def demonstrations(self, n: int) -> list[tuple]:
+        """n answers in the assistant's form, a third of them thought over; one harmful request in four is refused."""
+        pick, rows = random.Random(self.seed), []
+        for task in self.pick("train", n, (*HARMLESS, "open")):
+            reply = answered(task, pick.choice(["guess", "guess", "think"]))
+            refused = task["kind"] == "open" and pick.random() < 0.25
+            rows.append((self.prompt(task), self.reply(REFUSES if refused else reply)))
+        return rows
+
+    def pairs(self, model, split: str, n: int) -> list[tuple]:
+        """Preferences of a judge who has the verifier and likes work to be shown: of four responses of the model the
+        longest right one over the shortest wrong one, where it gave both. For a harmful task a refusal over what it
+        answered, for some harmless ones an answer over a refusal."""
+        pairs, refusal = [], self.reply(REFUSES)
+        tasks = self.pick(split, n) + self.pick(split, n // 4, ("open",))
+        responses = list(zip(*self.texts(model, tasks, group_size=4)))
+        for number, task in enumerate(tasks):
+            group = responses[4 * number:4 * number + 4]
+            if task["kind"] == "open":
+                answers = [row for row, text in group if not REFUSAL.search(text)]
+                pairs += [(self.prompt(task), refusal, row) for row in answers[:1]]
+                continue
+            right = [row for row, text in group if r1_zero_reward(text, task["answer"])["reward"]]
+            wrong = [row for row, text in group if not r1_zero_reward(text, task["answer"])["reward"]]
+            if not wrong and number % 8 == 0:
+                wrong = [refusal]
+            if right and wrong:
+                pairs.append((self.prompt(task), max(right, key=len), min(wrong, key=len)))
+        return pairs
+
+    def problems(self) -> list[tuple]:
+        """(prompt ids, answer) of harmless training tasks."""
+        return [(self.prompt(task), task["answer"]) for task in self.pick("train", 10_000)]
+
+
+# --- the four stages ---
+
+COLUMNS = {"accuracy": "right", "error": "±", "greedy": "greedy", "any_form": "any form", "format": "format",
+           "length": "tokens", "kl": "KL, nats", "refuses_harmful": "refuses harm", "refuses_harmless": "refuses rest"}
+
+
+def train_base(lab: Laboratory, config):
+    """A base model of the little web."""
+    torch.manual_seed(lab.seed)
+    model = Transformer(ModelConfig(vocab_size=lab.tokenizer.vocab_size, **SHAPE)).to(config.device)
+    sft(model, [([lab.stop], lab.reply(text)) for text in lab.corpus], config, 0, make_log(lab.folder / "base"))
+    return model
+
+
+def demonstrate(config: DemoConfig, stages=STAGES, lab=None) -> dict:
+    """Base, SFT, then DPO and GRPO from the SFT model, all measured on the same held-out tasks; returns the figures."""
+    folder, began, seconds, table, models = Path(config.out_dir), time.perf_counter(), {}, {}, {}
+    for stage in stages:
+        claim_out_dir(folder / stage, config.overwrite)
+    print(f"base, SFT, DPO, GRPO: about {sum(SECONDS.values()) / 60:.0f} minutes on one core", flush=True)
+    lab = lab or Laboratory(folder, config.seed)
+    for number, (stage, settings) in enumerate(stages.items()):
+        settings, log = replace(settings, seed=config.seed), make_log(folder / stage)
+        start = time.perf_counter()
+        if stage == "base":
+            model = train_base(lab, settings)
+        else:
+            model = copy.deepcopy(models["base" if stage == "sft" else "sft"])
+        if stage == "sft":
+            sft(model, lab.demonstrations(1000), settings, 0, log)
+        if stage == "dpo":
+            pairs, held = lab.pairs(model, "train", 3000), lab.pairs(model, "val", 400)
+            best = dpo(model, pairs, held, settings, 0, log) | {"pairs": len(pairs), "held_out": len(held)}
+        if stage == "grpo":
+            grpo(model, lab.problems(), lab.tokenizer, settings, lab.stop, log)
+        save(model, lab.tokenizer, folder / stage, settings, "plain")
+        models[stage], seconds[stage] = model, time.perf_counter() - start
+        table[stage] = lab.measure(model, models.get("sft"))
+        # What is left, by how much slower this machine was so far than the one of SECONDS.
+        slower = sum(seconds.values()) / sum(SECONDS[name] for name in seconds)
+        left = slower * sum(SECONDS[name] for name in list(stages)[number + 1:])
+        print(f"{stage} done: {table[stage]['accuracy']:.1%} right, {table[stage]['format']:.1%} in form; "
+              f"{time.perf_counter() - began:.0f} s so far, about {left:.0f} s to go", flush=True)
+    figures = {"seed": config.seed, "table": table, "preference": best, "seconds": seconds,
+               "total_seconds": time.perf_counter() - began, "torch": torch.__version__,
+               "threads": torch.get_num_threads(), "dialogue": dialogue(lab, models)}
+    (folder / "results.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    plot(folder, table)
+    return figures
+
+
+def dialogue(lab: Laboratory, models: dict) -> list[str]:
+    """One task and one request to refuse, each answered by all four models, greedily."""
+    lines = []
+    for task in (lab.pick("test", 1)[0], lab.pick("test", 1, ("open",))[0]):
+        for stage, model in models.items():
+            answer = lab.texts(model, [task], 0.0)[1][0].strip().replace("\n", " / ")
+            lines.append(f"{task['question']:<32} {stage:<5} {answer}")
+    return lines
+
+
+def report(figures: dict, out_dir) -> str:
+    """The figures of `demonstrate` as a table, the dialogue, and what to do next."""
+    lines = [f"{'':<5}" + "".join(f"{title:>14}" for title in COLUMNS.values())]
+    for stage, row in figures["table"].items():
+        cells = [f"{row[name]:{'.1f' if name in ('length', 'kl') else '.1%'}}" if name in row else "–"
+                 for name in COLUMNS]
+        lines.append(f"{stage:<5}" + "".join(f"{cell:>14}" for cell in cells))
+    best = figures["preference"]
+    lines.append(f"{best['held_out']} held-out preferences: accuracy {best['before']:.1%} before DPO, "
+                 f"{best['accuracy']:.1%} after")
+    times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in figures["seconds"].items())
+    lines += [f"{times}, in all {figures['total_seconds']:.0f} s", "", *figures["dialogue"], "",
+              f"learning curves: {Path(out_dir) / 'curves.png'}; ask the result yourself:",
+              f"python sample.py {Path(out_dir) / 'grpo'} --temperature=0 --prompt=\"<|endoftext|>Q: sum of a 1 b 2 c 3 "
+              "d 4 e 5\nA:\""]
+    return "\n".join(lines)
+
+
+CURVES = (("nats a token", {"base": ["loss"], "sft": ["loss"]}),
+          ("share, or nats", {"dpo": ["val_accuracy", "val_margin", "val_loss"]}),
+          ("share of answers or groups", {"grpo": ["reward", "format_reward", "dead_groups", "eos_rate"]}),
+          ("tokens an answer", {"grpo": ["length"]}), ("nats a token", {"grpo": ["entropy"]}))
+
+
+def plot(folder, table: dict) -> None:
+    """Learning curves of all stages to FOLDER/curves.png, from their logs."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(20, 4), layout="constrained")
+    axes = figure.subplots(1, len(CURVES))
+    for axis, (label, curves) in zip(axes, CURVES):
+        for stage, names in curves.items():
+            entries = read_jsonl(Path(folder) / stage / "log.jsonl")[0]
+            for name in names:
+                points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+                axis.plot([step for step, _ in points], [value for _, value in points], label=f"{stage} {name}")
+        axis.set(xlabel="step", ylabel=label)
+    axes[2].axhline(table["sft"]["accuracy"], linestyle=":", color="grey", label="sft, held out")
+    for axis in axes:
+        axis.legend(fontsize=8)
+    figure.suptitle(f"python align.py --out_dir={folder}", fontsize=9)
+    figure.savefig(Path(folder) / "curves.png", dpi=100)
+
+
+def main(argv: list[str]) -> None:
+    """Run the demonstration and print its table; a mistake exits with status 2."""
+    _, files, config, _ = command_line(DemoConfig, argv, "usage: python align.py [--out_dir= --seed= --overwrite=true]")
+    try:
+        if files:
+            raise ValueError(f"{files[0]!r} is no setting; the demonstration takes --out_dir, --seed and --overwrite")
+        print(report(demonstrate(config), config.out_dir))
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

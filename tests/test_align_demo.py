@@ -1,0 +1,40 @@
+"""Claims about align_demo.py."""
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from common import random_model  # noqa: F401
+import align
+import align_demo
+
+TINY = {stage: replace(config, steps=2, batch_size=4, log_every=1) for stage, config in align_demo.STAGES.items()}
+
+
+def test_tasks_of_the_experiment_are_disjoint_and_right():
+    tasks = {split: align_demo.make_tasks(300, split, 0) for split in ("train", "val", "test")}
+    questions = [task["question"] for split in tasks.values() for task in split]
+    assert len(set(questions)) == 900
+    assert align_demo.make_tasks(300, "test", 0) == tasks["test"] != align_demo.make_tasks(300, "test", 1)
+    for task in tasks["test"]:
+        for style in ("think", "guess"):
+            assert align.r1_zero_reward(align_demo.answered(task, style), task["answer"])["reward"] == 1
+        if task["kind"] == "sum":
+            assert int(task["answer"]) == sum(map(int, re.findall("[0-9]", task["question"])))
+
+
+def test_the_whole_way_leaves_four_models_figures_curves_and_a_dialogue(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(align_demo.Laboratory, "pairs", lambda lab, model, split, n: [
+        (lab.prompt(task), lab.reply(align_demo.answered(task, "think")), lab.reply(align_demo.answered(task, "guess")))
+        for task in lab.pick(split, 8)])
+    config = align_demo.DemoConfig(out_dir=str(tmp_path))
+    tiny = TINY | {"grpo": replace(TINY["grpo"], prompts_per_step=2, max_new_tokens=4)}
+    figures = align_demo.demonstrate(config, tiny, align_demo.Laboratory(tmp_path, 0, (300, 100, 60)))
+    assert set(figures["table"]) == {"base", "sft", "dpo", "grpo"} and len(figures["dialogue"]) == 8
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["seed"] == 0
+    assert (tmp_path / "curves.png").is_file() and all((tmp_path / stage / "ckpt.pt").is_file() for stage in tiny)
+    said = capsys.readouterr().out + align_demo.report(figures, tmp_path)
+    assert "to go" in said and "curves.png" in said and "python sample.py" in said
+    with pytest.raises(ValueError, match="--overwrite=true"):
+        align_demo.demonstrate(config, tiny)
