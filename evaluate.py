@@ -1,18 +1,25 @@
-"""How good is a model? Bits per byte of text, multiple choice, free answers, and what a program can check.
+"""How good is a model? Bits per byte of text, multiple choice, free answers, and reading what comes back.
 
     python evaluate.py out/shakespeare                     the run's own validation split
     python evaluate.py out/a out/b --data=notes.txt        any text or .bin; several checkpoints in one table
-    python evaluate.py out/a --documents=5                 the documents it finds easiest and hardest
     python evaluate.py mmlu out/a --data=mmlu --shots=5    Hendrycks' folder of dev/ and test/ CSV files (2009.03300)
     python evaluate.py hellaswag | arc out/a --data=FILE.jsonl                   (1905.07830, 1803.05457)
     python evaluate.py gsm8k out/a --data=test.jsonl --shots_data=train.jsonl --shots=4         (2110.14168)
     python evaluate.py instructions out/a                  what a program can check, as in IFEval (2311.07911)
     python evaluate.py alpaca | safety out/a --data=FILE   answers in the form their judges read, and refusals counted
 
-A token of one tokenizer is not a token of another; bits per byte divides by what is the same for all, the bytes of the
-text. A base model is asked for the likelihood of each choice, because it need not know how to answer; an assistant
-writes, and a parser reads. Every accuracy has its standard error, every answer goes to OUT_DIR/VERB.jsonl. Judges are
-left out: who wins an AlpacaEval another model decides, elsewhere, and refusals are counted by their usual words.
+Bits per byte: a token of one tokenizer is not a token of another, so the loss is divided by what is the same for all, the bytes of
+the text. 3.0 nats a token of 4 bytes are 3.0 / ln 2 / 4 = 1.08 bits a byte; the same text in tokens of 2 bytes at 1.6 nats is 1.15,
+and worse. Windows overlap by half, and only the second half counts, so that no token is predicted from next to nothing:
+
+    |-------- window 1 --------|
+    |          counts          |-------- window 2 --------|
+                  |   read     |   counts     |
+
+A base model is asked for the likelihood of each choice, because it need not know how to answer; an assistant writes, and a parser reads.
+An option's log-likelihood is divided by its bytes, or the shortest would win. Each share p of n questions has the standard error
+√(p (1 − p) / n): 100 questions cannot tell 50 % from 55 %. Every answer goes to OUT_DIR/VERB.jsonl. Judges are left out: who wins an
+AlpacaEval another model decides, elsewhere, and refusals are counted by their usual words.
 """
 import csv
 import gzip
@@ -29,10 +36,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import read_checkpoint
+from checkpoint import read_checkpoint, read_meta
 from configurator import command_line, fail
 from model import bits_per_byte, load_model, perplexity_of, token_cross_entropy, token_losses
-from sample import CHATS, conversation, evaluating, generate, quantize
+from sample import CHATS, conversation, generate, quantize
 
 LETTERS = "ABCDEFGHIJ"
 REFUSAL = re.compile(r"\b(?:I (?:can(?:not|'t| not)|am (?:un|not )able to|won't|will not|must decline|apologi[sz]e)|"
@@ -51,23 +58,62 @@ TEMPLATES = {
 
 
 @dataclass
-class EvaluateConfig:
-    """What `python evaluate.py` can be told."""
-    data: str | None = None              # a text (.txt), token file (.bin) or question file; none = val.bin of the run
+class ReadConfig:
+    """What `python evaluate.py OUT_DIR …` can be told."""
+    data: str | None = None              # a text (.txt) or token file (.bin); none = val.bin of the run
     stride: int | None = None            # windows move on by so many tokens; none = half a context
-    documents: int = 0                   # list so many of the best and of the worst documents
-    shots: int = 0                       # worked examples before each question
-    shots_data: str | None = None        # gsm8k, hellaswag, arc: the file that they come from
-    by: str = "letter"                   # mmlu: letter | text (both by likelihood) | generate (write, then parse)
-    template: str | None = None          # plain qa alpaca r1_zero chat chatml; none = what the run was tuned with
+    batch_size: int = 16                 # rows per forward pass
+    device: str = "cpu"                  # cpu, cuda, mps
+    quantize: str | None = None          # int8 | int4: what smaller weights cost, see compress.py
+    checkpoint: str = "ckpt.pt"          # ckpt.pt = the last state, best.pt = the best on validation
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+
+
+@dataclass
+class AskConfig(ReadConfig):
+    """What every verb that asks questions can be told."""
+    data: str | None = None              # the file or folder of questions
     limit: int | None = None             # questions to ask; none = all
+    template: str | None = None          # plain qa alpaca r1_zero chat chatml; none = what the run was tuned with
     max_new_tokens: int = 256            # longest answer
     temperature: float = 0.0             # of answers; 0 = greedy
-    batch_size: int = 16                 # rows per forward pass
     seed: int = 0                        # of sampling, and of the instructions
-    device: str = "cpu"                  # cpu, cuda, mps
-    quantize: str | None = None          # int8 | int4: what smaller weights cost, see sample.py
-    checkpoint: str = "ckpt.pt"          # ckpt.pt = the last state, best.pt = the best on validation
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit} must be at least 1, or none for all questions")
+        if self.max_new_tokens < 1 or self.temperature < 0:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1, temperature={self.temperature} at "
+                             "least 0")
+
+
+@dataclass
+class ShotsConfig(AskConfig):
+    """What verbs with worked examples can be told."""
+    shots: int = 0                       # worked examples before each question
+    shots_data: str | None = None        # the file that they come from; never the questions themselves
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.shots < 0 or bool(self.shots) != bool(self.shots_data):
+            raise ValueError(f"shots={self.shots} and shots_data={self.shots_data} go together: the worked examples come from "
+                             "a file of their own, such as the training split, never from the questions asked")
+
+
+@dataclass
+class MMLUConfig(AskConfig):
+    """What `mmlu` can be told."""
+    shots: int = 0                       # worked examples before each question, from the folder's dev/
+    by: str = "letter"                   # letter | text (both by likelihood) | generate (write, then parse)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.by not in ("letter", "text", "generate") or self.shots < 0:
+            raise ValueError(f"by={self.by!r} must be letter, text or generate, shots={self.shots} at least 0")
 
 
 # --- loss of a text ---
@@ -78,34 +124,39 @@ def perplexity(model, tokens, n_bytes: int | None = None, stride: int | None = N
     tokens: (n,) ids. n_bytes: bytes of UTF-8 that all of them stand for. The first token has nothing before it and is
     not predicted; the others have at least context_length - stride tokens before them, as far as the text has so many.
     """
-    with evaluating(model):
-        losses = token_losses(model, tokens, stride, batch_size).double()
+    was_training = model.training
+    model.eval()
+    losses = token_losses(model, tokens, stride, batch_size).double()
+    model.train(was_training)
     loss = losses.mean().item()
     return {"loss": loss, "perplexity": perplexity_of(loss), "tokens": len(tokens),
             "bits_per_byte": bits_per_byte(loss, len(tokens), n_bytes) if n_bytes else None}
 
 
-def read_tokens(path, tokenizer):
-    """(ids, bytes of text) of a text or of a .bin. Raises OSError or ValueError naming the path."""
+def read_tokens(path, tokenizer, tokenizer_sha256: str | None = None):
+    """(ids, bytes of text) of a text or of a .bin; the bytes are None where no tokenizer tells them.
+
+    tokenizer_sha256: that of the model; a .bin whose meta.json names another one is refused. Raises OSError or
+    ValueError naming the path.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a text (.txt) or a token file (.bin)")
     if path.suffix == ".bin":
-        dtype = "uint16" if tokenizer is None or tokenizer.vocab_size <= 65_536 else "uint32"
-        if (path.parent / "meta.json").is_file():
-            dtype = json.loads((path.parent / "meta.json").read_text(encoding="utf-8")).get("dtype", dtype)
-        ids = np.fromfile(path, dtype=np.dtype(dtype).newbyteorder("<"))
-        n_bytes = None
-        if tokenizer is not None:
-            if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
-                raise ValueError(
-                    f"{path} holds id {ids.max()}, the tokenizer has {tokenizer.vocab_size}: made with another one"
-                )
-            size_of = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-            for token, piece in tokenizer.vocab.items():
-                size_of[token] = len(piece)
-            n_bytes = int(size_of[ids].sum())
-        return ids, n_bytes
+        meta = read_meta(path.parent)
+        made_with = meta.get("tokenizer_sha256")
+        if made_with and tokenizer_sha256 and made_with != tokenizer_sha256:
+            raise ValueError(f"{path} was made with another tokenizer ({made_with[:12]}…) than the model's "
+                             f"({tokenizer_sha256[:12]}…): its ids mean other text. Give the text itself")
+        ids = np.fromfile(path, dtype=np.dtype(meta["dtype"]).newbyteorder("<"))
+        if tokenizer is None:
+            return ids, None
+        if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
+            raise ValueError(f"{path} holds id {ids.max()}, the tokenizer has {tokenizer.vocab_size}: made with another one")
+        size_of = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        for token, piece in tokenizer.vocab.items():
+            size_of[token] = len(piece)
+        return ids, int(size_of[ids].sum())
     if tokenizer is None:
         raise ValueError(f"{path} is text, and this run has no tokenizer.json to read it with")
     raw = path.read_bytes()
@@ -115,40 +166,32 @@ def read_tokens(path, tokenizer):
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from None
 
 
-def document_losses(model, tokens, end_id: int, stride: int | None = None, batch_size: int = 16) -> list[dict]:
-    """One {start, tokens, loss} for each document of a token sequence, best first; documents end with end_id.
-
-    Each is read with what stands before it in the file, as in training; loss is nats per token.
-    """
-    losses = token_losses(model, tokens, stride, batch_size).double()
-    ends = [int(i) + 1 for i in np.flatnonzero(np.asarray(tokens) == end_id)]
-    bounds = [0, *[end for end in ends if end < len(tokens)], len(tokens)]
-    found = []
-    for start, end in zip(bounds, bounds[1:]):
-        own = losses[max(start - 1, 0):end - 1]           # losses[i] is that of token i + 1
-        if len(own):
-            found.append({"start": start, "tokens": end - start, "loss": own.mean().item()})
-    return sorted(found, key=lambda document: document["loss"])
-
-
 # --- reading answers ---
 
 def parse_mmlu(example: dict, output: str) -> str | None:
     """The letter "A".."D" that an answer names, or None.
 
     Taken is what follows the last "answer is" or "answer:", else the last "option" or "choice"; else a letter that the
-    answer begins with or consists of; else the only letter that stands alone. "10000 polyominoes", the article "A" and
-    "not B" name none.
+    answer begins with or consists of; else the only capital letter that stands alone. "10000 polyominoes", the article
+    "A", "not B" and "B is wrong" name none.
+
+    >>> parse_mmlu({}, "The answer is A since it fits."), parse_mmlu({}, "neither A nor B")
+    ('A', None)
     """
-    of = LETTERS[:len(example.get("options") or "ABCD")]
-    article = r"(?![aA] (?!(?:is|or|and|because)\b)[a-z])"
-    letter = rf"[\s*_(\[\"'$]*(?:\\boxed{{)?{article}([{of}{of.lower()}])(?!\w|'\w)"
-    named = re.findall(rf"(?i:\banswer\s*(?:is|:)(?: the letter)?(?: option| choice)?)(?:\s*:)?{letter}", output)
-    named = named or re.findall(rf"(?i:\b(?:option|choice))(?:\s*:)?{letter}", output)
-    first = re.match(rf"[\s*_(\[]*([{of}{of.lower()}])[\s*_)\]]*(?:[.:)\]\n]|, (?:because|since|as)\b|$)", output)
-    alone = set(re.findall(rf"(?<!\w)(?<!\w')(?<!\bnot ){article}([{of}])(?!\w|'\w)", output))
-    found = named[-1] if named else first[1] if first else alone.pop() if len(alone) == 1 else None
-    return found and found.upper()
+    letters = LETTERS[:len(example.get("options") or "ABCD")]
+    # A capital letter, or a small one that nothing but a full stop or a bracket follows: "a" is mostly the article.
+    letter = rf"[\s*_(\[\"'$:]*(?:\\boxed{{)?([{letters}](?![\w'])|[{letters.lower()}](?=[\s*_]*(?:[.:)\]}}]|$)))"
+    named = re.findall(rf"(?i:\banswer\s*(?:is|:)(?:\s+the\s+letter)?(?:\s+option|\s+choice)?){letter}", output)
+    named = named or re.findall(rf"(?i:\b(?:option|choice)\b){letter}", output)
+    if named:
+        return named[-1].upper()
+    first = re.match(rf"[\s*_(\[]*([{letters}{letters.lower()}])[\s*_)\]]*(?:[.:)\]\n]|, (?:because|since|as)\b|$)", output)
+    if first:
+        return first[1].upper()
+    alone = rf"(?<!\w)(?<!\w')(?<!\bnot )([{letters}])(?!\w|'\w)(?! (?:is|was) (?:not|wrong|false|incorrect))"
+    found = {match[1] for match in re.finditer(alone, output) if not re.match(r"A [a-z]+(?<! is)(?<! or)", match[0] + output[
+        match.end():match.end() + 12])}
+    return found.pop() if len(found) == 1 else None
 
 
 def parse_gsm8k(output: str) -> str | None:
