@@ -36,8 +36,8 @@ import torch
 import bpe
 from checkpoint import read_checkpoint, save_checkpoint, sha256
 from configurator import command_line, fail, print_config
-from evaluate import (REFUSAL, TEMPLATES, continuation_log_probs, end_id, last_boxed, need, pad_rows, pick_template,
-                      read_jsonl, render, same_answer, standard_error)
+from evaluate import (REFUSAL, REWARDS, TEMPLATES, boxed_reward, continuation_log_probs, end_id, last_boxed,  # noqa: F401
+                      need, pad_rows, pick_template, r1_zero_reward, read_jsonl, render, same_answer, standard_error)
 from model import ModelConfig, Transformer, load_model, token_cross_entropy, wide
 from optim import AdamW, Muon, clip_grad_norm, cosine_schedule
 from sample import distribution, prefill, stream
@@ -230,33 +230,6 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> torch.T
     if len(shapes) > 1:
         raise ValueError(f"log-probabilities of shapes {sorted(shapes)} must all be (B,)")
     return -torch.nn.functional.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
-
-
-# --- verifiers ---
-
-def _grade(answer: str | None, truth) -> dict:
-    """Rewards of an answer that was found in the right form (None: it was not)."""
-    truths = truth if isinstance(truth, (list, tuple)) else [truth]
-    right = float(answer is not None and any(same_answer(answer, one) for one in truths))
-    return {"reward": right, "format_reward": float(answer is not None), "answer_reward": right}
-
-
-def r1_zero_reward(response: str, truth) -> dict:
-    """{reward, format_reward, answer_reward}, each 0 or 1: `</think> <answer>…</answer>` with an answer equal to truth.
-
-    The prompt ends in <think> (2501.12948, 2.2.3) or the response opens it. The last such answer counts, up to its
-    closing tag: what follows is neither read nor punished. The form alone earns no reward.
-    """
-    answers = re.findall(r"</think> <answer>((?:(?!<answer>).)*?)</answer>", response, re.DOTALL)
-    return _grade(answers[-1] if answers else None, truth)
-
-
-def boxed_reward(response: str, truth) -> dict:
-    """The same for a question asked without a form: the answer is the content of the last \\boxed{…}."""
-    return _grade(last_boxed(response), truth)
-
-
-REWARDS = {"r1_zero": r1_zero_reward, "boxed": boxed_reward}
 
 
 # --- the course's packed data set ---
