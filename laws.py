@@ -1,4 +1,4 @@
-"""Power laws through finished runs: what loss, which size and how many tokens at a budget that nobody has trained yet.
+r"""Power laws through finished runs: what loss, which size and how many tokens at a budget that nobody has trained yet.
 
 Symbols: N parameters without embeddings and head, D tokens, C = 6 N D training FLOPs (Kaplan 2020, 2.1), L the final loss
 in nats per token. A run is a dict with n_params, n_tokens, flops, loss.
