@@ -49,7 +49,6 @@ import copy
 import json
 import math
 import random
-import re
 import subprocess
 import sys
 import time
@@ -65,8 +64,8 @@ from align_losses import (BASELINES, NORMALIZE, NORMALIZERS, REWEIGHTS, aggregat
                           take_step, token_entropy, tokenize_prompt_and_output)
 from checkpoint import claim_out_dir, read_checkpoint, save_checkpoint, sha256
 from configurator import command_line, fail, print_config
-from evaluate import (TEMPLATES, continuation_log_probs, end_id, last_boxed, pad_rows, pick_template, read_jsonl,
-                      same_answer, standard_error)
+from evaluate import (REWARDS, TEMPLATES, boxed_reward, continuation_log_probs, end_id, pad_rows,  # noqa: F401
+                      pick_template, r1_zero_reward, read_jsonl, standard_error)
 from machine import Threads
 from model import Transformer, load_model
 from optim import AdamW, Muon, cosine_schedule
@@ -74,32 +73,6 @@ from sample import stream
 
 DEAD_ROLLOUTS = 5                    # so many in a row without anything to learn from end the run
 CHAT_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
-
-
-# --- verifiers ---
-
-def _grade(answer: str | None, truth) -> dict:
-    """Rewards of an answer that was found in the right form (None: it was not)."""
-    truths = truth if isinstance(truth, (list, tuple)) else [truth]
-    right = float(answer is not None and any(same_answer(answer, one) for one in truths))
-    return {"reward": right, "format_reward": float(answer is not None), "answer_reward": right}
-
-
-def r1_zero_reward(response: str, truth) -> dict:
-    """{reward, format_reward, answer_reward}, each 0 or 1: `</think> <answer>…</answer>` with an answer equal to truth.
-
-    The last such answer counts, up to its closing tag. The form alone earns no reward (2501.12948, 2.2.3).
-    """
-    answers = re.findall(r"</think> <answer>((?:(?!<answer>).)*?)</answer>", response, re.DOTALL)
-    return _grade(answers[-1] if answers else None, truth)
-
-
-def boxed_reward(response: str, truth) -> dict:
-    """The same for a question asked without a form: the answer is the content of the last \\boxed{…}."""
-    return _grade(last_boxed(response), truth)
-
-
-REWARDS = {"r1_zero": r1_zero_reward, "boxed": boxed_reward}
 
 
 # --- settings ---

@@ -1,21 +1,26 @@
-"""How good is a model? Bits per byte of text, multiple choice, free answers, and what a program can check.
+"""How good is a model? Bits per byte of text, multiple choice, free answers.
 
     python evaluate.py out/shakespeare                     the run's own validation split
     python evaluate.py out/a out/b --data=notes.txt        any text or .bin; several checkpoints in one table
-    python evaluate.py out/a --documents=5                 the documents it finds easiest and hardest
     python evaluate.py mmlu out/a --data=mmlu --shots=5    Hendrycks' folder of dev/ and test/ CSV files (2009.03300)
     python evaluate.py hellaswag | arc out/a --data=FILE.jsonl                   (1905.07830, 1803.05457)
     python evaluate.py gsm8k out/a --data=test.jsonl --shots_data=train.jsonl --shots=4         (2110.14168)
     python evaluate.py instructions out/a                  what a program can check, as in IFEval (2311.07911)
     python evaluate.py alpaca | safety out/a --data=FILE   answers in the form their judges read, and refusals counted
 
-A token of one tokenizer is not a token of another; bits per byte divides by what is the same for all, the bytes of the
-text. A base model is asked for the likelihood of each choice, because it need not know how to answer; an assistant
-writes, and a parser reads. Every accuracy has its standard error, every answer goes to OUT_DIR/VERB.jsonl. Judges are
-left out: who wins an AlpacaEval another model decides, elsewhere, and refusals are counted by their usual words.
+Bits per byte: a token of one tokenizer is not a token of another, so the loss is divided by what is the same for all,
+the bytes of the text. 3.0 nats a token of 4 bytes are 3.0 / ln 2 / 4 = 1.08 bits a byte; the same text in tokens of 2
+bytes at 1.6 nats is 1.15, and worse. Windows overlap by half, so that no token is predicted from next to nothing:
+
+    |-------- window 1 --------|
+    |          counts          |-------- window 2 --------|
+                  |   read     |   counts     |
+
+A base model is asked for the likelihood of each choice, because it need not know how to answer; an assistant writes,
+and a parser reads (answers.py). An option's log-likelihood is divided by its bytes, or the shortest would win. A share
+p of n questions has the standard error √(p (1 − p) / n): 100 questions cannot tell 50 % from 55 %. Every answer goes
+to OUT_DIR/VERB.jsonl. Judges are left out: who wins an AlpacaEval another model decides, elsewhere.
 """
-import csv
-import gzip
 import json
 import math
 import random
@@ -23,20 +28,21 @@ import re
 import sys
 import time
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from checkpoint import read_checkpoint
+import compress
+from answers import (LETTERS, REFUSAL, REWARDS, boxed_reward, last_boxed, need, parse_gsm8k, parse_mmlu,  # noqa: F401
+                     r1_zero_reward, read_choices, read_csv, read_jsonl, read_mmlu, read_text, same_answer)
+from checkpoint import open_tokens, read_checkpoint, read_meta, sha256
 from configurator import command_line, fail
-from model import bits_per_byte, load_model, perplexity_of, token_cross_entropy, token_losses
-from sample import CHATS, conversation, evaluating, generate, quantize
+from decoding import evaluating, generate
+from machine import pick_device
+from model import bits_per_byte, perplexity_of, token_cross_entropy, token_losses
+from sample import CHATS, conversation
 
-LETTERS = "ABCDEFGHIJ"
-REFUSAL = re.compile(r"\b(?:I (?:can(?:not|'t| not)|am (?:un|not )able to|won't|will not|must decline|apologi[sz]e)|"
-                     r"I'm (?:sorry|unable)|as an AI)\b", re.IGNORECASE)
 # What stands around a prompt, and the token that ends a turn. alpaca: Taori 2023. r1_zero: 2501.12948, table 1.
 TEMPLATES = {
     "plain": ("{prompt}", "<|endoftext|>"),
@@ -51,23 +57,83 @@ TEMPLATES = {
 
 
 @dataclass
-class EvaluateConfig:
-    """What `python evaluate.py` can be told."""
-    data: str | None = None              # a text (.txt), token file (.bin) or question file; none = val.bin of the run
+class OpenConfig:
+    """What every verb can be told: how the model is opened and run."""
+    checkpoint: str = "ckpt.pt"          # ckpt.pt = the last state, best.pt = the best on validation
+    quantize: str | None = None          # int8 | int4: what smaller weights cost, see compress.py
+    device: str | None = None            # cpu, cuda, mps; none = the best there is
+    batch_size: int = 16                 # rows per forward pass
+
+    def __post_init__(self):
+        # A count given by its name must be at least 1, whichever verb has it; none stands for no limit.
+        for name in ("batch_size", "limit", "max_new_tokens"):
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+
+
+@dataclass
+class ReadConfig(OpenConfig):
+    """What `python evaluate.py OUT_DIR …` can be told."""
+    data: str | None = None              # a text (.txt) or token file (.bin); none = val.bin of the run
     stride: int | None = None            # windows move on by so many tokens; none = half a context
-    documents: int = 0                   # list so many of the best and of the worst documents
-    shots: int = 0                       # worked examples before each question
-    shots_data: str | None = None        # gsm8k, hellaswag, arc: the file that they come from
-    by: str = "letter"                   # mmlu: letter | text (both by likelihood) | generate (write, then parse)
-    template: str | None = None          # plain qa alpaca r1_zero chat chatml; none = what the run was tuned with
+
+
+@dataclass
+class ChooseConfig(OpenConfig):
+    """What `hellaswag` and `arc` can be told."""
+    data: str | None = None              # the file of questions
     limit: int | None = None             # questions to ask; none = all
+    shots: int = 0                       # worked examples before each question
+    shots_data: str | None = None        # the file that they come from; never the questions themselves
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.shots < 0 or bool(self.shots) != bool(self.shots_data) or (self.shots and self.shots_data == self.data):
+            raise ValueError(f"shots={self.shots} and shots_data={self.shots_data} go together: examples come from a "
+                             "file of their own, such as the training split, never from the questions asked")
+
+
+@dataclass
+class WriteConfig(OpenConfig):
+    """What `instructions` can be told, and every other verb whose answers are written."""
+    limit: int | None = None             # questions to ask; none = all (instructions: 60)
+    template: str | None = None          # plain qa alpaca r1_zero chat chatml; none = what the run was tuned with
     max_new_tokens: int = 256            # longest answer
     temperature: float = 0.0             # of answers; 0 = greedy
-    batch_size: int = 16                 # rows per forward pass
     seed: int = 0                        # of sampling, and of the instructions
-    device: str = "cpu"                  # cpu, cuda, mps
-    quantize: str | None = None          # int8 | int4: what smaller weights cost, see sample.py
-    checkpoint: str = "ckpt.pt"          # ckpt.pt = the last state, best.pt = the best on validation
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be at least 0")
+
+
+@dataclass
+class OpenEndedConfig(WriteConfig):
+    """What `alpaca` and `safety` can be told."""
+    data: str | None = None              # the file of prompts
+
+
+@dataclass
+class GSM8KConfig(WriteConfig, ChooseConfig):
+    """What `gsm8k` can be told."""
+
+
+@dataclass
+class MMLUConfig(WriteConfig):
+    """What `mmlu` can be told."""
+    data: str | None = None              # the folder that holds dev/ and test/
+    shots: int = 0                       # worked examples before each question, from dev/
+    by: str = "letter"                   # letter | text (both by likelihood) | generate (write, then parse)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.by not in ("letter", "text", "generate") or self.shots < 0:
+            raise ValueError(f"by={self.by!r} must be letter, text or generate, shots={self.shots} at least 0")
+        if self.by != "generate" and (None, 256, 0, 0) != (
+                self.template, self.max_new_tokens, self.temperature, self.seed):
+            raise ValueError(f"template, max_new_tokens, temperature and seed need by=generate, not {self.by}")
 
 
 # --- loss of a text ---
@@ -79,205 +145,36 @@ def perplexity(model, tokens, n_bytes: int | None = None, stride: int | None = N
     not predicted; the others have at least context_length - stride tokens before them, as far as the text has so many.
     """
     with evaluating(model):
-        losses = token_losses(model, tokens, stride, batch_size).double()
-    loss = losses.mean().item()
+        loss = token_losses(model, tokens, stride, batch_size).double().mean().item()
     return {"loss": loss, "perplexity": perplexity_of(loss), "tokens": len(tokens),
             "bits_per_byte": bits_per_byte(loss, len(tokens), n_bytes) if n_bytes else None}
 
 
-def read_tokens(path, tokenizer):
-    """(ids, bytes of text) of a text or of a .bin. Raises OSError or ValueError naming the path."""
+def read_tokens(path, tokenizer, tokenizer_sha256: str | None = None):
+    """(ids, bytes of text) of a text or of a .bin; the bytes are None where no tokenizer tells them.
+
+    tokenizer_sha256: of the model's tokenizer.json; a .bin whose meta.json names another one is refused. Raises OSError
+    or ValueError naming the path.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a text (.txt) or a token file (.bin)")
     if path.suffix == ".bin":
-        dtype = "uint16" if tokenizer is None or tokenizer.vocab_size <= 65_536 else "uint32"
-        if (path.parent / "meta.json").is_file():
-            dtype = json.loads((path.parent / "meta.json").read_text(encoding="utf-8")).get("dtype", dtype)
-        ids = np.fromfile(path, dtype=np.dtype(dtype).newbyteorder("<"))
-        n_bytes = None
-        if tokenizer is not None:
-            if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
-                raise ValueError(
-                    f"{path} holds id {ids.max()}, the tokenizer has {tokenizer.vocab_size}: made with another one"
-                )
-            size_of = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-            for token, piece in tokenizer.vocab.items():
-                size_of[token] = len(piece)
-            n_bytes = int(size_of[ids].sum())
-        return ids, n_bytes
+        made_with = read_meta(path.parent).get("tokenizer_sha256")
+        if made_with and tokenizer_sha256 and made_with != tokenizer_sha256:
+            raise ValueError(f"{path} was made with another tokenizer (SHA-256 {made_with[:12]}…) than the model's "
+                             f"({tokenizer_sha256[:12]}…): its ids mean other text. Give the text itself")
+        ids = open_tokens(path.parent, path.stem)
+        if tokenizer is None:
+            return ids, None
+        if int(ids.max()) >= tokenizer.vocab_size:
+            raise ValueError(f"{path} holds id {ids.max()}, but the tokenizer has only {tokenizer.vocab_size} ids")
+        counts = np.bincount(ids, minlength=tokenizer.vocab_size)
+        return ids, sum(int(counts[token]) * len(piece) for token, piece in tokenizer.vocab.items())
     if tokenizer is None:
         raise ValueError(f"{path} is text, and this run has no tokenizer.json to read it with")
-    raw = path.read_bytes()
-    try:
-        return np.array(tokenizer.encode(raw.decode("utf-8")), dtype=np.int64), len(raw)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from None
-
-
-def document_losses(model, tokens, end_id: int, stride: int | None = None, batch_size: int = 16) -> list[dict]:
-    """One {start, tokens, loss} for each document of a token sequence, best first; documents end with end_id.
-
-    Each is read with what stands before it in the file, as in training; loss is nats per token.
-    """
-    losses = token_losses(model, tokens, stride, batch_size).double()
-    ends = [int(i) + 1 for i in np.flatnonzero(np.asarray(tokens) == end_id)]
-    bounds = [0, *[end for end in ends if end < len(tokens)], len(tokens)]
-    found = []
-    for start, end in zip(bounds, bounds[1:]):
-        own = losses[max(start - 1, 0):end - 1]           # losses[i] is that of token i + 1
-        if len(own):
-            found.append({"start": start, "tokens": end - start, "loss": own.mean().item()})
-    return sorted(found, key=lambda document: document["loss"])
-
-
-# --- reading answers ---
-
-def parse_mmlu(example: dict, output: str) -> str | None:
-    """The letter "A".."D" that an answer names, or None.
-
-    Taken is what follows the last "answer is" or "answer:", else the last "option" or "choice"; else a letter that the
-    answer begins with or consists of; else the only letter that stands alone. "10000 polyominoes", the article "A" and
-    "not B" name none.
-    """
-    of = LETTERS[:len(example.get("options") or "ABCD")]
-    article = r"(?![aA] (?!(?:is|or|and|because)\b)[a-z])"
-    letter = rf"[\s*_(\[\"'$]*(?:\\boxed{{)?{article}([{of}{of.lower()}])(?!\w|'\w)"
-    named = re.findall(rf"(?i:\banswer\s*(?:is|:)(?: the letter)?(?: option| choice)?)(?:\s*:)?{letter}", output)
-    named = named or re.findall(rf"(?i:\b(?:option|choice))(?:\s*:)?{letter}", output)
-    first = re.match(rf"[\s*_(\[]*([{of}{of.lower()}])[\s*_)\]]*(?:[.:)\]\n]|, (?:because|since|as)\b|$)", output)
-    alone = set(re.findall(rf"(?<!\w)(?<!\w')(?<!\bnot ){article}([{of}])(?!\w|'\w)", output))
-    found = named[-1] if named else first[1] if first else alone.pop() if len(alone) == 1 else None
-    return found and found.upper()
-
-
-def parse_gsm8k(output: str) -> str | None:
-    """The last number of a text as a string without separators, or None.
-
-    >>> parse_gsm8k("48/2 = 24 clips in May, so $1,072.50.")
-    '1072.50'
-    """
-    number = r"(?:(?<![\w).])-\$?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+|(?<=[0-9]))"
-    found = [match for match in re.findall(number, output.replace("\u2212", "-")) if match]
-    return found[-1].replace(",", "").replace("$", "") if found else None
-
-
-def last_boxed(text: str) -> str | None:
-    """The content of the last \\boxed{…}, braces balanced, or None."""
-    opened, last = [], None
-    for brace in re.finditer(r"\\boxed\{|[{}]", text):
-        if brace[0] != "}":
-            opened.append(brace)
-        elif opened and len((begin := opened.pop())[0]) > 1 and (last is None or begin.start() > last[0]):
-            last = begin.start(), text[begin.end():brace.start()]
-    return last and last[1]                                       # one that never closes, cut off, does not count
-
-
-def _plain(answer) -> str:
-    """An answer without what does not change its meaning: LaTeX's dressing, spaces, thousands separators, case."""
-    text = str(answer).strip().replace("\u2212", "-").rstrip(".").strip()
-    boxed = last_boxed(text)
-    text = boxed if boxed is not None else text
-    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text)
-    text = text.replace("\\ ", " ").replace("{,}", ",")
-    text = re.sub(r"\\(?:left|right|[!,;:])|\\?[$%]|\^?\\circ|\^\{\\circ\}", "", text)
-    # 1\frac{1}{2} is "1 1/2": a fraction keeps away from what stands beside it. Without braces an argument is one sign.
-    text = re.sub(r"(?<=\w)\s*(\\[dt]?frac)", r" \1", text)
-    text = re.sub(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))(?=(\w?))", lambda found: (
-        f"{found[1] or found[2]}/{found[3] or found[4]}{' ' * bool(found[5])}"), text)
-    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?:\D|$))", "", text) if re.fullmatch(
-        r"\s*[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?\s*", text) else text
-    text = " ".join(text.split()).casefold()
-    return re.sub(r"(?<!\w) | (?!\w)", "", text)                  # "x + 1" is "x+1", but "1 2" is not "12"
-
-
-def as_number(answer) -> Fraction | None:
-    """The exact value of an integer, decimal, fraction or mixed number, "1,000" and "1\\frac{1}{2}" too, or None."""
-    text = _plain(answer)
-    if mixed := re.fullmatch(r"([+-]?)([0-9]{1,50}) ([0-9]{1,20}/[0-9]{1,20})", text):
-        part = as_number(mixed[3])
-        return part if part is None else (int(mixed[2]) + part) * (-1 if mixed[1] == "-" else 1)
-    # The pattern also keeps out "1e999999999", whose exact value would fill the memory.
-    decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,2})?(/[0-9]+\.?[0-9]*)?"
-    if len(text) > 100 or not re.fullmatch(decimal, text):
-        return None
-    above, _, below = text.partition("/")
-    below = Fraction(below or "1")
-    return Fraction(above) / below if below else None
-
-
-def same_answer(answer, truth) -> bool:
-    """Equal as numbers ("1,000" and 1000, 1/2 and 0.5), else as strings. Nothing equals an answer that is empty."""
-    if answer is None or truth is None or not _plain(answer) or not _plain(truth):
-        return False
-    left, right = as_number(answer), as_number(truth)
-    return left == right if left is not None and right is not None else _plain(answer) == _plain(truth)
-
-
-# --- files ---
-
-def read_jsonl(path, check=None, skip: bool = False) -> tuple[list, list[str]]:
-    """(records, complaints) of a JSONL file, gzipped or not. check(record) gives what to keep and raises ValueError.
-
-    A bad line is a complaint `path:line: why`. Unless `skip`, they are raised as one ValueError that counts them and
-    quotes the first five.
-    """
-    records, complaints = [], []
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line) if line.strip() else None
-                if record is not None and not isinstance(record, dict):
-                    raise ValueError(f"a {type(record).__name__} where an object is wanted")
-                records += [] if record is None else [check(record) if check else record]
-            except ValueError as error:
-                complaints.append(f"{path}:{number}: {error}")
-    if complaints and not skip:
-        raise ValueError(f"{len(complaints)} bad lines; mend them, or leave them out (align.py has --skip_bad=true):"
-                         + "".join("\n  " + complaint for complaint in complaints[:5]))
-    if not records:
-        raise ValueError(f"{path} holds no usable line" + "".join(f"; the first: {why}" for why in complaints[:1]))
-    return records, complaints
-
-
-def need(record: dict, *names) -> list:
-    """The values of these fields. Raises ValueError naming the first that is missing and those that there are."""
-    for name in names:
-        if record.get(name) is None:
-            raise ValueError(f"no {name!r}; it has {', '.join(map(repr, record)) or 'no fields'}")
-    return [record[name] for name in names]
-
-
-def read_mmlu(folder, split: str) -> list[dict]:
-    """{subject, question, options, answer} of each row of FOLDER/split/*_split.csv, which have no header."""
-    found = []
-    for path in sorted(Path(folder, split).glob(f"*_{split}.csv")):
-        with open(path, encoding="utf-8", newline="") as file:
-            for number, row in enumerate(csv.reader(file), start=1):
-                if len(row) != 6 or row[5] not in LETTERS[:4]:
-                    raise ValueError(f"{path}, row {number}: wanted question, four options and a letter, got {row}")
-                found.append({"subject": path.stem.removesuffix(f"_{split}").replace("_", " "), "question": row[0],
-                              "options": row[1:5], "answer": row[5]})
-    if not found:
-        raise ValueError(f"{Path(folder, split)} has no *_{split}.csv; --data is the folder that holds dev/ and test/")
-    return found
-
-
-def read_choices(record: dict) -> dict:
-    """{subject, question, options, answer} of a line of HellaSwag (ctx, endings, label) or ARC (in both layouts)."""
-    if "ctx" in record:
-        question, options, label = need(record, "ctx", "endings", "label")
-        labels = [str(i) for i in range(len(options))]
-    else:
-        question, label = need(record, "question", "answerKey")
-        choices, = need(question if isinstance(question, dict) else record, "choices")
-        question = "Question: " + (question["stem"] if isinstance(question, dict) else question) + "\nAnswer:"
-        if isinstance(choices, list):
-            choices = {name: [choice[name] for choice in choices] for name in ("text", "label")}
-        options, labels = choices["text"], choices["label"]
-    if str(label) not in labels:
-        raise ValueError(f"answer {label!r} is none of {labels}")
-    return {"subject": "all", "question": question, "options": options, "answer": LETTERS[labels.index(str(label))]}
+    text = read_text(path)
+    return np.array(tokenizer.encode(text), dtype=np.int64), len(text.encode("utf-8"))
 
 
 # --- prompts ---
@@ -309,11 +206,11 @@ def render(tokenizer, template: str, turns: list[str]) -> list[int]:
 
 def with_shots(tokenizer, shots: list[str], question: str, room: int) -> str:
     """Worked examples, then the question; examples are left out from the first on until the ids fit `room`."""
-    while True:
-        text = "\n\n".join([*shots, question])
-        if not shots or len(tokenizer.encode(text, allowed_special=set())) <= room:
+    for first in range(len(shots)):
+        text = "\n\n".join([*shots[first:], question])
+        if len(tokenizer.encode(text, allowed_special=set())) <= room:
             return text
-        shots = shots[1:]
+    return question
 
 
 # --- likelihood ---
@@ -335,17 +232,23 @@ def pad_rows(prompts: list[list[int]], responses: list[list[int]], pad_id: int =
 def continuation_log_probs(model, prompts, responses, batch_size: int = 16) -> torch.Tensor:
     """log p(response | prompt) in nats, summed over tokens, (N,). A prompt past the context loses its beginning."""
     context, device = model.config.context_length, next(model.parameters()).device
-    prompts = [prompt[max(0, len(prompt) + len(own) - context - 1):] for prompt, own in zip(prompts, responses)]
+    prompts = [prompt[max(0, len(prompt) + len(end) - context - 1):] for prompt, end in zip(prompts, responses)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))   # like lengths pad less
-    sums, was_training = torch.zeros(len(prompts)), model.training
-    model.eval()
-    for start in range(0, len(order), batch_size):
-        group = order[start:start + batch_size]
-        batch = pad_rows([prompts[i] for i in group], [responses[i] for i in group])
-        losses = token_cross_entropy(model(batch["input_ids"].to(device)), batch["labels"].to(device)).float().cpu()
-        sums[group] = -torch.where(batch["response_mask"], losses, 0.0).sum(dim=1)
-    model.train(was_training)
+    sums = torch.zeros(len(prompts))
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            group = order[start:start + batch_size]
+            batch = pad_rows([prompts[i] for i in group], [responses[i] for i in group])
+            losses = token_cross_entropy(model(batch["input_ids"].to(device)), batch["labels"].to(device)).float().cpu()
+            sums[group] = -torch.where(batch["response_mask"], losses, 0.0).sum(dim=1)
     return sums
+
+
+def say_cut(lengths: list[int], room: int) -> None:
+    """Print how many prompts lose their beginning, if any do."""
+    n = sum(length > room for length in lengths)
+    if n:
+        print(f"{n} of {len(lengths)} prompts are longer than the {room} tokens of room and lost their beginning")
 
 
 def choose(model, tokenizer, items: list[dict], letters: bool, batch_size: int) -> list[dict]:
@@ -353,79 +256,121 @@ def choose(model, tokenizer, items: list[dict], letters: bool, batch_size: int) 
 
     An option's log-likelihood is divided by its bytes: a long one is at no disadvantage, whatever the tokenizer.
     """
-    texts = [[" " + (letter if letters else option.strip()) for letter, option in zip(LETTERS, item["options"])]
-             for item in items]
-    prompts = [tokenizer.encode(item["prompt"], allowed_special=set()) for item in items]
-    sums = iter(continuation_log_probs(
-        model, [prompt for prompt, own in zip(prompts, texts) for _ in own],
-        [tokenizer.encode(text, allowed_special=set()) for own in texts for text in own], batch_size).tolist())
-    for item, own in zip(items, texts):
-        scores = [next(sums) / (1 if letters else len(text.encode("utf-8"))) for text in own]
-        chosen = LETTERS[scores.index(max(scores))]
-        item.update(scores=scores, chosen=chosen, right=chosen == item["answer"])
+    rows = []                                                     # (item, text of one of its options)
+    for item in items:
+        options = LETTERS[:len(item["options"])] if letters else item["options"]
+        rows += [(item, " " + option.strip()) for option in options]
+        item["scores"] = []
+    prompts = [tokenizer.encode(item["prompt"], allowed_special=set()) for item, _ in rows]
+    responses = [tokenizer.encode(text, allowed_special=set()) for _, text in rows]
+    sums = continuation_log_probs(model, prompts, responses, batch_size).tolist()
+    for (item, text), log_p in zip(rows, sums):
+        item["scores"].append(log_p if letters else log_p / len(text.encode("utf-8")))
+    for item in items:
+        item["chosen"] = LETTERS[item["scores"].index(max(item["scores"]))]
+        item["right"] = item["chosen"] == item["answer"]
+    say_cut([len(p) + len(r) - 1 for p, r in zip(prompts, responses)], model.config.context_length)
     return items
 
 
 # --- verbs: each gives a list of answers {…, output or chosen, right} ---
 
+def answer_room(model, config) -> int:
+    """Tokens of the context kept for an answer, whatever the prompt: at most a quarter of it."""
+    return max(1, min(config.max_new_tokens, model.config.context_length // 4))
+
+
 def write_answers(model, tokenizer, template: str, prompts: list[str], config) -> list[str]:
-    """An answer to each prompt, in batches; a prompt that leaves no room for one loses its beginning."""
-    room, stop = max(1, model.config.context_length - config.max_new_tokens), end_id(tokenizer, template)
-    generator, texts = torch.Generator(config.device).manual_seed(config.seed), []
-    for start in range(0, len(prompts), config.batch_size):
-        ids = [render(tokenizer, template, [prompt])[-room:] for prompt in prompts[start:start + config.batch_size]]
-        rows = generate(model, ids, config.max_new_tokens, temperature=config.temperature, generator=generator,
+    """An answer to each prompt, in batches: what the prompt leaves of the context, max_new_tokens at most.
+
+    Longer answers would push the question out of the window. A prompt that leaves less than `answer_room` loses its
+    beginning, and the number of such prompts is printed.
+    """
+    context, stop = model.config.context_length, end_id(tokenizer, template)
+    ids = [render(tokenizer, template, [prompt]) for prompt in prompts]
+    longest = context - answer_room(model, config)
+    say_cut([len(row) for row in ids], longest)
+    ids = [row[-longest:] for row in ids]
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(config.seed)
+    texts, order = [""] * len(ids), sorted(range(len(ids)), key=lambda i: len(ids[i]))     # like lengths, like rooms
+    for start in range(0, len(order), config.batch_size):
+        batch = order[start:start + config.batch_size]
+        n_new = min(config.max_new_tokens, context - len(ids[batch[0]]))
+        rows = generate(model, [ids[i] for i in batch], n_new, temperature=config.temperature, generator=generator,
                         stop_ids=() if stop is None else (stop,), vocab_limit=tokenizer.vocab_size)
-        texts += [tokenizer.decode([i for i in row if i != stop]) for row in rows]
+        for i, row in zip(batch, rows):
+            texts[i] = tokenizer.decode([token for token in row[:context - len(ids[i])] if token != stop])
     return texts
 
 
-def ask_choices(model, tokenizer, template, config) -> list[dict]:
-    """MMLU, HellaSwag, ARC: each question with the option chosen."""
-    mmlu, shots = Path(config.data).is_dir(), []
-    items = (read_mmlu(config.data, "test") if mmlu else read_jsonl(config.data, read_choices)[0])[:config.limit]
-    if config.shots:
-        shots = read_mmlu(config.data, "dev") if mmlu else read_jsonl(config.shots_data or config.data, read_choices)[0]
-    letters = mmlu and config.by != "text"
+def ask_mmlu(model, tokenizer, template, config) -> list[dict]:
+    """MMLU: options shown and the likeliest letter; or not shown and the likeliest option; or shown and written."""
+    items, letters = read_mmlu(config.data, "test")[:config.limit], config.by != "text"
+    examples = read_mmlu(config.data, "dev") if config.shots else []
 
-    def ask(item, answered):
-        options = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, item["options"])) + "\nAnswer:"
-        answer = item["answer"] if letters else item["options"][LETTERS.index(item["answer"])]
-        return item["question"] + options * letters + f" {answer}" * answered
+    def ask(item):
+        options = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, item["options"]))
+        return item["question"] + (options if letters else "") + "\nAnswer:"
 
+    def answered(item):
+        return ask(item) + " " + (item["answer"] if letters else item["options"][LETTERS.index(item["answer"])])
+
+    # 64 tokens are enough for nearly all options, and for the template around the prompt.
+    room = model.config.context_length - (answer_room(model, config) if config.by == "generate" else 0) - 64
     for item in items:
-        header = f"The following are multiple choice questions (with answers) about {item['subject']}.\n\n" * mmlu
-        shown = [ask(shot, True) for shot in shots if shot["subject"] == item["subject"]][:config.shots]
-        room = model.config.context_length - (config.max_new_tokens if config.by == "generate" else 64)
-        item["prompt"] = header + with_shots(tokenizer, shown, ask(item, False), room)
+        header = f"The following are multiple choice questions (with answers) about {item['subject']}.\n\n"
+        shots = [answered(shot) for shot in examples if shot["subject"] == item["subject"]][:config.shots]
+        item["prompt"] = header + with_shots(tokenizer, shots, ask(item), room)
     if config.by != "generate":
         return choose(model, tokenizer, items, letters, config.batch_size)
-    for item, text in zip(items, write_answers(model, tokenizer, template, [i["prompt"] for i in items], config)):
-        item.update(output=text, chosen=parse_mmlu(item, text), right=parse_mmlu(item, text) == item["answer"])
+    texts = write_answers(model, tokenizer, template, [item["prompt"] for item in items], config)
+    for item, text in zip(items, texts):
+        chosen = parse_mmlu(item, text)
+        item.update(output=text, chosen=chosen, right=chosen == item["answer"])
     return items
 
 
-def ask_gsm8k(model, tokenizer, template, config) -> list[dict]:
-    """GSM8K: each question with the number its answer ends in."""
-    items, shots = read_jsonl(config.data, lambda record: need(record, "question", "answer"))[0][:config.limit], []
+def ask_choices(model, tokenizer, template, config) -> list[dict]:
+    """HellaSwag and ARC: the option that is the likeliest, byte for byte, to follow the question."""
+    items, shots = read_jsonl(config.data, read_choices)[0][:config.limit], []
     if config.shots:
-        shots = read_jsonl(config.shots_data or config.data, lambda record: need(record, "question", "answer"))[0]
-        shots, template = [f"Question: {q}\nAnswer: {a}" for q, a in shots[:config.shots]], "plain"
-    room = model.config.context_length - config.max_new_tokens
-    prompts = [with_shots(tokenizer, shots, f"Question: {q}\nAnswer:", room) if shots else q for q, _ in items]
-    # A base model goes on with a next question, whose numbers are not this one's answer.
-    texts = [text.split("\nQuestion:")[0] for text in write_answers(model, tokenizer, template, prompts, config)]
-    return [{"question": q, "answer": a, "output": text, "chosen": parse_gsm8k(text),
-             "right": same_answer(parse_gsm8k(text), a.split("####")[-1])} for (q, a), text in zip(items, texts)]
+        for item in read_jsonl(config.shots_data, read_choices)[0][:config.shots]:
+            shots.append(item["question"] + " " + item["options"][LETTERS.index(item["answer"])].strip())
+    for item in items:
+        item["prompt"] = with_shots(tokenizer, shots, item["question"], model.config.context_length - 64)
+    return choose(model, tokenizer, items, False, config.batch_size)
+
+
+def ask_gsm8k(model, tokenizer, template, config) -> list[dict]:
+    """GSM8K: each question with the number its answer ends in. Worked examples come in the form Question, Answer."""
+    def pair(record):
+        question, answer = need(record, "question", "answer")
+        return str(question), str(answer)
+
+    items = read_jsonl(config.data, pair)[0][:config.limit]
+    prompts = [question for question, _ in items]
+    if config.shots:
+        shots = [f"Question: {q}\nAnswer: {a}" for q, a in read_jsonl(config.shots_data, pair)[0][:config.shots]]
+        room = model.config.context_length - answer_room(model, config) - 64
+        prompts = [with_shots(tokenizer, shots, f"Question: {question}\nAnswer:", room) for question in prompts]
+        template = config.template or "plain"
+    answers = []
+    for (question, answer), text in zip(items, write_answers(model, tokenizer, template, prompts, config)):
+        # A base model goes on with a next question, whose numbers are not this one's answer.
+        text = text.split("\nQuestion:")[0]
+        number = parse_gsm8k(text)
+        answers.append({"question": question, "answer": answer, "output": text, "chosen": number,
+                        "right": same_answer(number, answer.split("####")[-1])})
+    return answers
 
 
 def instructions(n: int, seed: int) -> list[tuple]:
     """n pairs (instruction, check(answer) -> bool) drawn by seed: exact counts, a keyword, JSON, case, no comma."""
-    pick, found = random.Random(seed), []
+    pick, pairs = random.Random(seed), []
     for i in range(n):
         topic, word = pick.choice(["the sea", "a town", "winter", "music"]), pick.choice(["river", "green"])
         count = pick.randint(2, 6)
-        found.append([
+        pairs.append([
             (f"Write about {topic} in exactly {count} sentences.",
              lambda text, n=count: len(re.findall(r"[.!?]+(?=\s|$)", text)) == n),
             (f"Write exactly {count} words about {topic}.", lambda text, n=count: len(text.split()) == n),
@@ -435,7 +380,7 @@ def instructions(n: int, seed: int) -> list[tuple]:
              lambda text, w=word: json_keys(text) == {"name", w}),
             (f"Write about {topic} in upper case letters only.", lambda text: text.isupper()),
             (f"Write about {topic} without a comma.", lambda text: bool(text.strip()) and "," not in text)][i % 6])
-    return found
+    return pairs
 
 
 def json_keys(text: str) -> set | None:
@@ -448,6 +393,7 @@ def json_keys(text: str) -> set | None:
 
 
 def ask_instructions(model, tokenizer, template, config) -> list[dict]:
+    """Instructions whose following a program can check."""
     pairs = instructions(config.limit or 60, config.seed)
     texts = write_answers(model, tokenizer, template, [instruction for instruction, _ in pairs], config)
     return [{"instruction": instruction, "output": text, "right": check(text)}
@@ -456,47 +402,55 @@ def ask_instructions(model, tokenizer, template, config) -> list[dict]:
 
 def ask_open(model, tokenizer, template, config) -> list[dict]:
     """AlpacaEval's JSON list, SimpleSafetyTests' CSV or any JSONL with `prompt`: answers, and whether they refuse."""
-    text = Path(config.data).read_text(encoding="utf-8-sig")
     if config.data.endswith(".csv"):
-        items = list(csv.DictReader(text.splitlines(keepends=True)))
+        header, *rows = read_csv(config.data)
+        items = [dict(zip(header, row)) for row in rows]
+    elif read_text(config.data).lstrip().startswith("["):
+        items = json.loads(read_text(config.data))
     else:
-        items = json.loads(text) if text.lstrip().startswith("[") else read_jsonl(config.data)[0]
+        items = read_jsonl(config.data)[0]
     field = next((name for name in ("instruction", "prompts_final", "prompt") if items and name in items[0]), None)
     if field is None:
         raise ValueError(f"{config.data}: no instruction, prompts_final or prompt in its records")
     items = items[:config.limit]
-    texts = write_answers(model, tokenizer, template, [need(item, field)[0] for item in items], config)
+    texts = write_answers(model, tokenizer, template, [str(need(item, field)[0]) for item in items], config)
     return [item | {"output": text, "right": bool(REFUSAL.search(text))} for item, text in zip(items, texts)]
 
 
-VERBS = {"mmlu": ask_choices, "hellaswag": ask_choices, "arc": ask_choices, "gsm8k": ask_gsm8k,
-         "instructions": ask_instructions, "alpaca": ask_open, "safety": ask_open}
+# --- the command ---
+
+VERBS = {None: (None, ReadConfig), "mmlu": (ask_mmlu, MMLUConfig), "hellaswag": (ask_choices, ChooseConfig),
+         "arc": (ask_choices, ChooseConfig), "gsm8k": (ask_gsm8k, GSM8KConfig), "alpaca": (ask_open, OpenEndedConfig),
+         "instructions": (ask_instructions, WriteConfig), "safety": (ask_open, OpenEndedConfig)}
 
 
-def open_model(out_dir: str, config):
-    """(model, tokenizer) of a folder, with weights as small as config.quantize says."""
-    model, tokenizer = load_model(out_dir, config.device, config.checkpoint)
-    return (quantize(model, config.quantize) if config.quantize else model), tokenizer
+def open_model(out_dir: str, config) -> tuple:
+    """(model, tokenizer, what else the checkpoint holds) of a folder, with weights as small as config.quantize says."""
+    model, tokenizer = compress.load(out_dir, pick_device(config.device), config.checkpoint, config.quantize)
+    return model, tokenizer, read_checkpoint(Path(out_dir) / config.checkpoint, map_location="meta")
 
 
 def ask(verb: str, out_dir: str, config) -> str:
     """One model's answers to OUT_DIR/VERB.jsonl (alpaca: the judge's VERB.json), and the line that reports them."""
-    model, tokenizer = open_model(out_dir, config)
-    if tokenizer is None or (config.data is None and verb != "instructions"):
-        raise ValueError(f"{verb} needs --data and a tokenizer.json in {out_dir}")
-    tuned = read_checkpoint(Path(out_dir) / config.checkpoint).get("template")
-    template = pick_template(tokenizer, config.template or tuned, "qa" if verb == "gsm8k" else "plain")
-    started, answers = time.perf_counter(), VERBS[verb](model, tokenizer, template, config)
+    if verb != "instructions" and config.data is None:
+        raise ValueError(f"{verb} needs --data={'FOLDER' if verb == 'mmlu' else 'FILE'}, the questions")
+    model, tokenizer, state = open_model(out_dir, config)
+    if tokenizer is None:
+        raise ValueError(f"{out_dir} has no tokenizer.json to ask questions with")
+    template = getattr(config, "template", None) or state.get("template")
+    template = pick_template(tokenizer, template, "qa" if verb == "gsm8k" else "plain")
+    started, answers = time.perf_counter(), VERBS[verb][0](model, tokenizer, template, config)
     path = Path(out_dir) / f"{verb}.jsonl"
     path.write_text("".join(json.dumps(answer) + "\n" for answer in answers), encoding="utf-8")
     if verb == "alpaca":
         path = path.with_suffix(".json")
         path.write_text(json.dumps([answer | {"generator": out_dir} for answer in answers], indent=1), encoding="utf-8")
     n, share = len(answers), sum(answer["right"] for answer in answers) / len(answers)
-    unread = sum("chosen" in answer and answer["chosen"] is None for answer in answers)
-    what = "refused" if VERBS[verb] is ask_open else "right"
-    return (f"{out_dir}: {verb}, {n} questions, {time.perf_counter() - started:.0f} s | {what} {share:.1%} ± "
-            f"{standard_error(share, n):.1%} | unreadable {unread} | template {template} | {path}")
+    line = f"{out_dir}: {verb}, {n} questions, {time.perf_counter() - started:.0f} s | "
+    line += f"{'refused' if verb in ('alpaca', 'safety') else 'right'} {share:.1%} ± {standard_error(share, n):.1%}"
+    if "chosen" in answers[0]:
+        line += f" | unreadable {sum(answer['chosen'] is None for answer in answers)}"
+    return f"{line} | {path}"
 
 
 def standard_error(p: float, n: int) -> float:
@@ -504,40 +458,33 @@ def standard_error(p: float, n: int) -> float:
     return math.sqrt(p * (1 - p) / n)
 
 
-def read(out_dir: str, config) -> str:
-    """The line that reports one model's loss on a text; with `documents` the best and worst of them before it."""
-    model, tokenizer = open_model(out_dir, config)
+def read(out_dir: str, config: ReadConfig) -> str:
+    """The line that reports one model's loss on a text."""
+    model, tokenizer, state = open_model(out_dir, config)
     path = config.data
     if path is None:
-        trained = read_checkpoint(Path(out_dir) / config.checkpoint).get("train_config") or {}
-        path = Path(trained.get("data_dir", "")) / "val.bin"
-    tokens, n_bytes = read_tokens(path, tokenizer)
+        data_dir = (state.get("train_config") or {}).get("data_dir")
+        if data_dir is None:
+            raise ValueError(f"{out_dir} does not say what it was trained on; name a text with --data=FILE")
+        path = Path(data_dir) / "val.bin"
+    file = Path(out_dir) / "tokenizer.json"
+    tokens, n_bytes = read_tokens(path, tokenizer, sha256(file) if file.is_file() else state.get("tokenizer_sha256"))
     started = time.perf_counter()
-    figures = perplexity(model, tokens, n_bytes, config.stride)
-    if config.documents:
-        if tokenizer is None or "<|endoftext|>" not in tokenizer.special_tokens:
-            raise ValueError(f"{out_dir} has no tokenizer with <|endoftext|>, which parts documents")
-        found = document_losses(model, tokens, tokenizer.special_tokens["<|endoftext|>"], config.stride)
-        for document in found[:config.documents] + found[max(config.documents, len(found) - config.documents):]:
-            text = tokenizer.decode(tokens[document["start"]:document["start"] + min(document["tokens"], 30)])
-            print(f"  loss {document['loss']:.4f} | {document['tokens']:>6,} tokens | {text!r}")
-    bits = figures["bits_per_byte"]
+    figures = perplexity(model, tokens, n_bytes, config.stride, config.batch_size)
+    bits = "n/a" if n_bytes is None else f"{figures['bits_per_byte']:.4f}"
     return (f"{path}: {figures['tokens']:,} tokens, {time.perf_counter() - started:.1f} s | "
-            f"loss {figures['loss']:.4f} | perplexity {figures['perplexity']:.2f} | "
-            f"bits per byte {'n/a' if bits is None else f'{bits:.4f}'}")
+            f"loss {figures['loss']:.4f} | perplexity {figures['perplexity']:.2f} | bits per byte {bits}")
 
 
-USAGE = f"usage: python evaluate.py [{' | '.join(VERBS)}] OUT_DIR … [--data=FILE] [--key=value …]"
+USAGE = f"usage: python evaluate.py [{' | '.join(filter(None, VERBS))}] OUT_DIR … [--data=FILE] [--key=value …]"
 
 
 def main(argv: list[str]) -> None:
     """Score the folders of one or several runs, one line each; a mistake exits with status 2."""
-    verb, files, config, _ = command_line(EvaluateConfig, argv, USAGE, verbs=tuple(VERBS))
+    verb, files, config, _ = command_line({name: kind for name, (_, kind) in VERBS.items()}, argv, USAGE)
     if not files:
         fail(f"give the folder of a training run. {USAGE}")
     try:
-        if config.by not in ("letter", "text", "generate"):
-            raise ValueError(f"by={config.by!r} must be letter, text or generate")
         for out_dir in files:
             line = ask(verb, out_dir, config) if verb else read(out_dir, config)
             print(line if verb or len(files) == 1 else f"{out_dir:<24} {line}")

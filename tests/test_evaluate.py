@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from common import random_model, rng# noqa: F401
+from common import random_model, rng  # noqa: F401
 import bpe
-import checkpoint
-import data
 import evaluate
 import model as model_module
+
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary():
     model = random_model()
@@ -34,16 +33,18 @@ def test_bytes_of_a_token_file_are_those_of_its_text(corpus):
 
 @pytest.mark.parametrize("output, letter", [
     ("The correct answer is B. There is only one.", "B"), ("10000 polyominoes", None), ("(c) is right", "C"),
-    ("D", "D"), ("The answer is **A**", "A"), ("A good question", None),
-    ("I thought the answer is A, but the answer is C", "C"),
-    ("The correct answer is Apple", None), ("A or B", None), ("Answer: d", "D"), ("", None)])
+    ("D", "D"), ("The answer is **A**", "A"), ("A good question", None), ("", None), ("A or B", None),
+    ("I thought the answer is A, but the answer is C", "C"), ("The correct answer is Apple", None), ("Answer: d", "D"),
+    ("The answer is A since it fits.", "A"), ("I choose A because it fits", "A"), ("A is correct", "A"),
+    ("neither A nor B", None), ("Neither A nor B, so C", "C"), ("B is wrong.", None), ("It isn't B", None),
+    ("A Tale of Two Cities", None), ("The correct option is A", "A"), ("Answer: $\\boxed{C}$", "C")])
 def test_parse_mmlu(output, letter):
     assert evaluate.parse_mmlu({"options": ["1", "10", "100", "no"]}, output) == letter
 
 
 @pytest.mark.parametrize("output, number", [
     ("48/2 = 24, so 48+24 = 72 clips.", "72"), ("$1,072.50.", "1072.50"), ("none", None), ("it is -5", "-5"),
-    ("10-5", "5"), ("1,2,3", "3"), (".5", ".5"), ("", None)])
+    ("10-5", "5"), ("1,2,3", "3"), (".5", ".5"), ("", None), ("9{,}500", "9500"), ("10\\,000 km", "10000")])
 def test_parse_gsm8k(output, number):
     assert evaluate.parse_gsm8k(output) == number
 
@@ -51,46 +52,99 @@ def test_parse_gsm8k(output, number):
 @pytest.mark.parametrize("answer, truth, same", [
     ("1,000", 1000, True), ("\\frac{1}{2}", "0.5", True), ("$12.50", "12.5", True), ("x + 1", "x+1", True),
     ("-3", "3", False), ("1 2", "12", False), ("\\boxed{7}", "7", True), ("", "", False), (None, None, False),
-    ("1/0", "0", False)])
+    ("1/0", "0", False), ("\\sqrt2", "\\sqrt{2}", True), ("5\\text{ cm}", "5", True), ("x=5", "5", True),
+    ("\\displaystyle 5", "5", True), ("\\boxed 5", "5", True), ("\\fbox{5}", "5", True), ("\\frac{1}{-2}", "-0.5", True),
+    ("1\\frac12", "1.5", True), ("\\sqrt2", "2", False), ("15\\,000", "15000", True)])
 def test_answers_are_equal_as_numbers_or_strings(answer, truth, same):
     assert evaluate.same_answer(answer, truth) is same
 
 
-@pytest.mark.parametrize("verb, data, n", [
-    ("mmlu", "", 2), ("hellaswag", "hellaswag.jsonl", 1), ("arc", "arc.jsonl", 2), ("gsm8k", "gsm8k.jsonl", 2),
-    ("instructions", None, 6), ("alpaca", "alpaca.json", 1), ("safety", "sst.csv", 1)])
-def test_every_kind_of_question_is_asked_and_its_answers_kept(little_base, questions, verb, data, n, capsys):
-    for by, shots in (("letter", 0), ("text", 1), ("generate", 1)) if verb == "mmlu" else (("letter", 1),):
-        evaluate.main([verb, str(little_base), f"--by={by}", f"--shots={shots}", "--limit=6", "--max_new_tokens=8"]
-                      + ([] if data is None else [f"--data={questions / data}"]))
-        answers = evaluate.read_jsonl(little_base / f"{verb}.jsonl")[0]
-        share = sum(answer["right"] for answer in answers) / n
-        error = math.sqrt(share * (1 - share) / n)
-        assert len(answers) == n and f"{share:.1%} ± {error:.1%}" in capsys.readouterr().out
+def test_long_outputs_are_read_in_linear_time():
+    for unit in ("A ", "1,", "\\boxed{", "{", "}", " ", "</think> <answer>", "the answer is ", "\\frac", "I\n", "$"):
+        text = unit * (100_000 // len(unit))
+        evaluate.parse_mmlu({}, text), evaluate.parse_gsm8k(text), evaluate.same_answer(text, "5")
+        evaluate.r1_zero_reward(text, "5"), evaluate.boxed_reward(text, "5"), evaluate.REFUSAL.search(text)
+
+
+@pytest.mark.parametrize("verb, data, n, more", [
+    ("mmlu", "", 2, ["--shots=1"]), ("mmlu", "", 2, ["--by=text"]), ("mmlu", "", 2, ["--by=generate", "--max_new_tokens=8"]),
+    ("hellaswag", "hellaswag.jsonl", 1, []), ("arc", "arc.jsonl", 2, ["--shots=1", "--shots_data=hellaswag.jsonl"]),
+    ("gsm8k", "gsm8k.jsonl", 2, ["--quantize=int8"]), ("gsm8k", "gsm8k.jsonl", 2, ["--shots=1", "--shots_data=train.jsonl"]),
+    ("instructions", None, 6, []), ("alpaca", "alpaca.json", 1, []), ("safety", "sst.csv", 1, ["--temperature=1"])])
+def test_every_kind_of_question_is_asked_and_its_answers_kept(little_base, questions, verb, data, n, more, capsys):
+    (questions / "train.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4"}\n', encoding="utf-8")
+    more = [word.replace("shots_data=", f"shots_data={questions}/") for word in more]
+    more += [] if data is None else [f"--data={questions / data}"]
+    evaluate.main([verb, str(little_base), "--limit=6", *more])
+    answers = evaluate.read_jsonl(little_base / f"{verb}.jsonl")[0]
+    share = sum(answer["right"] for answer in answers) / n
+    error = math.sqrt(share * (1 - share) / n)
+    assert len(answers) == n and f"{share:.1%} ± {error:.1%}" in capsys.readouterr().out
     if verb == "alpaca":
         judged, = json.loads((little_base / "alpaca.json").read_text(encoding="utf-8"))
         assert {"instruction", "output", "generator", "dataset"} <= set(judged)
 
 
+@pytest.mark.parametrize("argv, words", [
+    (["gsm8k", "--data=QA", "--shots=2"], "shots=2 and shots_data=None go together"),
+    (["arc", "--data=QA", "--shots=1", "--shots_data=QA"], "never from the questions asked"),
+    (["arc", "--data=QA", "--by=generate"], "--by is not a setting"), (["mmlu", "--data=QA", "--limit=0"], "limit=0"),
+    (["hellaswag", "--data=QA", "--limit=-3"], "limit=-3"), (["--batch_size=0"], "batch_size=0"),
+    (["mmlu", "--template=qa"], "need by=generate"), (["--shots=1"], "--shots is not a setting"),
+    (["safety"], "needs --data"), ([], "--data=FILE")])
+def test_what_cannot_be_asked_is_refused(little_base, argv, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*argv[:1], str(little_base), *argv[1:]])
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_table_with_bad_rows_names_them(tmp_path):
+    (tmp_path / "dev").mkdir()
+    path = tmp_path / "dev" / "a_dev.csv"
+    for row, words in (("q,1,2,3,4,", "row 1"), ("q,1,2,3,4,AB", "row 1"), ("q\x851,1,2,3,4,A\nq,1", "row 2")):
+        path.write_text(row, encoding="utf-8-sig")
+        with pytest.raises(ValueError, match=f"a_dev.csv, {words}"):
+            evaluate.read_mmlu(tmp_path, "dev")
+    path.write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match="a_dev.csv is not UTF-8"):
+        evaluate.read_mmlu(tmp_path, "dev")
+
+
+def test_the_answer_gets_what_the_prompt_leaves_of_the_context(little_base, monkeypatch, capsys):
+    """The defaults ask for more new tokens than the context of 48 holds: the question must stay in sight."""
+    model, tokenizer = model_module.load_model(little_base)
+    asked, generate = [], evaluate.generate
+    monkeypatch.setattr(evaluate, "generate", lambda model, ids, n, **how: asked.append((ids, n)) or generate(
+        model, ids, n, **how))
+    prompts, config = ["cat", "the cat in the hat " * 3, "é" * 99], evaluate.WriteConfig(batch_size=1)
+    texts = evaluate.write_answers(model, tokenizer, "plain", prompts, config)
+    assert all(len(ids[0]) + n == 48 for ids, n in asked) and asked[1][0][0] == tokenizer.encode(prompts[1])
+    assert "1 of 3 prompts are longer than the 36 tokens" in capsys.readouterr().out
+    together = evaluate.write_answers(model, tokenizer, "plain", prompts, evaluate.WriteConfig(batch_size=3))
+    assert together == texts
+
+
+def test_token_files_of_another_tokenizer_are_refused(corpus, little_base, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main([str(little_base), f"--data={corpus / 'val.bin'}"])
+    assert "val.bin was made with another tokenizer" in capsys.readouterr().err
+    sizes, losses = [], evaluate.token_losses
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "token_losses", lambda *given: sizes.append(given[3]) or losses(*given))
+        (tmp_path / "text.txt").write_text("the cat in the hat " * 9, encoding="utf-8")
+        evaluate.main([str(little_base), f"--data={tmp_path / 'text.txt'}", "--batch_size=3"])
+    assert sizes == [3] and "bits per byte" in capsys.readouterr().out
+
+
 def test_choices_are_scored_by_the_model_s_own_log_probabilities(little_base):
     model, tokenizer = model_module.load_model(little_base)
     item = {"prompt": "the cat", "options": ["hat", "hat in the hat"], "answer": "A"}
-    found, = evaluate.choose(model, tokenizer, [item], letters=False, batch_size=1)
-    for option, score in zip(item["options"], found["scores"]):
-        prompt, own = tokenizer.encode("the cat"), tokenizer.encode(" " + option)
-        log_p = torch.log_softmax(model(torch.tensor([prompt + own])), dim=-1)[0, len(prompt) - 1:-1]
-        expected = log_p.gather(1, torch.tensor(own)[:, None]).sum().item() / len(" " + option)
+    scored, = evaluate.choose(model, tokenizer, [item], letters=False, batch_size=1)
+    for option, score in zip(item["options"], scored["scores"]):
+        prompt, response = tokenizer.encode("the cat"), tokenizer.encode(" " + option)
+        log_p = torch.log_softmax(model(torch.tensor([prompt + response])), dim=-1)[0, len(prompt) - 1:-1]
+        expected = log_p.gather(1, torch.tensor(response)[:, None]).sum().item() / len(" " + option)
         assert score == pytest.approx(expected, abs=1e-4)
-
-
-def test_documents_are_ranked_by_their_own_loss():
-    model, tokens = random_model(), torch.randint(1, 50, (40,), generator=rng()).numpy()
-    tokens[[9, 29]] = 0
-    found = evaluate.document_losses(model, tokens, 0)
-    losses = model_module.token_losses(model, tokens).double()
-    assert [d["loss"] for d in found] == sorted(d["loss"] for d in found)
-    assert {(d["start"], d["tokens"]): d["loss"] for d in found} == pytest.approx(
-        {(0, 10): losses[:9].mean().item(), (10, 20): losses[9:29].mean().item(), (30, 10): losses[29:].mean().item()})
 
 
 def test_instructions_can_be_followed_and_failed():

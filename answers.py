@@ -1,0 +1,246 @@
+"""Questions read from files, and answers read from what a model wrote: letter, number, formula, and the reward for it.
+
+A parser decides a share of every score, so its rules are stated here and tested on the spellings that were once
+misread, and an answer that cannot be read is counted as such, apart from a wrong one. Two answers are the same when
+they are the same number, exactly (fractions, no floats), or the same string once LaTeX's dressing is off:
+
+    "The answer is **B**."    parse_mmlu     B          "\\boxed{\\frac{3}{4}}"   last_boxed   \\frac{3}{4} = 0.75
+    "so 48 + 24 = 72 clips"   parse_gsm8k    72         "x = 5\\text{ cm}"         same_answer  5
+
+Left out: algebra ("(x+1)^2" is not "x^2+2x+1" here; math-verify has a computer algebra system for it), units that are
+converted, intervals and sets. Patterns stay linear on long texts: answers come from models and may be anything.
+"""
+import csv
+import gzip
+import io
+import json
+import re
+from fractions import Fraction
+from pathlib import Path
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+REFUSAL = re.compile(r"\b(?:I (?:can(?:not|'t| not)|am (?:un|not )able to|won't|will not|must decline|apologi[sz]e)|"
+                     r"I'm (?:sorry|unable)|as an AI)\b", re.IGNORECASE)
+
+
+# --- files of questions ---
+
+def read_text(path) -> str:
+    """A file's text, line ends kept, without a byte-order mark. Raises ValueError naming a file that is not UTF-8."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from None
+
+
+def read_csv(path) -> list[list[str]]:
+    """The rows of a CSV file."""
+    csv.field_size_limit(1 << 24)                                 # the default refuses texts above 131 kB
+    return list(csv.reader(io.StringIO(read_text(path), newline="")))
+
+
+def read_jsonl(path, check=None, skip: bool = False) -> tuple[list, list[str]]:
+    """(records, complaints) of a JSONL file, gzipped or not. check(record) gives what to keep, or raises.
+
+    A bad line is a complaint `path:line: why`. Unless `skip`, they are raised as one ValueError that counts them and
+    quotes the first five.
+    """
+    records, complaints = [], []
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig").strip()
+                if text:
+                    record = json.loads(text)
+                    if not isinstance(record, dict):
+                        raise ValueError(f"a {type(record).__name__} where an object is wanted")
+                    records.append(check(record) if check else record)
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                why = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                complaints.append(f"{path}:{number}: {why}")
+    if complaints and not skip:
+        raise ValueError(f"{len(complaints)} bad lines; mend them, or leave them out (align.py has --skip_bad=true):"
+                         + "".join("\n  " + complaint for complaint in complaints[:5]))
+    if not records:
+        raise ValueError(f"{path} holds no usable line" + "".join(f"; the first: {why}" for why in complaints[:1]))
+    return records, complaints
+
+
+def need(record: dict, *names) -> list:
+    """The values of these fields. Raises ValueError naming the first that is missing and those that there are."""
+    for name in names:
+        if record.get(name) is None:
+            raise ValueError(f"no {name!r}; it has {', '.join(map(repr, record)) or 'no fields'}")
+    return [record[name] for name in names]
+
+
+def read_mmlu(folder, split: str) -> list[dict]:
+    """{subject, question, options, answer} of each row of FOLDER/split/*_split.csv, which have no header."""
+    items = []
+    for path in sorted(Path(folder, split).glob(f"*_{split}.csv")):
+        for number, row in enumerate(read_csv(path), start=1):
+            if len(row) != 6 or row[5] not in ("A", "B", "C", "D"):
+                raise ValueError(f"{path}, row {number}: wanted question, four options and a letter A to D, got {row}")
+            items.append({"subject": path.stem.removesuffix(f"_{split}").replace("_", " "), "question": row[0],
+                          "options": row[1:5], "answer": row[5]})
+    if not items:
+        raise ValueError(f"{Path(folder, split)} has no *_{split}.csv; --data is the folder that holds dev/ and test/")
+    return items
+
+
+def read_choices(record: dict) -> dict:
+    """{question, options, answer} of a line of HellaSwag (ctx, endings, label) or ARC (in both layouts)."""
+    if "ctx" in record:
+        question, options, label = need(record, "ctx", "endings", "label")
+        labels = [str(i) for i in range(len(options))]
+    else:
+        question, label = need(record, "question", "answerKey")
+        choices, = need(question if isinstance(question, dict) else record, "choices")
+        question = "Question: " + (question["stem"] if isinstance(question, dict) else question) + "\nAnswer:"
+        if isinstance(choices, list):
+            choices = {name: [choice[name] for choice in choices] for name in ("text", "label")}
+        options, labels = choices["text"], choices["label"]
+    if str(label) not in labels[:len(LETTERS)]:
+        raise ValueError(f"answer {label!r} is none of {labels}")
+    return {"question": question, "options": options, "answer": LETTERS[labels.index(str(label))]}
+
+
+# --- what is in an answer ---
+
+def parse_mmlu(example: dict, output: str) -> str | None:
+    """The letter "A".."D" that an answer names, or None.
+
+    Taken is the last letter that follows "answer is", "option", "I choose" …; else one that the answer begins with or
+    consists of; else the only capital letter that stands alone and is not denied. Capital A is the article at the
+    beginning of a sentence before a word in small letters that is no verb.
+
+    >>> parse_mmlu({}, "The answer is A since it fits."), parse_mmlu({}, "neither A nor B")
+    ('A', None)
+    """
+    letters = LETTERS[:len(example.get("options") or "ABCD")]
+    # A capital letter, or a small one that nothing but a full stop or a bracket follows: "a" is mostly the article.
+    letter = rf"([{letters}](?![\w'])|[{letters.lower()}](?=[\s*_]*(?:[.:)\]}}]|$)))"
+    letter = rf"[\s*_(\[\"'$:]*(?:\\boxed{{|\\text{{)*{letter}(?!\s+(?:or|and|nor|is\s+not|is\s+wrong)\b)"
+    leads = (r"(?i:\banswer\s*(?:is|:)(?:\s+the\s+letter)?(?:\s+option|\s+choice)?)",
+             r"(?i:\b(?:option|choice)\b(?:\s+is)?|\bI(?:'d|\s+would)?\s+(?:choose|pick|select|go\s+with|say)\b)")
+    for lead in leads:
+        named = re.findall(lead + letter, output)
+        if named:
+            return named[-1].upper()
+    first = rf"[\s*_(\[]*([{letters}{letters.lower()}])[\s*_)\]]*(?:[.:)\]\n]|, (?:because|since|as)\b|$)"
+    first = re.match(first, output)
+    if first:
+        return first[1].upper()
+    named = set()
+    for match in re.finditer(rf"(?<!\w)(?<!\w')([{letters}])(?!\w|'\w)", output):
+        before, after = output[max(0, match.start() - 10):match.start()], output[match.end():match.end() + 15]
+        denied = re.search(r"(?i)(?:\bnot|n't|\bneither|\bnor) $", before)
+        denied = denied or re.match(r" (?:is|was) (?:not|wrong|false|incorrect)|(?: is|wa)sn't", after)
+        starts = not before.strip() or before.rstrip()[-1] in ".!?:"
+        verb = re.match(r" (?:is|was|and|or|nor|because|since|as|fits|seems|matches)\b", after)
+        article = re.match(" [A-Z][a-z]", after) or (starts and not verb and re.match(" [a-z]", after))
+        if not denied and not (match[1] == "A" and article):
+            named.add(match[1])
+    return named.pop() if len(named) == 1 else None
+
+
+def parse_gsm8k(output: str) -> str | None:
+    """The last number of a text as a string without separators ("1,000", LaTeX's 1{,}000 and 1\\,000), or None.
+
+    >>> parse_gsm8k("48/2 = 24 clips in May, so $1,072.50.")
+    '1072.50'
+    """
+    output = plain_thousands(output.replace("\u2212", "-"))
+    number = r"(?:(?<![\w).])-\$?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+|(?<=[0-9]))"
+    numbers = [match for match in re.findall(number, output) if match]
+    return numbers[-1].replace(",", "").replace("$", "") if numbers else None
+
+
+def plain_thousands(text: str) -> str:
+    """LaTeX's separators between thousands as commas."""
+    return re.sub(r"(?<=[0-9])(?:\{,\}|,?\\[,!; ])(?=[0-9]{3}(?![0-9]))", ",", text)
+
+
+def last_boxed(text: str) -> str | None:
+    """The content of the last \\boxed{…} or \\fbox{…}, braces balanced, or None; \\boxed 5 counts, too."""
+    text = re.sub(r"\\(?:boxed|fbox)\s+(-?[\w.]*\w)", r"\\boxed{\1}", text)
+    opened, last = [], None
+    for brace in re.finditer(r"\\(?:boxed|fbox)\s*\{|[{}]", text):
+        if brace[0] != "}":
+            opened.append(brace)
+        elif opened:
+            begin = opened.pop()
+            if len(begin[0]) > 1 and (last is None or begin.start() > last[0]):
+                last = begin.start(), text[begin.end():brace.start()]
+    return last and last[1]                                       # one that never closes, cut off, does not count
+
+
+def plain_answer(answer) -> str:
+    """An answer without what does not change its meaning: LaTeX's dressing, spaces, thousands separators, case."""
+    text = str(answer).strip().replace("\u2212", "-").rstrip(".").strip()
+    boxed = last_boxed(text)
+    text = plain_thousands(text if boxed is None else boxed)
+    text = re.sub(r"(?<=[0-9])\s*\\(?:text|mathrm)\{\s*[a-zA-Z]+\s*\}$", "", text)                 # 5\text{ cm}: a unit
+    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text).replace("\\ ", " ")
+    text = re.sub(r"\\(?:left|right|displaystyle|[!,;:])|\\?[$%]|\^?\\circ|\^\{\\circ\}", "", text)
+    text = re.sub(r"^\s*[a-zA-Z]\s*=(?!=)", "", text)                                              # x = 5
+    text = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", text)
+    # 1\frac{1}{2} is "1 1/2": a fraction keeps away from what stands beside it. Without braces an argument is one sign.
+    text = re.sub(r"(?<=\w)\s*(\\[dt]?frac)", r" \1", text)
+    fraction = r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))(?=(\w?))"
+    text = re.sub(fraction, lambda m: f"{m[1] or m[2]}/{m[3] or m[4]}" + (" " if m[5] else ""), text)
+    if re.fullmatch(r"\s*[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?\s*", text):
+        text = text.replace(",", "")
+    text = " ".join(text.split()).casefold()
+    return re.sub(r"(?<!\w) | (?!\w)", "", text)                  # "x + 1" is "x+1", but "1 2" is not "12"
+
+
+def as_number(answer) -> Fraction | None:
+    """The exact value of an integer, decimal, fraction or mixed number, "1,000" and "1\\frac{1}{2}" too, or None."""
+    text = plain_answer(answer)
+    mixed = re.fullmatch(r"([+-]?)([0-9]{1,50}) ([0-9]{1,20}/[0-9]{1,20})", text)
+    if mixed:
+        part = as_number(mixed[3])
+        return part if part is None else (int(mixed[2]) + part) * (-1 if mixed[1] == "-" else 1)
+    # The pattern also keeps out "1e999999999", whose exact value would fill the memory.
+    decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,2})?(/-?[0-9]+\.?[0-9]*)?"
+    if len(text) > 100 or not re.fullmatch(decimal, text):
+        return None
+    above, _, below = text.partition("/")
+    below = Fraction(below or "1")
+    return Fraction(above) / below if below else None
+
+
+def same_answer(answer, truth) -> bool:
+    """Equal as numbers ("1,000" and 1000, 1/2 and 0.5), else as strings. Nothing equals an answer that is empty."""
+    if answer is None or truth is None or not plain_answer(answer) or not plain_answer(truth):
+        return False
+    left, right = as_number(answer), as_number(truth)
+    return left == right if left is not None and right is not None else plain_answer(answer) == plain_answer(truth)
+
+
+# --- rewards: the same reading, as a number to learn from (align.py) ---
+
+def grade(answer: str | None, truth) -> dict:
+    """Rewards of an answer that was read in the right form (None: it was not); truth may be several spellings."""
+    truths = truth if isinstance(truth, (list, tuple)) else [truth]
+    right = float(answer is not None and any(same_answer(answer, one) for one in truths))
+    return {"reward": right, "format_reward": float(answer is not None), "answer_reward": right}
+
+
+def r1_zero_reward(response: str, truth) -> dict:
+    """{reward, format_reward, answer_reward}, 0 or 1 each: `</think> <answer>…</answer>` and an answer equal to truth.
+
+    The prompt ends in <think> (2501.12948, 2.2.3) or the response opens it. The last such answer counts, up to its
+    closing tag: what follows is neither read nor punished. The form alone earns no reward.
+    """
+    answers = re.findall(r"</think> <answer>((?:(?!<answer>).)*?)</answer>", response, re.DOTALL)
+    return grade(answers[-1] if answers else None, truth)
+
+
+def boxed_reward(response: str, truth) -> dict:
+    """The same for a question asked without a form: the answer is the content of the last \\boxed{…}."""
+    return grade(last_boxed(response), truth)
+
+
+REWARDS = {"r1_zero": r1_zero_reward, "boxed": boxed_reward}

@@ -1,0 +1,325 @@
+r"""Power laws through finished runs: what loss, which size and how many tokens at a budget that nobody has trained yet.
+
+Symbols: N parameters without embeddings and head, D tokens, C = 6 N D training FLOPs (Kaplan 2020, 2.1), L the final loss
+in nats per token. A run is a dict with n_params, n_tokens, flops, loss.
+
+IsoFLOP (Hoffmann 2022, approach 2). At one budget, small models see much and learn little of it, large ones see little:
+
+    loss  \                      .        the handout's way takes the lowest dot of each budget and fits ln N against ln C:
+           \                   .          `best_of_each_budget`, eight lines. It can only answer with a size of the grid, and a
+            o                o            grid that stands off centre moves every budget's answer the same way, so the error
+              `o         o´               does not average out (24 to 34 % of N in one published set). The parabola through
+                 `o - o´  <- minimum      the dots has its minimum between them: `fit_isoflop`.
+            ----------------- ln N
+
+The parametric law (approach 3): L = E + A / N^alpha + B / D^beta on all runs at once, `fit_parametric`. Its best model at C
+is where neither term can be traded for the other. Put D = C / 6N, so dD/dN = -D/N, and set dL/dN = 0:
+
+    alpha A / N^alpha = beta B / D^beta   ->   N = n0 C^a with a = beta / (alpha + beta),   L - E = k C^-gamma, gamma = alpha a
+
+So N and D grow alike (a = 1/2) only where alpha = beta: then D / N is constant, the "20 tokens a parameter" of Hoffmann's
+approaches 1 and 2; their printed law says 93 at Gopher's budget, its re-fit 18.
+
+Intervals: the fit is made again with each run counted by a random weight of mean 1 (Rubin's Bayesian bootstrap): redrawing
+the runs, but none is lost altogether. The middle 90 % is the interval. Papers: Kaplan 2020 (2001.08361), Hoffmann 2022
+(2203.15556), Besiroglu 2024 (2404.10102, the re-fit), Sardana 2023 (2401.00448, models that serve).
+"""
+import math
+import warnings
+
+import numpy as np
+
+RECORD = ("n_params", "n_tokens", "flops", "loss")           # what every run record holds
+LAW = ("E", "A", "B", "alpha", "beta")
+HUBER = 1e-3                         # on ln L, summed over runs (2203.15556, section 3.3)
+RESAMPLES = 100                      # of a bootstrap; its middle 90 % is the interval
+# Fits to web text that others published, over about 6e18 to 3e21 FLOPs: Hoffmann's approach 3, and its re-fit.
+PUBLISHED = {"hoffmann": (1.69, 406.4, 410.7, 0.34, 0.28), "besiroglu": (1.8172, 482.01, 2085.43, 0.3478, 0.3658)}
+
+
+# --- runs and fits ---
+
+def columns(runs: list[dict], purpose: str, least: int = 1) -> np.ndarray:
+    """ln N, ln D, ln C, ln L of the runs, (4, n). Raises ValueError for missing, non-positive or non-finite numbers.
+
+    Takes published IsoFLOP files too: parameters, compute_budget, final_loss, and then D = C / 6N.
+    """
+    rows = []
+    for number, run in enumerate(runs):
+        if isinstance(run, dict) and {"parameters", "compute_budget", "final_loss"} <= run.keys():
+            n, c = (run[key] if isinstance(run[key], (int, float)) else 0 for key in ("parameters", "compute_budget"))
+            run = {"n_params": n, "n_tokens": c / 6 / n if n else 0, "flops": c, "loss": run["final_loss"]}
+        for key in RECORD:
+            value = run.get(key) if isinstance(run, dict) else run
+            is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
+                raise ValueError(f"run {number} has {key}={value!r}; every run is a dict with {', '.join(RECORD)}, each a "
+                                 "finite number above 0: mend or drop that run")
+        rows.append([math.log(run[key]) for key in RECORD])
+    if len(rows) < least:
+        raise ValueError(f"{len(rows)} runs are too few for {purpose}; give at least {least}")
+    return np.array(rows).T
+
+
+def budgets_of(log_c) -> list:
+    """Indices of the runs of each budget; runs within 10 % of each other's FLOPs are one budget."""
+    order = np.argsort(log_c)
+    return np.split(order, np.flatnonzero(np.diff(log_c[order]) > 0.1) + 1)
+
+
+class Fit(dict):
+    """Numbers by name, as fit["alpha"] and as fit.alpha; NAME_low and NAME_high are their 90 % interval.
+
+    method, E A B alpha beta, a b gamma (N ~ C^a, D ~ C^b, L - E ~ C^-gamma), min_flops, max_flops, and `law`: ln A,
+    alpha, ln B, beta, ln E, (S, 5), the estimate in row 0 and the resampled fits below it.
+    """
+
+    def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(f"there is no {name!r} here, only {', '.join(self)}")
+        return self[name]
+
+    def add(self, name: str, column) -> None:
+        """Store an estimate, column[0], and the interval that the others span."""
+        low, high = np.quantile(column[1:], (0.05, 0.95)) if len(column) > 1 else (column[0], column[0])
+        self[name] = float(column[0])
+        self[f"{name}_low"], self[f"{name}_high"] = float(min(low, column[0])), float(max(high, column[0]))
+
+
+def make_fit(method: str, law, log_c) -> Fit:
+    """The Fit of laws (S, 5) that were fitted to runs of these ln C."""
+    fit = Fit(method=method, law=law, min_flops=math.exp(min(log_c)), max_flops=math.exp(max(log_c)))
+    (log_a, alpha, log_b, beta, log_e), (_, a, gamma, _) = law.T, frontier(law)
+    columns_by_name = (np.exp(log_e), np.exp(log_a), np.exp(log_b), alpha, beta, a, 1 - a, gamma)
+    for name, column in zip((*LAW, "a", "b", "gamma"), columns_by_name):
+        fit.add(name, column)
+    return fit
+
+
+def frontier(law) -> tuple:
+    """ln n0, a, gamma, ln k of the best N = n0 C^a and its L = E + k C^-gamma (2203.15556, eq. 4); law (S, 5)."""
+    log_a, alpha, log_b, beta, _ = law.T
+    a = beta / (alpha + beta)
+    n0 = (np.log(alpha / beta) + log_a - log_b) / (alpha + beta) - a * math.log(6)
+    return n0, a, alpha * a, np.logaddexp(log_a - alpha * n0, log_b + beta * (n0 + math.log(6)))
+
+
+def published(name: str) -> Fit:
+    """A law of PUBLISHED as a Fit, without intervals."""
+    e, a, b, alpha, beta = PUBLISHED[name]
+    law = np.array([[math.log(a), alpha, math.log(b), beta, math.log(e)]])
+    return make_fit(f"published, {name}", law, np.log([6e18, 3e21]))
+
+
+def power_law(log_x, log_y) -> tuple:
+    """(ln c, p) of y = c x^p: the straight line of least squares in log space. log_x (n,), log_y (..., n)."""
+    centred = log_x - log_x.mean()
+    slope = (log_y * centred).sum(-1) / (centred ** 2).sum()
+    return log_y.mean(-1) - slope * log_x.mean(), slope
+
+
+# --- IsoFLOP ---
+
+def best_of_each_budget(runs: list[dict], flops: float) -> float:
+    """The handout's IsoFLOP: N of the best run of each budget, a straight line in logarithms, read at `flops`."""
+    log_n, _, log_c, log_l = columns(runs, "an IsoFLOP fit")
+    best = [group[log_l[group].argmin()] for group in budgets_of(log_c)]
+    slope, height = np.polyfit(log_c[best], log_n[best], 1)
+    return math.exp(height + slope * math.log(flops))
+
+
+def parabola(log_n, log_l, weights) -> tuple:
+    """(ln N, ln L, runs that counted) at the minimum of a parabola through one budget's runs. weights: (n,).
+
+    Three rounds: runs more than a factor e from the minimum count little, since the true curve is steeper on one side.
+    """
+    centre = log_n[log_l.argmin()]
+    for _ in range(3):
+        u = log_n - centre
+        near = np.exp(-u * u / 2)
+        p2, p1, p0 = np.polyfit(u, log_l, 2, w=np.sqrt(near * weights + 1e-9))
+        step = float(np.clip(-p1 / (2 * p2), u.min(), u.max())) if p2 > 0 else 0.0
+        centre = centre + step
+    return centre, p0 + p1 * step + p2 * step * step, near.sum() ** 2 / (near ** 2).sum()
+
+
+def fit_isoflop(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) -> Fit:
+    """Approach 2: per budget the minimum of a parabola in ln N, then power laws through the minima (2203.15556, 3.2).
+
+    runs: 3 or more budgets with 4 or more sizes each, on both sides of the minimum; budgets with fewer are left aside.
+    D = C / 6N, so that the laws of N and D cannot contradict each other. N = n0 C^a and L = E + k C^-gamma are the
+    frontier of exactly one law in N and D, which is what the Fit holds. Raises ValueError saying which budget lacks what.
+    """
+    log_n, _, log_c, log_l = columns(runs, "an IsoFLOP fit")
+    groups = budgets_of(log_c)
+    usable = [group for group in groups if len(np.unique(np.round(log_n[group], 6))) >= 4]
+    if len(usable) < 3:
+        counts = ", ".join(f"{math.exp(log_c[group].mean()):.3g} FLOPs: {len(group)} runs" for group in groups)
+        raise ValueError(f"{len(usable)} budgets with 4 or more sizes are too few ({counts}); an IsoFLOP fit needs 3, "
+                         "better 5: give runs at more budgets, or more sizes at these")
+    rng, where, lowest = np.random.default_rng(seed), [], []
+    for group in usable:
+        best, sizes = log_n[group][log_l[group].argmin()], log_n[group]
+        p, covariance = np.polyfit(sizes - best, log_l[group], 2, cov="unscaled" if len(group) < 5 else True)
+        if best in (sizes.min(), sizes.max()) and abs(p[1]) > 3 * math.sqrt(covariance[1, 1]):      # the loss falls past it
+            raise ValueError(f"budget {math.exp(log_c[group].mean()):.3g}: all {len(group)} runs lie on one side of the "
+                             f"minimum; add {'larger' if p[1] < 0 else 'smaller'} models")
+        weights = np.vstack([np.ones(len(group)), rng.exponential(size=(resamples, len(group)))])
+        n, loss, used = np.array([parabola(log_n[group], log_l[group], one) for one in weights]).T
+        # A parabola bends its three numbers towards the noise: the scatter of its minima understates the error.
+        spread = math.sqrt(used[0] / max(used[0] - 3, 1))
+        where.append(n[0] + spread * (n - n[0]))
+        lowest.append(loss[0] + spread * (loss - loss[0]))
+    at, where, lowest = np.array([log_c[group].mean() for group in usable]), np.stack(where, 1), np.stack(lowest, 1)
+    n0, a = power_law(at, where)
+    if not 0.05 < a[0] < 0.95:
+        raise ValueError(f"isoflop: the best N of these budgets goes as C^{a[0]:.2f}, which no law of N and D does; "
+                         "give more runs around each minimum, or more budgets")
+    a = np.clip(a, 0.05, 0.95)
+    log_e, log_k, gamma = floor_and_power(at, np.exp(lowest))
+    log_a, log_b = np.log(a) + log_k + gamma / a * n0, np.log(1 - a) + log_k - gamma / (1 - a) * (n0 + math.log(6))
+    return make_fit("isoflop", np.stack([log_a, gamma / a, log_b, gamma / (1 - a), log_e], 1), log_c)
+
+
+def floor_and_power(log_c, losses) -> tuple:
+    """(ln E, ln k, gamma) of L = E + k C^-gamma. log_c (m,), losses (S, m).
+
+    For a given gamma the law is a straight line in C^-gamma, so only gamma is searched, on a fine grid.
+    """
+    gammas = np.geomspace(0.01, 1.0, 600)
+    x = np.exp(-gammas[:, None] * (log_c - log_c.mean()))                                          # (G, m)
+    x_centred, y_centred = x - x.mean(-1, keepdims=True), losses - losses.mean(-1, keepdims=True)
+    k = (y_centred @ x_centred.T) / (x_centred ** 2).sum(-1)                                       # (S, G)
+    e = losses.mean(-1, keepdims=True) - k * x.mean(-1)
+    wrong = (y_centred ** 2).sum(-1, keepdims=True) - k * k * (x_centred ** 2).sum(-1)
+    wrong[(e <= 0.01 * losses.min(-1, keepdims=True)) | (k <= 0)] = np.inf
+    rows, best = np.arange(len(losses)), wrong.argmin(-1)
+    if not np.isfinite(wrong[0, best[0]]):
+        raise ValueError("the lowest loss of these budgets does not fall as the budget grows; train the runs to their end")
+    e, k, gamma = (np.maximum(value, 1e-9) for value in (e[rows, best], k[rows, best], gammas[best]))
+    return np.log(e), np.log(k) + gamma * log_c.mean(), gamma
+
+
+# --- the parametric law ---
+
+def fit_parametric(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) -> Fit:
+    """Approach 3: L = E + A / N^alpha + B / D^beta on all runs, by the Huber loss of ln L, summed (2203.15556, 3.3).
+
+    Raises ValueError when the runs cannot tell the parameters apart: fewer than 6, fewer than 3 sizes or token counts,
+    one budget, or one ratio of tokens to N.
+    """
+    x, y, log_c, target = columns(runs, "a law with 5 parameters", 6)
+    if min(len(np.unique(np.round(values, 3))) for values in (x, y)) < 3:
+        raise ValueError("the runs have fewer than 3 different n_params or n_tokens: how the loss depends on it cannot be seen")
+    if np.ptp(x - y) < 0.1 or np.ptp(x + y) < 0.1:
+        raise ValueError("all runs have one number of tokens per parameter, or one budget: N and D cannot be told apart; "
+                         "give several sizes at each of several budgets")
+    x0, y0, lowest = x.mean(), y.mean(), math.exp(target.min())
+    x, y = x - x0, y - y0                                    # centred, A and alpha are no longer one and the same
+    starts = [[math.log((1 - e) * lowest / 2), alpha, math.log((1 - e) * lowest / 2), beta, math.log(e * lowest)]
+              for e in (0.2, 0.6, 0.9) for alpha in (0.15, 0.35, 0.7) for beta in (0.15, 0.35, 0.7)]
+    law, value = gauss_newton(np.array(starts), x, y, target, 1.0, 25)
+    law, value = gauss_newton(law[value.argsort()[:3]], x, y, target, 1.0, 200)
+    law = law[[value.argmin()]]
+    if not np.isfinite(law).all() or min(law[0, 1], law[0, 3]) < 1e-3:
+        raise ValueError(f"the loss of these runs does not fall with N and D both (alpha {law[0, 1]:.2g}, beta "
+                         f"{law[0, 3]:.2g}); give runs that differ in both, trained to their end")
+    if resamples:
+        weights = np.random.default_rng(seed).exponential(size=(resamples, len(x)))
+        again, _ = gauss_newton(np.repeat(law, resamples, 0), x, y, target, weights, 60)
+        # The five parameters have bent towards the noise: the scatter of the fits understates the error by n / (n - 5).
+        law = np.vstack([law, law + (again - law) * math.sqrt(len(x) / (len(x) - 5))])
+    law[:, 0], law[:, 2] = law[:, 0] + law[:, 1] * x0, law[:, 2] + law[:, 3] * y0
+    return make_fit("parametric", law, log_c)
+
+
+def law_terms(law, x, y) -> tuple:
+    """ln L, (..., n), and each term's share of L, (3, ..., n), at ln N = x, ln D = y. law: (..., 5)."""
+    a, alpha, b, beta, e = np.moveaxis(law[..., None], -2, 0)
+    terms = np.stack([a - alpha * x, b - beta * y, e + 0 * x])
+    log_loss = np.logaddexp.reduce(terms)
+    return log_loss, np.exp(terms - log_loss)
+
+
+def huber(law, x, y, target, weights):
+    """The weighted Huber loss of each law, (S,): squares up to HUBER, straight lines beyond."""
+    off = np.abs(law_terms(law, x, y)[0] - target)
+    return (weights * np.where(off <= HUBER, off * off / 2, HUBER * (off - HUBER / 2))).sum(-1)
+
+
+def gauss_newton(law, x, y, target, weights, steps: int) -> tuple:
+    """(laws, losses): many fits at once by damped Gauss-Newton (Levenberg 1944, Marquardt 1963). law (S, 5), weights
+    1 or (S, n).
+
+    The valley is narrow: E, A and alpha trade against each other, and a published fit stopped on its way down. Huber's loss
+    is squares whose far residuals r count HUBER / |r|. Damping grows after a step that failed, shrinks after one that helped.
+    """
+    damping, best = np.full(len(law), 1e-3), huber(law, x, y, target, weights)
+    for _ in range(steps):
+        log_loss, (in_n, in_d, in_e) = law_terms(law, x, y)
+        jacobian = np.stack([in_n, -x * in_n, in_d, -y * in_d, in_e], -1)                          # (S, n, 5)
+        residual = log_loss - target
+        w = weights * HUBER / np.maximum(np.abs(residual), HUBER)
+        hessian = np.einsum("sni,sn,snj->sij", jacobian, w, jacobian)
+        ridge = damping * np.einsum("sii->s", hessian) / 5 + 1e-14
+        gradient = np.einsum("sni,sn->si", jacobian, w * residual)
+        trial = law - np.linalg.solve(hessian + ridge[:, None, None] * np.eye(5), gradient[..., None])[..., 0]
+        value = np.nan_to_num(huber(trial, x, y, target, weights), nan=np.inf)
+        better = value < best
+        law, best = np.where(better[:, None], trial, law), np.where(better, value, best)
+        damping = np.clip(np.where(better, damping / 5, damping * 4), 1e-12, 1e6)
+    return law, best
+
+
+# --- Kaplan's laws, and prediction ---
+
+def fit_kaplan(runs: list[dict]) -> dict:
+    """{"N", "D", "C": (X_c, p)} of the pure power laws L = (X_c / X)^p (2001.08361, eq. 1.1 to 1.3).
+
+    Each through the runs that no run with a smaller X beats: X held those back, not something else. Without an E the
+    power falls as X grows, so they cannot be carried as far as fit_parametric's law.
+    """
+    log_n, log_d, log_c, log_l = columns(runs, "Kaplan's laws", 3)
+    laws = {}
+    for name, x in (("N", log_n), ("D", log_d), ("C", log_c)):
+        order = np.lexsort((log_l, x))
+        best = order[log_l[order] <= np.minimum.accumulate(log_l[order])]
+        if np.ptp(x[best]) > 0:
+            level, slope = power_law(x[best], log_l[best])
+            laws[name] = (math.exp(-level / slope), -slope)
+    return laws
+
+
+def predict(fit: Fit, flops: float, inference_tokens: float = 0.0, *, warn: bool = True) -> Fit:
+    """The best model for a budget: n_params, n_tokens, loss, tokens_per_param, each with its _low and _high (90 %).
+
+    flops: 6 N D of training. inference_tokens: how many the model will serve, at 2 N FLOPs each; then flops pays for both,
+    and the best model is smaller and sees more (2401.00448 fixes the loss and asks for the least FLOPs: the same trade).
+    Warns (with warn) 1,000 times outside its budgets. Raises ValueError for a budget that is no number above 0, or that
+    serving would use up.
+    """
+    if not 0 < flops < math.inf or not 0 <= inference_tokens < math.inf:
+        raise ValueError(f"flops={flops!r} must be above 0, inference_tokens={inference_tokens!r} not below, finite")
+    far = max(flops / fit.max_flops, fit.min_flops / flops)
+    if warn and far > 1000:
+        warnings.warn(f"{flops:.3g} FLOPs are {far:,.0f} times outside the fitted budgets ({fit.min_flops:.3g} to "
+                      f"{fit.max_flops:.3g}): a guess; add runs nearer to it", stacklevel=2)
+    n0, a, gamma, log_k = frontier(fit.law)
+    log_n, log_c = n0 + a * math.log(flops), math.log(flops)
+    log_d, loss = log_c - math.log(6) - log_n, np.exp(fit.law[:, 4]) + np.exp(log_k - gamma * log_c)
+    if inference_tokens:
+        sizes = log_n[:, None] + np.linspace(-15, 0, 3000)                   # (S, sizes); the best one is never larger
+        tokens = (flops / np.exp(sizes) - 2 * inference_tokens) / 6
+        paid = tokens > np.exp(sizes)                                        # at least one token a parameter is left
+        if not paid.any(-1).all():
+            raise ValueError(f"serving inference_tokens={inference_tokens:.3g} costs more than flops={flops:.3g} leaves for "
+                             "training any model; give more FLOPs, or serve fewer tokens")
+        logs = np.log(np.where(paid, tokens, 1.0))
+        losses = np.stack([law_terms(*row)[0] for row in zip(fit.law, sizes, logs)])
+        pick = np.where(paid, losses, np.inf).argmin(1)[:, None]
+        log_n, log_d, loss = (np.take_along_axis(value, pick, 1)[:, 0] for value in (sizes, logs, np.exp(losses)))
+    answer = Fit(flops=flops)
+    for name, column in (("n_params", np.exp(log_n)), ("n_tokens", np.exp(log_d)), ("loss", loss),
+                         ("tokens_per_param", np.exp(log_d - log_n))):
+        answer.add(name, column)
+    return answer

@@ -1,0 +1,117 @@
+"""Claims about laws.py."""
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import common  # noqa: F401
+import laws
+
+LAWS = [*laws.PUBLISHED.values(), (1.5, 300.0, 5000.0, 0.3, 0.45)]
+
+
+def law_loss(law, n, d):
+    return law[0] + law[1] / n ** law[3] + law[2] / d ** law[4]
+
+
+def best_by_hand(law, c):
+    """(N, D, loss) of the best model at a budget: 200,000 sizes tried."""
+    n = np.geomspace(1e3, 1e14, 200_000)
+    losses = law_loss(law, n, c / 6 / n)
+    return n[losses.argmin()], c / 6 / n[losses.argmin()], losses.min()
+
+
+def law_runs(law=LAWS[1], noise=0.0, seed=0, budgets=(1e18, 3e18, 1e19, 3e19, 1e20), spread=5, sizes=9, shift=1.0):
+    """Runs that follow a law, at sizes around `shift` times the best one of each budget."""
+    draws = np.random.default_rng(seed)
+    return [{"n_params": n, "n_tokens": c / 6 / n, "flops": c, "loss": law_loss(law, n, c / 6 / n) * math.exp(
+        noise * draws.normal())} for c in budgets for n in shift * best_by_hand(law, c)[0] * np.geomspace(
+            1 / spread, spread, sizes)]
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_fits_find_the_law_behind_clean_runs(law):
+    fit, isoflop = laws.fit_parametric(law_runs(law)), laws.fit_isoflop(law_runs(law))
+    assert [fit[key] for key in laws.LAW] == pytest.approx(law, rel=1e-3) and fit.alpha == fit["alpha"]
+    assert (isoflop.a, isoflop.E) == pytest.approx((law[4] / (law[3] + law[4]), law[0]), abs=0.005)
+    for one, tolerance in ((fit, 1e-3), (isoflop, 0.06)):          # a parabola is not quite the curve's shape
+        guess = laws.predict(one, 1e21)
+        assert [guess.n_params, guess.n_tokens, guess.loss] == pytest.approx(best_by_hand(law, 1e21), rel=tolerance)
+        assert 6 * guess.n_params * guess.n_tokens == pytest.approx(1e21)
+
+
+@pytest.mark.parametrize("fit", [laws.fit_parametric, laws.fit_isoflop])
+def test_intervals_hold_the_truth_nine_times_in_ten(fit):
+    held, keys = Counter(), ("n_params", "n_tokens", "loss", *laws.LAW)
+    truth = dict(zip(keys, (*best_by_hand(LAWS[1], 1e21), *LAWS[1])))
+    for seed in range(30):
+        found = fit(law_runs(noise=0.01, seed=seed))
+        found.update(laws.predict(found, 1e21))
+        held.update(key for key in truth if found[f"{key}_low"] <= truth[key] <= found[f"{key}_high"])
+    assert all(22 <= held[key] <= 30 for key in truth), held      # 27 expected; 22 is three sigma of a binomial below
+
+
+@pytest.mark.parametrize("name, n, d", [("hoffmann", 3.22e10, 2.98e12), ("besiroglu", 7.22e10, 1.33e12)])
+def test_published_laws_at_gophers_budget(name, n, d):
+    guess = laws.predict(laws.published(name), 5.76e23)
+    assert (guess.n_params, guess.n_tokens) == pytest.approx((n, d), rel=0.01)
+    assert guess.n_params == pytest.approx(best_by_hand(laws.PUBLISHED[name], 5.76e23)[0], rel=1e-3)
+
+
+def test_arg_min_is_biased_by_the_grid_and_the_parabola_is_not():
+    runs = law_runs(budgets=np.geomspace(1e18, 1e21, 7), spread=8, sizes=5, shift=1.45)
+    truth = best_by_hand(LAWS[1], 1e21)[0]
+    plain, parabola = laws.best_of_each_budget(runs, 1e21), laws.predict(laws.fit_isoflop(runs), 1e21).n_params
+    assert abs(parabola / truth - 1) < 0.05 < 0.15 < abs(plain / truth - 1), (plain, parabola, truth)
+
+
+def test_kaplans_law_behind_runs_that_follow_it():
+    pure = [run | {"loss": (8.8e13 / run["n_params"]) ** 0.076} for run in law_runs()]
+    assert laws.fit_kaplan(pure)["N"] == pytest.approx((8.8e13, 0.076))
+
+
+def test_intervals_are_narrow_enough_to_be_of_use():
+    for seed in range(3):
+        guess = laws.predict(laws.fit_parametric(law_runs(noise=0.003, seed=seed, budgets=np.geomspace(1e18, 1e20, 6))), 3e21)
+        assert guess.n_params_high / guess.n_params_low <= 2.5
+
+
+def test_serving_tokens_makes_the_best_model_smaller():
+    fit = laws.published("besiroglu")
+    plain, served = laws.predict(fit, 1e21), laws.predict(fit, 1e21, inference_tokens=2e10)
+    assert served.n_params < plain.n_params and served.tokens_per_param > plain.tokens_per_param
+    n = np.geomspace(1e8, 1e10, 20_000)
+    losses = law_loss(LAWS[1], n, (1e21 / n - 2 * 2e10) / 6)                 # 6 N D + 2 N T = C
+    assert (served.loss, served.n_params) == pytest.approx((losses.min(), n[losses.argmin()]), rel=0.01)
+
+
+def test_serving_that_leaves_nothing_to_train_on_is_refused():
+    with pytest.raises(ValueError, match="inference_tokens=1e.30 costs more than flops=1e.18"):
+        laws.predict(laws.published("besiroglu"), 1e18, inference_tokens=1e30)
+
+
+GOOD = {"n_params": 1e8, "n_tokens": 1e9, "flops": 6e17, "loss": 3.0}
+
+
+@pytest.mark.parametrize("fit, runs, words", [
+    (laws.fit_isoflop, law_runs(budgets=(1e18, 1e19)), "2 budgets with 4 or more sizes are too few"),
+    (laws.fit_isoflop, law_runs(spread=3, shift=4), "one side of the minimum.*smaller models"),
+    (laws.fit_isoflop, law_runs(spread=3, shift=1 / 4), "one side of the minimum.*larger models"),
+    (laws.fit_parametric, law_runs(budgets=(1e18,)), "one budget"),
+    (laws.fit_parametric, law_runs()[:5], "5 runs are too few"),
+    (laws.fit_parametric, [*law_runs(), GOOD | {"loss": math.nan}], "loss=nan"),
+    (laws.fit_isoflop, [*law_runs(), GOOD | {"n_params": -1}], "n_params=-1"),
+    (laws.fit_parametric, [{"n_params": 1e8}], "n_tokens=None"),
+    (lambda runs: laws.predict(laws.published("besiroglu"), runs), -1, "flops=-1")])
+def test_what_cannot_be_fitted_says_what_is_missing(fit, runs, words):
+    with pytest.raises(ValueError, match=words):
+        fit(runs)
+
+
+@pytest.mark.filterwarnings("error")
+def test_predicting_beyond_a_thousandfold_warns():
+    fit = laws.fit_parametric(law_runs(), resamples=0)
+    laws.predict(fit, 0.9e23)
+    with pytest.warns(UserWarning, match="times outside the fitted budgets"):
+        laws.predict(fit, 1.1e23)
