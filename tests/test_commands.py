@@ -21,8 +21,8 @@ import train
 import words
 
 SCRIPTS = ["configurator", "checkpoint", "words", "bpe_files", "bpe_fast", "bpe", "optim", "kernels", "flash", "parallel",
-           "fsdp", "sharded", "layers", "attention", "model", "accounting", "convert", "clean", "data", "recipe", "runs",
-           "train", "decoding", "sample", "compress", "evaluate"]
+           "fsdp", "sharded", "layers", "attention", "model", "accounting", "convert", "clean", "curate", "data", "recipe", "runs",
+           "train", "decoding", "sample", "compress", "answers", "evaluate", "laws"]
 
 
 @pytest.mark.parametrize("module", [bpe, words, clean, configurator, data, evaluate, model_module, sharded])
