@@ -271,8 +271,8 @@ def report(figures: dict, out_dir) -> str:
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in figures["seconds"].items())
     lines += [f"{times}, in all {figures['total_seconds']:.0f} s", "", *figures["dialogue"], "",
               f"learning curves: {Path(out_dir) / 'curves.png'}; ask the result yourself:",
-              f"python sample.py {Path(out_dir) / 'grpo'} --temperature=0 --prompt=\"<|endoftext|>Q: sum of a 1 b 2 c 3 "
-              "d 4 e 5\nA:\""]
+              f"python sample.py {Path(out_dir) / 'grpo'} --temperature=0 "
+              "--prompt=\"<|endoftext|>Q: sum of a 1 b 2 c 3 d 4 e 5\nA:\""]
     return "\n".join(lines)
 
 
