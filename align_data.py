@@ -12,7 +12,7 @@ What a line cannot give is a ValueError that says why, and `read_jsonl` puts fil
 
 Packing against padding. Documents a, b, c of 3, 5 and 2 tokens in rows of 5:
 
-    packed   a a a b b | b b b c c       no token is wasted; b is cut, and attention of the first row crosses from a to b
+    packed   a a a b b | b b b c c       nothing is wasted; b is cut, and attention crosses from a to b
     padded   a a a . . | b b b b b | c c . . .      each document whole and alone; dots cost time, so sort by length
 
 `PackedSFT` is the course's packed data set; the loops of align.py pad.

@@ -43,7 +43,7 @@ STAGES = {
     "dpo": DPOConfig(steps=240, micro_batch_size=64, lr=5e-4, beta=0.3, log_every=20),
     "grpo": GRPOConfig(steps=60, prompts_per_step=32, batch_size=128, micro_batch_size=128, lr=1e-3, max_new_tokens=56,
                        log_every=5)}
-SECONDS = {"base": 120, "sft": 8, "dpo": 30, "grpo": 40}     # one core of an AMD EPYC, for the first ETA only
+SECONDS = {"base": 100, "sft": 11, "dpo": 58, "grpo": 44}     # measured: seed 0, one thread of a shared Intel Xeon; for the ETA
 
 
 # --- tasks ---
@@ -271,8 +271,8 @@ def report(figures: dict, out_dir) -> str:
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in figures["seconds"].items())
     lines += [f"{times}, in all {figures['total_seconds']:.0f} s", "", *figures["dialogue"], "",
               f"learning curves: {Path(out_dir) / 'curves.png'}; ask the result yourself:",
-              f"python sample.py {Path(out_dir) / 'grpo'} --temperature=0 --prompt=\"<|endoftext|>Q: sum of a 1 b 2 c 3 "
-              "d 4 e 5\nA:\""]
+              f"python sample.py {Path(out_dir) / 'grpo'} --temperature=0 "
+              "--prompt=\"<|endoftext|>Q: sum of a 1 b 2 c 3 d 4 e 5\nA:\""]
     return "\n".join(lines)
 
 

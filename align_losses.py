@@ -35,7 +35,7 @@ def encode(tokenizer, text: str) -> list[int]:
 
 
 def padding_id(tokenizer) -> int:
-    """What rows are filled up with: the padding token, else the end of text. The mask, not this id, says what counts."""
+    """what fills rows up: the padding token, else the end of text. The mask, not this id, says what counts."""
     for name in ("pad_token_id", "eos_token_id"):                    # transformers
         if getattr(tokenizer, name, None) is not None:
             return getattr(tokenizer, name)

@@ -257,7 +257,8 @@ def test_layouts_that_people_publish_read_alike():
     sides = [f"\n\nHuman: {asked}\n\nAssistant: {answer}" for answer in ("a", "b")]
     assert align_data.read_preference(dict(zip(("chosen", "rejected"), sides))) == ([asked], "a", "b")
     for record, truth in (({"question": "q", "answer": "so #### 5"}, "5"), ({"question": "q", "answer": 5}, "5"),
-                          ({"problem": "q", "solution": "so \\boxed{7}."}, "7"), ({"problem": "q", "solution": "9"}, "9"),
+                          ({"problem": "q", "solution": "so \\boxed{7}."}, "7"),
+                          ({"problem": "q", "solution": "9"}, "9"),
                           ({"problem": "q", "solution": "we add them"}, None), ({"question": "q", "answer": "####"}, None)):
         assert align_data.read_truth(record) == (["q"], truth)
 
