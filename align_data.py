@@ -22,7 +22,8 @@ import re
 
 import torch
 
-from evaluate import TEMPLATES, as_number, end_id, last_boxed, need, read_jsonl, render, same_answer
+from answers import as_number, last_boxed, need, read_jsonl, same_answer
+from evaluate import TEMPLATES, end_id, render
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
