@@ -14,7 +14,7 @@ import checkpoint
 import clean
 import configurator
 import data
-import evaluate
+import answers
 import model as model_module
 import sharded
 import train
@@ -25,7 +25,7 @@ SCRIPTS = ["configurator", "checkpoint", "words", "bpe_files", "bpe_fast", "bpe"
            "train", "decoding", "sample", "compress", "answers", "evaluate", "laws"]
 
 
-@pytest.mark.parametrize("module", [bpe, words, clean, configurator, data, evaluate, model_module, sharded])
+@pytest.mark.parametrize("module", [answers, bpe, words, clean, configurator, data, model_module, sharded])
 def test_examples_in_docstrings_are_true(module):
     found = doctest.testmod(module)
     assert found.attempted > 0 and found.failed == 0, found
@@ -90,7 +90,7 @@ def test_a_run_that_is_stopped_goes_on(corpus, tmp_path, number):
     (["train.py", "config_none.py"], "config_none.py"), (["train.py", "trian"], "'trian' is neither"),
     (["train.py", "--max_steps=many"], "--max_steps='many' is not a int or none"), (["sample.py"], "give one folder"),
     (["sample.py", "out/none"], "no checkpoint at"), (["data.py", "prepare", "none.txt"], "neither a corpus"),
-    (["data.py"], "give one corpus")])
+    (["data.py"], "a verb is missing")])
 def test_bad_command_lines_end_with_status_2_and_a_reason(tmp_path, arguments, words):
     done = python(*arguments, cwd=tmp_path)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr

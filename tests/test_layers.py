@@ -181,7 +181,7 @@ def test_experts_route_and_balance():
     assert layers.balance_loss(torch.full((8, 4), 0.25), torch.tensor([4, 4, 4, 4])) == pytest.approx(2)
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral", reason="a reference for tests only")
     theirs = mixtral.load_balancing_loss_func((x.view(-1, 48) @ layer.router.weight.T,), 4, 2)
-    assert len(losses) == 1 and losses[0].item() == pytest.approx(theirs.item(), rel=1e-6) and losses[0] > 2
+    assert len(losses) == 1 and losses[0].item() == pytest.approx(theirs.item(), rel=1e-6)
     biased = layers.MixtureOfExperts(ModelConfig(**TOY | SWITCHES["moe bias"])).double().eval()
     before, moved = biased(x), copy.deepcopy(biased)
     moved.expert_bias += 100                                       # the same for all: no choice changes, nor any weight
