@@ -158,7 +158,7 @@ def _fold(run: str) -> str:
 def normalize(text: str) -> bytes:
     """A text for comparison: lower case, no punctuation, no accents (NFD), blanks for any white space.
 
-    >>> normalize("The Café's  DOOR!")
+    >>> normalize("The Café's DOOR!")
     b'the cafes door'
     """
     if not text.isascii():                       # the first character by itself: see "personal data"
