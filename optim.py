@@ -276,7 +276,8 @@ def main(argv: list[str]) -> None:
     """Print each optimizer's losses at its best learning rate, and draw them and a gradient's singular values."""
     from matplotlib.figure import Figure
     if len(argv) > 1 or argv and not argv[0].startswith("--out="):
-        sys.exit("usage: python optim.py [--out=out/optimizers.png]")
+        print("usage: python optim.py [--out=out/optimizers.png]")
+        sys.exit(0 if argv[0] in ("--help", "-h") else 2)
     path = Path(argv[0].removeprefix("--out=") if argv else "out/optimizers.png")
     losses, values = Figure(figsize=(12, 4.5), layout="constrained").subplots(1, 2)
     print("best of 8 learning rates; share of the variance left\noptimizer        lr   step 30       100       300")
