@@ -33,7 +33,7 @@ E, P, I = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||"
     (data.mask_phone_numbers, f"2831823829 (283)-182-3829 (283) 182 3829, 283-182-3829. {P} +1 283.182.3829",
      f"{P} {P} {P}, {P}. {P} {P}", 5),
     (data.mask_phone_numbers, "(283)  182  3829 or 283\u00a0 182\u20113829 or 12831823829", f"{P} or {P} or {P}", 3),
-    (data.mask_phone_numbers, "283   182 3829, x2831823829, 1.2831823829", None, 0),
+    (data.mask_phone_numbers, "283   182 3829, x2831823829", None, 0),
     (data.mask_phone_numbers, "28318238291 and 3.2831823829 and 2831823829.5 and 283-18-3829", None, 0),
     (data.mask_ips, f"192.0.2.146. {I} (10.0.0.255:80)", f"{I}. {I} ({I}:80)", 2),
     (data.mask_ips, "256.1.1.1 and 1.2.3.4.5 and v1.2.3.4", None, 0)])
@@ -132,7 +132,7 @@ def test_near_duplicates_leave_one_file_of_each_cluster(tmp_path):
         with pytest.raises(ValueError, match="input files themselves"):
             dedup()
     assert (tmp_path / "a").read_text(encoding="utf-8") == texts["a"]
-    for paths, bands, words in ((paths[:1], 30, "no multiple of num_bands=30"), (paths[:1] * 2, 20, "once")):
+    for paths, bands, words in ((paths[:1], 30, "no multiple of num_bands=30"), (paths[:1] * 2, 20, "share a name: a, a")):
         with pytest.raises(ValueError, match=words):
             data.dedup_minhash(paths, 100, bands, 5, 0.8, tmp_path / "out")
 
