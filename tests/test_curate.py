@@ -98,7 +98,7 @@ def test_curate_counts_resumes_and_gives_the_same_bytes_by_any_executor(archives
     assert (tmp_path / "4" / "counts" / "0.warc.gz.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="other settings"):
         curated(archives, tmp_path / "4", seed=1)
-    for languages, words in (("eng", "'eng' is no language.*did you mean en"), ("en, xx", "'xx'")):
+    for languages, words in (("eng", "'eng' is no language.*Did you mean en"), ("en, xx", "'xx'")):
         with pytest.raises(ValueError, match=words):
             curated(archives, tmp_path / "5", languages=languages)
 
