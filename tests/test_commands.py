@@ -113,7 +113,7 @@ def test_a_run_that_is_stopped_goes_on(corpus, tmp_path, number):
                                               (["sample.py"], "give one folder"),
                                               (["sample.py", "out/none"], "no checkpoint at"),
                                               (["data.py", "prepare", "none.txt"], "neither a corpus"),
-                                              (["data.py"], "give one corpus")])
+                                              (["data.py"], "a verb is missing")])
 def test_bad_command_lines_end_with_status_2_and_a_reason(tmp_path, arguments, words):
     done = python(*arguments, cwd=tmp_path)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
