@@ -10,7 +10,7 @@
     python data.py curate data/crawl/archives/*.warc.gz --quality=quality.npz --out=data/crawl
 
 Each corpus becomes a folder: text ─▶ train.txt, val.txt (nine documents in ten, the tenth) ─▶ tokenizer.json, BPE
-trained on train.txt only (a tokenizer that has seen the validation text flatters the score) ─▶ train.bin, val.bin, meta.json.
+trained on train.txt only (one that has seen the validation text flatters the score) ─▶ train.bin, val.bin, meta.json.
 Hosted files move and dataset scripts vanish, so a download is a plain URL, a length or checksum, a mirror
 (DATA_MIRROR=https://host/path) and, when all of it fails, a line that says which file to put where.
 """

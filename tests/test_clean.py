@@ -18,7 +18,8 @@ def test_text_and_language_of_pages_in_any_encoding():
     texts = {data.extract_text(page.encode(code))[-18:] for code in ("utf-8", "utf-8-sig", "cp1252")}
     assert texts == {"Ein “Café” für 5 €"}
     page = "<html><body><p>" + "Die Straße in Zürich ist schön. " * 9
-    assert all("Straße in Zürich" in data.extract_text(html) for html in (page.encode() + b"\xe4", page.encode("cp1252")))
+    for html in (page.encode() + b"\xe4", page.encode("cp1252")):
+        assert "Straße in Zürich" in data.extract_text(html)
     assert data.extract_text("<p>привет мир, как дела".encode("koi8-r")) == "привет мир, как дела"
     for text, language in (("A short text in English.", "en"), ("欢迎来到\n我们的网站", "zh"), ("", "und"),
                            ("half a pair, \ud800, in a text", "en")):
