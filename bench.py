@@ -408,13 +408,12 @@ def minhash(words: list[str]) -> None:
     vocabulary = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(20_000)]
     for i in range(int(words[0]) if words else 20_000):
         text = texts[-1].split() if i % 10 == 9 else rng.choices(vocabulary, k=155)
-        for _ in range(3 if i % 10 == 9 else 0):                      # every tenth is its neighbour with three words changed
+        for _ in range(3 if i % 10 == 9 else 0):      # every tenth is its neighbour with three words changed
             text[rng.randrange(len(text))] = rng.choice(vocabulary)
         texts.append(" ".join(text))
 
     def ours():
-        signatures = np.stack([clean.minhash(clean.hash_ngrams(clean.hash_words(clean.normalize(text))[0], 5), 128)
-                               for text in texts])
+        signatures = np.stack([clean.minhash(clean.shingles_of(text, 5), 128) for text in texts])
         return sum(len(cluster) - 1 for cluster in clean.near_duplicates(signatures, texts.__getitem__, 16, 5, 0.8))
 
     def datasketch():
@@ -432,7 +431,7 @@ def minhash(words: list[str]) -> None:
             began = time.process_time()
             n_duplicates = function()
             seconds.append(time.process_time() - began)
-            print(f"{function.__name__:<10} {len(texts):,} documents: {seconds[-1]:6.2f} s of CPU, {n_duplicates:,} duplicates")
+            print(f"{function.__name__:<10} {len(texts):,} documents, {n_duplicates:,} duplicates: {seconds[-1]:.2f} s")
         print(f"datasketch / ours = {seconds[1] / seconds[0]:.1f}")
 
 

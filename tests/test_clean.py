@@ -17,6 +17,9 @@ def test_text_and_language_of_pages_in_any_encoding():
     page = "<html><title>t</title><body><p>Ein “Café” für 5 €</p><script>x()</script></body></html>"
     texts = {data.extract_text(page.encode(code))[-18:] for code in ("utf-8", "utf-8-sig", "cp1252")}
     assert texts == {"Ein “Café” für 5 €"}
+    page = "<html><body><p>" + "Die Straße in Zürich ist schön. " * 9
+    for html in (page.encode() + b"\xe4", page.encode("cp1252")):
+        assert "Straße in Zürich" in data.extract_text(html)
     assert data.extract_text("<p>привет мир, как дела".encode("koi8-r")) == "привет мир, как дела"
     for text, language in (("A short text in English.", "en"), ("欢迎来到\n我们的网站", "zh"), ("", "und"),
                            ("half a pair, \ud800, in a text", "en")):
@@ -84,7 +87,7 @@ def test_words_are_hashed_one_by_one_and_alike_wherever_they_stand():
 
 def test_signatures_agree_as_often_as_the_sets():
     text = "to be or not to be that is the question whether tis nobler in the mind"
-    shingles = clean.shingles_of(text, 2)
+    shingles = set(clean.shingles_of(text, 2).tolist())
     assert len(shingles) == 14 and clean.jaccard({1, 2, 3}, {5, 2, 3, 4}) == 2 / 5
     fast = clean.minhash(np.array(sorted(shingles), dtype=np.uint64), 32, seed=3)
     assert fast.tolist() == clean.minhash_by_sets(shingles, 32, seed=3)            # the form to read and the fast one
@@ -93,7 +96,8 @@ def test_signatures_agree_as_often_as_the_sets():
     for s in (0.5, 0.7, 0.8, 0.9):                                        # pairs of sets with nearly this similarity
         shared, alone = round(200 * s / (1 + s)), round(100 * (1 - s) / (1 + s))
         sets, true = rng.integers(0, 1 << 63, (n, shared + 2 * alone), dtype=np.uint64), shared / (shared + 2 * alone)
-        signatures = np.stack([clean.minhash(part, 128) for one in sets for part in (one[:shared + alone], one[alone:])])
+        pairs = [part for one in sets for part in (one[:shared + alone], one[alone:])]
+        signatures = np.stack([clean.minhash(part, 128) for part in pairs])
         estimate = (signatures[::2] == signatures[1::2]).mean()
         assert abs(estimate - true) < 4 * (true * (1 - true) / 128 / n) ** 0.5, (s, estimate)      # four sigma, seeded
         found = clean.near_duplicates(signatures, lambda i: f"text {i // 2}", 16, 5, 1.0)
@@ -132,7 +136,7 @@ def test_near_duplicates_leave_one_file_of_each_cluster(tmp_path):
         with pytest.raises(ValueError, match="input files themselves"):
             dedup()
     assert (tmp_path / "a").read_text(encoding="utf-8") == texts["a"]
-    for paths, bands, words in ((paths[:1], 30, "no multiple of num_bands=30"), (paths[:1] * 2, 20, "share a name: a, a")):
+    for paths, bands, words in ((paths[:1], 30, "no multiple of num_bands=30"), (paths[:1] * 2, 20, "share a name")):
         with pytest.raises(ValueError, match=words):
             data.dedup_minhash(paths, 100, bands, 5, 0.8, tmp_path / "out")
 

@@ -110,7 +110,7 @@ def test_an_input_of_which_nothing_can_be_read_is_named(archives, tmp_path):
         (tmp_path / name).write_bytes(content)
     with ThreadPoolExecutor(1) as threads:
         with pytest.raises(ValueError, match=r"empty.warc.gz: no page.*text.warc.gz: no page"):
-            data.curate([good, tmp_path / "text.warc.gz", tmp_path / "empty.warc.gz"], tmp_path / "out", executor=threads)
+            data.curate(str(tmp_path / "*.warc.gz"), tmp_path / "out", executor=threads)
         assert (tmp_path / "out" / "counts" / "wiki[1].warc.gz.json").exists()     # the others are done all the same
         report = data.curate([good], tmp_path / "out", executor=threads)
     assert report["funnel"]["archive"][0] == 16

@@ -28,7 +28,7 @@ def test_markdown_becomes_a_printed_play():
 
 
 def test_documents_are_split_whole(tmp_path):
-    documents = [f"document {i}\r\nends é{data.SEPARATOR}" + "\n" * (i % 3) for i in range(23)] + ["a last one without an end"]
+    documents = [f"document {i}\r\nends é{data.SEPARATOR}" + "\n" * (i % 3) for i in range(23)] + ["without an end"]
     (tmp_path / "x").write_bytes("".join(documents).encode())
     assert data.split_file(tmp_path / "x", tmp_path / "train", tmp_path / "val") == 24
     train, val = ((tmp_path / name).read_bytes().decode() for name in ("train", "val"))
@@ -36,7 +36,8 @@ def test_documents_are_split_whole(tmp_path):
     assert len(train + val) == len("".join(documents)) and sorted(train + val) == sorted("".join(documents))
 
 
-@pytest.mark.parametrize("text, shortest", [("".join(f"line {i}\n" for i in range(100)), "line"), ("one line " * 100, "")])
+@pytest.mark.parametrize("text, shortest", [
+    ("".join(f"line {i}\n" for i in range(100)), "line"), ("one line " * 100, "")])
 def test_few_documents_are_cut_near_nine_tenths(tmp_path, monkeypatch, text, shortest):
     monkeypatch.setattr(data, "CHUNK_CHARS", 7)
     (tmp_path / "x").write_bytes(text.encode())
@@ -216,7 +217,7 @@ def test_texts_are_read_from_names_with_brackets(tmp_path):
 
 
 def test_a_key_of_another_verb_is_refused(capsys):
-    for words, key in ((["prepare", "x.txt", "--languages=en"], "languages"), (["crawl", "CC", "--epochs=3"], "epochs")):
+    for words, key in ((["prepare", "x", "--languages=en"], "languages"), (["crawl", "CC", "--epochs=3"], "epochs")):
         with pytest.raises(SystemExit) as caught:
             data.main(words)
         assert caught.value.code == 2 and key in capsys.readouterr().err
