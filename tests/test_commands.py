@@ -101,3 +101,13 @@ def test_bad_command_lines_end_with_status_2_and_a_reason(tmp_path, arguments, w
 def test_help_lists_every_key(script):
     done = python(script, "--help")
     assert done.returncode == 0 and script in done.stdout and "--" in done.stdout, done.stderr
+
+
+def test_every_function_and_test_that_the_course_map_names_exists():
+    course = (ROOT / "COURSE.md").read_text(encoding="utf-8")
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    places, names = re.findall(r"`(\w+\.py):(\w+)`", course), re.findall(r"`((?:test|check)_\w+)`", course)
+    assert len(places) > 40 and len(names) > 40
+    for page, name in places:
+        assert re.search(rf"^(def|class) {name}\b", (ROOT / page).read_text(encoding="utf-8"), re.M), (page, name)
+    assert [name for name in names if f"def {name}(" not in tests] == []
