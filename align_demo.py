@@ -43,7 +43,7 @@ STAGES = {
     "dpo": DPOConfig(steps=240, micro_batch_size=64, lr=5e-4, beta=0.3, log_every=20),
     "grpo": GRPOConfig(steps=60, prompts_per_step=32, batch_size=128, micro_batch_size=128, lr=1e-3, max_new_tokens=56,
                        log_every=5)}
-SECONDS = {"base": 100, "sft": 11, "dpo": 58, "grpo": 44}     # measured: seed 0, one thread of a shared Intel Xeon; for the ETA
+SECONDS = {"base": 100, "sft": 11, "dpo": 58, "grpo": 44}     # for the ETA; seed 0, one thread of an Intel Xeon
 
 
 # --- tasks ---

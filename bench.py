@@ -327,7 +327,7 @@ class AlignBenchConfig:
 
 
 def align_table(argv: list[str]) -> None:
-    """GRPO's variants from one SFT model: accuracy with its spread over seeds, entropy, length, clipping, dead groups."""
+    """GRPO's variants from one SFT model: accuracy and spread over seeds, entropy, length, clipping, dead groups."""
     import align
     import align_demo
     _, _, config, _ = command_line(AlignBenchConfig, argv, "usage: python bench.py align [--key=value …]")

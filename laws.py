@@ -1,28 +1,28 @@
 r"""Power laws through finished runs: what loss, which size and how many tokens at a budget that nobody has trained yet.
 
-Symbols: N parameters without embeddings and head, D tokens, C = 6 N D training FLOPs (Kaplan 2020, 2.1), L the final loss
-in nats per token. A run is a dict with n_params, n_tokens, flops, loss.
+Symbols: N parameters without embeddings and head, D tokens, C = 6 N D training FLOPs (Kaplan 2020, 2.1), L the final
+loss in nats per token. A run is a dict with n_params, n_tokens, flops, loss.
 
 IsoFLOP (Hoffmann 2022, approach 2). At one budget, small models see much and learn little of it, large ones see little:
 
-    loss  \                      .        the handout's way takes the lowest dot of each budget and fits ln N against ln C:
-           \                   .          `best_of_each_budget`, eight lines. It can only answer with a size of the grid, and a
-            o                o            grid that stands off centre moves every budget's answer the same way, so the error
-              `o         o´               does not average out (24 to 34 % of N in one published set). The parabola through
-                 `o - o´  <- minimum      the dots has its minimum between them: `fit_isoflop`.
+    loss  \                      .      the handout's way takes the lowest dot of each budget and fits ln N against ln C:
+           \                   .        `best_of_each_budget`. It can only answer with a size of the grid, and a grid off
+            o                o          centre moves every budget's answer the same way, so the error does not average
+              `o         o´             out (24 to 34 % of N in one published set). The parabola through the dots has its
+                 `o - o´  <- minimum    minimum between them: `fit_isoflop`.
             ----------------- ln N
 
-The parametric law (approach 3): L = E + A / N^alpha + B / D^beta on all runs at once, `fit_parametric`. Its best model at C
-is where neither term can be traded for the other. Put D = C / 6N, so dD/dN = -D/N, and set dL/dN = 0:
+The parametric law (approach 3): L = E + A / N^alpha + B / D^beta on all runs at once, `fit_parametric`. At its best
+model neither term can be traded for the other. Put D = C / 6N, so dD/dN = -D/N, and set dL/dN = 0:
 
-    alpha A / N^alpha = beta B / D^beta   ->   N = n0 C^a with a = beta / (alpha + beta),   L - E = k C^-gamma, gamma = alpha a
+    alpha A / N^alpha = beta B / D^beta   ->   N = n0 C^a,  a = beta / (alpha + beta),   L - E = k C^-gamma,  gamma = alpha a
 
-So N and D grow alike (a = 1/2) only where alpha = beta: then D / N is constant, the "20 tokens a parameter" of Hoffmann's
-approaches 1 and 2; their printed law says 93 at Gopher's budget, its re-fit 18.
+So N and D grow alike (a = 1/2) only where alpha = beta: then D / N is constant, the "20 tokens a parameter" of
+Hoffmann's approaches 1 and 2; their printed law says 93 at Gopher's budget, its re-fit 18.
 
-Intervals: the fit is made again with each run counted by a random weight of mean 1 (Rubin's Bayesian bootstrap): redrawing
-the runs, but none is lost altogether. The middle 90 % is the interval. Papers: Kaplan 2020 (2001.08361), Hoffmann 2022
-(2203.15556), Besiroglu 2024 (2404.10102, the re-fit), Sardana 2023 (2401.00448, models that serve).
+Intervals: the fit is made again with each run counted by a random weight of mean 1 (Rubin's Bayesian bootstrap):
+redrawing the runs, but none is lost altogether. The middle 90 % is the interval. Papers: Kaplan 2020 (2001.08361),
+Hoffmann 2022 (2203.15556), Besiroglu 2024 (2404.10102, the re-fit), Sardana 2023 (2401.00448, models that serve).
 """
 import math
 import warnings
@@ -53,8 +53,8 @@ def columns(runs: list[dict], purpose: str, least: int = 1) -> np.ndarray:
             value = run.get(key) if isinstance(run, dict) else run
             is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
             if not is_number or not 0 < value < math.inf:
-                raise ValueError(f"run {number} has {key}={value!r}; every run is a dict with {', '.join(RECORD)}, each a "
-                                 "finite number above 0: mend or drop that run")
+                raise ValueError(f"run {number} has {key}={value!r}; every run is a dict with {', '.join(RECORD)}, each "
+                                 "a finite number above 0: mend or drop that run")
         rows.append([math.log(run[key]) for key in RECORD])
     if len(rows) < least:
         raise ValueError(f"{len(rows)} runs are too few for {purpose}; give at least {least}")
@@ -148,7 +148,7 @@ def fit_isoflop(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) -> 
 
     runs: 3 or more budgets with 4 or more sizes each, on both sides of the minimum; budgets with fewer are left aside.
     D = C / 6N, so that the laws of N and D cannot contradict each other. N = n0 C^a and L = E + k C^-gamma are the
-    frontier of exactly one law in N and D, which is what the Fit holds. Raises ValueError saying which budget lacks what.
+    frontier of exactly one law in N and D, which is what the Fit holds. Raises ValueError saying what a budget lacks.
     """
     log_n, _, log_c, log_l = columns(runs, "an IsoFLOP fit")
     groups = budgets_of(log_c)
@@ -161,7 +161,8 @@ def fit_isoflop(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) -> 
     for group in usable:
         best, sizes = log_n[group][log_l[group].argmin()], log_n[group]
         p, covariance = np.polyfit(sizes - best, log_l[group], 2, cov="unscaled" if len(group) < 5 else True)
-        if best in (sizes.min(), sizes.max()) and abs(p[1]) > 3 * math.sqrt(covariance[1, 1]):      # the loss falls past it
+        at_edge = best in (sizes.min(), sizes.max())
+        if at_edge and abs(p[1]) > 3 * math.sqrt(covariance[1, 1]):          # the loss falls on beyond it
             raise ValueError(f"budget {math.exp(log_c[group].mean()):.3g}: all {len(group)} runs lie on one side of the "
                              f"minimum; add {'larger' if p[1] < 0 else 'smaller'} models")
         weights = np.vstack([np.ones(len(group)), rng.exponential(size=(resamples, len(group)))])
@@ -195,7 +196,7 @@ def floor_and_power(log_c, losses) -> tuple:
     wrong[(e <= 0.01 * losses.min(-1, keepdims=True)) | (k <= 0)] = np.inf
     rows, best = np.arange(len(losses)), wrong.argmin(-1)
     if not np.isfinite(wrong[0, best[0]]):
-        raise ValueError("the lowest loss of these budgets does not fall as the budget grows; train the runs to their end")
+        raise ValueError("the lowest loss does not fall as the budget grows; train the runs to their end")
     e, k, gamma = (np.maximum(value, 1e-9) for value in (e[rows, best], k[rows, best], gammas[best]))
     return np.log(e), np.log(k) + gamma * log_c.mean(), gamma
 
@@ -210,7 +211,7 @@ def fit_parametric(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) 
     """
     x, y, log_c, target = columns(runs, "a law with 5 parameters", 6)
     if min(len(np.unique(np.round(values, 3))) for values in (x, y)) < 3:
-        raise ValueError("the runs have fewer than 3 different n_params or n_tokens: how the loss depends on it cannot be seen")
+        raise ValueError("the runs have fewer than 3 different n_params or n_tokens; give 3 or more of each")
     if np.ptp(x - y) < 0.1 or np.ptp(x + y) < 0.1:
         raise ValueError("all runs have one number of tokens per parameter, or one budget: N and D cannot be told apart; "
                          "give several sizes at each of several budgets")

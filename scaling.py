@@ -1,4 +1,4 @@
-"""Spend a budget of FLOPs: small runs are trained, laws fitted to their losses (laws.py), the large run predicted, and checked.
+"""Spend a budget of FLOPs: small runs are trained, laws fitted (laws.py), the large run predicted and checked.
 
 A run that costs a thousand pilots cannot be tuned, so it is predicted. The order in which the money goes:
 
@@ -7,16 +7,17 @@ A run that costs a thousand pilots cannot be tuned, so it is predicted. The orde
     long shots   a few runs at the largest budgets that can be paid, near the best size: they hold the law's far end
     prediction   the parametric law read at the target, with its 90 % interval
 
-Convention: N is the parameters without embeddings and head, and C = 6 N D. That leaves out attention scores and the head, most of
-the bill at d_model 64; `real` budgets with accounting.py's exact count, `flops_exact`. "D = 20 N" does not hold where alpha and beta
-differ, for other data and tokenizers, for a model that serves many tokens (predict's inference_tokens), or past four epochs of repeated data (2305.16264).
+Convention: N is the parameters without embeddings and head, and C = 6 N D. That leaves out attention scores and the
+head, most of the bill at d_model 64; `real` budgets with accounting.py's exact count, `flops_exact`. "D = 20 N" does
+not hold where alpha and beta differ, for other data and tokenizers, for a model that serves many tokens (predict's
+inference_tokens), or past four epochs of repeated data (2305.16264).
 
     python scaling.py                                   a simulated service explored, fitted, scored; pictures
     python scaling.py fit RUNS.json --flops=1e21        all fits of one's own runs, and what they say at a budget
     python scaling.py plan --flops=1e18 --device=h100   writes config_plan.py, ready for train.py
     python scaling.py real                              trains 20 small models, predicts a larger one, trains that
 
-Left out: laws for repeated data, sparsity, precision; muP. Papers: laws.py's, and DeepSeek 2024 (2401.02954: rate and batch).
+Left out: laws for repeated data, sparsity, precision; muP. Papers: laws.py's, and DeepSeek 2024 (2401.02954).
 """
 import contextlib
 import hashlib
@@ -69,7 +70,8 @@ class TrainingAPI:
         """What the runs so far have cost."""
         return float(sum(run["flops"] for run in self.runs))
 
-    def query(self, d_model: int, n_layers: int, n_heads: int, batch_size: int, learning_rate: float, flops: float) -> float:
+    def query(self, d_model: int, n_layers: int, n_heads: int, batch_size: int, learning_rate: float,
+              flops: float) -> float:
         """Final loss of such a run (sequences of 512 tokens, N = 12 L d^2, D = C / 6N); the same again costs nothing.
 
         Raises ValueError for a value out of its range, and for a run that the rest of the budget does not pay for.
@@ -80,7 +82,8 @@ class TrainingAPI:
             whole = name not in ("learning_rate", "flops")
             is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
             if not is_number or not low <= value <= high or whole and value != int(value):
-                raise ValueError(f"{name}={value!r} must be {'a whole number' if whole else 'a number'} from {low:g} to {high:g}")
+                raise ValueError(f"{name}={value!r} must be {'a whole number' if whole else 'a number'} from {low:g} "
+                                 f"to {high:g}")
             settings[name] = int(value) if whole else float(value)
         if settings["batch_size"] not in (128, 256):
             raise ValueError(f"batch_size={batch_size!r} must be one of 128, 256")
@@ -110,7 +113,8 @@ def shape_for(n_params: float, aspect: float, step: int = 16, widest: int = 1024
     off = 10 * np.log(block_params(d, layers) / n_params) ** 2 + np.log(d / layers / aspect) ** 2
     d_model, n_layers = int(d.flat[off.argmin()]), int(layers.flat[off.argmin()])
     heads = [h for h in range(2, max(16, widest // 64) + 1) if d_model % h == 0]
-    return {"d_model": d_model, "n_layers": n_layers, "n_heads": min(heads, key=lambda h: abs(math.log(d_model / h / 64)))}
+    n_heads = min(heads, key=lambda h: abs(math.log(d_model / h / 64)))
+    return {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads}
 
 
 def vertex(x, loss) -> float:
@@ -138,7 +142,8 @@ class Explorer:
         log_n = math.log(block_params(shape["d_model"], shape["n_layers"]))
         rate = np.clip(math.exp(self.rate[0] + self.rate[1] * log_n), 1e-4, 1e-3)
         larger_wins = self.batch[0] + self.batch[1] * (math.log(flops / 6) - log_n) < 0
-        return shape | {"batch_size": 256 if larger_wins else 128, "learning_rate": float(f"{rate:.3g}"), "flops": flops}
+        batch_size = 256 if larger_wins else 128
+        return shape | {"batch_size": batch_size, "learning_rate": float(f"{rate:.3g}"), "flops": flops}
 
     def run(self, n_params: float, flops: float, **fixed) -> dict:
         """One query, with the best settings known or those given; returns its record."""
@@ -156,7 +161,8 @@ class Explorer:
             best.append(vertex(rates, [run["loss"] for run in runs]))
         self.rate = power_law(np.array(sizes), np.array(best))
         tried = [self.run(1e7, 3e15, **shape_for(1e7, ratio)) for ratio in (16, 32, 64, 128)]
-        self.aspect = math.exp(vertex([run["d_model"] / run["n_layers"] for run in tried], [run["loss"] for run in tried]))
+        ratios = [run["d_model"] / run["n_layers"] for run in tried]
+        self.aspect = math.exp(vertex(ratios, [run["loss"] for run in tried]))
         lengths, gains = [], []
         for n_params, flops in ((3e5, 1e14), (1e6, 1e15), (3e6, 3e15), (3e6, 1e16), (1e6, 6e15), (1e7, 1e16)):
             small, large = (self.run(n_params, flops, batch_size=size) for size in (128, 256))
@@ -380,7 +386,8 @@ def real_job(shape: tuple, budget: float, seed: int, vocab_size: int) -> tuple:
     steps = tokens // REAL_RECIPE["batch_tokens"]
     rate = (64 / config.d_model) ** 0.5            # peak rates fall with the width, as pilots at 32, 64 and 96 had it
     record = {"name": f"{shape[0]}x{shape[1]}_{steps}_seed{seed}", "n_params": size(config), "n_tokens": tokens,
-              "flops": 6 * size(config) * tokens, "flops_exact": exact_flops(config) * tokens, "budget": budget, "seed": seed}
+              "flops": 6 * size(config) * tokens, "flops_exact": exact_flops(config) * tokens, "budget": budget,
+              "seed": seed}
     return REAL_RECIPE | model | {"lr": 0.012 * rate, "muon_lr": 0.04 * rate, "max_steps": steps, "seed": seed,
                                   "warmup_steps": max(10, steps // 20)}, record
 
@@ -394,7 +401,10 @@ def train_missing(jobs: list[tuple], path: Path, out_dir: str, common: dict) -> 
         if record["name"] in done:
             continue
         folder = Path(out_dir) / record["name"]
-        config = train.TrainConfig(**settings | common | {"out_dir": str(folder), "resume": (folder / "ckpt.pt").exists()})
+        # A folder with a log alone is of a run that was stopped before it saved: it begins again.
+        resume = (folder / "ckpt.pt").exists()
+        config = train.TrainConfig(**settings | common | {"out_dir": str(folder), "resume": resume,
+                                                          "overwrite": not resume})
         with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
             figures = train.main(config)           # its log.jsonl has all that it prints
         if figures["interrupted"] is not None:
