@@ -5,17 +5,17 @@ loss in nats per token. A run is a dict with n_params, n_tokens, flops, loss.
 
 IsoFLOP (Hoffmann 2022, approach 2). At one budget, small models see much and learn little of it, large ones see little:
 
-    loss  \                      .      the handout's way takes the lowest dot of each budget and fits ln N against ln C:
-           \                   .        `best_of_each_budget`. It can only answer with a size of the grid, and a grid off
-            o                o          centre moves every budget's answer the same way, so the error does not average
-              `o         o´             out (24 to 34 % of N in one published set). The parabola through the dots has its
-                 `o - o´  <- minimum    minimum between them: `fit_isoflop`.
+    loss  \                      .      The handout takes the lowest dot of each budget and fits ln N against ln C:
+           \                   .        `best_of_each_budget`. It can only answer with a size of the grid, and a grid
+            o                o          off centre moves every budget's answer the same way, so the error does not
+              `o         o´             average out (24 to 34 % of N in one published set). The parabola through the
+                 `o - o´  <- minimum    dots has its minimum between them: `fit_isoflop`.
             ----------------- ln N
 
 The parametric law (approach 3): L = E + A / N^alpha + B / D^beta on all runs at once, `fit_parametric`. At its best
 model neither term can be traded for the other. Put D = C / 6N, so dD/dN = -D/N, and set dL/dN = 0:
 
-    alpha A / N^alpha = beta B / D^beta   ->   N = n0 C^a,  a = beta / (alpha + beta),   L - E = k C^-gamma,  gamma = alpha a
+    alpha A / N^alpha = beta B / D^beta  ->  N = n0 C^a, a = beta / (alpha + beta), L - E = k C^-gamma, gamma = alpha a
 
 So N and D grow alike (a = 1/2) only where alpha = beta: then D / N is constant, the "20 tokens a parameter" of
 Hoffmann's approaches 1 and 2; their printed law says 93 at Gopher's budget, its re-fit 18.
@@ -53,7 +53,7 @@ def columns(runs: list[dict], purpose: str, least: int = 1) -> np.ndarray:
             value = run.get(key) if isinstance(run, dict) else run
             is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
             if not is_number or not 0 < value < math.inf:
-                raise ValueError(f"run {number} has {key}={value!r}; every run is a dict with {', '.join(RECORD)}, each "
+                raise ValueError(f"run {number} has {key}={value!r}; every run has {', '.join(RECORD)}, each "
                                  "a finite number above 0: mend or drop that run")
         rows.append([math.log(run[key]) for key in RECORD])
     if len(rows) < least:
@@ -163,8 +163,8 @@ def fit_isoflop(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) -> 
         p, covariance = np.polyfit(sizes - best, log_l[group], 2, cov="unscaled" if len(group) < 5 else True)
         at_edge = best in (sizes.min(), sizes.max())
         if at_edge and abs(p[1]) > 3 * math.sqrt(covariance[1, 1]):          # the loss falls on beyond it
-            raise ValueError(f"budget {math.exp(log_c[group].mean()):.3g}: all {len(group)} runs lie on one side of the "
-                             f"minimum; add {'larger' if p[1] < 0 else 'smaller'} models")
+            raise ValueError(f"budget {math.exp(log_c[group].mean()):.3g}: all {len(group)} runs lie on one side of "
+                             f"the minimum; add {'larger' if p[1] < 0 else 'smaller'} models")
         weights = np.vstack([np.ones(len(group)), rng.exponential(size=(resamples, len(group)))])
         n, loss, used = np.array([parabola(log_n[group], log_l[group], one) for one in weights]).T
         # A parabola bends its three numbers towards the noise: the scatter of its minima understates the error.
@@ -213,8 +213,8 @@ def fit_parametric(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) 
     if min(len(np.unique(np.round(values, 3))) for values in (x, y)) < 3:
         raise ValueError("the runs have fewer than 3 different n_params or n_tokens; give 3 or more of each")
     if np.ptp(x - y) < 0.1 or np.ptp(x + y) < 0.1:
-        raise ValueError("all runs have one number of tokens per parameter, or one budget: N and D cannot be told apart; "
-                         "give several sizes at each of several budgets")
+        raise ValueError("all runs have one number of tokens per parameter, or one budget: N and D cannot be told "
+                         "apart; give several sizes at each of several budgets")
     x0, y0, lowest = x.mean(), y.mean(), math.exp(target.min())
     x, y = x - x0, y - y0                                    # centred, A and alpha are no longer one and the same
     starts = [[math.log((1 - e) * lowest / 2), alpha, math.log((1 - e) * lowest / 2), beta, math.log(e * lowest)]
@@ -252,8 +252,9 @@ def gauss_newton(law, x, y, target, weights, steps: int) -> tuple:
     """(laws, losses): many fits at once by damped Gauss-Newton (Levenberg 1944, Marquardt 1963). law (S, 5), weights
     1 or (S, n).
 
-    The valley is narrow: E, A and alpha trade against each other, and a published fit stopped on its way down. Huber's loss
-    is squares whose far residuals r count HUBER / |r|. Damping grows after a step that failed, shrinks after one that helped.
+    The valley is narrow: E, A and alpha trade against each other, and a published fit stopped on its way down. Huber's
+    loss is squares whose far residuals r count HUBER / |r|. Damping grows after a step that failed and shrinks after
+    one that helped.
     """
     damping, best = np.full(len(law), 1e-3), huber(law, x, y, target, weights)
     for _ in range(steps):
@@ -294,8 +295,9 @@ def fit_kaplan(runs: list[dict]) -> dict:
 def predict(fit: Fit, flops: float, inference_tokens: float = 0.0, *, warn: bool = True) -> Fit:
     """The best model for a budget: n_params, n_tokens, loss, tokens_per_param, each with its _low and _high (90 %).
 
-    flops: 6 N D of training. inference_tokens: how many the model will serve, at 2 N FLOPs each; then flops pays for both,
-    and the best model is smaller and sees more (2401.00448 fixes the loss and asks for the least FLOPs: the same trade).
+    flops: 6 N D of training. inference_tokens: how many the model will serve, at 2 N FLOPs each; then flops pays for
+    both, and the best model is smaller and sees more (2401.00448 fixes the loss and asks for the least FLOPs: the same
+    trade).
     Warns (with warn) 1,000 times outside its budgets. Raises ValueError for a budget that is no number above 0, or that
     serving would use up.
     """
@@ -313,8 +315,8 @@ def predict(fit: Fit, flops: float, inference_tokens: float = 0.0, *, warn: bool
         tokens = (flops / np.exp(sizes) - 2 * inference_tokens) / 6
         paid = tokens > np.exp(sizes)                                        # at least one token a parameter is left
         if not paid.any(-1).all():
-            raise ValueError(f"serving inference_tokens={inference_tokens:.3g} costs more than flops={flops:.3g} leaves for "
-                             "training any model; give more FLOPs, or serve fewer tokens")
+            raise ValueError(f"serving inference_tokens={inference_tokens:.3g} costs more than flops={flops:.3g} leaves "
+                             "for training any model; give more FLOPs, or serve fewer tokens")
         logs = np.log(np.where(paid, tokens, 1.0))
         losses = np.stack([law_terms(*row)[0] for row in zip(fit.law, sizes, logs)])
         pick = np.where(paid, losses, np.inf).argmin(1)[:, None]

@@ -203,8 +203,8 @@ class Explorer:
 def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str = "flops", mark=None) -> str:
     """One picture of three panels: loss against N at equal `key`, the best N and D against C, the loss against C.
 
-    mark: (label, record) of a point to set beside the prediction: the hidden truth, or a run that was predicted and then
-    trained. The rings are each budget's minimum by the law. Returns the path, for printing.
+    mark: (label, record) of a point to set beside the prediction: the hidden truth, or a run that was predicted and
+    then trained. The rings are each budget's minimum by the law. Returns the path, for printing.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
@@ -257,8 +257,8 @@ def print_fits(fits: list[Fit], flops: float) -> None:
         size = loss = "-"
         if len(fit.law) > 1:
             size, loss = f"{p.n_params_low:.3g} … {p.n_params_high:.3g}", f"{p.loss_low:.3f} … {p.loss_high:.3f}"
-        print(f"{fit.method:<22}{fit.a:>6.3f}{fit.b:>6.3f}{fit.E:>6.2f}{p.n_params:>10.3g}  {size:<20}{p.n_tokens:>10.3g}"
-              f"{p.tokens_per_param:>7.1f}{p.loss:>7.3f}  {loss}")
+        print(f"{fit.method:<22}{fit.a:>6.3f}{fit.b:>6.3f}{fit.E:>6.2f}{p.n_params:>10.3g}  {size:<20}"
+              f"{p.n_tokens:>10.3g}{p.tokens_per_param:>7.1f}{p.loss:>7.3f}  {loss}")
 
 
 def fit_all(runs: list[dict]) -> list[Fit]:
