@@ -315,8 +315,8 @@ def predict(fit: Fit, flops: float, inference_tokens: float = 0.0, *, warn: bool
         tokens = (flops / np.exp(sizes) - 2 * inference_tokens) / 6
         paid = tokens > np.exp(sizes)                                        # at least one token a parameter is left
         if not paid.any(-1).all():
-            raise ValueError(f"serving inference_tokens={inference_tokens:.3g} costs more than flops={flops:.3g} leaves "
-                             "for training any model; give more FLOPs, or serve fewer tokens")
+            raise ValueError(f"serving inference_tokens={inference_tokens:.3g} costs more than flops={flops:.3g} "
+                             "leaves for training any model; give more FLOPs, or serve fewer tokens")
         logs = np.log(np.where(paid, tokens, 1.0))
         losses = np.stack([law_terms(*row)[0] for row in zip(fit.law, sizes, logs)])
         pick = np.where(paid, losses, np.inf).argmin(1)[:, None]
