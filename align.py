@@ -338,11 +338,12 @@ def learn(model, optimizers, batch: dict, advantages, config, generator) -> dict
     return {name: sum(info[name] for info in figures) / len(figures) for name in figures[0]}
 
 
-def grpo(model, problems: list[tuple], tokenizer, config, stop: int, log=None) -> None:
+def grpo(model, problems: list[tuple], tokenizer, config, stop: int, log=None, estimator=group_advantages) -> None:
     """Group-relative policy optimization on (prompt ids, truth) with a verifier (2402.03300, algorithm 1).
 
     A step: prompts_per_step x group_size responses are sampled, graded and learnt from. DEAD_ROLLOUTS in a row of dead
-    groups only end it: with ValueError when nothing was learnt before, else with a message.
+    groups only end it: with ValueError when nothing was learnt before, else with a message. estimator: takes what
+    `group_advantages` takes and gives what it gives; your own goes here.
     """
     optimizers = make_optimizers(model, config)
     generator = torch.Generator(config.device).manual_seed(config.seed)
@@ -355,7 +356,7 @@ def grpo(model, problems: list[tuple], tokenizer, config, stop: int, log=None) -
         asked = [problem for problem in chosen for _ in range(config.group_size)]
         texts = [tokenizer.decode([i for i in row if i != stop]) for row in responses]
         rewards, info = rollout_rewards(REWARDS[config.reward], texts, [truth for _, truth in asked])
-        advantages, dead = group_advantages(rewards, config.group_size, config.baseline, config.normalizer)
+        advantages, dead = estimator(rewards, config.group_size, config.baseline, config.normalizer)
         groups = [texts[i:i + config.group_size] for i in range(0, len(texts), config.group_size)]
         info |= dead | {"distinct": sum(len(set(group)) for group in groups) / len(groups),
                         "eos_rate": sum(row[-1] == stop for row in responses) / len(responses),

@@ -3,7 +3,6 @@
 Verbs for machines (profile, memory, kernels, parallel, gpu) stand in bench_systems.py and are reached from here too.
 """
 import copy
-import json
 import os
 import random
 import statistics
@@ -12,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ import clean
 import compress
 import curate
 from accounting import PRESETS, kv_cache_bytes
+from bench_align import align_bench
 from checkpoint import open_tokens, read_checkpoint, read_meta
 from configurator import command_line
 from convert import architecture_of, save_pretrained
@@ -300,62 +300,6 @@ def hf(words: list[str]) -> None:
                                         for name, times in ms.items()))
 
 
-# --- the verbs: each takes the words after it ---
-
-# --- alignment: the course's experiments on the demonstration's tasks ---
-
-ON_POLICY = dict(reweight="none", batch_size=256)
-OFF_POLICY = dict(reweight="grpo", batch_size=32)                    # 8 optimizer steps a rollout of 256
-VARIANTS = {
-    "grpo": ON_POLICY, "constant": ON_POLICY | dict(normalize="constant"),
-    "dr_grpo": ON_POLICY | dict(normalize="constant", normalizer="none"),
-    "rft": ON_POLICY | dict(baseline="none", normalizer="none"), "maxrl": ON_POLICY | dict(normalizer="mean"),
-    "naive": OFF_POLICY | dict(reweight="none"), "noclip": OFF_POLICY | dict(reweight="noclip"), "clip": OFF_POLICY,
-    "gspo": OFF_POLICY | dict(reweight="gspo", clip=0.05), "lr_low": ON_POLICY | dict(lr=3e-4),
-    "lr_high": ON_POLICY | dict(lr=3e-3), "no_baseline": ON_POLICY | dict(baseline="none"),
-    "group_2": ON_POLICY | dict(group_size=2, prompts_per_step=128),
-    "group_4": ON_POLICY | dict(group_size=4, prompts_per_step=64)}
-
-
-@dataclass
-class AlignBenchConfig:
-    """What `python bench.py align` can be told."""
-    seeds: int = 4                       # of each variant; the SFT model is one for all, made by seed 0
-    variants: str = ",".join(VARIANTS)   # those to run
-    steps: int = 60                      # rollouts of each run
-    out: str = "out/bench_align"         # folder of runs, results.json and table.txt
-
-
-def align_table(argv: list[str]) -> None:
-    """GRPO's variants from one SFT model: accuracy and spread over seeds, entropy, length, clipping, dead groups."""
-    import align
-    import align_demo
-    _, _, config, _ = command_line(AlignBenchConfig, argv, "usage: python bench.py align [--key=value …]")
-    folder, results = Path(config.out), []
-    lab = align_demo.Laboratory(folder, 0)
-    tuned = align_demo.train_base(lab, align_demo.STAGES["base"])
-    align.sft(tuned, lab.demonstrations(1000), align_demo.STAGES["sft"])
-    lines = [f"{'':<12}{'right':>8}{'spread':>8}{'entropy':>9}{'length':>8}{'clipped':>9}{'dead':>7}"]
-    for name in config.variants.split(","):
-        runs = []
-        for seed in range(config.seeds):
-            model, entries = copy.deepcopy(tuned), []
-            settings = replace(align_demo.STAGES["grpo"], seed=seed, steps=config.steps, log_every=1, **VARIANTS[name])
-            began = time.perf_counter()
-            align.grpo(model, lab.problems(), lab.tokenizer, settings, lab.stop, lambda **entry: entries.append(entry))
-            runs.append(entries[-1] | {"right": lab.measure(model)["accuracy"]})
-            results.append({"variant": name, "seed": seed, "seconds": time.perf_counter() - began, **runs[-1],
-                            "curve": [entry["reward"] for entry in entries]})
-            (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-        mean = {key: statistics.mean(run[key] for run in runs)
-                for key in ("right", "entropy", "length", "clip_fraction", "dead_groups")}
-        spread = statistics.stdev(run["right"] for run in runs) if len(runs) > 1 else 0.0
-        lines.append(f"{name:<12}{mean['right']:>8.1%}{spread:>8.1%}{mean['entropy']:>9.3f}{mean['length']:>8.1f}"
-                     f"{mean['clip_fraction']:>9.2%}{mean['dead_groups']:>7.1%}")
-        print(lines[-1], flush=True)
-    show(lines, str(folder / "table.txt"))
-
-
 # --- data: curation and near duplicates ---
 
 def pages(words: list[str]) -> None:
@@ -435,7 +379,9 @@ def minhash(words: list[str]) -> None:
         print(f"datasketch / ours = {seconds[1] / seconds[0]:.1f}")
 
 
-VERBS = {"align": align_table, "bpe": bench_bpe, "hf": hf, "decode": decode, "compress": compress_table,
+# --- the verbs: each takes the words after it ---
+
+VERBS = {"align": align_bench, "bpe": bench_bpe, "hf": hf, "decode": decode, "compress": compress_table,
          "pages": pages, "minhash": minhash}
 
 

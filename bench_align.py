@@ -1,0 +1,259 @@
+"""The course's alignment experiments on the demonstration's tasks: `python bench.py align [--experiments=… --seeds=…]`.
+
+One base model and one SFT model of align_demo.py serve all runs; a run changes one thing and is measured on the same
+400 held-out tasks. Finished runs stand in OUT/results.json and are not run again, so the command can be interrupted.
+
+    experiment   what it asks                                              course problem
+    prompts      a base model asked in four ways                           math_baseline, prompting_baselines
+    sft          fine-tuning on 32 … 1,000 demonstrations                  sft_experiment
+    expert       expert iteration over rollouts and epochs                 expert_iteration_experiment
+    on_policy    GRPO, Dr. GRPO, RFT, MaxRL and one of our own, 4 seeds    grpo_experiments_variants_on_policy, try_your_own
+    off_policy   no ratio, no clip, clip, GSPO, 4 seeds                    grpo_experiments_off_policy, …_clip_ablation
+    rates        learning rates                                            grpo_learning_rate
+    parts        baseline, deviation, length normalization, group size     grpo_baselines, grpo_length_normalization, …
+    epochs       passes over a rollout and rows a step                     grpo_off_policy_sweep
+    asked        GRPO under three prompts                                  grpo_prompt_ablation
+
+Our own estimator divides r - p by the root of p, p the group's mean. The sum over prompts of ∇p / √p is the gradient of
+2 √p: between Dr. GRPO, which counts all prompts alike (∇p), and MaxRL (∇p / p), whose rare successes count G times.
+"""
+import copy
+import json
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import align
+import align_demo
+from align_losses import group_advantages
+from checkpoint import write_atomically
+from configurator import ConfigError, command_line
+from model import ModelConfig, Transformer
+
+
+def root_mean(rewards, group_size: int, baseline: str, normalizer: str):
+    """Advantages (N,) of our own: (r - p) / √p in each group, and the info of `group_advantages`."""
+    advantages, info = group_advantages(rewards, group_size, "mean", "none")
+    means = rewards.view(-1, group_size).mean(1, keepdim=True)
+    return (advantages.view(-1, group_size) / (means + 1e-6).sqrt()).view(-1), info
+
+
+ON_POLICY = dict(reweight="none", batch_size=256)                    # one optimizer step a rollout of 256 rows
+OFF_POLICY = dict(reweight="grpo", batch_size=32)                    # 8 of them
+GRPO = {                                                             # experiment -> run -> settings
+    "on_policy": {"grpo": {}, "dr_grpo": dict(normalize="constant", normalizer="none"),
+                  "rft": dict(baseline="none", normalizer="none"), "maxrl": dict(normalizer="mean"),
+                  "root_mean": dict(normalizer="none", estimator=root_mean)},
+    "off_policy": {"no ratio": OFF_POLICY | dict(reweight="none"), "no clip": OFF_POLICY | dict(reweight="noclip"),
+                   "clip": OFF_POLICY, "gspo": OFF_POLICY | dict(reweight="gspo", clip=0.05)},
+    "rates": {f"lr {lr:g}": dict(lr=lr) for lr in (1e-4, 3e-4, 3e-3, 1e-2)},
+    "parts": {"no baseline": dict(baseline="none", normalizer="none"), "no deviation": dict(normalizer="none"),
+              "by tokens": dict(normalize="token"), "by a constant": dict(normalize="constant"),
+              "groups of 2": dict(group_size=2, prompts_per_step=128),
+              "groups of 4": dict(group_size=4, prompts_per_step=64)},
+    "epochs": {f"{epochs} x {rows} rows": OFF_POLICY | dict(epochs=epochs, batch_size=rows)
+               for epochs, rows in ((1, 64), (1, 128), (2, 64), (2, 256), (4, 256))},
+    "asked": {"think opened": dict(asked="Q: {}\nA: <think>"), "question alone": dict(asked="{}\n")}}
+SEEDS = {"on_policy": 4, "off_policy": 4}                            # the others: one, as the course asks
+ASKED = "Q: {}\nA:"                                                   # the laboratory's own form
+EXPERIMENTS = ("prompts", "sft", "expert", *GRPO)
+FIGURES = ("accuracy", "format", "any_form", "greedy", "length")
+LAST = ("entropy", "clip_fraction", "dead_groups", "norm")           # of the last rollout of a GRPO run
+
+
+@dataclass
+class AlignBenchConfig:
+    """What `python bench.py align` can be told."""
+    experiments: str = ",".join(EXPERIMENTS)      # those to run
+    seeds: int = 4                                # at most, of each run
+    steps: int = 60                               # rollouts of a GRPO run
+    out: str = "out/bench_align"                  # results.json, table.txt, curves.png, samples.txt
+
+    def __post_init__(self):
+        for name in self.experiments.split(","):
+            if name not in EXPERIMENTS:
+                raise ConfigError(f"experiments={name!r} must be some of {', '.join(EXPERIMENTS)}")
+        if self.seeds < 1 or self.steps < 1:
+            raise ConfigError(f"seeds={self.seeds} and steps={self.steps} must be at least 1")
+
+
+class Bench:
+    """The laboratory, the two models every run starts from, and the list of finished runs."""
+
+    def __init__(self, config: AlignBenchConfig):
+        self.config, self.folder = config, Path(config.out)
+        self.lab = align_demo.Laboratory(self.folder, 0)
+        self.path, self.results = self.folder / "results.json", []
+        if self.path.exists():
+            self.results = json.loads(self.path.read_text(encoding="utf-8"))
+        self.base = self.made("base.pt", lambda: align_demo.train_base(self.lab, align_demo.STAGES["base"]))
+        self.tuned = self.made("sft.pt", lambda: self.fine_tuned(self.lab.demonstrations(1000)))
+
+    def made(self, name: str, make):
+        """The model stored under a name, or made and stored."""
+        path = self.folder / name
+        if not path.exists():
+            write_atomically(path, lambda file: torch.save(make().state_dict(), file))
+        model = Transformer(ModelConfig(vocab_size=self.lab.tokenizer.vocab_size, **align_demo.SHAPE))
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval()
+
+    def fine_tuned(self, rows: list, model=None, steps: int = 300):
+        """A copy of the base model, or of another, after SFT on these rows."""
+        model = copy.deepcopy(model or self.base)
+        align.sft(model, rows, replace(align_demo.STAGES["sft"], steps=steps))
+        return model
+
+    def run(self, experiment: str, name: str, seed: int, measure) -> None:
+        """Store the figures that measure() gives, with the seconds it took, unless they are there."""
+        if any((run["experiment"], run["run"], run["seed"]) == (experiment, name, seed) for run in self.results):
+            return
+        began = time.perf_counter()
+        figures = measure()
+        entry = dict(experiment=experiment, run=name, seed=seed, **figures, seconds=time.perf_counter() - began)
+        self.results.append(entry)
+        write_atomically(self.path, lambda file: file.write(json.dumps(self.results, indent=1).encode("utf-8")))
+        print(f"{experiment}, {name}, seed {seed}: {figures['accuracy']:.1%} right, {entry['seconds']:.0f} s", flush=True)
+
+
+def asking(lab, form: str):
+    """Let the laboratory ask in another form; the same form for training and for measuring."""
+    lab.prompt = lambda task: [lab.stop] + lab.tokenizer.encode(form.format(task["question"]))
+
+
+def figures_of(lab, model) -> dict:
+    """The shares right, in form, right in whatever form, right when greedy, and the mean length of held-out answers."""
+    measured = lab.measure(model)
+    return {name: measured[name] for name in FIGURES}
+
+
+def prompts(bench: Bench) -> None:
+    """The base model, never fine-tuned, asked plainly, with the form opened, and after two examples in either form."""
+    lab = bench.lab
+    forms = {"plain": ASKED, "form opened": ASKED + " <think>"}
+    for name, style in (("two answers shown", "direct"), ("two in form shown", "guess")):
+        forms[name] = "".join(f"Q: {task['question']}\nA:{align_demo.answered(task, style)}\n"
+                              for task in lab.pick("train", 2, ("count",))) + ASKED
+    for name, form in forms.items():
+        asking(lab, form)
+        bench.run("prompts", name, 0, lambda: figures_of(lab, bench.base))
+    asking(lab, ASKED)
+
+
+def sft(bench: Bench) -> None:
+    """Fine-tuning on more and more demonstrations, 300 steps each."""
+    rows = bench.lab.demonstrations(1000)
+    for n in (32, 64, 128, 256, 512, 1000):
+        bench.run("sft", f"{n} shown", 0, lambda: figures_of(bench.lab, bench.fine_tuned(rows[:n])))
+
+
+def expert(bench: Bench) -> None:
+    """Expert iteration: sample answers, fine-tune on the right ones, again; 3 rounds of 512 questions."""
+    def iterate(group_size: int, epochs: int) -> dict:
+        model = bench.tuned
+        tasks = bench.lab.pick("train", 3 * 512)
+        for number in range(3):
+            asked = tasks[512 * number:512 * (number + 1)]
+            responses, texts = bench.lab.texts(model, asked, group_size=group_size)
+            asked = [task for task in asked for _ in range(group_size)]
+            right = [(bench.lab.prompt(task), row) for task, row, text in zip(asked, responses, texts)
+                     if align.r1_zero_reward(text, task["answer"])["reward"]]
+            steps = max(1, epochs * len(right) // align_demo.STAGES["sft"].batch_size)
+            model = bench.fine_tuned(right, model, steps)
+        return figures_of(bench.lab, model) | {"kept": len(right)}
+    for group_size, epochs in ((2, 1), (8, 1), (2, 4), (8, 4)):
+        bench.run("expert", f"{group_size} answers, {epochs} epochs", 0, lambda: iterate(group_size, epochs))
+
+
+def reinforce(bench: Bench, experiment: str) -> None:
+    """The GRPO runs of one experiment, seed after seed so that a short session has one of each first."""
+    for seed in range(min(bench.config.seeds, SEEDS.get(experiment, 1))):
+        for name, changes in GRPO[experiment].items():
+            asking(bench.lab, changes.get("asked", ASKED))
+            bench.run(experiment, name, seed, lambda: grpo_run(bench, dict(ON_POLICY, **changes), seed, name))
+    asking(bench.lab, ASKED)
+
+
+def grpo_run(bench: Bench, changes: dict, seed: int, name: str) -> dict:
+    """One GRPO run from the SFT model: its figures, the curve of rewards, and answers written on the way."""
+    lab, model, entries = bench.lab, copy.deepcopy(bench.tuned), []
+    estimator = changes.pop("estimator", group_advantages)
+    changes.pop("asked", None)
+    settings = replace(align_demo.STAGES["grpo"], seed=seed, steps=bench.config.steps, log_every=1, **changes)
+
+    def log(**entry):
+        entries.append(entry)
+        if name == "grpo" and seed == 0 and (entry["step"] == 1 or entry["step"] % 20 == 0):
+            with open(bench.folder / "samples.txt", "a", encoding="utf-8") as file:
+                shown = lab.pick("val", 3)
+                for task, row, text in zip(shown, *lab.texts(model, shown)):
+                    reward = align.r1_zero_reward(text, task["answer"])["reward"]
+                    file.write(f"step {entry['step']}, reward {reward:.0f}, {len(row)} tokens, entropy of the rollout "
+                               f"{entry['entropy']:.3f} | {task['question']} |{text}\n")
+
+    align.grpo(model, lab.problems(), lab.tokenizer, settings, lab.stop, log, estimator=estimator)
+    return (figures_of(lab, model) | {key: entries[-1].get(key, 0.0) for key in LAST}
+            | {"curve": [entry["reward"] for entry in entries]})
+
+
+def table(bench: Bench) -> list[str]:
+    """A line a run: means over its seeds, and the standard deviation of the share right where there are several."""
+    model = sum(p.numel() for p in bench.base.parameters())
+    lines = [f"{model:,} parameters, {bench.config.steps} rollouts a GRPO run, 400 held-out tasks (one standard error: "
+             f"2 points); torch {torch.__version__}, {torch.get_num_threads()} threads",
+             "right, form, any form: sampled at temperature 1; any form: the answer stands last, whatever the form", "",
+             f"{'':<32}{'seeds':>5}{'right':>8}{'spread':>8}{'form':>8}{'any form':>9}{'greedy':>8}{'length':>8}"
+             f"{'entropy':>9}{'clipped':>9}{'dead':>7}"]
+    for experiment in EXPERIMENTS:
+        runs = [run for run in bench.results if run["experiment"] == experiment]
+        if runs:
+            lines.append(experiment)
+        for name in dict.fromkeys(run["run"] for run in runs):
+            group = [run for run in runs if run["run"] == name]
+            mean = {key: statistics.mean(run[key] for run in group) for key in (*FIGURES, *LAST) if key in group[0]}
+            spread = f"{statistics.stdev(run['accuracy'] for run in group):.1%}" if len(group) > 1 else "-"
+            line = (f"  {name:<30}{len(group):>5}{mean['accuracy']:>8.1%}{spread:>8}{mean['format']:>8.1%}"
+                    f"{mean['any_form']:>9.1%}{mean['greedy']:>8.1%}{mean['length']:>8.1f}")
+            if "entropy" in mean:
+                line += f"{mean['entropy']:>9.3f}{mean['clip_fraction']:>9.2%}{mean['dead_groups']:>7.1%}"
+            lines.append(line)
+    return lines
+
+
+def draw(bench: Bench) -> None:
+    """Rewards over the rollouts, a panel an experiment, the mean of its seeds; to OUT/curves.png."""
+    from matplotlib.figure import Figure
+    shown = [name for name in GRPO if any(run["experiment"] == name for run in bench.results)]
+    if not shown:
+        return
+    figure = Figure(figsize=(4.5 * len(shown), 4), layout="constrained")
+    for axis, experiment in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
+        runs = [run for run in bench.results if run["experiment"] == experiment]
+        for name in dict.fromkeys(run["run"] for run in runs):
+            curves = [run["curve"] for run in runs if run["run"] == name]
+            steps = min(map(len, curves))
+            mean = [statistics.mean(curve[step] for curve in curves) for step in range(steps)]
+            smooth = [statistics.mean(mean[max(0, step - 4):step + 1]) for step in range(steps)]
+            axis.plot(range(1, steps + 1), smooth, label=name)
+        axis.set(xlabel="rollout", ylabel="mean reward (of 5 rollouts)", title=experiment, ylim=(0, 1))
+        axis.legend(fontsize=7)
+    figure.suptitle("python bench.py align", fontsize=9)
+    figure.savefig(bench.folder / "curves.png", dpi=80)
+
+
+def align_bench(argv: list[str]) -> None:
+    """Alignment's experiments from one SFT model: prompts, amounts of data, expert iteration, GRPO's variants."""
+    _, _, config, _ = command_line(AlignBenchConfig, argv, "usage: python bench.py align [--key=value …]")
+    bench = Bench(config)
+    bench.run("sft", "none", 0, lambda: figures_of(bench.lab, bench.base))
+    for experiment in config.experiments.split(","):
+        if experiment in GRPO:
+            reinforce(bench, experiment)
+        else:
+            {"prompts": prompts, "sft": sft, "expert": expert}[experiment](bench)
+        (bench.folder / "table.txt").write_text("\n".join(table(bench)) + "\n", encoding="utf-8", newline="\n")
+        draw(bench)
+    print("\n".join(table(bench)))
