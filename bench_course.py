@@ -1,1 +1,331 @@
-VERBS = {}
+"""The course's smaller experiments, a verb of bench.py each; every one ends within ten minutes on two CPU cores.
+
+    python bench.py toy                       SGD on one quadratic at learning rates 1 … 1,000
+    python bench.py sweeps ablations          one grid of training runs on the default corpus, by name
+    python bench.py ngrams data/shakespeare   what models reach that only count: is my loss normal?
+    python bench.py precision                 sums in half precision; which tensor has which dtype under autocast
+    python bench.py sizes                     forward, backward and step over sizes, in float32, bfloat16, compiled
+    python bench.py attention                 plain, compiled, tiled and torch's attention over lengths and widths
+    python bench.py checkpoints               which nesting of activation checkpoints needs least memory
+
+On a machine with a GPU the last four measure there, with larger sizes.
+"""
+import functools
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from accounting import preset
+from bench_memory import MemoryTracker
+from checkpoint import open_tokens, read_meta
+from configurator import command_line
+from layers import LayerNorm, Linear, attention, cross_entropy
+from machine import pick_device
+from model import Transformer, bits_per_byte
+from optim import SGD, AdamW
+
+
+def on(device: str) -> str:
+    """One line that says what was measured on."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    return f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+
+
+def timed(device: str, run) -> float:
+    """ms of run(), the GPU's queue waited for."""
+    began = time.perf_counter()
+    run()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - began)
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile finds what it needs: a C++ compiler on the CPU, Triton on a GPU."""
+    return device.startswith("cuda") or shutil.which("g++") is not None or shutil.which("clang++") is not None
+
+
+# --- learning rates on a toy, and grids of real runs ---
+
+def toy(words: list[str]) -> None:
+    """SGD on the mean of squares of 100 weights, learning rate α / √(t + 1): the loss after steps 1 … 10."""
+    print(f"{'α':>6}" + "".join(f"{step:>10}" for step in range(1, 11)))
+    for rate in (1.0, 10.0, 100.0, 1000.0):
+        weights = torch.nn.Parameter(5 * torch.randn(10, 10, generator=torch.Generator().manual_seed(0)))
+        optimizer, losses = SGD([weights], lr=rate, momentum=0.0), []
+        for step in range(10):
+            loss = (weights ** 2).mean()
+            losses.append(loss.item())
+            loss.backward()
+            optimizer.param_groups[0]["lr"] = rate / (step + 1) ** 0.5
+            optimizer.step()
+            optimizer.zero_grad()
+        print(f"{rate:>6g}" + "".join(f"{loss:>10.3g}" for loss in losses))
+    print("A step multiplies every weight by 1 - 2 α / (100 √(t + 1)): it shrinks while that is within ±1, so α up to "
+          "100 converges (100 in one step: 1 - 2 = -1, the same loss once, then less), and 1,000 diverges.")
+
+
+STEPS = "--max_minutes=none --eval_every=0 --num_samples=0 --max_steps=300 --warmup_steps=30"
+SWEEPS = {                                     # name -> command lines of `train.py sweep`, all of equal tokens
+    "ablations": ["", "smear=false", "norm=none", "norm=none muon_lr=0.003 lr=0.0008 embedding_lr=0.016",
+                  "norm_position=post", "position=none", "qk_norm=false", "ffn=silu d_ff=512"],
+    "learning_rate": ["lr=1e-3,3e-3,1e-2,1e-1,30 --optimizer=adamw --embedding_lr=none"],
+    "batch": ["batch_tokens=256 max_steps=2400 warmup_steps=240", "batch_tokens=1024 max_steps=600 warmup_steps=60",
+              "batch_tokens=2048", "batch_tokens=4096 max_steps=150 warmup_steps=15",
+              "batch_tokens=16384 max_steps=38 warmup_steps=4", "batch_tokens=65536 max_steps=10 warmup_steps=2"],
+    "muon": ["muon_lr=0.02,0.03,0.04"], "muon_steps": ["muon_steps=2,3,5"],
+    "embedding": ["embedding_lr=0.008,0.04,0.16,0.64"],
+    "width": ["d_model=96 max_steps=403 warmup_steps=40", "d_model=128", "d_model=192 max_steps=170 warmup_steps=17"],
+    "depth": ["n_layers=2 max_steps=492 warmup_steps=49", "n_layers=4", "n_layers=6 max_steps=221 warmup_steps=22"]}
+
+
+@dataclass
+class SweepsConfig:
+    """What `python bench.py sweeps NAME…` can be told."""
+    seeds: str = "1"                          # with commas between
+    out: str = "out"                          # a folder per sweep in it, with sweep.txt and sweep.png
+
+
+def sweeps(words: list[str]) -> None:
+    """Grids of training runs on the default corpus by name; runs that have ended are not run again."""
+    usage = f"usage: python bench.py sweeps NAME… [--seeds=1,2,3]     NAME: {', '.join(SWEEPS)}"
+    _, names, config, _ = command_line(SweepsConfig, words, usage)
+    if not names or not set(names) <= set(SWEEPS):
+        sys.exit(usage)
+    for name in names:
+        for line in SWEEPS[name]:
+            axes, given = line.split(), STEPS.split()
+            keys = {word.split("=")[0] for word in axes}
+            given = [flag for flag in given if flag[2:].split("=")[0] not in keys]
+            command = [sys.executable, str(Path(__file__).with_name("train.py")), "sweep", *axes,
+                       f"seed={config.seeds}", *given, f"--out_dir={config.out}/{name}"]
+            print("$", " ".join(command[1:]), flush=True)
+            subprocess.run(command, check=True)
+
+
+# --- what counting reaches ---
+
+def ngrams(words: list[str]) -> None:
+    """Bits per byte of the validation split by uniform, unigram, bigram models, counts of the training split."""
+    if len(words) != 1:
+        sys.exit("usage: python bench.py ngrams DATA_DIR")
+    meta, train, val = read_meta(words[0]), *(np.array(open_tokens(words[0], split), dtype=np.int64)
+                                              for split in ("train", "val"))
+    V = meta["vocab_size"]
+    unigram = np.bincount(train, minlength=V) + 1.0
+    unigram /= unigram.sum()
+    pairs, counts = np.unique(train[:-1] * V + train[1:], return_counts=True)
+    place = np.clip(np.searchsorted(pairs, val[:-1] * V + val[1:]), 0, len(pairs) - 1)
+    seen = np.where(pairs[place] == val[:-1] * V + val[1:], counts[place], 0)
+    before = np.bincount(train[:-1], minlength=V)[val[:-1]]
+    followers = np.bincount(pairs // V, minlength=V)[val[:-1]]          # different tokens seen after the one before
+    # Witten and Bell: a new follower comes as often as new ones came so far, and is drawn from the unigram.
+    bigram = (seen + followers * unigram[val[1:]]) / np.maximum(before + followers, 1)
+    bigram = np.where(before > 0, bigram, unigram[val[1:]])
+    losses = {"uniform over the vocabulary": np.log(V), "unigram": -np.log(unigram[val[1:]]).mean(),
+              "bigram (Witten-Bell)": -np.log(bigram).mean()}
+    print(f"{words[0]}, {len(val):,} tokens of validation, vocabulary {V:,}\n{'uniform over bytes':<30}{'':>10}{8.0:>10.3f}")
+    for name, loss in losses.items():
+        print(f"{name:<30}{loss:>10.3f}{bits_per_byte(loss, len(val), meta['val_bytes']):>10.3f}")
+    print("columns: nats a token, bits per byte")
+
+
+# --- precision ---
+
+def precision(words: list[str]) -> None:
+    """A thousand times 0.01 summed in float32, float16 and mixed; dtypes of a small model under autocast."""
+    hundredth = {dtype: torch.tensor(0.01, dtype=dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+    for total, part in ((torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16),
+                        (torch.float32, torch.float16), (torch.float32, torch.bfloat16)):
+        result = torch.tensor(0.0, dtype=total)
+        for _ in range(1000):
+            result += hundredth[part]
+        print(f"1,000 x 0.01 in {str(part)[6:]:<9} summed in {str(total)[6:]:<9} {result.item():.4f}")
+    device, seen = pick_device(None), {}
+    torch.manual_seed(0)
+    first, norm, last = Linear(8, 16).to(device), LayerNorm(16).to(device), Linear(16, 4).to(device)
+    x, targets = torch.randn(32, 8, device=device), torch.randint(4, (32,), device=device)
+    with torch.autocast(device.split(":")[0], torch.bfloat16):
+        seen["output of Linear"] = hidden = first(x)
+        seen["output of LayerNorm"] = normed = norm(hidden.relu())
+        seen["logits"] = logits = last(normed)
+        seen["loss"] = loss = cross_entropy(logits, targets)
+    loss.backward()
+    seen |= {"weight of Linear": first.weight, "its gradient": first.weight.grad}
+    print(f"under autocast to bfloat16 on {device}: "
+          + ", ".join(f"{name} {str(tensor.dtype)[6:]}" for name, tensor in seen.items()))
+
+
+# --- a step over sizes ---
+
+@dataclass
+class SizesConfig:
+    """What `python bench.py sizes` can be told."""
+    shapes: str = ""                          # d_model x n_layers with commas between, or presets; none = by device
+    context_length: int = 256                 # tokens a sequence
+    batch_size: int = 4                       # sequences
+    vocab_size: int = 10_000                  # ids
+    warmup: int = 5                           # steps before the clock starts
+    steps: int = 10                           # timed steps
+    compile: bool = True                      # a third row with torch.compile, where a compiler is found
+    device: str | None = None                 # cpu, cuda, mps; none = the best there is
+
+
+def sizes(words: list[str]) -> None:
+    """ms of forward, backward and optimizer step, mean ± deviation, over model sizes, dtypes and with torch.compile."""
+    _, _, config, _ = command_line(SizesConfig, words, "usage: python bench.py sizes [--key=value …]")
+    device = pick_device(config.device)
+    gpu = device.startswith("cuda")
+    names = config.shapes or ("small,medium,large,xl" if gpu else "128x4,256x6,512x8")
+    print(f"{on(device)}; {config.batch_size} x {config.context_length} tokens, vocabulary {config.vocab_size:,}, "
+          f"{config.steps} steps after {config.warmup}; the first step without warm-up last")
+    print(f"{'model':<12}{'params':>10}  {'':<18}{'forward':>16}{'backward':>16}{'optimizer':>16}{'first step':>12}")
+    for name in names.split(","):
+        changes = dict(vocab_size=config.vocab_size, context_length=config.context_length)
+        if "x" in name and name[0].isdecimal():
+            d_model, n_layers = map(int, name.split("x"))
+            changes |= dict(d_model=d_model, n_layers=n_layers, n_heads=max(1, d_model // 64), d_ff=None)
+        shape = preset("small" if "x" in name and name[0].isdecimal() else name, **changes)
+        rows = [(torch.float32, False), (torch.bfloat16, False)]
+        if config.compile and can_compile(device):
+            rows.append((torch.bfloat16, True))
+        for dtype, compiled in rows:
+            times = step_times(shape, dtype, compiled, device, config)
+            cells = [f"{statistics.mean(column):9.1f} ± {statistics.stdev(column):<4.1f}" for column in zip(*times[1:])]
+            label = str(dtype)[6:] + (" compiled" if compiled else "")
+            count = sum(p.numel() for p in Transformer(shape).parameters())
+            print(f"{name:<12}{count:>10,}  {label:<18}" + "".join(f"{cell:>16}" for cell in cells)
+                  + f"{sum(times[0]):>12.1f}", flush=True)
+
+
+def step_times(shape, dtype, compiled: bool, device: str, config) -> list:
+    """[(forward, backward, optimizer) ms of the first step], then of the timed ones after the warm-up."""
+    torch.manual_seed(0)
+    model = Transformer(shape).to(device)
+    optimizer, forward = AdamW(model.parameters(), lr=1e-4), torch.compile(model) if compiled else model
+    ids, times = torch.randint(shape.vocab_size, (config.batch_size, shape.context_length), device=device), []
+    for _ in range(1 + config.warmup + config.steps):
+        kept = {}
+
+        def run_forward():
+            with torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32):
+                kept["loss"] = forward(ids, ids)[1]
+        times.append((timed(device, run_forward), timed(device, lambda: kept["loss"].backward()),
+                      timed(device, optimizer.step)))
+        optimizer.zero_grad()
+    return [times[0], *times[1 + config.warmup:]]
+
+
+# --- attention over lengths and widths ---
+
+@dataclass
+class AttentionConfig:
+    """What `python bench.py attention` can be told."""
+    widths: str = "16,64,128"                 # of the one head
+    lengths: str = ""                         # with commas between; none = by device
+    batch_size: int = 8                       # as the course asks
+    repeats: int = 5                          # timed passes after two
+    dtype: str = "float32"                    # float32, bfloat16
+    device: str | None = None                 # cpu, cuda; none = the best there is
+
+
+def attention_bench(words: list[str]) -> None:
+    """ms forward and backward, and MB kept for backward, of causal attention: plain, compiled, in tiles, torch's own."""
+    _, _, config, _ = command_line(AttentionConfig, words, "usage: python bench.py attention [--key=value …]")
+    device = pick_device(config.device)
+    gpu = device.startswith("cuda")
+    from flash import FlashAttentionPyTorch, flash_attention
+
+    def plain(q, k, v):
+        return attention(q, k, v, torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril())
+
+    kinds = {"plain": plain, "tiles in PyTorch": lambda q, k, v: FlashAttentionPyTorch.apply(q, k, v, True),
+             "torch's sdpa": lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)}
+    if can_compile(device):
+        kinds["plain, compiled"] = torch.compile(plain)
+    if gpu:
+        kinds["Triton"] = lambda q, k, v: flash_attention(q, k, v, True)
+    print(f"{on(device)}; batch {config.batch_size}, one head, {config.dtype}, causal; ms, medians of {config.repeats}")
+    print(f"{'width':>6}{'length':>8}  {'':<18}{'forward':>10}{'backward':>10}{'MB kept':>10}")
+    for D in map(int, config.widths.split(",")):
+        for T in map(int, (config.lengths or ("256,1024,4096,8192,16384" if gpu else "128,512,2048")).split(",")):
+            q, k, v = (torch.randn(config.batch_size, T, D, device=device, dtype=getattr(torch, config.dtype))
+                       .requires_grad_() for _ in range(3))
+            for name, function in kinds.items():
+                try:
+                    row = attention_row(function, q, k, v, device, config.repeats)
+                except RuntimeError as error:                                       # out of memory is one
+                    row = f"  {str(error).splitlines()[0][:60]}"
+                print(f"{D:>6}{T:>8}  {name:<18}{row}", flush=True)
+
+
+def attention_row(function, q, k, v, device: str, repeats: int) -> str:
+    """Forward and backward ms and what is saved between them, formatted."""
+    kept, times = {}, []
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(q, k, v)
+    for _ in range(repeats + 2):
+        result = {}
+        forward = timed(device, lambda: result.update(y=function(q, k, v)))
+        times.append((forward, timed(device, lambda: result["y"].backward(torch.ones_like(result["y"])))))
+    forward, backward = (statistics.median(column) for column in zip(*times[2:]))
+    return f"{forward:>10.2f}{backward:>10.2f}{sum(kept.values()) / 1e6:>10.1f}"
+
+
+# --- activation checkpoints ---
+
+def checkpoints(words: list[str]) -> None:
+    """Peak of activations and time of a step with a checkpoint every 1, 2, 4, … blocks, and nested two deep."""
+    device, layers = pick_device(None), 16
+    shape = preset("small", vocab_size=1000, context_length=256, d_model=256, n_layers=layers, n_heads=4, d_ff=None)
+    ids = torch.randint(1000, (4, 256), device=device)
+    print(f"{on(device)}; {layers} blocks of width 256, 4 x 256 tokens, float32\n{'':<34}{'peak MB':>9}{'step ms':>9}")
+
+    def run_blocks(blocks, x, nesting: tuple, positions):
+        """Blocks one after another, in segments of nesting[0] blocks that are computed again, themselves divided."""
+        if not nesting:
+            for block in blocks:
+                x = block(x, positions)
+            return x
+        for start in range(0, len(blocks), nesting[0]):
+            segment = blocks[start:start + nesting[0]]
+            x = checkpoint(functools.partial(run_blocks, segment, nesting=nesting[1:], positions=positions), x,
+                           use_reentrant=False)
+        return x
+
+    cases = {"none": (), **{f"every {n}": (n,) for n in (1, 2, 4, 8)}, "every 4, nested every 1": (4, 1),
+             "every 8, nested every 2": (8, 2)}
+    for name, nesting in cases.items():
+        torch.manual_seed(0)
+        model = Transformer(shape).to(device)
+        positions, tracker = torch.arange(256, device=device), MemoryTracker()
+
+        def step():
+            x = run_blocks(list(model.layers), model.token_embeddings(ids), nesting, positions)
+            x.float().pow(2).mean().backward()
+        step()
+        times = [timed(device, step) for _ in range(4)]
+        for p in model.parameters():                     # what is there before the step does not count
+            tracker.watch(p, "weights")
+            if p.grad is not None:
+                tracker.watch(p.grad, "gradients")
+        before = tracker.live
+        with tracker:
+            step()
+        print(f"{name:<34}{(max(tracker.history) - before) / 1e6:>9.1f}{min(times):>9.0f}", flush=True)
+
+
+VERBS = {"toy": toy, "sweeps": sweeps, "ngrams": ngrams, "precision": precision, "sizes": sizes,
+         "attention": attention_bench, "checkpoints": checkpoints}
