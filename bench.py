@@ -303,15 +303,19 @@ def hf(words: list[str]) -> None:
 VERBS = {"align": align_bench, "bpe": bench_bpe, "hf": hf, "decode": decode, "compress": compress_table}
 
 
+def verbs() -> dict:
+    """Name -> function of every verb."""
+    return VERBS | bench_data.VERBS | bench_course.VERBS | bench_systems.VERBS
+
+
 def main(argv: list[str]) -> None:
     """Run one verb, or list them all with the first line of what each says of itself."""
-    verbs = VERBS | bench_data.VERBS | bench_course.VERBS | bench_systems.VERBS
-    if not argv or argv[0] not in verbs:
+    if not argv or argv[0] not in verbs():
         print("usage: python bench.py VERB [--key=value ...]; VERB is one of")
-        for name, function in verbs.items():
+        for name, function in verbs().items():
             print(f"  {name:<12} {(function.__doc__ or '').strip().splitlines()[0]}")
         sys.exit(0 if argv and argv[0] in ("--help", "-h") else 2)
-    verbs[argv[0]](argv[1:])
+    verbs()[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":

@@ -101,10 +101,11 @@ class Bench:
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
 
-    def fine_tuned(self, rows: list, model=None, steps: int = 300):
+    def fine_tuned(self, rows: list, model=None, steps: int | None = None):
         """A copy of the base model, or of another, after SFT on these rows."""
         model = copy.deepcopy(model or self.base)
-        align.sft(model, rows, replace(align_demo.STAGES["sft"], steps=steps))
+        settings = align_demo.STAGES["sft"]
+        align.sft(model, rows, replace(settings, steps=steps or settings.steps))
         return model
 
     def run(self, experiment: str, name: str, seed: int, measure) -> None:

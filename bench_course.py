@@ -113,29 +113,34 @@ def sweeps(words: list[str]) -> None:
 
 # --- what counting reaches ---
 
-def ngrams(words: list[str]) -> None:
-    """Bits per byte of the validation split by uniform, unigram, bigram models, counts of the training split."""
-    if len(words) != 1:
-        sys.exit("usage: python bench.py ngrams DATA_DIR")
-    meta, train, val = read_meta(words[0]), *(np.array(open_tokens(words[0], split), dtype=np.int64)
-                                              for split in ("train", "val"))
-    V = meta["vocab_size"]
+def counting_losses(data_dir) -> dict:
+    """Loss in nats a token of validation by models that only count the training split: uniform, unigram, bigram."""
+    V, (train, val) = read_meta(data_dir)["vocab_size"], (np.array(open_tokens(data_dir, split), dtype=np.int64)
+                                                          for split in ("train", "val"))
     unigram = np.bincount(train, minlength=V) + 1.0
     unigram /= unigram.sum()
     pairs, counts = np.unique(train[:-1] * V + train[1:], return_counts=True)
-    place = np.clip(np.searchsorted(pairs, val[:-1] * V + val[1:]), 0, len(pairs) - 1)
-    seen = np.where(pairs[place] == val[:-1] * V + val[1:], counts[place], 0)
+    asked = val[:-1] * V + val[1:]
+    place = np.clip(np.searchsorted(pairs, asked), 0, len(pairs) - 1)
+    seen = np.where(pairs[place] == asked, counts[place], 0)
     before = np.bincount(train[:-1], minlength=V)[val[:-1]]
     followers = np.bincount(pairs // V, minlength=V)[val[:-1]]          # different tokens seen after the one before
     # Witten and Bell: a new follower comes as often as new ones came so far, and is drawn from the unigram.
     bigram = (seen + followers * unigram[val[1:]]) / np.maximum(before + followers, 1)
     bigram = np.where(before > 0, bigram, unigram[val[1:]])
-    losses = {"uniform over the vocabulary": np.log(V), "unigram": -np.log(unigram[val[1:]]).mean(),
-              "bigram (Witten-Bell)": -np.log(bigram).mean()}
-    print(f"{words[0]}, {len(val):,} tokens of validation, vocabulary {V:,}\n{'uniform over bytes':<30}{'':>10}{8.0:>10.3f}")
-    for name, loss in losses.items():
-        print(f"{name:<30}{loss:>10.3f}{bits_per_byte(loss, len(val), meta['val_bytes']):>10.3f}")
-    print("columns: nats a token, bits per byte")
+    return {"uniform": float(np.log(V)), "unigram": float(-np.log(unigram[val[1:]]).mean()),
+            "bigram (Witten-Bell)": float(-np.log(bigram).mean())}
+
+
+def ngrams(words: list[str]) -> None:
+    """Bits per byte of the validation split by uniform, unigram, bigram models, counts of the training split."""
+    if len(words) != 1:
+        sys.exit("usage: python bench.py ngrams DATA_DIR")
+    meta = read_meta(words[0])
+    print(f"{words[0]}: {meta['val_tokens']:,} tokens of validation, vocabulary {meta['vocab_size']:,}\n"
+          f"{'':<24}{'nats a token':>14}{'bits per byte':>15}\n{'any byte alike':<24}{'':>14}{8.0:>15.3f}")
+    for name, loss in counting_losses(words[0]).items():
+        print(f"{name:<24}{loss:>14.3f}{bits_per_byte(loss, meta['val_tokens'], meta['val_bytes']):>15.3f}")
 
 
 # --- precision ---

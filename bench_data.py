@@ -23,7 +23,8 @@ import bpe
 import clean
 import curate
 import data
-from configurator import command_line
+import train
+from configurator import command_line, resolve
 from evaluate import perplexity
 from model import load_model
 
@@ -181,14 +182,17 @@ def compare(texts: dict, validation: Path, config: WebConfig, out: Path) -> list
     """The same model trained on each text with one tokenizer and as many tokens; lines of its loss on held-out pages."""
     lines, tokenizer = [], None
     clean_text = validation.read_text(encoding="utf-8").replace(curate.SEPARATOR, "\n\n")
+    if not clean_text.strip() or not texts["curated"].stat().st_size:
+        raise ValueError(f"{validation}: no page passed all rules, so there is nothing to train on or to measure with")
     for name, text in texts.items():
         folder = out / f"data_{name}"
         meta = data.prepare(text, vocab_size=None if tokenizer else config.vocab_size, data_dir=folder,
                             tokenizer=tokenizer, context_length=256)
         tokenizer = tokenizer or folder / "tokenizer.json"
-        subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), f"--data_dir={folder}",
-                        f"--out_dir={out / name}", f"--max_steps={config.steps}", "--max_minutes=none", "--eval_every=0",
-                        "--num_samples=1", "--overwrite=true"], check=True)
+        flags = dict(data_dir=folder, out_dir=out / name, max_steps=config.steps, max_minutes="none", eval_every=0,
+                     num_samples=1, overwrite="true")
+        default = str(Path(__file__).with_name(train.DEFAULT_CONFIG))
+        train.main(resolve(train.TrainConfig, {key: str(value) for key, value in flags.items()}, default)[0])
         model, reader = load_model(out / name)
         ids = np.array(reader.encode(clean_text, set()))
         scores = perplexity(model, ids, len(clean_text.encode("utf-8")))

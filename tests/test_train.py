@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from common import TINY, torchrun, weights
+from common import ROOT, TINY, torchrun, weights
 import checkpoint
 import model as model_module
 import recipe
 import train
+from bench_course import counting_losses
+from configurator import resolve
 
 
 def tiny(corpus, out_dir, **more):
@@ -42,6 +44,14 @@ def trained(corpus, tmp_path_factory):
     """(folder, figures) of a run of 60 steps."""
     out_dir = tmp_path_factory.mktemp("out") / "trained"
     return out_dir, tiny_run(corpus, out_dir, max_steps=60, optimizer="muon")
+
+
+def test_sixty_steps_of_the_default_config_beat_a_bigram_model(corpus, tmp_path):
+    given = dict(data_dir=str(corpus), out_dir=str(tmp_path / "out"), max_steps="60", max_minutes="none", eval_every="0",
+                 warmup_steps="6", num_samples="0", device="cpu")
+    config, _ = resolve(train.TrainConfig, given, str(ROOT / train.DEFAULT_CONFIG))
+    figures, known = train.main(config), counting_losses(corpus)
+    assert figures["val_loss"] < known["bigram (Witten-Bell)"] < known["unigram"] < known["uniform"], (figures, known)
 
 
 def test_training_learns_and_leaves_its_files(trained):
