@@ -350,7 +350,9 @@ def print_model(bill: Bill) -> None:
     for levels in range(2 + int(math.log2(bill.n_layers))):
         block = tokens * _block_bytes(bill, BYTES[bill.dtype])
         plan = checkpoint_plan(bill.n_layers, levels, block, tokens * 4 * bill.d_model)
-        rows.append([" > ".join(map(str, plan["sizes"])), plan["bytes"] / 1e9, plan["flops"]])
+        row = [" > ".join(map(str, plan["sizes"])), plan["bytes"] / 1e9, plan["flops"]]
+        if row not in rows:                        # a deeper nesting that saves nothing is the one before again
+            rows.append(row)
     table("activations of the blocks, with groups of blocks computed again in backward",
           ["groups of", "GB", "FLOPs, times"], rows)
 
