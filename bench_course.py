@@ -3,6 +3,7 @@
     python bench.py toy                       SGD on one quadratic at learning rates 1 … 1,000
     python bench.py sweeps ablations          one grid of training runs on the default corpus, by name
     python bench.py ngrams data/shakespeare   what models reach that only count: is my loss normal?
+    python bench.py intervals                 how often intervals of scaling predictions hold the truth
     python bench.py precision                 sums in half precision; which tensor has which dtype under autocast
     python bench.py sizes                     forward, backward and step over sizes, in float32, bfloat16, compiled
     python bench.py attention                 plain, compiled, tiled and torch's attention over lengths and widths
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import laws
 from accounting import preset
 from bench_memory import MemoryTracker
 from checkpoint import open_tokens, read_meta
@@ -332,5 +334,45 @@ def checkpoints(words: list[str]) -> None:
         print(f"{name:<34}{(max(tracker.history) - before) / 1e6:>9.1f}{min(times):>9.0f}", flush=True)
 
 
-VERBS = {"toy": toy, "sweeps": sweeps, "ngrams": ngrams, "precision": precision, "sizes": sizes,
+# --- are intervals honest? ---
+
+@dataclass
+class IntervalsConfig:
+    """What `python bench.py intervals` can be told."""
+    worlds: int = 100                         # seeds of noise
+    beyond: float = 30.0                      # the prediction, in times of the largest budget
+
+
+def law_runs(law: tuple, noise: float, seed: int) -> list[dict]:
+    """54 runs of a law with noise: nine sizes, a fifth to five times the best one, at each of six budgets."""
+    (e, a, b, alpha, beta), draws, runs = law, np.random.default_rng(seed), []
+    for flops in np.geomspace(1e18, 1e20, 6):
+        best = (alpha * a / (beta * b) * (flops / 6) ** beta) ** (1 / (alpha + beta))          # of 6 N D = C
+        for n in best * np.geomspace(0.2, 5, 9):
+            loss = (e + a / n ** alpha + b / (flops / 6 / n) ** beta) * np.exp(noise * draws.normal())
+            runs.append({"n_params": n, "n_tokens": flops / 6 / n, "flops": flops, "loss": loss})
+    return runs
+
+
+def intervals(words: list[str]) -> None:
+    """Of 100 worlds, how many 90 % intervals of N, D and loss hold the truth, and how wide they are."""
+    _, _, config, _ = command_line(IntervalsConfig, words, "usage: python bench.py intervals [--key=value …]")
+    target, keys = config.beyond * 1e20, ("n_params", "n_tokens", "loss")
+    print(f"54 runs, six budgets up to 1e20, prediction at {target:.0e} FLOPs, {config.worlds} worlds; held, of them, and "
+          f"median high / low\n{'fit':<16}{'law':<11}{'noise':>7}" + "".join(f"{key:>16}" for key in keys))
+    for fit in (laws.fit_isoflop, laws.fit_parametric):
+        for name, law in laws.PUBLISHED.items():
+            truth = laws.predict(laws.published(name), target, warn=False)
+            for noise in (0.002, 0.003, 0.01, 0.03):
+                made = [laws.predict(fit(law_runs(law, noise, seed)), target, warn=False)
+                        for seed in range(config.worlds)]
+                cells = []
+                for key in keys:
+                    held = sum(one[f"{key}_low"] <= truth[key] <= one[f"{key}_high"] for one in made)
+                    width = statistics.median(one[f"{key}_high"] / one[f"{key}_low"] for one in made)
+                    cells.append(f"{held:>9}{width:>7.3f}")
+                print(f"{fit.__name__:<16}{name:<11}{noise:>7.1%}" + "".join(cells), flush=True)
+
+
+VERBS = {"toy": toy, "intervals": intervals, "sweeps": sweeps, "ngrams": ngrams, "precision": precision, "sizes": sizes,
          "attention": attention_bench, "checkpoints": checkpoints}

@@ -130,7 +130,7 @@ def read_by_eye(archive: Path, n: int) -> list[str]:
     """Three of the n records, as they come and as the extraction leaves them."""
     lines = ["three records, as they come and as text:"]
     for number, (address, content, _) in enumerate(curate.read_archive(archive, Counter())):
-        if number % max(1, n // 3) == 0:
+        if number % max(1, -(-n // 3)) == 0:
             text = " / ".join(clean.extract_text(content, main_content=True).split("\n"))
             lines += [f"  {Path(address).name}", f"    {len(content):,} bytes: {content[:150]!r}",
                       f"    {len(text):,} characters: {text[:220]}"]
@@ -139,9 +139,9 @@ def read_by_eye(archive: Path, n: int) -> list[str]:
 
 def dropped_and_kept(report: dict) -> list[str]:
     """Up to three documents that each rule dropped, with the reason it gave, and three that were kept."""
-    lines, last = ["what each rule dropped, and what was kept:"], list(report["samples"])[-1]
+    lines, kept = ["what each rule dropped, and what was kept:"], f"{list(report['funnel'])[-1]}: kept"
     for kind, samples in report["samples"].items():
-        if kind.endswith("dropped") or kind == last:
+        if kind.endswith("dropped") or kind == kept:
             lines += [f"  {kind:<20} {Path(address).name[:40]} | {reason or '-'} | {' '.join(text.split())[:130]}"
                       for address, reason, text in samples[:3]]
     return lines
