@@ -17,6 +17,7 @@ import torch
 
 import bench_course
 import bench_data
+import bench_gpu
 import bench_systems
 import bpe
 import bpe_fast
@@ -305,7 +306,7 @@ VERBS = {"align": align_bench, "bpe": bench_bpe, "hf": hf, "decode": decode, "co
 
 def verbs() -> dict:
     """Name -> function of every verb."""
-    return VERBS | bench_data.VERBS | bench_course.VERBS | bench_systems.VERBS
+    return VERBS | bench_data.VERBS | bench_course.VERBS | bench_systems.VERBS | {"gpu": bench_gpu.gpu}
 
 
 def main(argv: list[str]) -> None:

@@ -104,11 +104,11 @@ def print_errors(cases) -> None:
             print(f"{name:24}{str(dtype)[6:]:10}" + "".join(f"{error:<10.0e}" for error in errors), flush=True)
 
 
-def time_ms(run) -> float:
-    """Median time of run() in ms; on CUDA with the L2 cache emptied before each."""
+def time_ms(run, rep: int = 200) -> float:
+    """Median time of run() in ms; on CUDA of `rep` ms of runs, with the L2 cache emptied before each."""
     if torch.cuda.is_available():
         import triton
-        return triton.testing.do_bench(run, rep=200, return_mode="median")
+        return triton.testing.do_bench(run, rep=rep, return_mode="median")
     times = []
     for _ in range(7):
         began = time.perf_counter()
@@ -171,7 +171,7 @@ def kernels(argv: list[str]) -> None:
 LABELS = ("attention", "feed-forward", "norm", "loss", "clip", "optimizer")
 
 
-def profile(argv: list[str]) -> None:
+def profile(argv: list[str]) -> dict | None:
     """One training step by phase and by region, its ten largest kernels; writes OUT_DIR/trace.json.
 
     Random tokens stand for the data. The step is one micro-batch, not compiled: the regions are modules, and a compiled
@@ -206,14 +206,15 @@ def profile(argv: list[str]) -> None:
         torch.cuda.profiler.start()
         step()
         torch.cuda.profiler.stop()
-        return
+        return None
     with torch.profiler.profile() as profiler:             # the CPU, and CUDA where there is one
         wall_ms = sum(step())
-    report(profiler, wall_ms, device.startswith("cuda"))
+    totals = report(profiler, wall_ms, device.startswith("cuda"))
     os.makedirs(config.out_dir, exist_ok=True)
     trace = os.path.join(config.out_dir, "trace.json")
     profiler.export_chrome_trace(trace)
     print(f"trace: {trace}, to open in https://ui.perfetto.dev")
+    return totals
 
 
 def make_step(model, optimizers, batch, dtype, grad_clip, region):
@@ -246,8 +247,10 @@ def make_step(model, optimizers, batch, dtype, grad_clip, region):
     return step
 
 
-def report(profiler, wall_ms: float, on_gpu: bool) -> None:
-    """Print the time of one profiled step by region, and its ten largest kernels (operators on the CPU)."""
+def report(profiler, wall_ms: float, on_gpu: bool) -> dict:
+    """Print the time of one profiled step by region, and its ten largest kernels (operators on the CPU).
+
+    Returns {region: ms}."""
     time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     by_sequence, totals = {}, dict.fromkeys((*LABELS, "rest"), 0.0)
 
@@ -274,6 +277,7 @@ def report(profiler, wall_ms: float, on_gpu: bool) -> None:
     print(f"\nthe ten largest {'kernels' if on_gpu else 'operators'}")
     for event in sorted(averages, key=lambda e: -getattr(e, time_of))[:10]:
         print(f"{getattr(event, time_of) / 1e3:9.2f} ms {event.count:5} x  {event.key[:90]}")
+    return totals
 
 
 # --- parallel: what each strategy costs ---
