@@ -49,7 +49,7 @@ TOLERANCE = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}      # the test
 
 GPT2 = PRESETS["gpt2"] | {"vocab_size": 50_304}          # 50,257 and padding: a multiple of 64 keeps rows aligned
 LLAMA = dict(vocab_size=50_304, context_length=1024, d_model=2048, n_layers=24, n_heads=16, d_ff=6144)    # 1.5e9
-TOY = dict(vocab_size=300, context_length=64, d_model=32, n_layers=2, n_heads=2)
+TOY = dict(vocab_size=300, context_length=16, d_model=32, n_layers=2, n_heads=2)
 # Sizes on a card and, to prove the command, on a CPU.
 SIZES = {
     "cuda": dict(
@@ -69,8 +69,8 @@ SIZES = {
         attention=[(5, 17, 16, 1, 2, True)], layers=[(9, 24, 33, 2, 1, 16)],
         lengths=(16, 32), widths=(16,), attention_tokens=32, attention_width=16, plain_length=16,
         layer=(16, 16, 48, 2, 1, 8), copy_bytes=2 ** 20, product=64,
-        gpt2=GPT2 | TOY, llama=TOY | {"d_ff": 64}, batches=(2,), rounds=1, steps=1, curve_batch=2, curve_steps=3,
-        profile_batch=2, prompt=5, new=4, rows=(1, 2), messages_mb=(1,),
+        gpt2=GPT2 | TOY | {"n_layers": 1}, llama=TOY | {"d_ff": 64}, batches=(1,), rounds=1, steps=1, curve_batch=1,
+        curve_steps=2, profile_batch=1, prompt=5, new=4, rows=(1, 2), messages_mb=(1,),
         flags=("--d_model=32", "--d_ff=64", "--n_layers=1", "--n_heads=2", "--context_length=32", "--batch_tokens=256",
                "--micro_batch_size=8", "--max_steps=3"), corpus_bytes=60_000, vocabulary=300)}
 
@@ -189,7 +189,8 @@ def machine(device: str) -> list[str]:
             said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
             driver = f"driver, power limit, highest clock: {said[torch.device(device).index or 0]}"
         card = torch.cuda.get_device_properties(device)
-        lines = [f"{card.name}, {card.total_memory / 2 ** 30:.1f} GiB, {card.multi_processor_count} processors, {driver}"]
+        memory = f"{card.total_memory / 2 ** 30:.1f} GiB"
+        lines = [f"{card.name}, {memory}, {card.multi_processor_count} multiprocessors, {driver}"]
     cuda = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, " if torch.version.cuda else ""
     head = runs.header()
     return lines + [f"torch {torch.__version__}, {cuda}{version('triton')}, {version('transformers')}, Python "

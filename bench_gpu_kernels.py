@@ -94,8 +94,8 @@ def attention_times(sheet: Sheet, product: float) -> None:
     """Attention over lengths. A causal forward counts 2 T² D FLOPs a head, a backward 2.5 times that (2307.08691)."""
     s = sheet.size
     sheet(f"causal attention, bfloat16, {s['attention_width']} wide, {s['attention_tokens']:,} tokens or one sequence",
-          f"{'':6}{'tokens':>8}{'D':>5}{'forward ms':>12}{'TFLOP/s':>9}{'roof':>6}{'both ms':>10}{'TFLOP/s':>9}{'roof':>6}"
-          f"{'peak MB':>9}")
+          f"{'':6}{'tokens':>8}{'D':>5}{'forward ms':>12}{'TFLOP/s':>9}{'roof':>6}{'both ms':>10}{'TFLOP/s':>9}"
+          f"{'roof':>6}{'peak MB':>9}")
     for D in s["widths"]:
         for T in s["lengths"]:
             B, H = max(1, s["attention_tokens"] // T), s["attention_width"] // D
@@ -137,7 +137,8 @@ def layer_times(sheet: Sheet, copy: float, product: float) -> None:
             numbers, all_numbers, flops = work[name]
             rates, reached = [2e3 * numbers / times[0], 2e3 * all_numbers / times[1]], 1e3 * flops / times[1]
             sheet(f"{name + ', ' + label:34}{times[0]:>12.3f}{rates[0] / 1e9:>8,.0f}{rates[0] / copy:>6.2f}"
-                  f"{times[1]:>10.3f}{rates[1] / 1e9:>8,.0f}{rates[1] / copy:>6.2f}{reached / 1e12:>9.2f}{times[2]:>9,.0f}")
+                  f"{times[1]:>10.3f}{rates[1] / 1e9:>8,.0f}{rates[1] / copy:>6.2f}{reached / 1e12:>9.2f}"
+                  f"{times[2]:>9,.0f}")
             sheet.figure("layer", name=name, label=label, intensity=flops / (2 * all_numbers), flops_per_s=reached)
 
 
@@ -152,24 +153,29 @@ def kernels(sheet: Sheet) -> None:
 def tiles(sheet: Sheet) -> None:
     """flash.py's three kernels by tile, warps and stages: what its table should say for this card."""
     import flash
-    chosen, D_T = flash.tiles, sheet.size["lengths"][1]
-    sheet(f"{'kernel':10}{'D':>5}{'queries':>9}{'keys':>6}{'warps':>7}{'stages':>8}{'ms':>10}   {D_T} tokens; * = as now")
+    chosen, T = flash.tiles, sheet.size["lengths"][1]
+    sheet(f"{T} tokens; * = as now", f"{'kernel':10}{'D':>5}{'queries':>9}{'keys':>6}{'warps':>7}{'stages':>8}{'ms':>10}")
     for D in sheet.size["widths"]:
-        B, H = max(1, sheet.size["attention_tokens"] // D_T), sheet.size["attention_width"] // D
-        q, k, v, do = (torch.randn(B * H, D_T, D, device=sheet.device).bfloat16() for _ in range(4))
+        B, H = max(1, sheet.size["attention_tokens"] // T), sheet.size["attention_width"] // D
+        q, k, v, do = (torch.randn(B * H, T, D, device=sheet.device).bfloat16() for _ in range(4))
         o, lse = flash.flash_forward(q, k, v, True)
         for kernel in ("forward", "queries", "keys"):
             now = chosen(kernel, D, torch.bfloat16)
-            others = [dict(BLOCK_Q=a, BLOCK_K=b, num_warps=w, num_stages=s) for a in (32, 64, 128) for b in (32, 64, 128)
-                      for w in (4, 8) for s in (2, 3) if 2048 <= a * b <= 16384 and (a >= 64 or kernel == "keys")]
+            sizes = [(a, b) for a in (32, 64, 128) for b in (32, 64, 128)
+                     if 2048 <= a * b <= 16384 and (b if kernel == "keys" else a) >= 64]
+            others = [dict(BLOCK_Q=a, BLOCK_K=b, num_warps=warps, num_stages=stages)
+                      for a, b in sizes for warps in (4, 8) for stages in (2, 3)]
             for tile in [now, *others] if sheet.on_cuda else [now]:
-                flash.tiles = lambda name, *more, tile=tile, kernel=kernel: tile if name == kernel else chosen(name, *more)
+                def tiles_with_it(name, *more):
+                    return tile if name == kernel else chosen(name, *more)
 
                 def run():
                     if kernel == "forward":
                         return bench_systems.time_ms(lambda: flash.flash_forward(q, k, v, True), rep=30)
                     return bench_systems.time_ms(lambda: flash.flash_backward(q, k, v, o, lse, do, True), rep=30)
-                words = f"{kernel:10}{D:>5}" + "".join(f"{number:>{width}}" for number, width in zip(tile.values(), (9, 6, 7, 8)))
+                flash.tiles = tiles_with_it
+                a, b, warps, stages = tile.values()
+                words = f"{kernel:10}{D:>5}{a:>9}{b:>6}{warps:>7}{stages:>8}"
                 ms = sheet.attempt(words, run, needs=4)
                 if ms is not None:
                     sheet(f"{words}{ms:>10.3f}{'   *' if tile is now else ''}")
@@ -189,12 +195,14 @@ def copies(sheet: Sheet) -> None:
         here, there = (torch.ones(mb * 250_000, device=device) for _ in range(2))
         host = torch.ones(mb * 250_000, pin_memory=sheet.on_cuda)
         pageable = torch.ones(mb * 250_000)
-        calls = {"on the card": lambda: there.copy_(here), "host to card, pinned": lambda: here.copy_(host, non_blocking=True),
+        calls = {"on the card": lambda: there.copy_(here),
+                 "host to card, pinned": lambda: here.copy_(host, non_blocking=True),
                  "host to card, pageable": lambda: here.copy_(pageable),
                  "card to host, pinned": lambda: host.copy_(here, non_blocking=True),
                  "all-reduce": lambda: dist.all_reduce(here), "all-gather": lambda: gather(there, here),
                  "reduce-scatter": lambda: scatter(there, here),
-                 "all-to-all": lambda: dist.all_to_all_single(there, here), "broadcast": lambda: dist.broadcast(here, 0)}
+                 "all-to-all": lambda: dist.all_to_all_single(there, here),
+                 "broadcast": lambda: dist.broadcast(here, 0)}
         for name, call in calls.items():
             def measure(call=call):
                 call()
@@ -205,7 +213,7 @@ def copies(sheet: Sheet) -> None:
 
 
 def distributed(sheet: Sheet) -> None:
-    """A world of one over NCCL (gloo on a CPU): copies, messages, and that FSDP and DDP train as the plain model does."""
+    """A world of one over NCCL (gloo on a CPU): copies, messages; FSDP and DDP train as the plain model does."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
@@ -223,7 +231,7 @@ def distributed(sheet: Sheet) -> None:
             model, values = wrap(Transformer(shape).to(device)), []
             optimizer = AdamW(model.parameters(), lr=1e-2)
             for i in range(5):
-                ids = torch.randint(shape.vocab_size, (8, 65), generator=torch.Generator().manual_seed(i)).to(device)
+                ids = torch.randint(shape.vocab_size, (8, 17), generator=torch.Generator().manual_seed(i)).to(device)
                 loss = model(ids[:, :-1], ids[:, 1:])[1]
                 loss.backward()
                 getattr(model, "finish_gradient_synchronization", lambda: None)()

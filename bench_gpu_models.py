@@ -241,6 +241,14 @@ class Step:
             self.cos, self.sin = (table.unsqueeze(-2) for table in tables)
 
 
+def numbered_zero(block):
+    """The same block, tensors shared, as a first layer: torch.compile would make a program for each number."""
+    block = copy.copy(block)
+    block._modules = dict(block._modules) | {"attn": copy.copy(block.attn)}
+    block.layer = block.attn.layer = 0
+    return block
+
+
 def run_block(block, x, layer: Layer, step: Step):
     """One block; compiled once, it serves all layers, which differ in tensors only."""
     return block(x, None, layer, step)
@@ -265,11 +273,12 @@ class Decoder:
             for store, t in zip(stores, (k, v)):
                 store[:, :, :self.T] = t[:, :, :self.T]
             self.layers.append(Layer(*stores))
-        for block in model.layers:                       # else torch.compile would make a program for each number
-            block.layer = block.attn.layer = 0
-        options = {"coordinate_descent_tuning": True} if device.type == "cuda" and len(prompts) == 1 else None
-        backend = "inductor" if device.type == "cuda" else "aot_eager"
-        self.run_block = torch.compile(run_block, backend=backend, options=options, dynamic=False) if compile else run_block
+        self.blocks = [numbered_zero(block) for block in model.layers]
+        self.on_cuda, self.run_block = device.type == "cuda", run_block
+        if compile:
+            options = {"coordinate_descent_tuning": True} if self.on_cuda and len(prompts) == 1 else None
+            self.run_block = torch.compile(run_block, backend="inductor" if self.on_cuda else "aot_eager",
+                                           options=options, dynamic=False)
         self.keys = torch.arange(self.length, device=device)
         self.tokens = torch.zeros(len(prompts), self.length + 1, dtype=torch.long, device=device)
         self.tokens[:, :self.T] = torch.tensor(prompts, device=device)
@@ -280,14 +289,14 @@ class Decoder:
         """The token after the one at `position`, and one position on; no number of it is seen by the host."""
         plan = Step(self.model.config, self.position, self.keys)
         x = self.model.embed(self.tokens.index_select(1, self.position), None, plan)
-        for block, layer in zip(self.model.layers, self.layers):
+        for block, layer in zip(self.blocks, self.layers):
             x = self.run_block(block, x, layer, plan)
         self.position += 1
         self.tokens.index_copy_(1, self.position, self.model.head(x[:, -1]).argmax(-1, keepdim=True))
 
     def record(self) -> None:
         """On a card: record one step as a graph; before it, three steps on a side stream, which also compile."""
-        if self.tokens.device.type != "cuda":
+        if not self.on_cuda:
             return
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -365,7 +374,7 @@ def decoding_stage(sheet: Sheet) -> None:
         sheet(f"{label}: {sum(p.numel() for p in model.parameters()) / 1e6:,.0f}M parameters")
         for name, kind, rows, how in decode_cases(sheet, shape):
             if label == "gpt2" and how == "compiled" and (rows > 1 or kind):
-                continue                                 # twelve narrow layers: compiling them again would teach nothing
+                continue                                 # the same blocks, narrower: nothing new for its time
             def measure(kind=kind, rows=rows, how=how):
                 one = compress.quantize(copy.deepcopy(model), kind) if kind else model
                 cache = kv_cache_bytes(model.config, sheet.size["prompt"] + sheet.size["new"], "bfloat16")
@@ -376,7 +385,8 @@ def decoding_stage(sheet: Sheet) -> None:
                 rate, remark, n_bytes = result
                 sheet(f"  {name:26}{rows:>6}{rows * rate:>11,.1f}{1e3 / rate:>11.3f}{n_bytes / 1e9:>11.3f}"
                       f"{rate * n_bytes / roof:>7.2f}  {remark}")
-                sheet.figure("decoding", shape=label, name=name, rows=rows, rate=rows * rate, share=rate * n_bytes / roof)
+                sheet.figure("decoding", shape=label, name=name, rows=rows, rate=rows * rate,
+                             share=rate * n_bytes / roof)
         del model
         free(sheet.device)
 
@@ -407,11 +417,13 @@ def loss(sheet: Sheet) -> None:
         folder = sheet.attempt(corpus, lambda: offline_corpus(sheet, corpus, min(vocab, sheet.size["vocabulary"])))
         if folder is None:
             continue
-        minutes = min(sheet.config.minutes, max(0.05, (sheet.left() / left - 17) / 60))      # 17 s: start, compile, evaluation
+        # 17 s of each half of the time are for the start and the evaluation, which max_minutes does not count.
+        minutes = min(sheet.config.minutes, max(0.05, (sheet.left() / left - 17) / 60))
         with tempfile.TemporaryDirectory() as out:
             command = [sys.executable, str(HERE / "train.py"), str(HERE / config), f"--data_dir={folder}",
-                       f"--out_dir={out}", "--overwrite=true", f"--device={sheet.device}", f"--max_minutes={minutes:.3f}",
-                       "--num_samples=0", "--eval_every=0", "--checkpoint_every=1000000", *sheet.size["flags"]]
+                       f"--out_dir={out}", "--overwrite=true", f"--device={sheet.device}",
+                       f"--max_minutes={minutes:.3f}", "--num_samples=0", "--eval_every=0",
+                       "--checkpoint_every=1000000", *sheet.size["flags"]]
             sheet("", f"{config} on {folder}, {minutes:.2f} minutes")
 
             def run():

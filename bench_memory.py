@@ -138,6 +138,7 @@ def memory(words: list[str]) -> None:
     table("peaks", ["", "MB"], [[phase, peak / 1e6] for phase, peak in peaks.items()])
     if on_cuda:
         torch.cuda.memory._dump_snapshot(str(folder / "snapshot.pickle"))     # for pytorch.org/memory_viz
+        torch.cuda.memory._record_memory_history(enabled=None)
         print(f"\nallocator's peak {torch.cuda.max_memory_allocated() / 1e6:,.1f} MB; {folder / 'snapshot.pickle'}")
     made = sorted((block for block in tracker.blocks if block["phase"]), key=lambda block: -block["bytes"])
     table("largest allocations", ["phase", "region", "operation", "kind", "MB"],

@@ -27,6 +27,7 @@ Papers: FlashAttention 2205.14135, FlashAttention-2 2307.08691 (algorithms 1 and
     python flash.py               errors beside torch's own attention
     python bench.py kernels       times beside it (CUDA)
 """
+import functools
 import math
 import sys
 
@@ -127,12 +128,30 @@ def tiled_backward(q, k, v, o, lse, do, is_causal: bool):
 
 # --- tiles in Triton ---
 
+# Tiles for 227 KB of shared memory, Hopper's: (queries, keys, warps, stages) up to head widths of 64 and of 128. Its
+# tensor cores take 64 rows for four warps and want 64 columns besides: smaller tiles read shared memory more often
+# than they multiply. Of what Triton 3.7 compiles for it, the widest that spill no register; not timed yet.
+LARGE = {"forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3)}, "queries": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
+         "keys": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2)}}
+
+
+@functools.cache
+def large_memory() -> bool:
+    """Whether the card has the shared memory of a Hopper: 228 KB a multiprocessor (an A100 164, an RTX 4090 100)."""
+    if not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_multiprocessor >= 200 * 1024
+
+
 def tiles(kernel: str, D: int, dtype: torch.dtype) -> dict:
     """Queries and keys of a tile, warps and pipeline stages, by kernel, padded head width and dtype.
 
     A table, not autotuning: the same inputs give the same bits in every process. Compiled by Triton 3.7 for Hopper and
-    for Ada, none takes over 96 KB of shared memory, which consumer cards have.
+    for Ada, none but those of LARGE takes over 96 KB of shared memory, which consumer cards have.
     """
+    if not INTERPRET and dtype != torch.float32 and D <= 128 and large_memory():
+        block_q, block_k, warps, stages = LARGE[kernel][64 if D <= 64 else 128]
+        return dict(BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
     if INTERPRET:                                      # small and uneven, so that a test of 130 tokens has every border
         block_q, block_k = (32, 64) if kernel == "keys" else (64, 32)
     elif dtype == torch.float32:                       # IEEE products take no tensor core and hold tiles in registers
