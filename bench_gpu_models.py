@@ -1,4 +1,4 @@
-"""The models' stages of `python bench.py gpu`: training, decoding, ranks, time to loss; and what a stage's process runs.
+"""The models' stages of `python bench.py gpu`: training, decoding, time to loss; and what a stage's process runs.
 
 Training and decoding meet the two roofs of a card. A training step of GPT-2 is products, so MFU counts, the share of
 the data sheet's FLOP/s (PaLM, 2204.02311). One step of decoding reads every weight for one row of products, so the
@@ -14,6 +14,7 @@ the host. So here every position works on the whole cache, and a mask hides what
 import contextlib
 import copy
 import io
+import os
 import re
 import subprocess
 import sys
@@ -138,8 +139,8 @@ def training_rates(sheet: Sheet) -> None:
     cases = {"sdpa": lambda: our_step(sheet), "triton": lambda: our_step(sheet, attention_backend="triton"),
              "triton compiled": lambda: our_step(sheet, True, attention_backend="triton"),
              "transformers compiled": lambda: their_step(sheet),
-             "sdpa compiled": lambda: our_step(sheet, True),
              "triton compiled, fused loss": lambda: our_step(sheet, True, attention_backend="triton", fused_loss=True),
+             "sdpa compiled": lambda: our_step(sheet, True),
              "sdpa, fused loss": lambda: our_step(sheet, fused_loss=True)}
 
     def line(name, rows, rate, peak_gb=None):
@@ -158,11 +159,11 @@ def training_rates(sheet: Sheet) -> None:
             rate = rows * T / seconds_of(lambda: step(*batch), sheet.device, sheet.size["steps"])
             line(name, rows, rate, torch.cuda.max_memory_allocated() / 1e9 if sheet.on_cuda else 0.0)
             return step, rows, batch
-        ready[name] = sheet.attempt(name, prepare, needs=35 if "compiled" in name else 10)
+        ready[name] = sheet.attempt(name, prepare, needs=75 if "compiled" in name else 10)
         rates[name] = []
     for _ in range(sheet.size["rounds"]):                # in turn: a card that grows hot slows all of them
         for name, case in ready.items():
-            if case is not None and sheet.left() > 25:
+            if case is not None and sheet.left() > 35:
                 step, rows, batch = case
                 seconds = seconds_of(lambda: step(*batch), sheet.device, sheet.size["steps"])
                 rates[name].append(rows * T / seconds)
@@ -201,7 +202,7 @@ def parts_of_a_step(sheet: Sheet) -> None:
         for name, verb in (("profile", bench_systems.profile), ("memory", bench_memory.memory)):
             text = io.StringIO()
             with contextlib.redirect_stdout(text):
-                result = sheet.attempt(name, lambda verb=verb: verb(words), needs=15)
+                result = sheet.attempt(name, lambda verb=verb: verb(words), needs=10)
             sheet("", f"{name} of one step of {rows} rows", *text.getvalue().splitlines())
             if name == "profile" and result is not None:
                 sheet.figure("parts", **result)
@@ -447,10 +448,16 @@ STAGES = {"correct": bench_gpu.correct, "errors": bench_gpu.errors, "kernels": b
 
 
 def main(argv: list[str]) -> None:
-    """Run one stage here."""
+    """Run one stage here; its table ends with what is missing in it."""
     verbs = dict.fromkeys(STAGES, StageConfig)
     stage, _, config, _ = command_line(verbs, argv, "usage: python bench_gpu_models.py STAGE [--key=value …]")
-    STAGES[stage](Sheet(stage, config))
+    sheet = Sheet(stage, config)
+    STAGES[stage](sheet)
+    if sheet.missing:
+        sheet("", f"missing: {', '.join(' '.join(what.split()) for what in sheet.missing)}")
+    sys.stdout.flush()
+    if stage == "distributed":
+        os._exit(0)                      # torch 2.13 with gloo sometimes aborts in the interpreter's own exit
 
 
 if __name__ == "__main__":
