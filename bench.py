@@ -1,7 +1,7 @@
 """Every measured figure of the README, one verb each: `python bench.py VERB [--key=value …]`. Nobody imports this page.
 
-Verbs for machines stand in bench_systems.py, for data in bench_data.py, for the course's smaller experiments in
-bench_course.py, for alignment in bench_align.py; all are reached from here.
+Verbs for machines stand in bench_systems.py, for a GPU in bench_gpu.py, for data in bench_data.py, for the course's
+smaller experiments in bench_course.py, for alignment in bench_align.py; all are reached from here.
 """
 import copy
 import os

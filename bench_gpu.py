@@ -49,7 +49,7 @@ TOLERANCE = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}      # the test
 
 GPT2 = PRESETS["gpt2"] | {"vocab_size": 50_304}          # 50,257 and padding: a multiple of 64 keeps rows aligned
 LLAMA = dict(vocab_size=50_304, context_length=1024, d_model=2048, n_layers=24, n_heads=16, d_ff=6144)    # 1.5e9
-TOY = dict(vocab_size=300, context_length=16, d_model=32, n_layers=2, n_heads=2)
+TOY = dict(vocab_size=60, context_length=16, d_model=32, n_layers=2, n_heads=1)
 # Sizes on a card and, to prove the command, on a CPU.
 SIZES = {
     "cuda": dict(
@@ -66,9 +66,9 @@ SIZES = {
         profile_batch=16, prompt=128, new=64, rows=(1, 8, 64), messages_mb=(1, 16, 256, 1024), flags=(),
         corpus_bytes=8_000_000, vocabulary=10_000),
     "cpu": dict(
-        attention=[(5, 17, 16, 1, 2, True)], layers=[(9, 24, 33, 2, 1, 16)],
-        lengths=(16, 32), widths=(16,), attention_tokens=32, attention_width=16, plain_length=16,
-        layer=(16, 16, 48, 2, 1, 8), copy_bytes=2 ** 20, product=64,
+        attention=[(5, 17, 16, 1, 2, True)], layers=[(5, 24, 33, 2, 1, 16)],
+        lengths=(8, 16), widths=(16,), attention_tokens=16, attention_width=16, plain_length=8,
+        layer=(8, 16, 48, 2, 1, 8), copy_bytes=2 ** 20, product=64,
         gpt2=GPT2 | TOY | {"n_layers": 1}, llama=TOY | {"d_ff": 64}, batches=(1,), rounds=1, steps=1, curve_batch=1,
         curve_steps=2, profile_batch=1, prompt=5, new=4, rows=(1, 2), messages_mb=(1,),
         flags=("--d_model=32", "--d_ff=64", "--n_layers=1", "--n_heads=2", "--context_length=32", "--batch_tokens=256",

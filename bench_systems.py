@@ -109,12 +109,12 @@ def time_ms(run, rep: int = 200) -> float:
     if torch.cuda.is_available():
         import triton
         return triton.testing.do_bench(run, rep=rep, return_mode="median")
-    times = []
-    for _ in range(7):
+    times, runs = [], 7 if rep >= 100 else 3
+    for _ in range(runs):
         began = time.perf_counter()
         run()
         times.append((time.perf_counter() - began) * 1e3)
-    return statistics.median(times[2:])
+    return statistics.median(times[runs // 3:])
 
 
 def print_times(cases, title: str, dtype) -> None:

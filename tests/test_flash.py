@@ -120,9 +120,12 @@ def test_what_it_cannot_do_is_refused(flash):
             call(q, q, q)
 
 
-def test_tiles_fit_the_shared_memory_of_a_consumer_card(flash, monkeypatch):
-    """What a program holds at a time: its own tiles, and num_stages of those it walks over; 96 KB at most."""
+@pytest.mark.parametrize("large", [False, True])
+def test_tiles_fit_the_shared_memory_of_a_consumer_card_and_of_a_hopper(flash, monkeypatch, large):
+    """What a program holds at a time: its own tiles, and num_stages of those it walks over; 96 KB or 227 at most."""
     monkeypatch.setattr(flash, "INTERPRET", False)
+    monkeypatch.setattr(flash, "large_memory", lambda: large)
+    assert (flash.tiles("forward", 128, torch.bfloat16)["num_stages"] == 3) == large
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for D in (16, 32, 64, 128, 256):
             for kernel, held, walked in (("forward", "BLOCK_Q", "BLOCK_K"), ("queries", "BLOCK_Q", "BLOCK_K"),
@@ -130,7 +133,7 @@ def test_tiles_fit_the_shared_memory_of_a_consumer_card(flash, monkeypatch):
                 tile = flash.tiles(kernel, D, dtype)
                 tensors = 1 if kernel == "forward" else 2
                 numbers = tensors * tile[held] * D + 2 * tile["num_stages"] * tile[walked] * D
-                assert numbers * dtype.itemsize <= 96 * 1024, (kernel, D, dtype, tile)
+                assert numbers * dtype.itemsize <= (227 if large else 96) * 1024, (kernel, D, dtype, tile)
 
 
 def test_training_with_our_attention_follows_sdpa(flash):
