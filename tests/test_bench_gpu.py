@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import bench
 import bench_gpu
@@ -146,7 +147,7 @@ def test_one_compiled_block_serves_all_layers(monkeypatch):
 
 
 def test_the_graph_of_a_step_is_recorded_after_warm_up_and_replayed(monkeypatch):
-    """CUDA's calls by stand-ins: recording must compute nothing, and each replay is one step from the right position."""
+    """CUDA by stand-ins: recording must compute nothing, and each replay is one step from the right position."""
     model, calls = toy("gpt2").eval(), []
 
     class Stream:
