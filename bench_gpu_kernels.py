@@ -145,9 +145,8 @@ def layer_times(sheet: Sheet, copy: float, product: float) -> None:
 def kernels(sheet: Sheet) -> None:
     """Attention over length, then the memory-bound kernels, each beside torch's."""
     copy, product = roofs(sheet)
-    layer_times(sheet, copy, product)
-    sheet("")
     attention_times(sheet, product)
+    layer_times(sheet, copy, product)
 
 
 def tiles(sheet: Sheet) -> None:

@@ -75,7 +75,7 @@ def transformers_model(shape: dict, device: str, dtype=torch.float32):
 
 def compiled(function, device: str):
     """torch.compile as train.py uses it; on a CPU without a compiler's work, to prove the same lines."""
-    return torch.compile(function, backend="inductor" if device.startswith("cuda") else "aot_eager")
+    return torch.compile(function, backend="inductor" if device.startswith("cuda") else "aot_eager", dynamic=False)
 
 
 def our_step(sheet: Sheet, compile: bool = False, **more):
@@ -152,12 +152,14 @@ def training_rates(sheet: Sheet) -> None:
           f"{(peak or 0) / 1e12:.0f} TFLOP/s", f"{'':30}{'rows':>6}{'tokens/s':>12}{'MFU':>8}{'peak GB':>9}")
     for name, make in cases.items():
         def prepare(make=make):
+            before = 0                                   # what the cases before it hold
             if sheet.on_cuda:
+                before = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
             step = make()
             rows, batch = largest_batch(sheet, step)
             rate = rows * T / seconds_of(lambda: step(*batch), sheet.device, sheet.size["steps"])
-            line(name, rows, rate, torch.cuda.max_memory_allocated() / 1e9 if sheet.on_cuda else 0.0)
+            line(name, rows, rate, (torch.cuda.max_memory_allocated() - before) / 1e9 if sheet.on_cuda else 0.0)
             return step, rows, batch
         ready[name] = sheet.attempt(name, prepare, needs=75 if "compiled" in name else 10)
         rates[name] = []
@@ -277,6 +279,7 @@ class Decoder:
         self.blocks = [numbered_zero(block) for block in model.layers]
         self.on_cuda, self.run_block = device.type == "cuda", run_block
         if compile:
+            torch.compiler.reset()                       # of eight programs for one function the ninth would not be made
             options = {"coordinate_descent_tuning": True} if self.on_cuda and len(prompts) == 1 else None
             self.run_block = torch.compile(run_block, backend="inductor" if self.on_cuda else "aot_eager",
                                            options=options, dynamic=False)

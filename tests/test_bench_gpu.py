@@ -1,6 +1,7 @@
 """Claims about `python bench.py gpu`: every stage's lines at toy sizes, and what is kept of one that fails."""
 import contextlib
 import sys
+import time
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from model import ModelConfig, Transformer
 
 
 def sheet(stage, tmp_path, **more):
-    return bench_gpu.Sheet(stage, bench_gpu.StageConfig(**dict(out=str(tmp_path), device="cpu", seconds=1e3) | more))
+    return bench_gpu.Sheet(stage, bench_gpu.StageConfig(**dict(out=str(tmp_path), device="cpu", until=time.time() + 999) | more))
 
 
 def run(stage, tmp_path, monkeypatch, **more):
@@ -59,7 +60,7 @@ def test_a_stage_that_fails_and_one_past_its_limit_keep_their_lines_and_are_reco
 
 
 def test_within_a_stage_an_error_or_too_little_time_costs_one_figure(tmp_path):
-    table = sheet("kernels", tmp_path, seconds=33.0)
+    table = sheet("kernels", tmp_path, until=time.time() + 33)
     def out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB\nmore")
     assert table.attempt("large", out_of_memory) is None and table.attempt("slow", int, needs=60) is None
