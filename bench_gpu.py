@@ -245,8 +245,8 @@ class Sheet:
 
 def free(device: str) -> None:
     """Give unused memory back to the card."""
-    gc.collect()
     if device.startswith("cuda"):
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -279,7 +279,7 @@ class Decoder:
         self.blocks = [numbered_zero(block) for block in model.layers]
         self.on_cuda, self.run_block = device.type == "cuda", run_block
         if compile:
-            torch.compiler.reset()                       # of eight programs for one function the ninth would not be made
+            torch.compiler.reset()                       # else the ninth program of a function would not be made
             options = {"coordinate_descent_tuning": True} if self.on_cuda and len(prompts) == 1 else None
             self.run_block = torch.compile(run_block, backend="inductor" if self.on_cuda else "aot_eager",
                                            options=options, dynamic=False)

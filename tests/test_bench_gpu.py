@@ -17,7 +17,8 @@ from model import ModelConfig, Transformer
 
 
 def sheet(stage, tmp_path, **more):
-    return bench_gpu.Sheet(stage, bench_gpu.StageConfig(**dict(out=str(tmp_path), device="cpu", until=time.time() + 999) | more))
+    settings = dict(out=str(tmp_path), device="cpu", until=time.time() + 999) | more
+    return bench_gpu.Sheet(stage, bench_gpu.StageConfig(**settings))
 
 
 def run(stage, tmp_path, monkeypatch, **more):
