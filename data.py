@@ -28,19 +28,18 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from bpe import Tokenizer, train_bpe
 from checkpoint import contents, open_tokens, read_meta, sha256, write_atomically  # noqa: F401
-from clean import (Classifier, dedup_lines, dedup_minhash, extract_text, gopher_filter,  # noqa: F401
-                   identify_language, mask_emails, mask_ips, mask_phone_numbers)
+from classify import SEPARATOR, Classifier, ClassifyConfig, read_texts, train_classifier  # noqa: F401
+from clean import (dedup_lines, dedup_minhash, extract_text, gopher_filter, identify_language,  # noqa: F401
+                   mask_emails, mask_ips, mask_phone_numbers)
 from configurator import command_line, fail
-from curate import SEPARATOR, CurateConfig, curate_archives, expand, read_archive, write_report, write_text
+from curate import CurateConfig, curate_archives, write_report, write_text
 
 VALIDATION_EVERY = 10                    # one document in ten is held out: the 5th of every ten, in their order
 CHUNK_CHARS = 1 << 22                    # read this much at a time; memory never follows the size of the corpus
@@ -351,64 +350,6 @@ def curate(paths, out_dir="data/crawl", *, executor=None, **settings) -> dict:
         report["tokens"] = {"none": str(error)}
         print(f"{out}: no token files: {error}")
     write_report(report, out)
-    return report
-
-
-@dataclass
-class ClassifyConfig:
-    """What `python data.py classify train` can be told."""
-    positive: str | None = None          # texts of the kind looked for: a file or a pattern
-    negative: str | None = None          # texts of the other kind
-    out: str = "classifier.npz"          # the model; its report goes beside it as .json
-    ngrams: int = 2                      # words to the longest feature
-    bits: int = 20                       # 2^bits weights a label
-    lr: float = 1.0                      # first step size, falling to zero
-    epochs: int = 5                      # rounds over the texts
-    seed: int = 0                        # of the split and the order
-
-
-def read_texts(pattern: str) -> list[str]:
-    """The documents of files: WARC, WET, .jsonl with a `text`, or plain text, by <|endoftext|> or else by line.
-
-    pattern: a path (brackets and all) or a pattern. Raises ValueError for fewer than ten, OSError for no file.
-    """
-    texts = []
-    for path in expand(pattern):
-        if {".warc", ".wet"} & set(Path(path).suffixes):
-            texts += [extract_text(content) if is_html else content.decode("utf-8", "replace")
-                      for _, content, is_html in read_archive(path, Counter())]
-        elif path.endswith(".jsonl"):
-            texts += [json.loads(line)["text"] for line in Path(path).read_bytes().splitlines() if line.strip()]
-        else:
-            text = Path(path).read_text(encoding="utf-8")
-            texts += text.split(SEPARATOR if SEPARATOR in text else "\n")
-    texts = [text for text in texts if text.strip()]
-    if len(texts) < 10:
-        raise ValueError(f"{pattern} holds {len(texts)} texts; give at least 10, to train on nine tenths of them")
-    return texts
-
-
-def train_classifier(config: ClassifyConfig) -> dict:
-    """Train on nine tenths of the texts, write the model, and report on the held-out tenth."""
-    if not config.positive or not config.negative:
-        raise ValueError("give --positive=FILES and --negative=FILES")
-    pairs = [(text, "positive") for text in read_texts(config.positive)]
-    pairs += [(text, "negative") for text in read_texts(config.negative)]
-    pairs = [pairs[i] for i in np.random.default_rng(config.seed).permutation(len(pairs))]
-    held_out, training = pairs[:len(pairs) // 10], pairs[len(pairs) // 10:]
-    model = Classifier(config.ngrams, config.bits, config.lr, config.epochs, config.seed)
-    model.train([text for text, _ in training], [label for _, label in training]).save(config.out)
-    answers = [model.predict(text) for text, _ in held_out]
-    p = np.array([score if label == "positive" else 1 - score for label, score in answers])
-    chosen, truth = p >= 0.5, np.array([label == "positive" for _, label in held_out])
-    report = {
-        "trained_on": len(training), "held_out": len(held_out), "accuracy": float(np.mean(chosen == truth)),
-        "precision": float(truth[chosen].mean()) if chosen.any() else None,
-        "recall": float(chosen[truth].mean()) if truth.any() else None,
-        "threshold_to_keep": {f"{share:.0%}": float(np.quantile(p, 1 - share)) for share in (.1, .25, .5, .75, .9)}}
-    text = json.dumps(report, indent=1)
-    write_text(Path(config.out).with_suffix(".json"), text)
-    print(text)
     return report
 
 

@@ -27,6 +27,24 @@ def test_text_and_language_of_pages_in_any_encoding():
         assert code == language and (0.5 < score <= 1 or not text)
 
 
+KOREAN, JAPANESE, FRENCH = "안녕하세요 똠방각하", "こんにちは、世界①", "Le cœur coûte 5 € à Noël"
+
+
+@pytest.mark.parametrize("text, charset, label", [
+    (KOREAN, "cp949", "euc-kr"), (KOREAN, "cp949", "cp949"), (KOREAN, "cp949", "ks_c_5601-1987"),
+    (JAPANESE[:-1], "iso-2022-jp", "iso-2022-jp"), (JAPANESE, "cp932", "Shift_JIS"), (JAPANESE[:-1], "euc-jp", "x-euc-jp"),
+    (FRENCH, "iso-8859-15", "ISO-8859-15"), (FRENCH, "mac_roman", "macintosh"), (FRENCH, "cp1252", "iso-8859-1"),
+    ("漢字镕", "gb18030", "gb2312"), ("漢字", "big5", "Big5"), ("Привет", "cp1251", "windows-1251")])
+def test_a_declared_charset_is_read_where_utf_8_fails(text, charset, label):
+    page = f'<html><head><meta http-equiv="Content-Type" content="text/html; charset={label}"></head><body><p>{text}'
+    assert data.extract_text(page.encode(charset)) == text
+    assert data.extract_text(page.encode("utf-8")) == text                       # a label that is wrong does no harm
+    bare = f"<html><body><p>{text}".encode(charset)
+    assert text in clean.decode_html(bare, label) and text in clean.decode_html(page.encode(charset))
+    for wrong in ("utf-8", "none", "x-user-defined", "utf-16", "unicode_escape"):
+        assert text in clean.decode_html(page.encode("utf-8"), wrong)
+
+
 E, P, I = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||"
 
 
