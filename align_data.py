@@ -22,7 +22,7 @@ import re
 
 import torch
 
-from answers import as_number, last_boxed, need, read_jsonl, same_answer
+from answers import gold_answer, need, read_jsonl, same_answer
 from evaluate import TEMPLATES, end_id, render
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
@@ -151,17 +151,12 @@ def read_preference(record: dict) -> tuple[list[str], str, str]:
 
 
 def read_truth(record: dict) -> tuple[list[str], str | None]:
-    """(turns, answer) of a problem: what follows ####, else the last \\boxed{…}, else the text; None: unreadable.
-
-    A worked solution without a box is no answer, unless it is a number.
-    """
+    """(turns, answer) of a problem: a solution's gold_answer, or the answer as it stands; None: unreadable."""
     turns, response = read_pair(record)
-    text = str(response).split("####")[-1].strip()
-    truth = last_boxed(text)
-    if truth is None and ("solution" != first_of(record, "answer", "response", "output", "solution")
-                          or as_number(text) is not None):
-        truth = text
-    return turns, truth if same_answer(truth, truth) else None
+    answer = gold_answer(str(response))
+    if answer is None and "solution" != first_of(record, "answer", "response", "output", "solution"):
+        answer = str(response).split("####")[-1].strip()
+    return turns, answer if same_answer(answer, answer) else None
 
 
 # --- lines to ids ---

@@ -22,6 +22,24 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 REFUSAL = re.compile(r"\b(?:I (?:can(?:not|'t| not)|am (?:un|not )able to|won't|will not|must decline|apologi[sz]e)|"
                      r"I'm (?:sorry|unable)|as an AI)\b", re.IGNORECASE)
 
+# What follows a letter that is not the answer.
+DENIED = (r"[\s*_)\]]{0,9}(?:(?:is|was|does|could|can)(?:n['’]?t|\s?not)|can['’]t|(?:is|was)\s+(?:wrong|false|incorrect)|"
+          r"cannot)\b")
+# What does not change the meaning of an answer: (pattern, what stands for it), in this order.
+_ARGUMENT, _TEXT = r"\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\w))", r"\\(?:text|textnormal|textbf|mbox|mathrm|mathbf)"
+DRESSING = [(re.compile(pattern), plain) for pattern, plain in (
+    (r"\\[!,;: ]|\\q?quad(?![a-zA-Z])|~", " "), (r"\\[\[\]()]|\\(?:left|right|displaystyle)|\\?\$", ""),
+    (r"\^?\\circ|\^\{\\circ\}|(?<=[0-9]) degrees?$", ""),
+    (rf"(?<=[0-9}}])\s*{_TEXT}\{{[a-zA-Z.\s]+\}}(?:\^\{{?[23]\}}?)?\s*$", ""),                            # 5\text{ cm}^2
+    (rf"{_TEXT}\{{([^{{}}]*)\}}", r"\1"), (r"(?<=[0-9])\s*(?:\\?%|(?:percent|percentage|pct)\.?\s*$)", ""),
+    (r"^\s*[a-zA-Z]\s*(?:=(?!=)|\\in(?![a-z]))", ""), (r"\\g(?:eq?|eqslant)(?![a-z])", ">="),                  # x = 5
+    (r"\\l(?:eq?|eqslant)(?![a-z])", "<="), (r"\\gt(?![a-z])", ">"), (r"\\lt(?![a-z])", "<"),
+    (r"\\neq?(?![a-z])", "!="), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"), (r"\^\{(-?\w+)\}", r"^\1"),
+    # 1\frac{1}{2} is "1 1/2": a fraction keeps away from what stands beside it. Without braces an argument is one sign.
+    (r"(?<=\w)\s*(\\[cdt]?frac)", r" \1"), (rf"(\\[cdt]?frac{_ARGUMENT}{_ARGUMENT})(?=\w)", r"\1 "),
+    (rf"\\[cdt]?frac{_ARGUMENT}{_ARGUMENT}", lambda m: "/".join(
+        f"({part})" if re.search(r".[+-]", part) else part for part in (m[1] or m[2] or "", m[3] or m[4] or ""))))]
+
 
 # --- files of questions ---
 
@@ -119,8 +137,8 @@ def parse_mmlu(example: dict, output: str) -> str | None:
     """
     letters = LETTERS[:len(example.get("options") or "ABCD")]
     # A capital letter, or a small one that nothing but a full stop or a bracket follows: "a" is mostly the article.
-    letter = rf"([{letters}](?![\w'])|[{letters.lower()}](?=[\s*_]*(?:[.:)\]}}]|$)))"
-    letter = rf"[\s*_(\[\"'$:]*(?:\\boxed{{|\\text{{)*{letter}(?!\s+(?:or|and|nor|is\s+not|is\s+wrong)\b)"
+    letter = rf"([{letters}](?![\w'’])|[{letters.lower()}](?=[\s*_]*(?:[.:)\]}}]|$)))"
+    letter = rf"[\s*_(\[\"'$:]*(?:\\boxed{{|\\text{{)*{letter}(?!\s+(?:or|and|nor)\b)(?!{DENIED})"
     leads = (r"(?i:\banswer\s*(?:is|:)(?:\s+the\s+letter)?(?:\s+option|\s+choice)?)",
              r"(?i:\b(?:option|choice)\b(?:\s+is)?|\bI(?:'d|\s+would)?\s+(?:choose|pick|select|go\s+with|say)\b)")
     for lead in leads:
@@ -132,12 +150,11 @@ def parse_mmlu(example: dict, output: str) -> str | None:
     if first:
         return first[1].upper()
     named = set()
-    for match in re.finditer(rf"(?<!\w)(?<!\w')([{letters}])(?!\w|'\w)", output):
-        before, after = output[max(0, match.start() - 10):match.start()], output[match.end():match.end() + 15]
-        denied = re.search(r"(?i)(?:\bnot|n't|\bneither|\bnor) $", before)
-        denied = denied or re.match(r" (?:is|was) (?:not|wrong|false|incorrect)|(?: is|wa)sn't", after)
+    for match in re.finditer(rf"(?<!\w)(?<!\w['’])([{letters}])(?!\w|['’]\w)", output):
+        before, after = output[max(0, match.start() - 10):match.start()], output[match.end():match.end() + 20]
+        denied = re.match(DENIED, after) or re.search(r"(?i)(?:\bnot|n['’]t|\bneither|\bnor) $", before)
         starts = not before.strip() or before.rstrip()[-1] in ".!?:"
-        verb = re.match(r" (?:is|was|and|or|nor|because|since|as|fits|seems|matches)\b", after)
+        verb = re.match(r" (?:is|was|and|or|nor|because|since|as|fits|seems|matches|must|should|would)\b", after)
         article = re.match(" [A-Z][a-z]", after) or (starts and not verb and re.match(" [a-z]", after))
         if not denied and not (match[1] == "A" and article):
             named.add(match[1])
@@ -145,12 +162,13 @@ def parse_mmlu(example: dict, output: str) -> str | None:
 
 
 def parse_gsm8k(output: str) -> str | None:
-    """The last number of a text as a string without separators ("1,000", LaTeX's 1{,}000 and 1\\,000), or None.
+    """The last number of a text, or of the line after its first ####, without separators ("1,000", 1{,}000), or None.
 
     >>> parse_gsm8k("48/2 = 24 clips in May, so $1,072.50.")
     '1072.50'
     """
-    output = plain_thousands(output.replace("\u2212", "-"))
+    marked = output.partition("####")[2].split("\n")[0]            # GSM8K's form; a base model goes on after it
+    output = plain_thousands((marked if re.search("[0-9]", marked) else output).replace("\u2212", "-"))
     number = r"(?:(?<![\w).])-\$?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+|(?<=[0-9]))"
     numbers = [match for match in re.findall(number, output) if match]
     return numbers[-1].replace(",", "").replace("$", "") if numbers else None
@@ -158,12 +176,12 @@ def parse_gsm8k(output: str) -> str | None:
 
 def plain_thousands(text: str) -> str:
     """LaTeX's separators between thousands as commas."""
-    return re.sub(r"(?<=[0-9])(?:\{,\}|,?\\[,!; ])(?=[0-9]{3}(?![0-9]))", ",", text)
+    return re.sub(r"(?<=[0-9])(?:\{,\}|,? ?\\[,!; ] ?)(?=[0-9]{3}(?![0-9]))", ",", text)
 
 
 def last_boxed(text: str) -> str | None:
     """The content of the last \\boxed{…} or \\fbox{…}, braces balanced, or None; \\boxed 5 counts, too."""
-    text = re.sub(r"\\(?:boxed|fbox)\s+(-?[\w.]*\w)", r"\\boxed{\1}", text)
+    text = re.sub(r"\\(?:boxed|fbox)\s{1,9}(-?[\w.]*\w)", r"\\boxed{\1}", text)
     opened, last = [], None
     for brace in re.finditer(r"\\(?:boxed|fbox)\s*\{|[{}]", text):
         if brace[0] != "}":
@@ -180,19 +198,14 @@ def plain_answer(answer) -> str:
     text = str(answer).strip().replace("\u2212", "-").rstrip(".").strip()
     boxed = last_boxed(text)
     text = plain_thousands(text if boxed is None else boxed)
-    text = re.sub(r"(?<=[0-9])\s*\\(?:text|mathrm)\{\s*[a-zA-Z]+\s*\}$", "", text)                 # 5\text{ cm}: a unit
-    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text).replace("\\ ", " ")
-    text = re.sub(r"\\(?:left|right|displaystyle|[!,;:])|\\?[$%]|\^?\\circ|\^\{\\circ\}", "", text)
-    text = re.sub(r"^\s*[a-zA-Z]\s*=(?!=)", "", text)                                              # x = 5
-    text = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", text)
-    # 1\frac{1}{2} is "1 1/2": a fraction keeps away from what stands beside it. Without braces an argument is one sign.
-    text = re.sub(r"(?<=\w)\s*(\\[dt]?frac)", r" \1", text)
-    fraction = r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))(?=(\w?))"
-    text = re.sub(fraction, lambda m: f"{m[1] or m[2]}/{m[3] or m[4]}" + (" " if m[5] else ""), text)
-    if re.fullmatch(r"\s*[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?\s*", text):
-        text = text.replace(",", "")
+    for pattern, plain in DRESSING:
+        text = pattern.sub(plain, text)
     text = " ".join(text.split()).casefold()
-    return re.sub(r"(?<!\w) | (?!\w)", "", text)                  # "x + 1" is "x+1", but "1 2" is not "12"
+    if re.fullmatch(r"\(([^(),]*)\)", text):                      # brackets around one thing
+        text = text[1:-1].strip()
+    if re.fullmatch(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?|[+-]?[0-9]{1,3}( [0-9]{3})+(\.[0-9]*)?", text):
+        text = text.replace(",", "").replace(" ", "")
+    return re.sub(r"(?<!\w) | (?!\w)|(?<=[0-9]) (?=[a-z])|(?<=[a-z]) (?=[0-9])", "", text)      # but "1 2" is not "12"
 
 
 def as_number(answer) -> Fraction | None:
@@ -212,11 +225,28 @@ def as_number(answer) -> Fraction | None:
 
 
 def same_answer(answer, truth) -> bool:
-    """Equal as numbers ("1,000" and 1000, 1/2 and 0.5), else as strings. Nothing equals an answer that is empty."""
+    """Equal as numbers ("1,000" and 1000, 1/2 and 0.5), part by part between commas, else as strings.
+
+    Nothing equals an answer that is empty.
+    """
     if answer is None or truth is None or not plain_answer(answer) or not plain_answer(truth):
         return False
     left, right = as_number(answer), as_number(truth)
-    return left == right if left is not None and right is not None else plain_answer(answer) == plain_answer(truth)
+    if left is not None and right is not None:
+        return left == right
+    left, right = ([as_number(part) or part for part in re.split(r"([][(){},])", plain_answer(one)) if part]
+                   for one in (answer, truth))
+    return left == right
+
+
+def gold_answer(text: str) -> str | None:
+    """The answer in a data set's solution: what follows ####, else the last \\boxed{…}, else a number that is all."""
+    answer = text.split("####")[-1].strip()
+    boxed = last_boxed(answer)
+    if boxed is None and "####" not in text and as_number(answer) is None:
+        return None
+    answer = answer if boxed is None else boxed
+    return answer if same_answer(answer, answer) else None
 
 
 # --- rewards: the same reading, as a number to learn from (align.py) ---

@@ -34,8 +34,8 @@ import numpy as np
 import torch
 
 import compress
-from answers import (LETTERS, REFUSAL, REWARDS, boxed_reward, last_boxed, need, parse_gsm8k, parse_mmlu,  # noqa: F401
-                     r1_zero_reward, read_choices, read_csv, read_jsonl, read_mmlu, read_text, same_answer)
+from answers import (LETTERS, REFUSAL, REWARDS, boxed_reward, gold_answer, last_boxed, need, parse_gsm8k,  # noqa: F401
+                     parse_mmlu, r1_zero_reward, read_choices, read_csv, read_jsonl, read_mmlu, read_text, same_answer)
 from checkpoint import open_tokens, read_checkpoint, read_meta, sha256
 from configurator import command_line, fail
 from decoding import evaluating, generate
@@ -344,8 +344,10 @@ def ask_choices(model, tokenizer, template, config) -> list[dict]:
 def ask_gsm8k(model, tokenizer, template, config) -> list[dict]:
     """GSM8K: each question with the number its answer ends in. Worked examples come in the form Question, Answer."""
     def pair(record):
-        question, answer = need(record, "question", "answer")
-        return str(question), str(answer)
+        question, answer = map(str, need(record, "question", "answer"))
+        if parse_gsm8k(gold_answer(answer) or "") is None:
+            raise ValueError(f"no number after #### in the answer {answer[:80]!r}")
+        return question, answer
 
     items = read_jsonl(config.data, pair)[0][:config.limit]
     prompts = [question for question, _ in items]
@@ -360,7 +362,7 @@ def ask_gsm8k(model, tokenizer, template, config) -> list[dict]:
         text = text.split("\nQuestion:")[0]
         number = parse_gsm8k(text)
         answers.append({"question": question, "answer": answer, "output": text, "chosen": number,
-                        "right": same_answer(number, answer.split("####")[-1])})
+                        "right": same_answer(number, gold_answer(answer))})
     return answers
 
 
