@@ -139,13 +139,17 @@ def read_config(folder) -> tuple[str, ModelConfig]:
 
 
 def rope_fields(theirs: dict) -> dict:
-    """RoPE's fields: one `rope_parameters` in transformers 5; in 4 `rope_theta`, and `rope_scaling` if stretched."""
-    rope = theirs.get("rope_parameters")
-    if rope is None:
-        rope = {"rope_theta": theirs.get("rope_theta", 10_000.0)} | theirs.get("rope_scaling", {})
+    """RoPE's fields, read as transformers 5 does: `rope_scaling`, where a stretch is written or added by hand, wins
+    over `rope_parameters`; `rope_theta` stands in either, else beside them, else it is 10,000.
+    """
+    rope = {"rope_theta": theirs.get("rope_theta", 10_000.0),
+            "original_max_position_embeddings": theirs["max_position_embeddings"]}
+    rope |= theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"RoPE of type {kind!r} ({rope}) is not supported; only default and llama3 are")
+    nested = [key for key, value in rope.items() if isinstance(value, dict)]
+    if kind not in ("default", "llama3") or nested or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"RoPE of type {kind!r} ({rope}) is not supported; only default and llama3 are, one for all "
+                         "layers")
     stretched = {our: rope[their] for their, our in ROPE.items()} if kind == "llama3" else {}
     return {"rope_theta": float(rope["rope_theta"])} | stretched
 
@@ -193,10 +197,19 @@ def their_config(config: ModelConfig, dtype: torch.dtype, tokenizer=None) -> dic
 # --- weights ---
 
 def stored_tensors(folder):
-    """Each (name, tensor) of a folder's safetensors, in one file or in several. Raises ValueError naming the file."""
+    """Each (name, tensor) of a folder's model.safetensors or, without one, of the files that its index names.
+
+    That is transformers' order: an index, or parts, may be left from an earlier save. Raises ValueError naming the file.
+    """
     from safetensors import SafetensorError, safe_open
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    if not files:
+    index = Path(folder) / "model.safetensors.index.json"
+    files = [Path(folder) / "model.safetensors"]
+    if not files[0].exists() and index.exists():
+        try:
+            files = sorted({index.with_name(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} names no files: {type(error).__name__}: {error}") from error
+    elif not files[0].exists():
         raise FileNotFoundError(f"no {Path(folder) / 'model.safetensors'}; only safetensors are read: opening pickled "
                                 "weights can run code")
     for file in files:
