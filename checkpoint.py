@@ -134,30 +134,47 @@ def bare(model):
     return model
 
 
+def plain(thing, name: str):
+    """A checkpoint's entry in the types that reading allows: NumPy's become Python's, paths strings, modules states."""
+    import torch
+    thing = thing.state_dict() if hasattr(thing, "state_dict") else thing
+    if isinstance(thing, dict):
+        return {plain(key, name): plain(value, f"{name}.{key}") for key, value in thing.items()}
+    if isinstance(thing, (list, tuple, set)):
+        kind = next(kind for kind in (list, tuple, set) if isinstance(thing, kind))
+        return kind(plain(value, name) for value in thing)
+    if isinstance(thing, np.generic):
+        return thing.item()
+    if isinstance(thing, np.ndarray):
+        return torch.from_numpy(thing.copy())
+    if isinstance(thing, os.PathLike):
+        return os.fspath(thing)
+    allowed = (torch.Tensor, torch.dtype, torch.device, bool, int, float, complex, str, bytes, type(None))
+    if not isinstance(thing, allowed):
+        raise ValueError(f"{name} is a {type(thing).__name__}; a checkpoint holds tensors, numbers, strings, None, and "
+                         "dicts and lists of them: anything else is code that reading would refuse")
+    return thing
+
+
 def save_checkpoint(model, optimizer, step: int, path, **more) -> None:
     """Write model, optimizer, step and what else must survive to `path`, atomically, or to a binary file object.
 
     model: a module (compiled or wrapped is fine) or a state dict. optimizer: one, a list, their state dicts, or None.
-    more: the other entries of the format, plain containers and tensors only. Raises OSError naming the path, ValueError
-    for a model that sharded.py has divided.
+    more: the other entries of the format. Raises OSError naming the path, and ValueError before the old file is touched
+    for an entry that could not be read again and for a model that sharded.py has divided.
     """
     import torch
-
-    def state_of(thing):
-        if isinstance(thing, (list, tuple)):
-            return [state_of(one) for one in thing]
-        return thing.state_dict() if hasattr(thing, "state_dict") else thing
     model = bare(model)
     if hasattr(model, "parameters") and any(getattr(p, "cuts", None) for p in model.parameters()):
         raise ValueError(f"{path}: this model holds one rank's part of its matrices; save full_state_dict(model)")
-    entries = {"format_version": FORMAT_VERSION, "model": state_of(model), "optimizer": state_of(optimizer),
-               "step": int(step)}
+    entries = {"format_version": FORMAT_VERSION, "model": model, "optimizer": optimizer, "step": int(step)}
     if dataclasses.is_dataclass(getattr(model, "config", None)):
         entries["model_config"] = dataclasses.asdict(model.config)
+    entries = {name: plain(entry, f"{path}: the entry {name}") for name, entry in (entries | more).items()}
     if hasattr(path, "write"):
-        torch.save(entries | more, path)
+        torch.save(entries, path)
     else:
-        write_atomically(path, lambda file: torch.save(entries | more, file))
+        write_atomically(path, lambda file: torch.save(entries, file))
 
 
 def read_checkpoint(path, map_location="cpu") -> dict:

@@ -199,14 +199,15 @@ def their_config(config: ModelConfig, dtype: torch.dtype, tokenizer=None) -> dic
 def stored_tensors(folder):
     """Each (name, tensor) of a folder's model.safetensors or, without one, of the files that its index names.
 
-    That is transformers' order: an index, or parts, may be left from an earlier save. Raises ValueError naming the file.
+    That is transformers' order: an index and parts may be left from an earlier save. Raises ValueError naming the file.
     """
     from safetensors import SafetensorError, safe_open
     index = Path(folder) / "model.safetensors.index.json"
     files = [Path(folder) / "model.safetensors"]
     if not files[0].exists() and index.exists():
         try:
-            files = sorted({index.with_name(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files = sorted({index.with_name(name) for name in names})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} names no files: {type(error).__name__}: {error}") from error
     elif not files[0].exists():
