@@ -107,17 +107,21 @@ def read_mmlu(folder, split: str) -> list[dict]:
 
 
 def read_choices(record: dict) -> dict:
-    """{question, options, answer} of a line of HellaSwag (ctx, endings, label) or ARC (in both layouts)."""
+    """{question, options, answer} of a line of HellaSwag (ctx, endings, label), of ARC in both layouts, or with a list
+    of choices and the place or letter of the answer (MMLU on the hub)."""
     if "ctx" in record:
         question, options, label = need(record, "ctx", "endings", "label")
         labels = [str(i) for i in range(len(options))]
     else:
-        question, label = need(record, "question", "answerKey")
+        question, label = need(record, "question", "answer" if "answer" in record else "answerKey")
         choices, = need(question if isinstance(question, dict) else record, "choices")
         question = "Question: " + (question["stem"] if isinstance(question, dict) else question) + "\nAnswer:"
+        if isinstance(choices, list) and all(isinstance(choice, str) for choice in choices):
+            choices = {"text": choices, "label": list(LETTERS[:len(choices)])}        # the answer: its letter or place
+            label = LETTERS[label] if isinstance(label, int) else label
         if isinstance(choices, list):
             choices = {name: [choice[name] for choice in choices] for name in ("text", "label")}
-        options, labels = choices["text"], choices["label"]
+        options, labels = choices["text"], [str(label) for label in choices["label"]]
     if str(label) not in labels[:len(LETTERS)]:
         raise ValueError(f"answer {label!r} is none of {labels}")
     return {"question": question, "options": options, "answer": LETTERS[labels.index(str(label))]}

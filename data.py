@@ -167,6 +167,17 @@ def shakespeare_documents() -> list[str]:
 text_file = functools.partial(open, encoding="utf-8", newline="")     # line ends stay as they are
 
 
+def encoding_of(path) -> str:
+    """What the first bytes of a file look like, for a message: utf-16, utf-16le, utf-16be, gzip or latin1."""
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b"):
+        return "gzip" if start[0] == 0x1f else "utf-16"
+    if 4 * start.count(0) <= len(start):
+        return "latin1"
+    return "utf-16le" if start[1::2].count(0) > start[::2].count(0) else "utf-16be"
+
+
 def split_file(path, train_path, val_path) -> int:
     """Write a UTF-8 text to two files, whole documents each; returns their number. No character is lost or changed.
 
@@ -174,7 +185,11 @@ def split_file(path, train_path, val_path) -> int:
     size. Of fewer than ten documents, the first nine tenths of the text train, up to the end of a line.
     Raises ValueError naming the file when it is empty or no UTF-8.
     """
-    number, n_chars, piece = 0, 0, SEPARATOR
+    number, n_chars, piece, kind = 0, 0, SEPARATOR, encoding_of(path)
+    advice = f"unpack it first: gunzip {path}" if kind == "gzip" else (
+        f"convert it first, for example: iconv -f {kind} -t utf-8 {path} > text.txt")
+    if kind.startswith("utf-16"):                                     # English in it is valid UTF-8, half of it NULs
+        raise ValueError(f"{path} is not UTF-8 but {kind}; {advice}")
     try:
         with text_file(path) as source, text_file(train_path, "w") as train, text_file(val_path, "w") as val:
             for line in source:
@@ -191,8 +206,7 @@ def split_file(path, train_path, val_path) -> int:
                 train.write(source.readline(n_chars // 100))          # a text may be one line
                 shutil.copyfileobj(source, val, CHUNK_CHARS)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason} near byte {error.start} of a block; convert it first, "
-                         f"for example: iconv -f latin1 -t utf-8 {path}") from None
+        raise ValueError(f"{path} is not UTF-8: {error.reason} near byte {error.start} of a block; {advice}") from None
     if not n_chars:
         raise ValueError(f"{path} is empty; give a text of at least a few thousand characters")
     return number

@@ -38,7 +38,7 @@ from answers import (LETTERS, REFUSAL, REWARDS, boxed_reward, gold_answer, last_
                      parse_mmlu, r1_zero_reward, read_choices, read_csv, read_jsonl, read_mmlu, read_text, same_answer)
 from checkpoint import open_tokens, read_checkpoint, read_meta, sha256
 from configurator import command_line, fail
-from decoding import evaluating, generate
+from decoding import check_numbers, evaluating, generate
 from machine import pick_device
 from model import bits_per_byte, perplexity_of, token_cross_entropy, token_losses
 from sample import CHATS, conversation
@@ -145,7 +145,7 @@ def perplexity(model, tokens, n_bytes: int | None = None, stride: int | None = N
     not predicted; the others have at least context_length - stride tokens before them, as far as the text has so many.
     """
     with evaluating(model):
-        loss = token_losses(model, tokens, stride, batch_size).double().mean().item()
+        loss = check_numbers(token_losses(model, tokens, stride, batch_size).double().mean()).item()
     return {"loss": loss, "perplexity": perplexity_of(loss), "tokens": len(tokens),
             "bits_per_byte": bits_per_byte(loss, len(tokens), n_bytes) if n_bytes else None}
 
@@ -241,7 +241,7 @@ def continuation_log_probs(model, prompts, responses, batch_size: int = 16) -> t
             batch = pad_rows([prompts[i] for i in group], [responses[i] for i in group])
             losses = token_cross_entropy(model(batch["input_ids"].to(device)), batch["labels"].to(device)).float().cpu()
             sums[group] = -torch.where(batch["response_mask"], losses, 0.0).sum(dim=1)
-    return sums
+    return check_numbers(sums)
 
 
 def say_cut(lengths: list[int], room: int) -> None:

@@ -20,7 +20,7 @@ import torch
 import compress
 from compress import quantize  # noqa: F401
 from configurator import command_line, fail
-from decoding import (Text, check_draft, decode, distribution, evaluating, generate, prefill, rates,  # noqa: F401
+from decoding import (Text, check_draft, check_numbers, decode, distribution, evaluating, generate, prefill, rates,  # noqa: F401
                       simple_generate, speculate, speculative_generate, stream)
 from machine import DTYPES, pick_device, pick_dtype
 
@@ -77,7 +77,7 @@ def explain(folder: str, config: ExplainConfig) -> None:
     if len(ids) < 2:
         raise ValueError("nothing to explain: give a --prompt, or max_new_tokens of at least 1")
     device = next(model.parameters()).device
-    log_p = torch.log_softmax(model(torch.tensor([ids[:-1]], device=device))[0].float(), dim=-1)
+    log_p = check_numbers(torch.log_softmax(model(torch.tensor([ids[:-1]], device=device))[0].float(), dim=-1))
     colored = []
     for row, token in zip(log_p, ids[1:]):
         p, rank = row[token].exp().item(), int((row > row[token]).sum()) + 1

@@ -65,6 +65,20 @@ def test_answers_are_equal_as_math_verify_says(pair):
     assert math_verify.verify(gold, read, timeout_seconds=None) is equal
 
 
+@pytest.mark.parametrize("record, letter", [
+    ({"question": "q", "choices": ["x", "y"], "answer": 1}, "B"), ({"ctx": "c", "endings": ["x", "y"], "label": "1"}, "B"),
+    ({"question": "q", "choices": ["x", "y"], "answerKey": "B"}, "B"),
+    ({"question": "q", "choices": {"text": list("abcdefghijkl"), "label": list(range(12))}, "answerKey": "11"}, "L"),
+    ({"question": "q", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "E"}, "'E' is none of"),
+    ({"ctx": "c", "endings": ["x", "y"], "label": ""}, "'' is none of"), ({"question": "q", "options": []}, "no 'answerKey'")])
+def test_choices_in_every_layout(record, letter):
+    if len(letter) == 1:
+        assert answers.read_choices(record)["answer"] == letter
+        return
+    with pytest.raises(ValueError, match=letter):
+        answers.read_choices(record)
+
+
 def test_nothing_equals_an_answer_that_is_empty():
     for nothing in (None, "", "$ $", "\\boxed{}", " . "):
         assert not answers.same_answer(nothing, nothing) and not answers.same_answer(nothing, "5")

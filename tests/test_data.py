@@ -61,7 +61,9 @@ def files_of(folder):
 
 @pytest.mark.parametrize("content, words", [
     (b"", "is empty"), (b"caf\xe9 " * 500, "is not UTF-8"), (b"too short", "fewer than one context"),
-    (b" " * 5000, "split of x.txt has")])
+    (b" " * 5000, "split of x.txt has"), (("a text " * 500).encode("utf-16"), "utf-16; .*iconv -f utf-16 -t"),
+    (("a text " * 500).encode("utf-16-le"), "is not UTF-8 but utf-16le"), (gzip.compress(b"a" * 99), "gunzip"),
+    (("a text " * 500).encode("utf-16-be"), "iconv -f utf-16be -t utf-8")])
 def test_a_preparation_that_fails_says_why_and_leaves_nothing(corpus, tmp_path, content, words):
     (tmp_path / "x.txt").write_bytes(content)
     good = shutil.copytree(corpus, tmp_path / "good")
