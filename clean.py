@@ -100,13 +100,17 @@ def identify_language(text: str) -> tuple[str, float]:
 
 # Python's engine skips quickly to a first character that is fixed or from a set, and tries a pattern that begins with a
 # lookbehind at every place. So these begin with @ or a digit, and then look back: (?<!\w.) is no word before the digit.
-_WORD = "A-Za-z0-9À-ɏ"
-AT_DOMAIN = re.compile(rf"@(?:[{_WORD}][{_WORD}-]{{0,62}}\.){{1,8}}[A-Za-z](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])")
-NAME = re.compile(rf"(?<![{_WORD}_])[{_WORD}_][{_WORD}_.+%'-]*\Z")
-_GAP = "(?:[-.\u2010-\u2013]|[ \u00a0]{1,2})?"   # hyphens and no-break spaces as pages have them
+# Addresses are Latin, so that they end where Chinese goes on without a space, or else of any script's letters and marks.
+_LATIN, _ANY = "A-Za-z0-9À-ɏ", "A-Za-z0-9À-\u1fff\u2c00-\u2dff\u3040-\ufaff"
+AT_DOMAIN = re.compile(rf"@(?:(?:[{_LATIN}][{_LATIN}-]{{0,62}}\.){{1,8}}[A-Za-z](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])|"
+                       rf"(?:[{_ANY}][{_ANY}-]{{0,62}}\.){{1,8}}[^\W\d_][{_ANY}]{{1,62}})")
+NAMES = [re.compile(rf"(?<![{kind}_])[{kind}_][{kind}_.+%'-]*\Z") for kind in (_LATIN, _ANY)]
+FILES = {"png", "jpg", "jpeg", "gif", "svg", "webp", "avif", "ico", "bmp", "css", "js", "html"}       # icon@2x.png
+_SPACE = " \u00a0\u2009\u202f"
+_GAP = f"(?:[{_SPACE}]?[-.\u2010-\u2014\u2212][{_SPACE}]?|[{_SPACE}]{{1,2}})?"       # as pages have them
 _AREA = r"(?:\([0-9]{3}\)|[0-9]{3})"
 PHONE = re.compile(rf"[0-9(+](?<!\w.)(?<!\d\..)(?:(?<=\+)1{_GAP}{_AREA}|(?<=1){_GAP}{_AREA}|(?<=\()[0-9]{{3}}\)|"
-                   rf"(?<=[0-9])[0-9]{{2}}){_GAP}[0-9]{{3}}{_GAP}[0-9]{{4}}(?!\w)(?!\.\d)", re.A)
+                   rf"(?<=[0-9])[0-9]{{2}}){_GAP}[0-9]{{3}}{_GAP}[0-9]{{4}}(?:(?!\w)(?!\.\d)|(?=x[0-9]{{1,6}}\b))", re.A)                 # x12: an extension
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|[01]?[0-9]?[0-9])"
 IP = re.compile(r"[0-9](?<!\w.)(?<!\w\..)(?:(?<=2)5[0-5]|(?<=2)[0-4][0-9]|(?<=[01])[0-9]{2}|[0-9]?)"
                 rf"(?:\.{_OCTET}){{3}}(?!\w)(?!\.\d)", re.A)
@@ -116,8 +120,9 @@ def mask_emails(text: str) -> tuple[str, int]:
     """(text with |||EMAIL_ADDRESS||| for every address, how many). Masks already there are not counted."""
     pieces, end = [], 0
     for domain in AT_DOMAIN.finditer(text):
-        name = NAME.search(text, max(end, domain.start() - 64), domain.start())
-        if name:
+        begin = max(end, domain.start() - 64)
+        name = next(filter(None, (pattern.search(text, begin, domain.start()) for pattern in NAMES)), None)
+        if name and domain[0].rpartition(".")[2].lower() not in FILES:
             pieces += [text[end:name.start()], "|||EMAIL_ADDRESS|||"]
             end = domain.end()
     return "".join(pieces) + text[end:], len(pieces) // 2

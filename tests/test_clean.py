@@ -54,6 +54,12 @@ E, P, I = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||"
     (data.mask_phone_numbers, f"2831823829 (283)-182-3829 (283) 182 3829, 283-182-3829. {P} +1 283.182.3829",
      f"{P} {P} {P}, {P}. {P} {P}", 5),
     (data.mask_phone_numbers, "(283)  182  3829 or 283\u00a0 182\u20113829 or 12831823829", f"{P} or {P} or {P}", 3),
+    (data.mask_emails, "иван@почта.рф δοκιμή@παράδειγμα.ελ अजय@डाटा.भारत 이름@도메인.한국, 邮箱用户@例子.公司", f"{E} {E} {E} {E}, {E}", 5),
+    (data.mask_emails, "jörg@müller.de ivan@почта.рф фам.иван@x.org (Ünï@exämple.org)", f"{E} {E} {E} ({E})", 4),
+    (data.mask_emails, "icon@2x.png a@3x.JPG img@1.5x.webp photo@2x-retina.svg @b.com a@b a@@b.org", None, 0),
+    (data.mask_phone_numbers, "283-182-3829x12 283\u202f182\u202f3829 283\u2212182\u22123829 283 - 182 - 3829 +1 283 – 182 – 3829 "
+     "(283) 182-3829 x12", f"{P}x12 {P} {P} {P} {P} {P} x12", 6),
+    (data.mask_phone_numbers, "283-182-3829xyz 283-182-3829x1234567 283 -- 182 -- 3829", None, 0),
     (data.mask_phone_numbers, "283   182 3829, x2831823829", None, 0),
     (data.mask_phone_numbers, "28318238291 and 3.2831823829 and 2831823829.5 and 283-18-3829", None, 0),
     (data.mask_ips, f"192.0.2.146. {I} (10.0.0.255:80)", f"{I}. {I} ({I}:80)", 2),
