@@ -73,7 +73,7 @@ def read_jsonl(path, check=None, skip: bool = False) -> tuple[list, list[str]]:
                     if not isinstance(record, dict):
                         raise ValueError(f"a {type(record).__name__} where an object is wanted")
                     records.append(check(record) if check else record)
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
                 why = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
                 complaints.append(f"{path}:{number}: {why}")
     if complaints and not skip:
@@ -202,7 +202,7 @@ def plain_answer(answer) -> str:
     text = str(answer).strip().replace("\u2212", "-").rstrip(".").strip()
     boxed = last_boxed(text)
     text = plain_thousands(text if boxed is None else boxed)
-    for pattern, plain in DRESSING:
+    for pattern, plain in DRESSING if len(text) <= 1000 else ():      # longer ones are prose
         text = pattern.sub(plain, text)
     text = " ".join(text.split()).casefold()
     if re.fullmatch(r"\(([^(),]*)\)", text):                      # brackets around one thing
@@ -214,10 +214,14 @@ def plain_answer(answer) -> str:
 
 def as_number(answer) -> Fraction | None:
     """The exact value of an integer, decimal, fraction or mixed number, "1,000" and "1\\frac{1}{2}" too, or None."""
-    text = plain_answer(answer)
+    return number_in(plain_answer(answer))
+
+
+def number_in(text: str) -> Fraction | None:
+    """The value of a plain answer, or None."""
     mixed = re.fullmatch(r"([+-]?)([0-9]{1,50}) ([0-9]{1,20}/[0-9]{1,20})", text)
     if mixed:
-        part = as_number(mixed[3])
+        part = number_in(mixed[3])
         return part if part is None else (int(mixed[2]) + part) * (-1 if mixed[1] == "-" else 1)
     # The pattern also keeps out "1e999999999", whose exact value would fill the memory.
     decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,2})?(/-?[0-9]+\.?[0-9]*)?"
@@ -233,14 +237,14 @@ def same_answer(answer, truth) -> bool:
 
     Nothing equals an answer that is empty.
     """
-    if answer is None or truth is None or not plain_answer(answer) or not plain_answer(truth):
+    if answer is None or truth is None:
         return False
-    left, right = as_number(answer), as_number(truth)
-    if left is not None and right is not None:
-        return left == right
-    left, right = ([as_number(part) or part for part in re.split(r"([][(){},])", plain_answer(one)) if part]
-                   for one in (answer, truth))
-    return left == right
+    left, right = plain_answer(answer), plain_answer(truth)
+    values = number_in(left), number_in(right)
+    if None not in values:
+        return values[0] == values[1]
+    left, right = ([number_in(part) or part for part in re.split(r"([][(){},])", text) if part] for text in (left, right))
+    return left == right != []
 
 
 def gold_answer(text: str) -> str | None:

@@ -34,7 +34,7 @@ def read_json(path):
     text = check_utf8(Path(path).read_bytes(), path)
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 

@@ -99,7 +99,7 @@ def read_meta(folder) -> dict:
         return {"dtype": "uint16"}
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:          # of the text or of its encoding
+    except (ValueError, RecursionError) as error:        # of the text, its encoding or its brackets
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(meta, dict):
         raise ValueError(f"{path} must be a JSON object, not {type(meta).__name__}")

@@ -134,7 +134,7 @@ def read_config(folder) -> tuple[str, ModelConfig]:
         return name, ModelConfig(**ours | switches)
     except KeyError as error:
         raise ValueError(f"{path}: it lacks {error}") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -208,7 +208,7 @@ def stored_tensors(folder):
         try:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             files = sorted({index.with_name(name) for name in names})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} names no files: {type(error).__name__}: {error}") from error
     elif not files[0].exists():
         raise FileNotFoundError(f"no {Path(folder) / 'model.safetensors'}; only safetensors are read: opening pickled "

@@ -137,7 +137,7 @@ def strip_markdown(text: str) -> str:
     text = re.sub(r"(?<!\\)[*_]+", "", text)                          # bold and italic
     text = re.sub(r"\\([^\w\s])", r"\1", text)                        # \[Aside] -> [Aside]
     text = text.replace("&nbsp;", " ").replace("&amp;", "&")
-    text = re.sub(r"(?m)[ \t]+$", "", text)                           # two blanks at a line's end are a Markdown break
+    text = re.sub(r"(?m)(?<![ \t])[ \t]+$", "", text)               # two blanks at a line's end are a Markdown break
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 

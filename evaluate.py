@@ -374,7 +374,7 @@ def instructions(n: int, seed: int) -> list[tuple]:
         count = pick.randint(2, 6)
         pairs.append([
             (f"Write about {topic} in exactly {count} sentences.",
-             lambda text, n=count: len(re.findall(r"[.!?]+(?=\s|$)", text)) == n),
+             lambda text, n=count: len(re.findall(r"[.!?](?=\s|$)", text)) == n),
             (f"Write exactly {count} words about {topic}.", lambda text, n=count: len(text.split()) == n),
             (f"Write about {topic} and use the word \"{word}\" exactly {count} times.",
              lambda text, n=count, w=word: len(re.findall(rf"\b{w}\b", text, re.IGNORECASE)) == n),
@@ -389,7 +389,7 @@ def json_keys(text: str) -> set | None:
     """The keys of a JSON object, or None for anything else."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):     # so many brackets that Python's parser gives up
         return None
     return set(value) if isinstance(value, dict) else None
 
