@@ -192,7 +192,7 @@ class Tokenizer:
     appended; of those that overlap in a text the longest wins. What files of others may have besides:
     added: {text: id} of tokens that are found in any text, whatever encode allows;
     normalizer: None or "NFC"; ignore_merges: a word that is in the vocabulary is one token (Llama 3);
-    post_processor: only kept for `save`.
+    post_processor: only kept for `save`. A tuple of patterns: each cuts the pieces that the one before has left.
     Raises ValueError for a special token that is empty or given twice, and for merges that the vocabulary lacks.
     """
 
