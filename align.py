@@ -62,11 +62,11 @@ from align_losses import (BASELINES, NORMALIZE, NORMALIZERS, REWEIGHTS, aggregat
                           dpo_loss, group_advantages, grpo_step, grpo_train_step, masked_mean, masked_normalize,
                           padding_id, policy_gradient_loss, policy_step, response_log_probs, rollout_rewards, sft_step,
                           take_step, token_entropy, tokenize_prompt_and_output)
-from checkpoint import claim_out_dir, read_checkpoint, save_checkpoint, sha256
+from checkpoint import claim_out_dir, only_writer, read_checkpoint, save_checkpoint, sha256, write_text
 from configurator import command_line, fail, print_config
 from evaluate import (REWARDS, TEMPLATES, boxed_reward, continuation_log_probs, end_id, pick_template,  # noqa: F401
                       r1_zero_reward, standard_error)
-from machine import Threads
+from machine import Threads, pick_device
 from model import Transformer, load_model
 from optim import AdamW, Muon, cosine_schedule
 from sample import stream
@@ -425,12 +425,15 @@ def make_log(folder, **header):
     """
     path = Path(folder) / NEW_LOG
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(header) + "\n")
 
     def log(**entry):
         entry = {name: value for name, value in entry.items() if not math.isnan(value)}
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:                 # a full disk does not say which file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         print(f"{Path(folder).name:<5}", " | ".join(f"{name} {value:.4g}" for name, value in entry.items()), flush=True)
 
     return log
@@ -439,7 +442,14 @@ def make_log(folder, **header):
 def run_verb(verb: str, config) -> None:
     """sft, dpo or grpo from config.base on config.data to config.out_dir."""
     config.check()
+    pick_device(config.device)
     claim_out_dir(config.out_dir, config.overwrite, inputs=[config.base])
+    with only_writer(config.out_dir):
+        tune(verb, config)
+
+
+def tune(verb: str, config) -> None:
+    """The run itself, when the settings have been checked and the folder is held."""
     torch.manual_seed(config.seed)
     model, tokenizer, template = load_base(config)
     rows, held = read_rows(verb, config, tokenizer, template, model.config.context_length)

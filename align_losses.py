@@ -126,7 +126,7 @@ REWEIGHTS, NORMALIZE = ("none", "noclip", "grpo", "gspo", "cispo"), ("sequence",
 def check_choice(name: str, value, allowed) -> None:
     """Raises ValueError naming the setting, its value and what is allowed."""
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}")
 
 
 def rollout_rewards(reward_fn, responses: list[str], truths: list) -> tuple:

@@ -15,6 +15,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -57,6 +58,26 @@ def read_csv(path) -> list[list[str]]:
     return list(csv.reader(io.StringIO(read_text(path), newline="")))
 
 
+def read_prompts(path) -> tuple[list[dict], str]:
+    """(records, the field that holds the prompt) of a CSV with a header, a JSON list or a JSONL file."""
+    if str(path).endswith(".csv"):
+        header, *rows = read_csv(path) or [[]]
+        items = [dict(zip(header, row)) for row in rows]
+    elif not str(path).endswith(".gz") and read_text(path).lstrip().startswith("["):
+        try:
+            items = json.loads(read_text(path))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+    else:
+        items = read_jsonl(path)[0]
+    first = items[0] if items and isinstance(items[0], dict) else {}
+    field = next((name for name in ("instruction", "prompts_final", "prompt") if name in first), None)
+    if field is None or not all(isinstance(item, dict) and item.get(field) is not None for item in items):
+        raise ValueError(f"{path}: every record needs the same of instruction, prompts_final or prompt, and the first "
+                         f"has {', '.join(map(repr, first)) or 'none'}")
+    return items, field
+
+
 def read_jsonl(path, check=None, skip: bool = False) -> tuple[list, list[str]]:
     """(records, complaints) of a JSONL file, gzipped or not. check(record) gives what to keep, or raises.
 
@@ -64,18 +85,21 @@ def read_jsonl(path, check=None, skip: bool = False) -> tuple[list, list[str]]:
     quotes the first five.
     """
     records, complaints = [], []
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig").strip()
-                if text:
-                    record = json.loads(text)
-                    if not isinstance(record, dict):
-                        raise ValueError(f"a {type(record).__name__} where an object is wanted")
-                    records.append(check(record) if check else record)
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-                why = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                complaints.append(f"{path}:{number}: {why}")
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    text = line.decode("utf-8-sig").strip()
+                    if text:
+                        record = json.loads(text)
+                        if not isinstance(record, dict):
+                            raise ValueError(f"a {type(record).__name__} where an object is wanted")
+                        records.append(check(record) if check else record)
+                except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+                    why = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                    complaints.append(f"{path}:{number}: {why}")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is no whole gzip file: {error}") from None
     if complaints and not skip:
         raise ValueError(f"{len(complaints)} bad lines; mend them, or leave them out (align.py has --skip_bad=true):"
                          + "".join("\n  " + complaint for complaint in complaints[:5]))

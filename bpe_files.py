@@ -127,6 +127,8 @@ def read_tokenizer_json(path, make):
 
 def _from_layout(make, layout):
     """The parsed file's parts, each checked, handed to `make`."""
+    if not isinstance(layout, dict):
+        raise ValueError(f"a JSON {type(layout).__name__} where an object is wanted")
     model, added = layout["model"], layout.get("added_tokens") or []
     _only("model's type", model.get("type", "BPE"), "BPE")
     for key in ("byte_fallback", "dropout"):

@@ -17,6 +17,7 @@ pickled code: a stranger's checkpoint can do no harm.
 
 torch, which takes two seconds, is imported only where a state is opened: processes that clean text need files alone.
 """
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -41,7 +42,7 @@ def write_atomically(path, write) -> None:
     When that fails `path` is as it was. Raises OSError naming the path when the disk is the reason, else what `write`
     raises.
     """
-    path = Path(path)
+    path = claim_file(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -62,6 +63,54 @@ def write_atomically(path, write) -> None:
         os.close(folder)
 
 
+def write_text(path, *parts: str) -> None:
+    """Write a file of UTF-8, whole or not at all; halves of surrogate pairs become question marks."""
+    write_atomically(path, lambda file: file.writelines(part.encode("utf-8", "replace") for part in parts))
+
+
+def claim_file(path) -> Path:
+    """The path of a file to write. Raises OSError for a folder or device, which a rename would replace, and for a place
+    in no folder: known before the hours spent on what shall go there."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; give the name of a file")
+    if not path.parent.is_dir():
+        raise OSError(f"{path} cannot be written: {contents(path.parent)}; make the folder, or give another place")
+    return path
+
+
+@contextlib.contextmanager
+def only_writer(folder):
+    """Make `folder` and hold it for this process, as two that write there spoil both results.
+
+    Raises ValueError when another holds it, OSError when it cannot be made. The lock ends with the process and leaves
+    no file; where the system has none (Windows, some network disks) nothing is held. A folder that was made for this
+    and stays empty goes.
+    """
+    folder = Path(folder)
+    is_new = not folder.exists()
+    if folder.exists() and not folder.is_dir():
+        raise OSError(f"{folder} is a file; give the name of a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = None
+    try:
+        import fcntl
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"{folder} is being written by another process; wait for it, or give another folder") from None
+    except (ImportError, OSError):
+        pass
+    try:
+        yield folder
+    finally:
+        if lock is not None:
+            os.close(lock)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def sha256(path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
@@ -75,14 +124,19 @@ def contents(folder) -> str:
     return f"{folder} holds {', '.join(sorted(os.listdir(folder))[:8]) or 'nothing'}"
 
 
-def claim_out_dir(out_dir, overwrite: bool = False, inputs=()) -> None:
-    """Raises ValueError for an output folder that holds a run, unless `overwrite`, or that is one of `inputs`."""
+def claim_out_dir(out_dir, overwrite: bool = False, inputs=(), resume: bool = False) -> None:
+    """Raises ValueError for an output folder that holds a run, unless `overwrite`, or that is one of `inputs`.
+
+    resume: whether the command could go on with that run.
+    """
     out_dir = Path(out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ValueError(f"{out_dir} is a file; give the name of a folder (--out_dir=…)")
     if out_dir.resolve() in [Path(folder).resolve() for folder in inputs if folder is not None]:
         raise ValueError(f"{out_dir} is read from and would be overwritten; give another folder (--out_dir=…)")
     files = [name for name in RUN_FILES if (out_dir / name).exists()]
     if files and not overwrite:
-        resume = ", --resume=true to go on with it" if "ckpt.pt" in files else ""
+        resume = ", --resume=true to go on with it" if resume and "ckpt.pt" in files else ""
         raise ValueError(f"{out_dir} holds a run ({', '.join(files)}); give another folder (--out_dir=…), "
                          f"--overwrite=true to replace the run{resume}")
 

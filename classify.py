@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from answers import need, read_jsonl, read_text
 from archive import expand, read_archive
-from checkpoint import write_atomically
+from checkpoint import claim_file, write_atomically, write_text
 from clean import (MODEL_CHARS, extract_text, fasttext_predict, hash_ngrams, hash_words, load_fasttext, normalize)
 
 SEPARATOR = "<|endoftext|>"
@@ -33,6 +34,9 @@ class Classifier:
     """
 
     def __init__(self, ngrams: int = 2, bits: int = 18, lr: float = 1.0, epochs: int = 5, seed: int = 0):
+        for name, value, most in (("ngrams", ngrams, 9), ("bits", bits, 30), ("epochs", epochs, 10_000), ("lr", lr, 100)):
+            if not 0 < value <= most:
+                raise ValueError(f"{name}={value} must be above 0 and at most {most}")
         self.settings = {"ngrams": ngrams, "bits": bits, "lr": lr, "epochs": epochs, "seed": seed}
         self.labels, self.weights = [], np.zeros((1 << bits, 0), dtype=np.float32)
 
@@ -137,9 +141,9 @@ def read_texts(pattern: str) -> list[str]:
             texts += [extract_text(content) if is_html else content.decode("utf-8", "replace")
                       for _, content, is_html in read_archive(path, Counter())]
         elif path.endswith(".jsonl"):
-            texts += [json.loads(line)["text"] for line in Path(path).read_bytes().splitlines() if line.strip()]
+            texts += [str(text) for text, in read_jsonl(path, lambda record: need(record, "text"))[0]]
         else:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_text(path)
             texts += text.split(SEPARATOR if SEPARATOR in text else "\n")
     texts = [text for text in texts if text.strip()]
     if len(texts) < 10:
@@ -151,6 +155,7 @@ def train_classifier(config: ClassifyConfig) -> dict:
     """Train on nine tenths of the texts, write the model, and report on the held-out tenth."""
     if not config.positive or not config.negative:
         raise ValueError("give --positive=FILES and --negative=FILES")
+    claim_file(config.out)
     pairs = [(text, "positive") for text in read_texts(config.positive)]
     pairs += [(text, "negative") for text in read_texts(config.negative)]
     pairs = [pairs[i] for i in np.random.default_rng(config.seed).permutation(len(pairs))]
@@ -166,6 +171,6 @@ def train_classifier(config: ClassifyConfig) -> dict:
         "recall": float(chosen[truth].mean()) if truth.any() else None,
         "threshold_to_keep": {f"{share:.0%}": float(np.quantile(p, 1 - share)) for share in (.1, .25, .5, .75, .9)}}
     text = json.dumps(report, indent=1)
-    write_atomically(Path(config.out).with_suffix(".json"), lambda file: file.write(text.encode()))
+    write_text(Path(config.out).with_suffix(".json"), text)
     print(text)
     return report

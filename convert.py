@@ -22,6 +22,7 @@ stretched RoPE but Llama 3's, vocabularies that are no byte-level BPE (the model
 """
 import json
 import math
+import os
 import shutil
 import sys
 import warnings
@@ -31,7 +32,7 @@ from pathlib import Path
 import torch
 
 from bpe import Tokenizer
-from checkpoint import claim_out_dir, save_checkpoint, sha256
+from checkpoint import claim_file, claim_out_dir, save_checkpoint, sha256, write_text
 from configurator import command_line, fail
 from model import ModelConfig, Transformer, load_model, with_weights
 
@@ -288,6 +289,7 @@ def save_pretrained(model, folder, tokenizer=None) -> None:
     Weights keep their dtype; a tied head is written once. Raises ValueError for a model that no architecture there
     computes.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     config, weights, folder = model.config, model.state_dict(), Path(folder)
     files = {"config.json": their_config(config, model.lm_head.weight.dtype, tokenizer)}
@@ -297,7 +299,14 @@ def save_pretrained(model, folder, tokenizer=None) -> None:
         if their != "lm_head.weight" or not config.tie_embeddings:
             tensor = torch.cat([weights[our].cpu() for our in ours])
             tensors[their] = (tensor.T if transposed else tensor).contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    part = claim_file(folder / "model.safetensors").with_suffix(".tmp")
+    try:
+        save_file(tensors, part, metadata={"format": "pt"})
+        os.replace(part, folder / "model.safetensors")
+    except SafetensorError as error:
+        raise OSError(f"{folder / 'model.safetensors'} could not be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
         end = "<|endoftext|>" if "<|endoftext|>" in tokenizer.special_tokens else None
@@ -305,7 +314,7 @@ def save_pretrained(model, folder, tokenizer=None) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end,
             "model_max_length": config.context_length, "clean_up_tokenization_spaces": False}
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / name, json.dumps(content, indent=2) + "\n")
 
 
 # --- commands ---

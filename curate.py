@@ -28,8 +28,9 @@ import numpy as np
 from tqdm import tqdm
 
 import clean
+from answers import read_text
 from archive import Extractor, expand, read_archive
-from checkpoint import sha256, write_atomically
+from checkpoint import only_writer, sha256, write_atomically, write_text
 from classify import SEPARATOR, load_classifier
 from clean import check_bands, hash_ngrams, hash_words, normalize
 
@@ -188,17 +189,12 @@ def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
     return counts
 
 
-def write_text(path: Path, *parts: str) -> None:
-    """Write a file of UTF-8, whole or not at all; halves of surrogate pairs become question marks."""
-    write_atomically(path, lambda file: file.writelines(part.encode("utf-8", "replace") for part in parts))
-
-
 # --- all archives ---
 
 def curate_archives(paths, out_dir, executor=None, **settings) -> dict:
     """Clean documents from web archives; returns what report.json holds. The arguments are those of data.curate."""
     config, out = CurateConfig(out=str(out_dir), **settings), Path(out_dir)
-    chosen = check_settings(config)
+    chosen, known = check_settings(config), evaluation_ngrams(config.evaluation) if config.evaluation else None
     patterns = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     paths = {path for pattern in map(str, patterns) for path in expand(pattern)}
     paths, shards = clean.output_names(sorted(paths, key=os.path.basename), out / "shards")
@@ -208,16 +204,21 @@ def curate_archives(paths, out_dir, executor=None, **settings) -> dict:
     if begun.exists() and begun.read_text(encoding="utf-8") != now and any((out / "counts").iterdir()):
         raise ValueError(f"{out} was begun with other settings ({begun}); give another --out, or delete the folder")
     write_text(begun, now)
-    if config.evaluation:
-        texts = [Path(name).read_text(encoding="utf-8") for name in config.evaluation.split(",")]
-        known = [hash_ngrams(hash_words(normalize(text))[0], EVALUATION_WORDS) for text in texts if text.strip()]
-        if not known:
-            raise ValueError(f"evaluation={config.evaluation} holds no text")
-        write_atomically(out / "evaluation.npy", lambda file: np.save(file, np.unique(np.concatenate(known))))
+    if known is not None:
+        write_atomically(out / "evaluation.npy", lambda file: np.save(file, known))
     run_archives(paths, out, config, executor)
     report = merge([read_counts(out, path) for path in paths], config.seed) | {"settings": chosen}
     curate_collection(shards, out, config, report)
     return report
+
+
+def evaluation_ngrams(names: str) -> np.ndarray:
+    """The hashes of all runs of 13 words of evaluation texts, ascending, (n,). Raises ValueError naming a file."""
+    texts = [read_text(name) for name in names.split(",")]
+    known = [hash_ngrams(hash_words(normalize(text))[0], EVALUATION_WORDS) for text in texts if text.strip()]
+    if not known:
+        raise ValueError(f"evaluation={names} holds no text")
+    return np.unique(np.concatenate(known))
 
 
 def check_settings(config: CurateConfig) -> dict:
@@ -226,6 +227,10 @@ def check_settings(config: CurateConfig) -> dict:
         check_bands(config.num_hashes, config.num_bands, config.ngrams, config.threshold)
     if config.lines not in ("all", "first", None):
         raise ValueError(f"lines={config.lines!r} is not all, first or none")
+    if config.workers is not None and config.workers < 1 or config.seed < 0:
+        raise ValueError(f"workers={config.workers} must be at least 1 or none, seed={config.seed} at least 0")
+    for name in filter(lambda name: getattr(config, name), MODELS):
+        model_rule(name, config)                 # a mistake is known before the first archive is read
     config.languages = (config.languages or "").replace(" ", "").lower() or None
     if config.languages:
         known = load_classifier(None)[1]

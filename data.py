@@ -34,12 +34,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bpe import Tokenizer, train_bpe
-from checkpoint import contents, open_tokens, read_meta, sha256, write_atomically  # noqa: F401
+from checkpoint import (contents, only_writer, open_tokens, read_meta, sha256, write_atomically,  # noqa: F401
+                        write_text)
 from classify import SEPARATOR, Classifier, ClassifyConfig, read_texts, train_classifier  # noqa: F401
 from clean import (dedup_lines, dedup_minhash, extract_text, gopher_filter, identify_language,  # noqa: F401
                    mask_emails, mask_ips, mask_phone_numbers)
 from configurator import command_line, fail
-from curate import CurateConfig, curate_archives, write_report, write_text
+from curate import CurateConfig, curate_archives, write_report
 
 VALIDATION_EVERY = 10                    # one document in ten is held out: the 5th of every ten, in their order
 CHUNK_CHARS = 1 << 22                    # read this much at a time; memory never follows the size of the corpus
@@ -216,16 +217,17 @@ def split_file(path, train_path, val_path) -> int:
 
 @contextlib.contextmanager
 def unfinished(folder: Path):
-    """A folder inside `folder` to make files in. It goes at the end, and so does `folder` if new and still empty."""
-    is_new, place = not folder.exists(), folder / "unfinished"
-    shutil.rmtree(place, ignore_errors=True)                          # of a preparation that was killed
-    place.mkdir(parents=True)
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place)
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
+    """A folder inside `folder` to make files in, which goes at the end; `folder` is held for this process alone."""
+    with only_writer(folder):
+        place = folder / "unfinished"
+        shutil.rmtree(place, ignore_errors=True)                      # of a preparation that was killed
+        place.mkdir()
+        try:
+            yield place
+        except OSError as error:                                      # a full disk does not say which file
+            raise OSError(error.errno, error.strerror, error.filename or str(folder)) if error.errno else error
+        finally:
+            shutil.rmtree(place)
 
 
 def prepare(name_or_path, vocab_size: int | None = None, data_dir=None, context_length: int = 128,
@@ -237,6 +239,8 @@ def prepare(name_or_path, vocab_size: int | None = None, data_dir=None, context_
     stay, except what was downloaded. Raises ValueError for what cannot be used, OSError when a download fails.
     """
     name, started = str(name_or_path), time.time()
+    if context_length < 1:
+        raise ValueError(f"context_length={context_length} must be at least 1")
     folder = Path(data_dir or Path("data") / Path(name).stem)
     train, val = folder / "train.txt", folder / "val.txt"
     if name not in NAMES and not Path(name).is_file():
@@ -355,7 +359,8 @@ def curate(paths, out_dir="data/crawl", *, executor=None, **settings) -> dict:
     ValueError for settings that cannot work, or other ones than before, and an archive of which nothing can be read.
     """
     out, config = Path(out_dir), CurateConfig(**settings)
-    report = curate_archives(paths, out, executor, **settings)
+    with only_writer(out):
+        report = curate_archives(paths, out, executor, **settings)
     try:
         if config.vocab_size:
             meta = prepare(out / "corpus.txt", config.vocab_size, out, workers=config.workers)

@@ -229,6 +229,8 @@ def sample(folder: str, config: SampleConfig) -> None:
     """Load the folder of a run and write."""
     if config.num_samples < 1:
         raise ValueError(f"num_samples={config.num_samples} must be at least 1")
+    if config.seed is not None and abs(config.seed) >= 2 ** 63:
+        raise ValueError(f"seed={config.seed} must fit 64 bits")
     if config.draft and not config.cache:
         raise ValueError(f"draft={config.draft} needs cache=true")
     writer = Writer(folder, config)

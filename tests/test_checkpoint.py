@@ -139,8 +139,10 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="holds a run .log.jsonl.*--out_dir.*--overwrite=true"):
         checkpoint.claim_out_dir(str(tmp_path))
     (tmp_path / "ckpt.pt").touch()
-    with pytest.raises(ValueError, match="--resume=true"):
+    with pytest.raises(ValueError, match="--overwrite=true to replace the run$"):
         checkpoint.claim_out_dir(tmp_path)
+    with pytest.raises(ValueError, match="--resume=true to go on"):
+        checkpoint.claim_out_dir(tmp_path, resume=True)
     checkpoint.claim_out_dir(tmp_path, overwrite=True)
     with pytest.raises(ValueError, match="read from"):
         checkpoint.claim_out_dir(tmp_path / "x" / "..", overwrite=True, inputs=(tmp_path,))
