@@ -484,7 +484,7 @@ CONFIGS = {"train": TrainConfig, "encode": EncodeConfig, "show": ShowConfig, "co
 
 def main(argv: list[str]) -> None:
     """Run one verb. A bad command line, value or file exits with status 2."""
-    verb, files, config, _ = command_line(CONFIGS, argv, USAGE)
+    verb, files, config, _ = command_line(CONFIGS, argv, USAGE, reads_scripts=True)
     try:
         if len(files) not in {"encode": (2,), "show": (1, 2)}.get(verb, (1,)):
             raise ValueError(f"{verb} does not take {len(files)} files: {' '.join(files)}\n{USAGE}")

@@ -411,7 +411,7 @@ VERBS = {"prepare": PrepareConfig, "curate": CurateConfig, "classify": ClassifyC
 
 def main(argv: list[str]) -> None:
     """Run one verb."""
-    verb, files, config, _ = command_line(VERBS, argv, USAGE)
+    verb, files, config, _ = command_line(VERBS, argv, USAGE, reads_scripts=True)
     if not files or verb != "curate" and len(files) != 1 or verb == "classify" and files != ["train"]:
         fail(f"{verb} {' '.join(files)} cannot be used; {USAGE.splitlines()[list(VERBS).index(verb)].strip()}")
     try:
