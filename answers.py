@@ -35,7 +35,7 @@ DRESSING = [(re.compile(pattern), plain) for pattern, plain in (
     (rf"{_TEXT}\{{([^{{}}]*)\}}", r"\1"), (r"(?<=[0-9])\s*(?:\\?%|(?:percent|percentage|pct)\.?\s*$)", ""),
     (r"^\s*[a-zA-Z]\s*(?:=(?!=)|\\in(?![a-z]))", ""), (r"\\g(?:eq?|eqslant)(?![a-z])", ">="),                  # x = 5
     (r"\\l(?:eq?|eqslant)(?![a-z])", "<="), (r"\\gt(?![a-z])", ">"), (r"\\lt(?![a-z])", "<"),
-    (r"\\neq?(?![a-z])", "!="), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"), (r"\^\{(-?\w+)\}", r"^\1"),
+    (r"\\neq?(?![a-z])", "!="), (r"(?<=[0-9])_\{?[0-9]+\}?$", ""), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"), (r"\^\{(-?\w+)\}", r"^\1"),
     # 1\frac{1}{2} is "1 1/2": a fraction keeps away from what stands beside it. Without braces an argument is one sign.
     (r"(?<=\w)\s*(\\[cdt]?frac)", r" \1"), (rf"(\\[cdt]?frac{_ARGUMENT}{_ARGUMENT})(?=\w)", r"\1 "),
     (rf"\\[cdt]?frac{_ARGUMENT}{_ARGUMENT}", lambda m: "/".join(
@@ -203,13 +203,13 @@ def parse_gsm8k(output: str) -> str | None:
 
 
 def plain_thousands(text: str) -> str:
-    """LaTeX's separators between thousands as commas."""
-    return re.sub(r"(?<=[0-9])(?:\{,\}|,? ?\\[,!; ] ?)(?=[0-9]{3}(?![0-9]))", ",", text)
+    """LaTeX's separators between thousands, and narrow spaces, as commas."""
+    return re.sub("(?<=[0-9])(?:\\{,\\}|,? ?\\\\[,!; ] ?|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))", ",", text)
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last \\boxed{…} or \\fbox{…}, braces balanced, or None; \\boxed 5 counts, too."""
-    text = re.sub(r"\\(?:boxed|fbox)\s{1,9}(-?[\w.]*\w)", r"\\boxed{\1}", text)
+    """The content of the last \\boxed{…} or \\fbox{…}, braces balanced, or None; \\boxed 5 counts, "in \\boxed form" not."""
+    text = re.sub(r"\\(?:boxed|fbox)\s{1,9}(-?[0-9](?:[0-9.,/]*[0-9])?|[A-Z](?!\w))", r"\\boxed{\1}", text)
     opened, last = [], None
     for brace in re.finditer(r"\\(?:boxed|fbox)\s*\{|[{}]", text):
         if brace[0] != "}":
@@ -257,7 +257,7 @@ def number_in(text: str) -> Fraction | None:
 
 
 def same_answer(answer, truth) -> bool:
-    """Equal as numbers ("1,000" and 1000, 1/2 and 0.5), part by part between commas, else as strings.
+    """Equal as numbers ("1,000" and 1000, 1/2 and 0.5), part by part between commas, lists in any order, or as strings.
 
     Nothing equals an answer that is empty.
     """
@@ -267,8 +267,12 @@ def same_answer(answer, truth) -> bool:
     values = number_in(left), number_in(right)
     if None not in values:
         return values[0] == values[1]
-    left, right = ([number_in(part) or part for part in re.split(r"([][(){},])", text) if part] for text in (left, right))
-    return left == right != []
+    parts = []
+    for text in (left, right):
+        parts.append([number_in(part) or part for part in re.split(r"([][(){},])", text) if part])
+        if not re.search(r"[[(]", text):                          # a list or a set, not a pair or an interval
+            parts[-1].sort(key=str)
+    return parts[0] == parts[1] != []
 
 
 def gold_answer(text: str) -> str | None:

@@ -30,7 +30,7 @@ MAX_PAGE_BYTES, MAX_SECONDS = 20_000_000, 10     # a page larger, or longer in t
 SEARCH_BYTES = 1 << 20                           # read at a time in search of the next record
 # How a record begins, by how the file does: gzip members, zstd frames, or the text itself after the last one's end.
 MAGIC = {b"\x1f\x8b": re.compile(rb"\x1f\x8b\x08[\x00-\x1f]"), b"\x28\xb5": re.compile(rb"\x28\xb5\x2f\xfd")}
-PLAIN = re.compile(rb"WARC/[01]\.[0-9]+\r\n(?=WARC-|Content-)")
+ANY = re.compile(rb"WARC/[01]\.[0-9]+\r\n(?=WARC-|Content-)|" + b"|".join(one.pattern for one in MAGIC.values()))
 CHUNK = re.compile(rb"([0-9a-fA-F]{1,8})[^\r\n]{0,200}\r\n")
 
 
@@ -81,7 +81,7 @@ def records(path, damage: Counter):
     """All records of a file. Where FastWARC's iterator ends, it is started again at the next one that can be found."""
     from fastwarc.warc import ArchiveIterator
     with open(path, "rb") as file:
-        pattern, start, restarted, failed = MAGIC.get(file.read(2), PLAIN), 0, False, False
+        pattern, start, restarted, failed = MAGIC.get(file.read(2), ANY), 0, False, False
         while start is not None:
             file.seek(start)
             last = start

@@ -38,7 +38,7 @@ import numpy as np
 
 from checkpoint import write_atomically
 
-META_CHARSET = re.compile(rb"(?i)<meta[^>]{0,200}?charset\s{0,9}=\s{0,9}[\"']?([a-z0-9_:.-]{1,40})")
+META_CHARSET = re.compile(rb"(?i)<(?:meta[^>]{0,200}?charset|\?xml[^>]{0,99}?encoding)\s{0,9}=\s{0,9}[\"']?([a-z0-9_:.-]{1,40})")
 SUPERSETS = {"euc_kr": "cp949", "shift_jis": "cp932", "gbk": "gb18030"}      # what pages that name the former hold
 LANGUAGE_CHARS, MODEL_CHARS = 500, 20_000        # how much of a text the language model and the classifiers read
 BLOCK_BYTES = 1 << 16                            # of text hashed at a time
@@ -53,7 +53,7 @@ PUNCTUATION, NO_ASCII_LETTERS = string.punctuation.encode(), string.digits.encod
 def decode_html(html_bytes: bytes, charset: str | None = None) -> str:
     """A page as text: by UTF-8 or, where it is none, by `charset` (the HTTP header's), its meta tag, or its looks."""
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
-    names = [charset] + [name.decode() for name in META_CHARSET.findall(html_bytes[:1024])]
+    names = [charset] + [name.decode() for name in META_CHARSET.findall(html_bytes[:10_000])]
     # Labels mean what browsers take them for; UTF-8 comes first: a guess would find cp1252 in short UTF-8 text.
     mapped = [map_encoding_to_html5(name.lower().replace("cp949", "euc-kr"), False) for name in names if name]
     codecs = [SUPERSETS.get(codec, codec) for codec in mapped if codec and not codec.startswith("utf")]

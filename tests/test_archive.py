@@ -67,10 +67,12 @@ def test_pages_are_unpacked_as_they_are_not_as_they_say(tmp_path, pack, name, bo
     ("a length too short", gzip.compress(warc_record("http://a/x", PAGE, length=300)), 4, 1),
     ("a length too long", gzip.compress(warc_record("http://a/x", PAGE, length=9000)), 3, 1),
     ("no WARC", gzip.compress(b"hello\r\n" * 99), 3, 1), ("a broken head", b"\x1f\x8b\x08\x00" * 30, 3, 1),
-    ("ten of them", (gzip.compress(b"") + bytes(9)) * 10, 3, 1)])
+    ("ten of them", (gzip.compress(b"") + bytes(9)) * 10, 3, 1), ("before the first", b"\xef\xbb\xbf noise", 3, 1)])
 def test_reading_goes_on_behind_what_cannot_be_read(tmp_path, name, between, pages, damaged):
     a, b, c = (gzip.compress(warc_record(f"http://a/{i}", PAGE + b"%d" % i)) for i in range(3))
     (tmp_path / "x").write_bytes(a + between + b + c)
+    if name == "before the first":
+        (tmp_path / "x").write_bytes(between + a + b + c)
     damage = Counter()
     addresses = [address[-1] for address, *_ in archive.read_archive(tmp_path / "x", damage)]
     assert len(addresses) == pages and addresses[0] == "0" and addresses[-2:] == ["1", "2"], (name, addresses)

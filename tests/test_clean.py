@@ -45,6 +45,17 @@ def test_a_declared_charset_is_read_where_utf_8_fails(text, charset, label):
         assert text in clean.decode_html(page.encode("utf-8"), wrong)
 
 
+@pytest.mark.parametrize("page, charset, text", [
+    ('<meta charset="iso-8859-1"><body>the majestic mööse', "latin-1", "the majestic mööse"),               # trafilatura 231
+    ("<meta charset=gb2312><body>" + "<div class=x></div>" * 2000 + "<p>新华社北京电", "gb2312", "新华社北京电"),     # 541
+    ('<meta content="text/html; charset=iso-8859&#8211;1"><body>Le café où naît', "latin-1", "Le café où naît"),  # warc2zim 417
+    ('<?xml version="1.0" encoding="iso-8859-2"?><html><body>Zażółć gęślą', "iso-8859-2", "Zażółć gęślą"),
+    ("<script>" + "x" * 1500 + "</script><meta charset=euc-kr><body>안녕하세요", "euc-kr", "안녕하세요"),
+    ("<meta charset=utf-8><body>Die Straße in Zürich", "cp1252", "Die Straße in Zürich"), ("<body>привет мир", "utf-16", "привет мир")])
+def test_encodings_of_reported_pages(page, charset, text):
+    assert data.extract_text(page.encode(charset)) == text
+
+
 E, P, I = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||"
 
 

@@ -21,7 +21,7 @@ READERS = {
     "dialogue": align_data.read_hh, "e-mail": clean.mask_emails, "phone": clean.mask_phone_numbers, "ip": clean.mask_ips,
     "normal form": clean.normalize, "hashes": lambda text: clean.hash_words(clean.normalize(text)),
     "gopher": clean.gopher_reason, "charset": lambda text: clean.META_CHARSET.findall(text.encode()),
-    "chunks": lambda text: archive.join_chunks(text.encode()), "magic": lambda text: archive.PLAIN.search(text.encode()),
+    "chunks": lambda text: archive.join_chunks(text.encode()), "magic": lambda text: archive.ANY.search(text.encode()),
     "markdown": data.strip_markdown, "lines": lambda text: re.sub(r"\n{3,}", "\n\n", text)}
 READERS |= {f"words {i}": lambda text, compiled=regex.compile(pattern): words.pieces(compiled, text)
             for i, pattern in enumerate(words.GPT2_PATTERNS + words.GPT4_PATTERNS)}

@@ -174,7 +174,7 @@ def test_a_disk_that_fills_up_is_named_and_leaves_what_was_there(name, place, tm
     if script in ("evaluate", "align"):
         shutil.copytree(place / "base", tmp_path, dirs_exist_ok=True)
     before, limit = tree(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))          # the system refuses every byte after these
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))          # the system refuses every byte after these
     try:
         status, error = run(script, words, place, capsys)
     finally:
