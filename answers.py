@@ -39,7 +39,7 @@ DRESSING = [(re.compile(pattern), plain) for pattern, plain in (
     # 1\frac{1}{2} is "1 1/2": a fraction keeps away from what stands beside it. Without braces an argument is one sign.
     (r"(?<=\w)\s*(\\[cdt]?frac)", r" \1"), (rf"(\\[cdt]?frac{_ARGUMENT}{_ARGUMENT})(?=\w)", r"\1 "),
     (rf"\\[cdt]?frac{_ARGUMENT}{_ARGUMENT}", lambda m: "/".join(
-        f"({part})" if re.search(r".[+-]", part) else part for part in (m[1] or m[2] or "", m[3] or m[4] or ""))))]
+        f"({part})" if re.search(r".[+-]", part) else part for part in (m[1] or m[2] or "", m[3] or m[4] or ""))), (r"\\([{}])", r"\1"))]
 
 
 # --- files of questions ---
@@ -270,7 +270,7 @@ def same_answer(answer, truth) -> bool:
     parts = []
     for text in (left, right):
         parts.append([number_in(part) or part for part in re.split(r"([][(){},])", text) if part])
-        if not re.search(r"[[(]", text):                          # a list or a set, not a pair or an interval
+        if not re.search(r"[\[(]", text):                          # a list or a set, not a pair or an interval
             parts[-1].sort(key=str)
     return parts[0] == parts[1] != []
 
