@@ -313,7 +313,8 @@ def grpo_train_step(model, tokenizer, optimizer, prompts: list[str], responses: 
 
     accumulation_steps: at most ceil(N / accumulation_steps) rows pass through the model at a time; the gradient is the
     same. Rows of zero advantage do not; when none is left, the loss is 0 and nothing moves. old_log_probs: (N, T) of
-    all rows. info: reward, format_reward, …, dead_groups, entropy (when none is left, by old_log_probs, else NaN), norm, clip_fraction.
+    all rows. info: reward, format_reward, …, dead_groups, norm, clip_fraction,
+    entropy (by old_log_probs when none is left, without them NaN).
     """
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={accumulation_steps} must be at least 1")

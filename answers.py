@@ -24,22 +24,30 @@ REFUSAL = re.compile(r"\b(?:I (?:can(?:not|'t| not)|am (?:un|not )able to|won't|
                      r"I'm (?:sorry|unable)|as an AI)\b", re.IGNORECASE)
 
 # What follows a letter that is not the answer.
-DENIED = (r"[\s*_)\]]{0,9}(?:(?:is|was|does|could|can)(?:n['’]?t|\s?not)|can['’]t|(?:is|was)\s+(?:wrong|false|incorrect)|"
-          r"cannot)\b")
+DENIED = (r"[\s*_)\]]{0,9}(?:(?:is|was|does|could|can)(?:n['’]?t|\s?not)|can['’]t|cannot|"
+          r"(?:is|was)\s+(?:wrong|false|incorrect))\b")
 # What does not change the meaning of an answer: (pattern, what stands for it), in this order.
 _ARGUMENT, _TEXT = r"\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\w))", r"\\(?:text|textnormal|textbf|mbox|mathrm|mathbf)"
+_FRACTION = rf"\\[cdt]?frac{_ARGUMENT}{_ARGUMENT}"
+
+
+def _plain_fraction(match) -> str:
+    """a/b, with brackets around a sum."""
+    parts = match[1] or match[2] or "", match[3] or match[4] or ""
+    return "/".join(f"({part})" if re.search(r".[+-]", part) else part for part in parts)
+
+
 DRESSING = [(re.compile(pattern), plain) for pattern, plain in (
     (r"\\[!,;: ]|\\q?quad(?![a-zA-Z])|~", " "), (r"\\[\[\]()]|\\(?:left|right|displaystyle)|\\?\$", ""),
     (r"\^?\\circ|\^\{\\circ\}|(?<=[0-9]) degrees?$", ""),
-    (rf"(?<=[0-9}}])\s*{_TEXT}\{{[a-zA-Z.\s]+\}}(?:\^\{{?[23]\}}?)?\s*$", ""),                            # 5\text{ cm}^2
+    (rf"(?<=[0-9}}])\s*{_TEXT}\{{[a-zA-Z.\s]+\}}(?:\^\{{?[23]\}}?)?\s*$", ""),                       # 5\text{ cm}^2
     (rf"{_TEXT}\{{([^{{}}]*)\}}", r"\1"), (r"(?<=[0-9])\s*(?:\\?%|(?:percent|percentage|pct)\.?\s*$)", ""),
-    (r"^\s*[a-zA-Z]\s*(?:=(?!=)|\\in(?![a-z]))", ""), (r"\\g(?:eq?|eqslant)(?![a-z])", ">="),                  # x = 5
-    (r"\\l(?:eq?|eqslant)(?![a-z])", "<="), (r"\\gt(?![a-z])", ">"), (r"\\lt(?![a-z])", "<"),
-    (r"\\neq?(?![a-z])", "!="), (r"(?<=[0-9])_\{?[0-9]+\}?$", ""), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"), (r"\^\{(-?\w+)\}", r"^\1"),
+    (r"^\s*[a-zA-Z]\s*(?:=(?!=)|\\in(?![a-z]))", ""), (r"(?<=[0-9])_\{?[0-9]+\}?$", ""),             # x = 5, 52_8
+    (r"\\g(?:eq?|eqslant)(?![a-z])", ">="), (r"\\l(?:eq?|eqslant)(?![a-z])", "<="), (r"\\neq?(?![a-z])", "!="),
+    (r"\\gt(?![a-z])", ">"), (r"\\lt(?![a-z])", "<"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"), (r"\^\{(-?\w+)\}", r"^\1"),
     # 1\frac{1}{2} is "1 1/2": a fraction keeps away from what stands beside it. Without braces an argument is one sign.
-    (r"(?<=\w)\s*(\\[cdt]?frac)", r" \1"), (rf"(\\[cdt]?frac{_ARGUMENT}{_ARGUMENT})(?=\w)", r"\1 "),
-    (rf"\\[cdt]?frac{_ARGUMENT}{_ARGUMENT}", lambda m: "/".join(
-        f"({part})" if re.search(r".[+-]", part) else part for part in (m[1] or m[2] or "", m[3] or m[4] or ""))), (r"\\([{}])", r"\1"))]
+    (r"(?<=\w)\s*(\\[cdt]?frac)", r" \1"), (rf"({_FRACTION})(?=\w)", r"\1 "), (_FRACTION, _plain_fraction),
+    (r"\\([{}])", r"\1"))]
 
 
 # --- files of questions ---
@@ -208,7 +216,7 @@ def plain_thousands(text: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last \\boxed{…} or \\fbox{…}, braces balanced, or None; \\boxed 5 counts, "in \\boxed form" not."""
+    """The content of the last \\boxed{…} or \\fbox{…}, braces balanced, or None; also of \\boxed 5."""
     text = re.sub(r"\\(?:boxed|fbox)\s{1,9}(-?[0-9](?:[0-9.,/]*[0-9])?|[A-Z](?!\w))", r"\\boxed{\1}", text)
     opened, last = [], None
     for brace in re.finditer(r"\\(?:boxed|fbox)\s*\{|[{}]", text):

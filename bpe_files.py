@@ -98,7 +98,7 @@ def _split_pattern(step):
         compiled = regex.compile(text)
         for code in (code for code in range(0x20000) if not 0xD800 <= code < 0xE000):
             if not all(compiled.match(chr(code) + following) for following in ("", "a", " ")):
-                raise ValueError(f"pre_tokenizer's Split removes what its pattern does not match, such as {chr(code)!r}")
+                raise ValueError(f"pre_tokenizer's Split removes what its pattern leaves, such as {chr(code)!r}")
         return text
     _only("pre_tokenizer's Split behavior", step["behavior"], "Isolated")
     return text

@@ -81,27 +81,26 @@ def claim_file(path) -> Path:
 
 @contextlib.contextmanager
 def only_writer(folder):
-    """Make `folder` and hold it for this process, as two that write there spoil both results.
+    """Make `folder` and hold it for this process: two that write there spoil both results. An empty one goes again.
 
-    Raises ValueError when another holds it, OSError when it cannot be made. The lock ends with the process and leaves
-    no file; where the system has none (Windows, some network disks) nothing is held. A folder that was made for this
-    and stays empty goes.
+    Raises ValueError when another holds it, OSError when it cannot be made. The lock leaves no file and ends with the
+    process; on Windows nothing is held.
     """
     folder = Path(folder)
     is_new = not folder.exists()
     if folder.exists() and not folder.is_dir():
         raise OSError(f"{folder} is a file; give the name of a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = None
+    lock = os.open(folder, os.O_RDONLY) if os.name == "posix" else None
     try:
-        import fcntl
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock is not None:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
         raise ValueError(f"{folder} is being written by another process; wait for it, or give another folder") from None
-    except (ImportError, OSError):
-        pass
+    except OSError:
+        pass                             # some network disks have no locks
     try:
         yield folder
     finally:

@@ -1,13 +1,10 @@
-"""Telling kinds of text apart: a linear model over hashed words, its training, and the known models of others.
-
-    python data.py classify train --positive=wiki.txt --negative=cc.txt --out=quality.npz
+"""Telling kinds of text apart: a linear model over hashed words, and the known models of others.
 
     "Cheap pills! Buy now" ─▶ cheap, pills, buy, now, cheap pills, pills buy, buy now ─▶ buckets 17, 4, 211, … of 2^20
     ─▶ a vector of length 1 ─▶ times weights (buckets, labels) ─▶ softmax ─▶ ("negative", 0.97)
 
-Two words that meet in a bucket share its weights; with a million buckets few do. The model learns whatever tells the
-two kinds apart, also the source that they come from: take both from alike pages. Its threshold is chosen on texts held
-out of training (`threshold_to_keep` in the report). Paper: Joulin et al. 1607.01759, fastText.
+Two words that meet in a bucket share its weights; of a million buckets few hold two. The model learns whatever tells
+the two kinds apart, also the source that they come from: take both from alike pages. Joulin et al. 1607.01759.
 """
 import functools
 import json
@@ -34,7 +31,7 @@ class Classifier:
     """
 
     def __init__(self, ngrams: int = 2, bits: int = 18, lr: float = 1.0, epochs: int = 5, seed: int = 0):
-        for name, value, most in (("ngrams", ngrams, 9), ("bits", bits, 30), ("epochs", epochs, 10_000), ("lr", lr, 100)):
+        for name, value, most in (("ngrams", ngrams, 9), ("bits", bits, 30), ("epochs", epochs, 1000), ("lr", lr, 99)):
             if not 0 < value <= most:
                 raise ValueError(f"{name}={value} must be above 0 and at most {most}")
         self.settings = {"ngrams": ngrams, "bits": bits, "lr": lr, "epochs": epochs, "seed": seed}

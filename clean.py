@@ -38,7 +38,8 @@ import numpy as np
 
 from checkpoint import write_atomically
 
-META_CHARSET = re.compile(rb"(?i)<(?:meta[^>]{0,200}?charset|\?xml[^>]{0,99}?encoding)\s{0,9}=\s{0,9}[\"']?([a-z0-9_:.-]{1,40})")
+META_CHARSET = re.compile(rb"(?i)<(?:meta[^>]{0,200}?charset|\?xml[^>]{0,99}?encoding)\s{0,9}="
+                          rb"\s{0,9}[\"']?([a-z0-9_:.-]{1,40})")
 SUPERSETS = {"euc_kr": "cp949", "shift_jis": "cp932", "gbk": "gb18030"}      # what pages that name the former hold
 LANGUAGE_CHARS, MODEL_CHARS = 500, 20_000        # how much of a text the language model and the classifiers read
 BLOCK_BYTES = 1 << 16                            # of text hashed at a time
@@ -100,7 +101,7 @@ def identify_language(text: str) -> tuple[str, float]:
 
 # Python's engine skips quickly to a first character that is fixed or from a set, and tries a pattern that begins with a
 # lookbehind at every place. So these begin with @ or a digit, and then look back: (?<!\w.) is no word before the digit.
-# Addresses are Latin, so that they end where Chinese goes on without a space, or else of any script's letters and marks.
+# Addresses are Latin, so that they end where Chinese goes on without a space, or else of any script's letters.
 _LATIN, _ANY = "A-Za-z0-9À-ɏ", "A-Za-z0-9À-\u1fff\u2c00-\u2dff\u3040-\ufaff"
 AT_DOMAIN = re.compile(rf"@(?:(?:[{_LATIN}][{_LATIN}-]{{0,62}}\.){{1,8}}[A-Za-z](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])|"
                        rf"(?:[{_ANY}][{_ANY}-]{{0,62}}\.){{1,8}}[^\W\d_][{_ANY}]{{1,62}})")
@@ -109,8 +110,9 @@ FILES = {"png", "jpg", "jpeg", "gif", "svg", "webp", "avif", "ico", "bmp", "css"
 _SPACE = " \u00a0\u2009\u202f"
 _GAP = f"(?:[{_SPACE}]?[-.\u2010-\u2014\u2212][{_SPACE}]?|[{_SPACE}]{{1,2}})?"       # as pages have them
 _AREA = r"(?:\([0-9]{3}\)|[0-9]{3})"
+_END = r"(?:(?!\w)(?!\.\d)|(?=x[0-9]{1,6}\b))"       # x12 is an extension
 PHONE = re.compile(rf"[0-9(+](?<!\w.)(?<!\d\..)(?:(?<=\+)1{_GAP}{_AREA}|(?<=1){_GAP}{_AREA}|(?<=\()[0-9]{{3}}\)|"
-                   rf"(?<=[0-9])[0-9]{{2}}){_GAP}[0-9]{{3}}{_GAP}[0-9]{{4}}(?:(?!\w)(?!\.\d)|(?=x[0-9]{{1,6}}\b))", re.A)                 # x12: an extension
+                   rf"(?<=[0-9])[0-9]{{2}}){_GAP}[0-9]{{3}}{_GAP}[0-9]{{4}}{_END}", re.A)
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|[01]?[0-9]?[0-9])"
 IP = re.compile(r"[0-9](?<!\w.)(?<!\w\..)(?:(?<=2)5[0-5]|(?<=2)[0-4][0-9]|(?<=[01])[0-9]{2}|[0-9]?)"
                 rf"(?:\.{_OCTET}){{3}}(?!\w)(?!\.\d)", re.A)

@@ -35,7 +35,8 @@ import torch
 
 import compress
 from answers import (LETTERS, REFUSAL, REWARDS, boxed_reward, gold_answer, last_boxed, need, parse_gsm8k,  # noqa: F401
-                     parse_mmlu, r1_zero_reward, read_choices, read_jsonl, read_mmlu, read_prompts, read_text, same_answer)
+                     parse_mmlu, r1_zero_reward, read_choices, read_jsonl, read_mmlu, read_prompts, read_text,
+                     same_answer)
 from checkpoint import claim_file, contents, open_tokens, read_checkpoint, read_meta, sha256, write_text
 from configurator import command_line, fail
 from decoding import check_numbers, evaluating, generate
@@ -158,7 +159,7 @@ def read_tokens(path, tokenizer, tokenizer_sha256: str | None = None):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file ({contents(path.parent)}); give a text (.txt) or a token file (.bin)")
+        raise FileNotFoundError(f"{path} is no file ({contents(path.parent)}); give a text or a token file (.bin)")
     if path.suffix == ".bin":
         made_with = read_meta(path.parent).get("tokenizer_sha256")
         if made_with and tokenizer_sha256 and made_with != tokenizer_sha256:

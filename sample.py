@@ -20,8 +20,8 @@ import torch
 import compress
 from compress import quantize  # noqa: F401
 from configurator import command_line, fail
-from decoding import (Text, check_draft, check_numbers, decode, distribution, evaluating, generate, prefill, rates,  # noqa: F401
-                      simple_generate, speculate, speculative_generate, stream)
+from decoding import (Text, check_draft, check_numbers, decode, distribution, evaluating, generate,  # noqa: F401
+                      prefill, rates, simple_generate, speculate, speculative_generate, stream)
 from machine import DTYPES, pick_device, pick_dtype
 
 END_OF_TEXT = "<|endoftext|>"

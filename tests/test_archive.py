@@ -50,7 +50,7 @@ BROTLI = bytes.fromhex("0b058068656c6c6f20776f726c6403")                 # "hell
     ("joined, packed", gzip.compress(PAGE), [CH, GZ], PAGE), ("neither", PAGE, [CH, GZ], PAGE),
     ("cut in a chunk", chunks(PAGE)[:-30], [CH], PAGE[:-23]), ("two members", gzip.compress(PAGE) * 2, [GZ], PAGE * 2),
     ("no such coding", PAGE, [b"Content-Encoding: UTF-8"], PAGE), ("upper case", PAGE, [], PAGE),
-    ("begins like a chunk", b"a\r\n" + PAGE, [CH], b"a\r\n" + PAGE),
+    ("with extensions", b"5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n", [CH], b"hello"), ("begins like a chunk", b"a\r\n" + PAGE, [CH], b"a\r\n" + PAGE),
     ("charset", "안녕 똠".encode("cp949"), [], "안녕 똠".encode())])
 def test_pages_are_unpacked_as_they_are_not_as_they_say(tmp_path, pack, name, body, headers, page):
     whole, damage = warc_record("http://a/z", PAGE), Counter()

@@ -136,7 +136,7 @@ def test_bad_sampling_is_refused_before_anything_is_computed(prompt, more, words
         decoding.speculative_generate(random_model(), "ngram", prompt, 5, **more)
 
 
-@pytest.mark.parametrize("temperature", [0, 1e-40, 1.0])
+@pytest.mark.parametrize("temperature", [0, 1e-40, 1e-5, 1.0])
 def test_a_model_of_nan_writes_nothing_and_a_tiny_temperature_is_greedy(temperature):
     model = random_model()
     greedy = decoding.generate(model, [1], 5, temperature=0)
