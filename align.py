@@ -444,12 +444,6 @@ def run_verb(verb: str, config) -> None:
     config.check()
     pick_device(config.device)
     claim_out_dir(config.out_dir, config.overwrite, inputs=[config.base])
-    with only_writer(config.out_dir):
-        tune(verb, config)
-
-
-def tune(verb: str, config) -> None:
-    """The run itself, when the settings have been checked and the folder is held."""
     torch.manual_seed(config.seed)
     model, tokenizer, template = load_base(config)
     rows, held = read_rows(verb, config, tokenizer, template, model.config.context_length)
@@ -487,7 +481,8 @@ def main(argv: list[str]) -> None:
         if not (config.base and config.data):
             raise ValueError(f"{verb} needs --base, the folder to start from, and --data, a JSONL file. {USAGE}")
         print_config(config, sources)
-        run_verb(verb, config)
+        with only_writer(config.out_dir):
+            run_verb(verb, config)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         fail(error)
 

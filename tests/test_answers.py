@@ -1,4 +1,5 @@
 """Claims about answers.py: what is read out of an answer. Half of the inputs come from other projects' bug reports."""
+import gzip
 import re
 
 import pytest
@@ -65,6 +66,17 @@ def test_answers_are_equal_as_math_verify_says(pair):
         return                                   # there it reads no thousands, or rounds
     gold, read = (math_verify.parse(f"${text}$", parsing_timeout=None) for text in (truth, answer))
     assert math_verify.verify(gold, read, timeout_seconds=None) is equal
+
+
+def test_files_with_marks_long_fields_and_gzip_are_read(tmp_path):
+    line = b"\xef\xbb\xbf" + b'{"prompt": "a"}\r\n'
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfid,prompt\n1,\"" + b"long, " * 40_000 + b"\"\n")
+    (tmp_path / "a.jsonl").write_bytes(line)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(line))
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + b'[{"prompt": "a"}]')
+    for name, size in (("a.csv", 240_000), ("a.jsonl", 1), ("b.jsonl.gz", 1), ("a.json", 1)):
+        items, field = answers.read_prompts(tmp_path / name)
+        assert field == "prompt" and len(items[0]["prompt"]) == size, name
 
 
 @pytest.mark.parametrize("record, letter", [
