@@ -46,7 +46,8 @@ def tree(folder):
 def run(script, words, place, capsys):
     """(status, what was printed to standard error) of a command in this process."""
     with pytest.raises(SystemExit) as end:
-        importlib.import_module(script).main([word.replace("W/", f"{place}/") for word in words.split()])
+        page = importlib.import_module(script)
+        getattr(page, "run_command_line", page.main)([word.replace("W/", f"{place}/") for word in words.split()])
     return end.value.code, capsys.readouterr().err
 
 
@@ -139,6 +140,12 @@ convert | import W/dir W/out | config.json
 convert | import W/hf W/out | hf/config.json: the architecture None
 convert | export W/base W/file | file is a file
 convert | export W/cut W/out | cut short
+train | --data_dir=W/dir --out_dir=W/out | no
+train | --data_dir=W/data --out_dir=W/file | file is a file
+train | --data_dir=W/data --out_dir=W/file/x | file/x
+train | W/latin.py --data_dir=W/data --out_dir=W/out | latin.py:1
+train | --data_dir=W/data --out_dir=W/out --device=xpu9 | device='xpu9'
+train | --data_dir=W/data --out_dir=W/out --init_from=W/cut | cut short
 align | {SFT}--base=W/dir | no checkpoint at
 align | {SFT}--base=W/base --data=W/dir | dir
 align | {SFT}--base=W/base --data=W/latin.jsonl | latin.jsonl:1
@@ -194,7 +201,8 @@ def hold(folder, held, done):
 
 
 @pytest.mark.parametrize("script, words", [("data", "prepare W/text.txt --vocab_size=300 --data_dir="),
-                                           ("data", "curate W/x.warc.gz --out="), ("align", SFT + "--base=W/base --out_dir=")])
+                                           ("data", "curate W/x.warc.gz --out="), ("align", SFT + "--base=W/base --out_dir="),
+                                           ("train", "--data_dir=W/data --max_steps=1 --out_dir=")])
 def test_of_two_processes_in_one_folder_the_second_is_refused(script, words, place, tmp_path, capsys):
     pytest.importorskip("fcntl", reason="this system has no such lock")
     context, folder = multiprocessing.get_context("spawn"), tmp_path / "out"
