@@ -48,7 +48,7 @@ Sources: GRPO 2402.03300, R1 2501.12948, Dr. GRPO 2503.20783, DAPO 2503.14476, G
 import copy
 import json
 import math
-import random
+import os
 import subprocess
 import sys
 import time
@@ -57,21 +57,22 @@ from pathlib import Path
 
 import torch
 
-from align_data import PackedSFT, iterate_batches, make_reader  # noqa: F401
+from align_data import PackedSFT, bucketed, iterate_batches, padded, read_rows  # noqa: F401
 from align_losses import (BASELINES, NORMALIZE, NORMALIZERS, REWEIGHTS, aggregate_loss, check_choice,  # noqa: F401
                           dpo_loss, group_advantages, grpo_step, grpo_train_step, masked_mean, masked_normalize,
                           padding_id, policy_gradient_loss, policy_step, response_log_probs, rollout_rewards, sft_step,
                           take_step, token_entropy, tokenize_prompt_and_output)
-from checkpoint import claim_out_dir, read_checkpoint, save_checkpoint, sha256
+from checkpoint import claim_out_dir, only_writer, read_checkpoint, save_checkpoint, sha256, write_text
 from configurator import command_line, fail, print_config
-from evaluate import (REWARDS, TEMPLATES, boxed_reward, continuation_log_probs, end_id, pad_rows,  # noqa: F401
-                      pick_template, r1_zero_reward, read_jsonl, standard_error)
-from machine import Threads
+from evaluate import (REWARDS, TEMPLATES, boxed_reward, continuation_log_probs, end_id, pick_template,  # noqa: F401
+                      r1_zero_reward, standard_error)
+from machine import Threads, pick_device
 from model import Transformer, load_model
 from optim import AdamW, Muon, cosine_schedule
 from sample import stream
 
 DEAD_ROLLOUTS = 5                    # so many in a row without anything to learn from end the run
+NEW_LOG = "log.new.jsonl"
 CHAT_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 
 
@@ -189,24 +190,6 @@ def counted(total: int):
             began = time.perf_counter()
             yield step
             threads.watch(time.perf_counter() - began)
-
-
-def bucketed(lengths: list[int], batch_size: int, generator):
-    """Endless batches of indices, rows of like length together: an epoch is shuffled, cut into pools of 16 batches,
-    each pool sorted, and its batches shuffled."""
-    while True:
-        order = torch.randperm(len(lengths), generator=generator).tolist()
-        for start in range(0, len(order), 16 * batch_size):
-            pool = sorted(order[start:start + 16 * batch_size], key=lengths.__getitem__)
-            batches = [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
-            for i in torch.randperm(len(batches), generator=generator).tolist():
-                yield batches[i]
-
-
-def padded(rows: list[tuple], config, pad_id: int) -> dict:
-    """(prompt ids, response ids) of rows as one batch on the device."""
-    batch = pad_rows([row[0] for row in rows], [row[1] for row in rows], pad_id)
-    return {name: tensor.to(config.device) for name, tensor in batch.items()}
 
 
 def precision(config):
@@ -431,44 +414,35 @@ def save(model, tokenizer, folder, config, template: str) -> None:
     tokenizer.save(Path(folder) / "tokenizer.json")
     save_checkpoint(model, None, config.steps, Path(folder) / "ckpt.pt", template=template,
                     align_config=asdict(config), tokenizer_sha256=sha256(Path(folder) / "tokenizer.json"))
+    if (Path(folder) / NEW_LOG).exists():
+        os.replace(Path(folder) / NEW_LOG, Path(folder) / "log.jsonl")
 
 
 def make_log(folder, **header):
-    """A function that appends a line to FOLDER/log.jsonl, begun anew with the header, and prints it."""
-    path = Path(folder) / "log.jsonl"
+    """A function that appends a line to a log, begun anew with the header, and prints it; `save` gives it its name.
+
+    So a run that fails leaves neither a log beside somebody else's checkpoint nor a folder that counts as a run.
+    """
+    path = Path(folder) / NEW_LOG
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(header) + "\n")
 
     def log(**entry):
         entry = {name: value for name, value in entry.items() if not math.isnan(value)}
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:                 # a full disk does not say which file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         print(f"{Path(folder).name:<5}", " | ".join(f"{name} {value:.4g}" for name, value in entry.items()), flush=True)
 
     return log
 
 
-def read_rows(verb: str, config, tokenizer, template: str, context: int) -> tuple[list, list]:
-    """(rows, held out rows) of config.data in an order drawn by the seed; what was left out is printed."""
-    reader = make_reader(verb, tokenizer, template, context, getattr(config, "max_new_tokens", 0))
-    rows, complaints = read_jsonl(config.data, reader, config.skip_bad)
-    unread, rows = sum(row is None for row in rows), [row for row in rows if row is not None]
-    line = f"{config.data}: {len(rows)} usable lines, {len(complaints)} bad ones skipped"
-    if verb == "grpo":
-        line += f", {unread} without a readable gold answer skipped"
-    print(f"{line}; template {template}")
-    for complaint in complaints[:5]:
-        print(f"  {complaint}")
-    n_held = 0 if verb == "grpo" else max(1, round(len(rows) * config.val_fraction))
-    if len(rows) <= n_held:
-        raise ValueError(f"{config.data}: {len(rows)} usable lines are too few with {n_held} held out")
-    random.Random(config.seed).shuffle(rows)
-    return rows[n_held:], rows[:n_held]
-
-
 def run_verb(verb: str, config) -> None:
     """sft, dpo or grpo from config.base on config.data to config.out_dir."""
     config.check()
+    pick_device(config.device)
     claim_out_dir(config.out_dir, config.overwrite, inputs=[config.base])
     torch.manual_seed(config.seed)
     model, tokenizer, template = load_base(config)
@@ -507,7 +481,8 @@ def main(argv: list[str]) -> None:
         if not (config.base and config.data):
             raise ValueError(f"{verb} needs --base, the folder to start from, and --data, a JSONL file. {USAGE}")
         print_config(config, sources)
-        run_verb(verb, config)
+        with only_writer(config.out_dir):
+            run_verb(verb, config)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         fail(error)
 

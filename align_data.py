@@ -15,15 +15,15 @@ Packing against padding. Documents a, b, c of 3, 5 and 2 tokens in rows of 5:
     packed   a a a b b | b b b c c       nothing is wasted; b is cut, and attention crosses from a to b
     padded   a a a . . | b b b b b | c c . . .      each document whole and alone; dots cost time, so sort by length
 
-`PackedSFT` is the course's packed data set; the loops of align.py pad.
+`PackedSFT` is the course's packed data set; the loops of align.py pad, with rows of like length together (`bucketed`).
 """
 import random
 import re
 
 import torch
 
-from answers import as_number, last_boxed, need, read_jsonl, same_answer
-from evaluate import TEMPLATES, end_id, render
+from answers import gold_answer, need, read_jsonl, same_answer
+from evaluate import TEMPLATES, end_id, pad_rows, render
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
@@ -151,17 +151,12 @@ def read_preference(record: dict) -> tuple[list[str], str, str]:
 
 
 def read_truth(record: dict) -> tuple[list[str], str | None]:
-    """(turns, answer) of a problem: what follows ####, else the last \\boxed{…}, else the text; None: unreadable.
-
-    A worked solution without a box is no answer, unless it is a number.
-    """
+    """(turns, answer) of a problem: a solution's gold_answer, or the answer as it stands; None: unreadable."""
     turns, response = read_pair(record)
-    text = str(response).split("####")[-1].strip()
-    truth = last_boxed(text)
-    if truth is None and ("solution" != first_of(record, "answer", "response", "output", "solution")
-                          or as_number(text) is not None):
-        truth = text
-    return turns, truth if same_answer(truth, truth) else None
+    answer = gold_answer(str(response))
+    if answer is None and "solution" != first_of(record, "answer", "response", "output", "solution"):
+        answer = str(response).split("####")[-1].strip()
+    return turns, answer if same_answer(answer, answer) else None
 
 
 # --- lines to ids ---
@@ -206,3 +201,41 @@ def make_reader(verb: str, tokenizer, template: str, context: int, max_new_token
         return None if truth is None else (prompt, truth)
 
     return {"sft": read_sft, "dpo": read_dpo, "grpo": read_grpo}[verb]
+
+
+def read_rows(verb: str, config, tokenizer, template: str, context: int) -> tuple[list, list]:
+    """(rows, held out rows) of config.data in an order drawn by the seed; what was left out is printed."""
+    reader = make_reader(verb, tokenizer, template, context, getattr(config, "max_new_tokens", 0))
+    rows, complaints = read_jsonl(config.data, reader, config.skip_bad)
+    unread, rows = sum(row is None for row in rows), [row for row in rows if row is not None]
+    line = f"{config.data}: {len(rows)} usable lines, {len(complaints)} bad ones skipped"
+    if verb == "grpo":
+        line += f", {unread} without a readable gold answer skipped"
+    print(f"{line}; template {template}")
+    for complaint in complaints[:5]:
+        print(f"  {complaint}")
+    n_held = 0 if verb == "grpo" else max(1, round(len(rows) * config.val_fraction))
+    if len(rows) <= n_held:
+        raise ValueError(f"{config.data}: {len(rows)} usable lines are too few with {n_held} held out")
+    random.Random(config.seed).shuffle(rows)
+    return rows[n_held:], rows[:n_held]
+
+
+# --- rows to batches ---
+
+def bucketed(lengths: list[int], batch_size: int, generator):
+    """Endless batches of indices, rows of like length together: an epoch is shuffled, cut into pools of 16 batches,
+    each pool sorted, and its batches shuffled."""
+    while True:
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+        for start in range(0, len(order), 16 * batch_size):
+            pool = sorted(order[start:start + 16 * batch_size], key=lengths.__getitem__)
+            batches = [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
+            for i in torch.randperm(len(batches), generator=generator).tolist():
+                yield batches[i]
+
+
+def padded(rows: list[tuple], config, pad_id: int) -> dict:
+    """(prompt ids, response ids) of rows as one batch on the device."""
+    batch = pad_rows([row[0] for row in rows], [row[1] for row in rows], pad_id)
+    return {name: tensor.to(config.device) for name, tensor in batch.items()}

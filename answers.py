@@ -15,12 +15,39 @@ import gzip
 import io
 import json
 import re
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 REFUSAL = re.compile(r"\b(?:I (?:can(?:not|'t| not)|am (?:un|not )able to|won't|will not|must decline|apologi[sz]e)|"
                      r"I'm (?:sorry|unable)|as an AI)\b", re.IGNORECASE)
+
+# What follows a letter that is not the answer.
+DENIED = (r"[\s*_)\]]{0,9}(?:(?:is|was|does|could|can)(?:n['’]?t|\s?not)|can['’]t|cannot|"
+          r"(?:is|was)\s+(?:wrong|false|incorrect))\b")
+# What does not change the meaning of an answer: (pattern, what stands for it), in this order.
+_ARGUMENT, _TEXT = r"\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\w))", r"\\(?:text|textnormal|textbf|mbox|mathrm|mathbf)"
+_FRACTION = rf"\\[cdt]?frac{_ARGUMENT}{_ARGUMENT}"
+
+
+def _plain_fraction(match) -> str:
+    """a/b, with brackets around a sum."""
+    parts = match[1] or match[2] or "", match[3] or match[4] or ""
+    return "/".join(f"({part})" if re.search(r".[+-]", part) else part for part in parts)
+
+
+DRESSING = [(re.compile(pattern), plain) for pattern, plain in (
+    (r"\\[!,;: ]|\\q?quad(?![a-zA-Z])|~", " "), (r"\\[\[\]()]|\\(?:left|right|displaystyle)|\\?\$", ""),
+    (r"\^?\\circ|\^\{\\circ\}|(?<=[0-9]) degrees?$", ""),
+    (rf"(?<=[0-9}}])\s*{_TEXT}\{{[a-zA-Z.\s]+\}}(?:\^\{{?[23]\}}?)?\s*$", ""),                       # 5\text{ cm}^2
+    (rf"{_TEXT}\{{([^{{}}]*)\}}", r"\1"), (r"(?<=[0-9])\s*(?:\\?%|(?:percent|percentage|pct)\.?\s*$)", ""),
+    (r"^\s*[a-zA-Z]\s*(?:=(?!=)|\\in(?![a-z]))", ""), (r"(?<=[0-9])_\{?[0-9]+\}?$", ""),             # x = 5, 52_8
+    (r"\\g(?:eq?|eqslant)(?![a-z])", ">="), (r"\\l(?:eq?|eqslant)(?![a-z])", "<="), (r"\\neq?(?![a-z])", "!="),
+    (r"\\gt(?![a-z])", ">"), (r"\\lt(?![a-z])", "<"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"), (r"\^\{(-?\w+)\}", r"^\1"),
+    # 1\frac{1}{2} is "1 1/2": a fraction keeps away from what stands beside it. Without braces an argument is one sign.
+    (r"(?<=\w)\s*(\\[cdt]?frac)", r" \1"), (rf"({_FRACTION})(?=\w)", r"\1 "), (_FRACTION, _plain_fraction),
+    (r"\\([{}])", r"\1"))]
 
 
 # --- files of questions ---
@@ -39,6 +66,26 @@ def read_csv(path) -> list[list[str]]:
     return list(csv.reader(io.StringIO(read_text(path), newline="")))
 
 
+def read_prompts(path) -> tuple[list[dict], str]:
+    """(records, the field that holds the prompt) of a CSV with a header, a JSON list or a JSONL file."""
+    if str(path).endswith(".csv"):
+        header, *rows = read_csv(path) or [[]]
+        items = [dict(zip(header, row)) for row in rows]
+    elif not str(path).endswith(".gz") and read_text(path).lstrip().startswith("["):
+        try:
+            items = json.loads(read_text(path))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+    else:
+        items = read_jsonl(path)[0]
+    first = items[0] if items and isinstance(items[0], dict) else {}
+    field = next((name for name in ("instruction", "prompts_final", "prompt") if name in first), None)
+    if field is None or not all(isinstance(item, dict) and item.get(field) is not None for item in items):
+        raise ValueError(f"{path}: every record needs the same of instruction, prompts_final or prompt, and the first "
+                         f"has {', '.join(map(repr, first)) or 'none'}")
+    return items, field
+
+
 def read_jsonl(path, check=None, skip: bool = False) -> tuple[list, list[str]]:
     """(records, complaints) of a JSONL file, gzipped or not. check(record) gives what to keep, or raises.
 
@@ -46,18 +93,21 @@ def read_jsonl(path, check=None, skip: bool = False) -> tuple[list, list[str]]:
     quotes the first five.
     """
     records, complaints = [], []
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig").strip()
-                if text:
-                    record = json.loads(text)
-                    if not isinstance(record, dict):
-                        raise ValueError(f"a {type(record).__name__} where an object is wanted")
-                    records.append(check(record) if check else record)
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                why = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                complaints.append(f"{path}:{number}: {why}")
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    text = line.decode("utf-8-sig").strip()
+                    if text:
+                        record = json.loads(text)
+                        if not isinstance(record, dict):
+                            raise ValueError(f"a {type(record).__name__} where an object is wanted")
+                        records.append(check(record) if check else record)
+                except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+                    why = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                    complaints.append(f"{path}:{number}: {why}")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is no whole gzip file: {error}") from None
     if complaints and not skip:
         raise ValueError(f"{len(complaints)} bad lines; mend them, or leave them out (align.py has --skip_bad=true):"
                          + "".join("\n  " + complaint for complaint in complaints[:5]))
@@ -89,17 +139,21 @@ def read_mmlu(folder, split: str) -> list[dict]:
 
 
 def read_choices(record: dict) -> dict:
-    """{question, options, answer} of a line of HellaSwag (ctx, endings, label) or ARC (in both layouts)."""
+    """{question, options, answer} of a line of HellaSwag (ctx, endings, label), of ARC in both layouts, or with a list
+    of choices and the place or letter of the answer (MMLU on the hub)."""
     if "ctx" in record:
         question, options, label = need(record, "ctx", "endings", "label")
         labels = [str(i) for i in range(len(options))]
     else:
-        question, label = need(record, "question", "answerKey")
+        question, label = need(record, "question", "answer" if "answer" in record else "answerKey")
         choices, = need(question if isinstance(question, dict) else record, "choices")
         question = "Question: " + (question["stem"] if isinstance(question, dict) else question) + "\nAnswer:"
+        if isinstance(choices, list) and all(isinstance(choice, str) for choice in choices):
+            choices = {"text": choices, "label": list(LETTERS[:len(choices)])}        # the answer: its letter or place
+            label = LETTERS[label] if isinstance(label, int) else label
         if isinstance(choices, list):
             choices = {name: [choice[name] for choice in choices] for name in ("text", "label")}
-        options, labels = choices["text"], choices["label"]
+        options, labels = choices["text"], [str(label) for label in choices["label"]]
     if str(label) not in labels[:len(LETTERS)]:
         raise ValueError(f"answer {label!r} is none of {labels}")
     return {"question": question, "options": options, "answer": LETTERS[labels.index(str(label))]}
@@ -119,8 +173,8 @@ def parse_mmlu(example: dict, output: str) -> str | None:
     """
     letters = LETTERS[:len(example.get("options") or "ABCD")]
     # A capital letter, or a small one that nothing but a full stop or a bracket follows: "a" is mostly the article.
-    letter = rf"([{letters}](?![\w'])|[{letters.lower()}](?=[\s*_]*(?:[.:)\]}}]|$)))"
-    letter = rf"[\s*_(\[\"'$:]*(?:\\boxed{{|\\text{{)*{letter}(?!\s+(?:or|and|nor|is\s+not|is\s+wrong)\b)"
+    letter = rf"([{letters}](?![\w'’])|[{letters.lower()}](?=[\s*_]*(?:[.:)\]}}]|$)))"
+    letter = rf"[\s*_(\[\"'$:]*(?:\\boxed{{|\\text{{)*{letter}(?!\s+(?:or|and|nor)\b)(?!{DENIED})"
     leads = (r"(?i:\banswer\s*(?:is|:)(?:\s+the\s+letter)?(?:\s+option|\s+choice)?)",
              r"(?i:\b(?:option|choice)\b(?:\s+is)?|\bI(?:'d|\s+would)?\s+(?:choose|pick|select|go\s+with|say)\b)")
     for lead in leads:
@@ -132,12 +186,11 @@ def parse_mmlu(example: dict, output: str) -> str | None:
     if first:
         return first[1].upper()
     named = set()
-    for match in re.finditer(rf"(?<!\w)(?<!\w')([{letters}])(?!\w|'\w)", output):
-        before, after = output[max(0, match.start() - 10):match.start()], output[match.end():match.end() + 15]
-        denied = re.search(r"(?i)(?:\bnot|n't|\bneither|\bnor) $", before)
-        denied = denied or re.match(r" (?:is|was) (?:not|wrong|false|incorrect)|(?: is|wa)sn't", after)
+    for match in re.finditer(rf"(?<!\w)(?<!\w['’])([{letters}])(?!\w|['’]\w)", output):
+        before, after = output[max(0, match.start() - 10):match.start()], output[match.end():match.end() + 20]
+        denied = re.match(DENIED, after) or re.search(r"(?i)(?:\bnot|n['’]t|\bneither|\bnor) $", before)
         starts = not before.strip() or before.rstrip()[-1] in ".!?:"
-        verb = re.match(r" (?:is|was|and|or|nor|because|since|as|fits|seems|matches)\b", after)
+        verb = re.match(r" (?:is|was|and|or|nor|because|since|as|fits|seems|matches|must|should|would)\b", after)
         article = re.match(" [A-Z][a-z]", after) or (starts and not verb and re.match(" [a-z]", after))
         if not denied and not (match[1] == "A" and article):
             named.add(match[1])
@@ -145,25 +198,26 @@ def parse_mmlu(example: dict, output: str) -> str | None:
 
 
 def parse_gsm8k(output: str) -> str | None:
-    """The last number of a text as a string without separators ("1,000", LaTeX's 1{,}000 and 1\\,000), or None.
+    """The last number of a text, or of the line after its first ####, without separators ("1,000", 1{,}000), or None.
 
     >>> parse_gsm8k("48/2 = 24 clips in May, so $1,072.50.")
     '1072.50'
     """
-    output = plain_thousands(output.replace("\u2212", "-"))
+    marked = output.partition("####")[2].split("\n")[0]            # GSM8K's form; a base model goes on after it
+    output = plain_thousands((marked if re.search("[0-9]", marked) else output).replace("\u2212", "-"))
     number = r"(?:(?<![\w).])-\$?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+|(?<=[0-9]))"
     numbers = [match for match in re.findall(number, output) if match]
     return numbers[-1].replace(",", "").replace("$", "") if numbers else None
 
 
 def plain_thousands(text: str) -> str:
-    """LaTeX's separators between thousands as commas."""
-    return re.sub(r"(?<=[0-9])(?:\{,\}|,?\\[,!; ])(?=[0-9]{3}(?![0-9]))", ",", text)
+    """LaTeX's separators between thousands, and narrow spaces, as commas."""
+    return re.sub("(?<=[0-9])(?:\\{,\\}|,? ?\\\\[,!; ] ?|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))", ",", text)
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last \\boxed{…} or \\fbox{…}, braces balanced, or None; \\boxed 5 counts, too."""
-    text = re.sub(r"\\(?:boxed|fbox)\s+(-?[\w.]*\w)", r"\\boxed{\1}", text)
+    """The content of the last \\boxed{…} or \\fbox{…}, braces balanced, or None; also of \\boxed 5."""
+    text = re.sub(r"\\(?:boxed|fbox)\s{1,9}(-?[0-9](?:[0-9.,/]*[0-9])?|[A-Z](?!\w))", r"\\boxed{\1}", text)
     opened, last = [], None
     for brace in re.finditer(r"\\(?:boxed|fbox)\s*\{|[{}]", text):
         if brace[0] != "}":
@@ -180,27 +234,26 @@ def plain_answer(answer) -> str:
     text = str(answer).strip().replace("\u2212", "-").rstrip(".").strip()
     boxed = last_boxed(text)
     text = plain_thousands(text if boxed is None else boxed)
-    text = re.sub(r"(?<=[0-9])\s*\\(?:text|mathrm)\{\s*[a-zA-Z]+\s*\}$", "", text)                 # 5\text{ cm}: a unit
-    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text).replace("\\ ", " ")
-    text = re.sub(r"\\(?:left|right|displaystyle|[!,;:])|\\?[$%]|\^?\\circ|\^\{\\circ\}", "", text)
-    text = re.sub(r"^\s*[a-zA-Z]\s*=(?!=)", "", text)                                              # x = 5
-    text = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", text)
-    # 1\frac{1}{2} is "1 1/2": a fraction keeps away from what stands beside it. Without braces an argument is one sign.
-    text = re.sub(r"(?<=\w)\s*(\\[dt]?frac)", r" \1", text)
-    fraction = r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))(?=(\w?))"
-    text = re.sub(fraction, lambda m: f"{m[1] or m[2]}/{m[3] or m[4]}" + (" " if m[5] else ""), text)
-    if re.fullmatch(r"\s*[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?\s*", text):
-        text = text.replace(",", "")
+    for pattern, plain in DRESSING if len(text) <= 1000 else ():      # longer ones are prose
+        text = pattern.sub(plain, text)
     text = " ".join(text.split()).casefold()
-    return re.sub(r"(?<!\w) | (?!\w)", "", text)                  # "x + 1" is "x+1", but "1 2" is not "12"
+    if re.fullmatch(r"\(([^(),]*)\)", text):                      # brackets around one thing
+        text = text[1:-1].strip()
+    if re.fullmatch(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?|[+-]?[0-9]{1,3}( [0-9]{3})+(\.[0-9]*)?", text):
+        text = text.replace(",", "").replace(" ", "")
+    return re.sub(r"(?<!\w) | (?!\w)|(?<=[0-9]) (?=[a-z])|(?<=[a-z]) (?=[0-9])", "", text)      # but "1 2" is not "12"
 
 
 def as_number(answer) -> Fraction | None:
     """The exact value of an integer, decimal, fraction or mixed number, "1,000" and "1\\frac{1}{2}" too, or None."""
-    text = plain_answer(answer)
+    return number_in(plain_answer(answer))
+
+
+def number_in(text: str) -> Fraction | None:
+    """The value of a plain answer, or None."""
     mixed = re.fullmatch(r"([+-]?)([0-9]{1,50}) ([0-9]{1,20}/[0-9]{1,20})", text)
     if mixed:
-        part = as_number(mixed[3])
+        part = number_in(mixed[3])
         return part if part is None else (int(mixed[2]) + part) * (-1 if mixed[1] == "-" else 1)
     # The pattern also keeps out "1e999999999", whose exact value would fill the memory.
     decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,2})?(/-?[0-9]+\.?[0-9]*)?"
@@ -212,11 +265,32 @@ def as_number(answer) -> Fraction | None:
 
 
 def same_answer(answer, truth) -> bool:
-    """Equal as numbers ("1,000" and 1000, 1/2 and 0.5), else as strings. Nothing equals an answer that is empty."""
-    if answer is None or truth is None or not plain_answer(answer) or not plain_answer(truth):
+    """Equal as numbers ("1,000" and 1000, 1/2 and 0.5), part by part between commas, lists in any order, or as strings.
+
+    Nothing equals an answer that is empty.
+    """
+    if answer is None or truth is None:
         return False
-    left, right = as_number(answer), as_number(truth)
-    return left == right if left is not None and right is not None else plain_answer(answer) == plain_answer(truth)
+    left, right = plain_answer(answer), plain_answer(truth)
+    values = number_in(left), number_in(right)
+    if None not in values:
+        return values[0] == values[1]
+    parts = []
+    for text in (left, right):
+        parts.append([number_in(part) or part for part in re.split(r"([][(){},])", text) if part])
+        if not re.search(r"[\[(]", text):                          # a list or a set, not a pair or an interval
+            parts[-1].sort(key=str)
+    return parts[0] == parts[1] != []
+
+
+def gold_answer(text: str) -> str | None:
+    """The answer in a data set's solution: what follows ####, else the last \\boxed{…}, else a number that is all."""
+    answer = text.split("####")[-1].strip()
+    boxed = last_boxed(answer)
+    if boxed is None and "####" not in text and as_number(answer) is None:
+        return None
+    answer = answer if boxed is None else boxed
+    return answer if same_answer(answer, answer) else None
 
 
 # --- rewards: the same reading, as a number to learn from (align.py) ---

@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from bpe_files import read_gpt2_files, read_tokenizer_json, to_text, tokenizer_json
 from bpe_fast import GPT2_CUT, GPT4_CUT, Cutter, Encoder, Merger, count_words, cpus, merge_ids, share
-from checkpoint import write_atomically
+from checkpoint import claim_file, write_atomically
 from configurator import command_line, fail
 from words import GPT2_PATTERN, GPT2_PATTERNS, GPT4_PATTERNS, check_specials, check_utf8, compile_pattern
 from words import Remembered, pieces, read_range, splitter_of, utf8
@@ -71,9 +71,7 @@ def _plan(path, cutter, workers):
     if workers is not None and (not isinstance(workers, int) or workers < 1):
         raise ValueError(f"workers is {workers!r}; give a number from 1, or None to let the file's size decide")
     ranges = cutter.file_ranges(path, BLOCK_BYTES)
-    if workers is None:
-        workers = cpus() if len(ranges) >= 4 else 1
-    return ranges, min(workers, len(ranges))
+    return ranges, min(workers or (cpus() if len(ranges) >= 4 else 1), len(ranges))
 
 
 # --- training ---
@@ -192,7 +190,7 @@ class Tokenizer:
     appended; of those that overlap in a text the longest wins. What files of others may have besides:
     added: {text: id} of tokens that are found in any text, whatever encode allows;
     normalizer: None or "NFC"; ignore_merges: a word that is in the vocabulary is one token (Llama 3);
-    post_processor: only kept for `save`.
+    post_processor: only kept for `save`. A tuple of patterns: each cuts the pieces that the one before has left.
     Raises ValueError for a special token that is empty or given twice, and for merges that the vocabulary lacks.
     """
 
@@ -404,7 +402,7 @@ class CompareConfig:
 
 def train(config, path):
     """Learn a vocabulary from a file and write it as tokenizer.json."""
-    specials, begin = [t for t in config.special_tokens.split(",") if t], time.perf_counter()
+    specials, begin, _ = [t for t in config.special_tokens.split(",") if t], time.perf_counter(), claim_file(config.out)
     vocab, merges = train_bpe(path, config.vocab_size, specials, workers=config.workers)
     Tokenizer(vocab, merges, specials).save(config.out)
     print(f"{config.out}: {len(vocab)} tokens, {len(merges)} merges, {time.perf_counter() - begin:.2f} s")
@@ -412,7 +410,7 @@ def train(config, path):
 
 def encode(config, tokenizer, path):
     """Write the ids of a file as uint16 or uint32."""
-    begin, size, out = time.perf_counter(), os.path.getsize(path), config.out or f"{path}.bin"
+    begin, size, out = time.perf_counter(), os.path.getsize(path), claim_file(config.out or f"{path}.bin")
     n = Tokenizer.load(tokenizer).encode_file(path, out, workers=config.workers)
     seconds = time.perf_counter() - begin
     print(f"{out}: {n:,} tokens, {size / max(n, 1):.3f} bytes per token, {size / seconds / 1e6:.1f} MB/s")
@@ -463,6 +461,8 @@ def compare(config, path):
     known, held_out = text[:len(text) * 9 // 10], text[len(text) * 9 // 10:]
     if not held_out:
         raise ValueError(f"{path} is empty: give a text to compare on")
+    if not all(size.isdecimal() for size in config.sizes.split(",")):
+        raise ValueError(f"sizes={config.sizes!r} must be whole numbers with commas between them")
     rows = [("characters", CharTokenizer(known)), ("bytes", ByteTokenizer()), ("words", WordTokenizer(known))]
     with tempfile.TemporaryDirectory() as folder:
         known_path = Path(folder) / "known.txt"
@@ -484,7 +484,7 @@ CONFIGS = {"train": TrainConfig, "encode": EncodeConfig, "show": ShowConfig, "co
 
 def main(argv: list[str]) -> None:
     """Run one verb. A bad command line, value or file exits with status 2."""
-    verb, files, config, _ = command_line(CONFIGS, argv, USAGE)
+    verb, files, config, _ = command_line(CONFIGS, argv, USAGE, reads_scripts=True)
     try:
         if len(files) not in {"encode": (2,), "show": (1, 2)}.get(verb, (1,)):
             raise ValueError(f"{verb} does not take {len(files)} files: {' '.join(files)}\n{USAGE}")

@@ -34,7 +34,7 @@ def read_json(path):
     text = check_utf8(Path(path).read_bytes(), path)
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
@@ -75,16 +75,33 @@ def _only(part, value, *allowed):
 
 
 def _layout_pattern(section):
-    """The pattern of a pre_tokenizer section."""
-    steps = section["pretokenizers"] if section["type"] == "Sequence" else [section]
-    _only("pre_tokenizer", [s["type"] for s in steps], ["ByteLevel"], ["Split", "ByteLevel"])
-    _only("pre_tokenizer's add_prefix_space", steps[-1].get("add_prefix_space", True), False)
-    _only("pre_tokenizer's use_regex", steps[-1].get("use_regex", True), len(steps) == 1)
-    if len(steps) == 1:
-        return GPT2_PATTERN
-    _only("pre_tokenizer's Split behavior", steps[0]["behavior"], "Isolated")
-    pattern = steps[0]["pattern"]
-    return pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
+    """The pattern of a pre_tokenizer section, or a tuple of them: Digits and Splits in a row, ByteLevel at the end."""
+    *steps, last = section["pretokenizers"] if section["type"] == "Sequence" else [section]
+    _only("the last pre_tokenizer", last["type"], "ByteLevel")
+    _only("pre_tokenizer's add_prefix_space", last.get("add_prefix_space", True), False)
+    patterns = tuple(map(_split_pattern, steps))
+    if last.get("use_regex", True):
+        patterns = (*patterns, GPT2_PATTERN)
+    if not patterns:
+        raise ValueError("pre_tokenizer's use_regex is False and no Split stands before it: understood with one only")
+    return patterns[0] if len(patterns) == 1 else patterns
+
+
+def _split_pattern(step):
+    """What one step before ByteLevel cuts out as words."""
+    if _only("pre_tokenizer", step["type"], "Split", "Digits") == "Digits":
+        return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
+    text = step["pattern"]
+    text = text["Regex"] if "Regex" in text else regex.escape(text["String"])
+    if step.get("behavior") == "Removed" and step.get("invert"):
+        # What does not match is removed: nothing, where a match can begin at any character, whatever follows.
+        compiled = regex.compile(text)
+        for code in (code for code in range(0x20000) if not 0xD800 <= code < 0xE000):
+            if not all(compiled.match(chr(code) + following) for following in ("", "a", " ")):
+                raise ValueError(f"pre_tokenizer's Split removes what its pattern leaves, such as {chr(code)!r}")
+        return text
+    _only("pre_tokenizer's Split behavior", step["behavior"], "Isolated")
+    return text
 
 
 def read_gpt2_files(vocab_path, merges_path, special_tokens):
@@ -110,6 +127,8 @@ def read_tokenizer_json(path, make):
 
 def _from_layout(make, layout):
     """The parsed file's parts, each checked, handed to `make`."""
+    if not isinstance(layout, dict):
+        raise ValueError(f"a JSON {type(layout).__name__} where an object is wanted")
     model, added = layout["model"], layout.get("added_tokens") or []
     _only("model's type", model.get("type", "BPE"), "BPE")
     for key in ("byte_fallback", "dropout"):
@@ -146,8 +165,10 @@ def tokenizer_json(tokenizer):
     added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
               "special": text in tokenizer.special_tokens} for i, text in sorted(names.items())]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
-    steps = {"type": "Sequence", "pretokenizers": [split, {**level, "use_regex": False}]}
+    patterns = tokenizer.pattern if isinstance(tokenizer.pattern, tuple) else (tokenizer.pattern,)
+    splits = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+              for pattern in patterns]
+    steps = {"type": "Sequence", "pretokenizers": [*splits, {**level, "use_regex": False}]}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
              "ignore_merges": tokenizer.ignore_merges, "vocab": vocab,

@@ -17,6 +17,7 @@ pickled code: a stranger's checkpoint can do no harm.
 
 torch, which takes two seconds, is imported only where a state is opened: processes that clean text need files alone.
 """
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -41,7 +42,7 @@ def write_atomically(path, write) -> None:
     When that fails `path` is as it was. Raises OSError naming the path when the disk is the reason, else what `write`
     raises.
     """
-    path = Path(path)
+    path = claim_file(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -62,6 +63,53 @@ def write_atomically(path, write) -> None:
         os.close(folder)
 
 
+def write_text(path, *parts: str) -> None:
+    """Write a file of UTF-8, whole or not at all; halves of surrogate pairs become question marks."""
+    write_atomically(path, lambda file: file.writelines(part.encode("utf-8", "replace") for part in parts))
+
+
+def claim_file(path) -> Path:
+    """The path of a file to write. Raises OSError for a folder or device, which a rename would replace, and for a place
+    in no folder: known before the hours spent on what shall go there."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; give the name of a file")
+    if not path.parent.is_dir():
+        raise OSError(f"{path} cannot be written: {contents(path.parent)}; make the folder, or give another place")
+    return path
+
+
+@contextlib.contextmanager
+def only_writer(folder):
+    """Make `folder` and hold it for this process: two that write there spoil both results. An empty one goes again.
+
+    Raises ValueError when another holds it, OSError when it cannot be made. The lock leaves no file and ends with the
+    process; on Windows nothing is held.
+    """
+    folder = Path(folder)
+    is_new = not folder.exists()
+    if folder.exists() and not folder.is_dir():
+        raise OSError(f"{folder} is a file; give the name of a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY) if os.name == "posix" else None
+    try:
+        if lock is not None:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"{folder} is being written by another process; wait for it, or give another folder") from None
+    except OSError:
+        pass                             # some network disks have no locks
+    try:
+        yield folder
+    finally:
+        if lock is not None:
+            os.close(lock)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def sha256(path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
@@ -75,14 +123,19 @@ def contents(folder) -> str:
     return f"{folder} holds {', '.join(sorted(os.listdir(folder))[:8]) or 'nothing'}"
 
 
-def claim_out_dir(out_dir, overwrite: bool = False, inputs=()) -> None:
-    """Raises ValueError for an output folder that holds a run, unless `overwrite`, or that is one of `inputs`."""
+def claim_out_dir(out_dir, overwrite: bool = False, inputs=(), resume: bool = False) -> None:
+    """Raises ValueError for an output folder that holds a run, unless `overwrite`, or that is one of `inputs`.
+
+    resume: whether the command could go on with that run.
+    """
     out_dir = Path(out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ValueError(f"{out_dir} is a file; give the name of a folder (--out_dir=…)")
     if out_dir.resolve() in [Path(folder).resolve() for folder in inputs if folder is not None]:
         raise ValueError(f"{out_dir} is read from and would be overwritten; give another folder (--out_dir=…)")
     files = [name for name in RUN_FILES if (out_dir / name).exists()]
     if files and not overwrite:
-        resume = ", --resume=true to go on with it" if "ckpt.pt" in files else ""
+        resume = ", --resume=true to go on with it" if resume and "ckpt.pt" in files else ""
         raise ValueError(f"{out_dir} holds a run ({', '.join(files)}); give another folder (--out_dir=…), "
                          f"--overwrite=true to replace the run{resume}")
 
@@ -99,7 +152,7 @@ def read_meta(folder) -> dict:
         return {"dtype": "uint16"}
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:          # of the text or of its encoding
+    except (ValueError, RecursionError) as error:        # of the text, its encoding or its brackets
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(meta, dict):
         raise ValueError(f"{path} must be a JSON object, not {type(meta).__name__}")
@@ -134,30 +187,47 @@ def bare(model):
     return model
 
 
+def plain(thing, name: str):
+    """A checkpoint's entry in the types that reading allows: NumPy's become Python's, paths strings, modules states."""
+    import torch
+    thing = thing.state_dict() if hasattr(thing, "state_dict") else thing
+    if isinstance(thing, dict):
+        return {plain(key, name): plain(value, f"{name}.{key}") for key, value in thing.items()}
+    if isinstance(thing, (list, tuple, set)):
+        kind = next(kind for kind in (list, tuple, set) if isinstance(thing, kind))
+        return kind(plain(value, name) for value in thing)
+    if isinstance(thing, np.generic):
+        return thing.item()
+    if isinstance(thing, np.ndarray):
+        return torch.from_numpy(thing.copy())
+    if isinstance(thing, os.PathLike):
+        return os.fspath(thing)
+    allowed = (torch.Tensor, torch.dtype, torch.device, bool, int, float, complex, str, bytes, type(None))
+    if not isinstance(thing, allowed):
+        raise ValueError(f"{name} is a {type(thing).__name__}; a checkpoint holds tensors, numbers, strings, None, and "
+                         "dicts and lists of them: anything else is code that reading would refuse")
+    return thing
+
+
 def save_checkpoint(model, optimizer, step: int, path, **more) -> None:
     """Write model, optimizer, step and what else must survive to `path`, atomically, or to a binary file object.
 
     model: a module (compiled or wrapped is fine) or a state dict. optimizer: one, a list, their state dicts, or None.
-    more: the other entries of the format, plain containers and tensors only. Raises OSError naming the path, ValueError
-    for a model that sharded.py has divided.
+    more: the other entries of the format. Raises OSError naming the path, and ValueError before the old file is touched
+    for an entry that could not be read again and for a model that sharded.py has divided.
     """
     import torch
-
-    def state_of(thing):
-        if isinstance(thing, (list, tuple)):
-            return [state_of(one) for one in thing]
-        return thing.state_dict() if hasattr(thing, "state_dict") else thing
     model = bare(model)
     if hasattr(model, "parameters") and any(getattr(p, "cuts", None) for p in model.parameters()):
         raise ValueError(f"{path}: this model holds one rank's part of its matrices; save full_state_dict(model)")
-    entries = {"format_version": FORMAT_VERSION, "model": state_of(model), "optimizer": state_of(optimizer),
-               "step": int(step)}
+    entries = {"format_version": FORMAT_VERSION, "model": model, "optimizer": optimizer, "step": int(step)}
     if dataclasses.is_dataclass(getattr(model, "config", None)):
         entries["model_config"] = dataclasses.asdict(model.config)
+    entries = {name: plain(entry, f"{path}: the entry {name}") for name, entry in (entries | more).items()}
     if hasattr(path, "write"):
-        torch.save(entries | more, path)
+        torch.save(entries, path)
     else:
-        write_atomically(path, lambda file: torch.save(entries | more, file))
+        write_atomically(path, lambda file: torch.save(entries, file))
 
 
 def read_checkpoint(path, map_location="cpu") -> dict:

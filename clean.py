@@ -22,12 +22,11 @@ such functions 8 make a band; documents meet when one of 16 bands is equal, with
     s          0.3    0.5    0.6    0.7    0.8    0.9
     they meet  0.1 %  6 %    24 %   61 %   95 %   99.99 %            and then the true similarity decides: 0.8
 
-Gopher's rules: Rae et al. 2112.11446, A1. The linear classifier: Joulin et al. 1607.01759. Language: 1612.03651.
+Gopher's rules: Rae et al. 2112.11446, A1. Language: 1612.03651.
 Left out: IPv6, phone numbers outside the US, word rules for scripts without spaces.
 """
 import functools
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -39,9 +38,11 @@ import numpy as np
 
 from checkpoint import write_atomically
 
+META_CHARSET = re.compile(rb"(?i)<(?:meta[^>]{0,200}?charset|\?xml[^>]{0,99}?encoding)\s{0,9}="
+                          rb"\s{0,9}[\"']?([a-z0-9_:.-]{1,40})")
+SUPERSETS = {"euc_kr": "cp949", "shift_jis": "cp932", "gbk": "gb18030"}      # what pages that name the former hold
 LANGUAGE_CHARS, MODEL_CHARS = 500, 20_000        # how much of a text the language model and the classifiers read
 BLOCK_BYTES = 1 << 16                            # of text hashed at a time
-MIN_UPDATES = 2000                               # of a classifier: fewer texts are shown more often
 ODD = np.uint64(0x9E3779B97F4A7C15)              # 2^64 over the golden ratio: odd, its bits irregular
 NO_SHINGLE = np.uint32(0xFFFFFFFF)               # every place of the signature of a text without words
 NGRAM_SHARES = {2: .20, 3: .18, 4: .16, 5: .15, 6: .14, 7: .13, 8: .12, 9: .11, 10: .10}     # Gopher, table A1
@@ -50,15 +51,25 @@ PUNCTUATION, NO_ASCII_LETTERS = string.punctuation.encode(), string.digits.encod
 
 # --- text and language ---
 
+def decode_html(html_bytes: bytes, charset: str | None = None) -> str:
+    """A page as text: by UTF-8 or, where it is none, by `charset` (the HTTP header's), its meta tag, or its looks."""
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
+    names = [charset] + [name.decode() for name in META_CHARSET.findall(html_bytes[:10_000])]
+    # Labels mean what browsers take them for; UTF-8 comes first: a guess would find cp1252 in short UTF-8 text.
+    mapped = [map_encoding_to_html5(name.lower().replace("cp949", "euc-kr"), False) for name in names if name]
+    codecs = [SUPERSETS.get(codec, codec) for codec in mapped if codec and not codec.startswith("utf")]
+    for codec in codecs if b"\x1b$" in html_bytes else ["utf-8-sig", *codecs]:     # ISO-2022-JP is ASCII with escapes
+        page = html_bytes.decode(codec, errors="replace")
+        damaged = page.count("\ufffd")           # few where a page is cut, most in another encoding
+        if not damaged or 10 * damaged < len(re.findall("[^\x00-\x7f]", page)):
+            return page
+    return bytes_to_str(html_bytes, detect_encoding(html_bytes), errors="replace")
+
+
 def extract_text(html_bytes: bytes, main_content: bool = False) -> str:
     """The visible text of a page, by Resiliparse. main_content: leave navigation, headers and footers out."""
     from resiliparse.extract.html2text import extract_plain_text
-    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
-    page = html_bytes.decode("utf-8-sig", errors="replace")           # a guess would find cp1252 in short UTF-8 text
-    damaged = page.count("\ufffd")               # few where a page of UTF-8 is cut, most in another encoding
-    if damaged and 10 * damaged >= len(re.findall("[^\x00-\x7f]", page)):
-        page = bytes_to_str(html_bytes, detect_encoding(html_bytes), errors="replace")
-    return extract_plain_text(page, main_content=main_content)
+    return extract_plain_text(decode_html(html_bytes), main_content=main_content)
 
 
 @functools.cache
@@ -90,13 +101,18 @@ def identify_language(text: str) -> tuple[str, float]:
 
 # Python's engine skips quickly to a first character that is fixed or from a set, and tries a pattern that begins with a
 # lookbehind at every place. So these begin with @ or a digit, and then look back: (?<!\w.) is no word before the digit.
-_WORD = "A-Za-z0-9À-ɏ"
-AT_DOMAIN = re.compile(rf"@(?:[{_WORD}][{_WORD}-]{{0,62}}\.){{1,8}}[A-Za-z](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])")
-NAME = re.compile(rf"(?<![{_WORD}_])[{_WORD}_][{_WORD}_.+%'-]*\Z")
-_GAP = "(?:[-.\u2010-\u2013]|[ \u00a0]{1,2})?"   # hyphens and no-break spaces as pages have them
+# Addresses are Latin, so that they end where Chinese goes on without a space, or else of any script's letters.
+_LATIN, _ANY = "A-Za-z0-9À-ɏ", "A-Za-z0-9À-\u1fff\u2c00-\u2dff\u3040-\ufaff"
+AT_DOMAIN = re.compile(rf"@(?:(?:[{_LATIN}][{_LATIN}-]{{0,62}}\.){{1,8}}[A-Za-z](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])|"
+                       rf"(?:[{_ANY}][{_ANY}-]{{0,62}}\.){{1,8}}[^\W\d_][{_ANY}]{{1,62}})")
+NAMES = [re.compile(rf"(?<![{kind}_])[{kind}_][{kind}_.+%'-]*\Z") for kind in (_LATIN, _ANY)]
+FILES = {"png", "jpg", "jpeg", "gif", "svg", "webp", "avif", "ico", "bmp", "css", "js", "html"}       # icon@2x.png
+_SPACE = " \u00a0\u2009\u202f"
+_GAP = f"(?:[{_SPACE}]?[-.\u2010-\u2014\u2212][{_SPACE}]?|[{_SPACE}]{{1,2}})?"       # as pages have them
 _AREA = r"(?:\([0-9]{3}\)|[0-9]{3})"
+_END = r"(?:(?!\w)(?!\.\d)|(?=x[0-9]{1,6}\b))"       # x12 is an extension
 PHONE = re.compile(rf"[0-9(+](?<!\w.)(?<!\d\..)(?:(?<=\+)1{_GAP}{_AREA}|(?<=1){_GAP}{_AREA}|(?<=\()[0-9]{{3}}\)|"
-                   rf"(?<=[0-9])[0-9]{{2}}){_GAP}[0-9]{{3}}{_GAP}[0-9]{{4}}(?!\w)(?!\.\d)", re.A)
+                   rf"(?<=[0-9])[0-9]{{2}}){_GAP}[0-9]{{3}}{_GAP}[0-9]{{4}}{_END}", re.A)
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|[01]?[0-9]?[0-9])"
 IP = re.compile(r"[0-9](?<!\w.)(?<!\w\..)(?:(?<=2)5[0-5]|(?<=2)[0-4][0-9]|(?<=[01])[0-9]{2}|[0-9]?)"
                 rf"(?:\.{_OCTET}){{3}}(?!\w)(?!\.\d)", re.A)
@@ -106,8 +122,9 @@ def mask_emails(text: str) -> tuple[str, int]:
     """(text with |||EMAIL_ADDRESS||| for every address, how many). Masks already there are not counted."""
     pieces, end = [], 0
     for domain in AT_DOMAIN.finditer(text):
-        name = NAME.search(text, max(end, domain.start() - 64), domain.start())
-        if name:
+        begin = max(end, domain.start() - 64)
+        name = next(filter(None, (pattern.search(text, begin, domain.start()) for pattern in NAMES)), None)
+        if name and domain[0].rpartition(".")[2].lower() not in FILES:
             pieces += [text[end:name.start()], "|||EMAIL_ADDRESS|||"]
             end = domain.end()
     return "".join(pieces) + text[end:], len(pieces) // 2
@@ -260,81 +277,6 @@ def ngram_reason(hashes: np.ndarray, lengths: np.ndarray) -> str:
         if n > 4 and share <= NGRAM_SHARES[10]:  # longer ones stand within these, and no limit is lower
             return ""
     return ""
-
-
-# --- classifiers ---
-
-class Classifier:
-    """A linear model over hashed words and word pairs, after fastText's recipe (1607.01759).
-
-    Two departures: no hidden layer, which between two linear maps adds nothing for a few labels; a text's vector has
-    length 1 (not the mean, whose gradient fades with the text's length), so that one rate fits short and long texts.
-    """
-
-    def __init__(self, ngrams: int = 2, bits: int = 18, lr: float = 1.0, epochs: int = 5, seed: int = 0):
-        self.settings = {"ngrams": ngrams, "bits": bits, "lr": lr, "epochs": epochs, "seed": seed}
-        self.labels, self.weights = [], np.zeros((1 << bits, 0), dtype=np.float32)
-
-    def features(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of the weights, their values) of a text: its n-grams by hash, as a vector of length 1."""
-        hashes = hash_words(normalize(text[:MODEL_CHARS]))[0]
-        grams = [hash_ngrams(hashes, n) for n in range(1, self.settings["ngrams"] + 1) if n <= len(hashes)]
-        buckets = np.concatenate([hashes[:0], *grams]) >> np.uint64(64 - self.settings["bits"])
-        buckets, counts = np.unique(buckets.astype(np.int64), return_counts=True)
-        return buckets, (counts / max(np.linalg.norm(counts), 1)).astype(np.float32)
-
-    def train(self, texts: list[str], labels: list) -> "Classifier":
-        """Fit by SGD, the step size falling to zero, to texts and labels of at least two kinds; returns itself."""
-        if len(texts) != len(labels) or len(set(labels)) < 2:
-            raise ValueError(f"{len(texts)} texts, labels {labels[:5]} …; give one label a text and at least two kinds")
-        self.labels = sorted(set(labels), key=str)
-        self.weights = np.zeros((1 << self.settings["bits"], len(self.labels)), dtype=np.float32)
-        targets = np.eye(len(self.labels), dtype=np.float32)[[self.labels.index(label) for label in labels]]
-        features, rng = [self.features(text) for text in texts], np.random.default_rng(self.settings["seed"])
-        epochs = max(self.settings["epochs"], -(-MIN_UPDATES // len(texts)))      # a handful of texts needs more rounds
-        order = np.concatenate([rng.permutation(len(texts)) for _ in range(epochs)])
-        for step, i in enumerate(order):
-            buckets, values = features[i]
-            error = _softmax(values @ self.weights[buckets]) - targets[i]         # the gradient of the cross entropy
-            lr = self.settings["lr"] * (1 - step / len(order))
-            self.weights[buckets] -= lr * values[:, None] * error                 # buckets are distinct: no add.at
-        return self
-
-    def predict(self, text: str) -> tuple:
-        """(label, its probability)."""
-        if not self.labels:
-            raise ValueError("this classifier is not trained; call train(texts, labels) or Classifier.load(path)")
-        buckets, values = self.features(text)
-        p = _softmax(values @ self.weights[buckets])
-        return self.labels[int(p.argmax())], float(p.max())
-
-    def save(self, path) -> None:
-        """Write a plain .npz of the weights that are not zero; loading it runs no code."""
-        rows = np.flatnonzero(self.weights.any(axis=1))
-        about = np.frombuffer(json.dumps({"labels": self.labels, "hash": 2} | self.settings).encode(), dtype=np.uint8)
-        arrays = {"about": about, "rows": rows, "weights": self.weights[rows]}
-        write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
-
-    @classmethod
-    def load(cls, path) -> "Classifier":
-        """The classifier saved at `path`. Raises ValueError naming the path."""
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                settings = json.loads(arrays["about"].tobytes())
-                labels = settings.pop("labels")
-                if settings.pop("hash", 1) != 2:
-                    raise ValueError("it is of an earlier version, which hashed words otherwise; train it again")
-                model = cls(**settings)
-                model.labels, model.weights = labels, np.zeros((1 << settings["bits"], len(labels)), dtype=np.float32)
-                model.weights[arrays["rows"]] = arrays["weights"]
-        except Exception as error:               # a strange file breaks the reader in a dozen ways
-            raise ValueError(f"{path} is no classifier of `data.py classify train`: {error}") from error
-        return model
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    p = np.exp(logits - logits.max())
-    return p / p.sum()
 
 
 # --- duplicates: lines that stand more than once ---

@@ -141,19 +141,21 @@ def parse_flags(argv) -> tuple[dict, list[str]]:
     return flags, words
 
 
-def command_line(config, argv: list[str], usage: str, verbs: tuple = (), config_file: str | None = None):
+def command_line(config, argv: list[str], usage: str, verbs: tuple = (), config_file: str | None = None,
+                 reads_scripts: bool = False):
     """Read a command line of the form `[VERB] [FILE…] [--key=value …]`: (verb or None, files, config, sources).
 
     config: {verb: its dataclass}, with a key None where the script also runs without a verb; or one dataclass for all
     `verbs`. A word that ends in .py is the config file; config_file: the one when none is named, for the dataclass that
-    goes with None. `--help` prints the settings that apply and exits with 0; a mistake prints its message, status 2.
+    goes with None. reads_scripts: FILE may be a script, and none is a config file. `--help` prints the settings that
+    apply and exits with 0; a mistake prints its message, status 2.
     """
     classes = config if isinstance(config, dict) else dict.fromkeys((None, *verbs), config)
     wants_help, settings, sources = "--help" in argv or "-h" in argv, None, {}
     try:
         flags, words = parse_flags(word for word in argv if word not in ("--help", "-h"))
         verb = words.pop(0) if words and words[0] in classes else None
-        configs = [word for word in words if word.endswith(".py")]
+        configs = [word for word in words if word.endswith(".py") and not reads_scripts]
         if len(configs) > 1:
             raise ConfigError(f"{len(configs)} config files given ({', '.join(configs)}); give one")
         if verb in classes:

@@ -22,6 +22,7 @@ stretched RoPE but Llama 3's, vocabularies that are no byte-level BPE (the model
 """
 import json
 import math
+import os
 import shutil
 import sys
 import warnings
@@ -31,7 +32,7 @@ from pathlib import Path
 import torch
 
 from bpe import Tokenizer
-from checkpoint import claim_out_dir, save_checkpoint, sha256
+from checkpoint import claim_file, claim_out_dir, save_checkpoint, sha256, write_text
 from configurator import command_line, fail
 from model import ModelConfig, Transformer, load_model, with_weights
 
@@ -134,18 +135,22 @@ def read_config(folder) -> tuple[str, ModelConfig]:
         return name, ModelConfig(**ours | switches)
     except KeyError as error:
         raise ValueError(f"{path}: it lacks {error}") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def rope_fields(theirs: dict) -> dict:
-    """RoPE's fields: one `rope_parameters` in transformers 5; in 4 `rope_theta`, and `rope_scaling` if stretched."""
-    rope = theirs.get("rope_parameters")
-    if rope is None:
-        rope = {"rope_theta": theirs.get("rope_theta", 10_000.0)} | theirs.get("rope_scaling", {})
+    """RoPE's fields, read as transformers 5 does: `rope_scaling`, where a stretch is written or added by hand, wins
+    over `rope_parameters`; `rope_theta` stands in either, else beside them, else it is 10,000.
+    """
+    rope = {"rope_theta": theirs.get("rope_theta", 10_000.0),
+            "original_max_position_embeddings": theirs["max_position_embeddings"]}
+    rope |= theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"RoPE of type {kind!r} ({rope}) is not supported; only default and llama3 are")
+    nested = [key for key, value in rope.items() if isinstance(value, dict)]
+    if kind not in ("default", "llama3") or nested or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"RoPE of type {kind!r} ({rope}) is not supported; only default and llama3 are, one for all "
+                         "layers")
     stretched = {our: rope[their] for their, our in ROPE.items()} if kind == "llama3" else {}
     return {"rope_theta": float(rope["rope_theta"])} | stretched
 
@@ -193,10 +198,20 @@ def their_config(config: ModelConfig, dtype: torch.dtype, tokenizer=None) -> dic
 # --- weights ---
 
 def stored_tensors(folder):
-    """Each (name, tensor) of a folder's safetensors, in one file or in several. Raises ValueError naming the file."""
+    """Each (name, tensor) of a folder's model.safetensors or, without one, of the files that its index names.
+
+    That is transformers' order: an index and parts may be left from an earlier save. Raises ValueError naming the file.
+    """
     from safetensors import SafetensorError, safe_open
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    if not files:
+    index = Path(folder) / "model.safetensors.index.json"
+    files = [Path(folder) / "model.safetensors"]
+    if not files[0].exists() and index.exists():
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files = sorted({index.with_name(name) for name in names})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index} names no files: {type(error).__name__}: {error}") from error
+    elif not files[0].exists():
         raise FileNotFoundError(f"no {Path(folder) / 'model.safetensors'}; only safetensors are read: opening pickled "
                                 "weights can run code")
     for file in files:
@@ -274,6 +289,7 @@ def save_pretrained(model, folder, tokenizer=None) -> None:
     Weights keep their dtype; a tied head is written once. Raises ValueError for a model that no architecture there
     computes.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     config, weights, folder = model.config, model.state_dict(), Path(folder)
     files = {"config.json": their_config(config, model.lm_head.weight.dtype, tokenizer)}
@@ -283,7 +299,14 @@ def save_pretrained(model, folder, tokenizer=None) -> None:
         if their != "lm_head.weight" or not config.tie_embeddings:
             tensor = torch.cat([weights[our].cpu() for our in ours])
             tensors[their] = (tensor.T if transposed else tensor).contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    part = claim_file(folder / "model.safetensors").with_suffix(".tmp")
+    try:
+        save_file(tensors, part, metadata={"format": "pt"})
+        os.replace(part, folder / "model.safetensors")
+    except SafetensorError as error:
+        raise OSError(f"{folder / 'model.safetensors'} could not be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
         end = "<|endoftext|>" if "<|endoftext|>" in tokenizer.special_tokens else None
@@ -291,7 +314,7 @@ def save_pretrained(model, folder, tokenizer=None) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end,
             "model_max_length": config.context_length, "clean_up_tokenization_spaces": False}
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / name, json.dumps(content, indent=2) + "\n")
 
 
 # --- commands ---

@@ -16,14 +16,10 @@ import concurrent.futures
 import contextlib
 import difflib
 import functools
-import glob
 import html
 import json
-import multiprocessing
 import os
 import re
-import sys
-import threading
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +28,12 @@ import numpy as np
 from tqdm import tqdm
 
 import clean
-from checkpoint import sha256, write_atomically
-from clean import check_bands, extract_text, hash_ngrams, hash_words, normalize
+from answers import read_text
+from archive import Extractor, expand, read_archive
+from checkpoint import only_writer, sha256, write_atomically, write_text
+from classify import SEPARATOR, load_classifier
+from clean import check_bands, hash_ngrams, hash_words, normalize
 
-SEPARATOR = "<|endoftext|>"
-MAX_PAGE_BYTES, MAX_SECONDS = 20_000_000, 10     # a page larger, or longer in the parser, is dropped and counted
 SAMPLES, EXCERPT_CHARS = 5, 300                  # of documents in the report
 EVALUATION_WORDS = 13                            # a run of so many words from an evaluation set drops a document
 # What the labels of known models call the thing they look for; ours say `positive`.
@@ -71,96 +68,6 @@ class CurateConfig:
     vocab_size: int | None = 4096        # of the tokenizer; none = no token files
 
 
-# --- pages ---
-
-def read_archive(path, damage: Counter):
-    """Yield (address, bytes, is_html) of the pages of a WARC or WET file, gzip, zstd or plain.
-
-    HTML responses with status 200 are HTML; conversions (WET) are text already. What is no page, or no whole one, is
-    counted in `damage`. An archive that breaks off ends there. Raises OSError for a file that cannot be opened.
-    """
-    from fastwarc.warc import ArchiveIterator, WarcRecordType
-    with open(path, "rb") as file:
-        try:
-            for record in ArchiveIterator(file, record_types=WarcRecordType.response | WarcRecordType.conversion,
-                                          auto_decode="all"):
-                http = record.http_headers if record.is_http else {}
-                content = record.reader.read(MAX_PAGE_BYTES + 1)
-                # Under a Content-Encoding the length in the header is that of the packed page: it cannot be compared.
-                packed = http.get("Content-Encoding") or http.get("Transfer-Encoding")
-                if record.is_http and (http.status_code != 200 or "html" not in (record.http_content_type or "html")):
-                    damage["no page"] += 1
-                elif len(content) > MAX_PAGE_BYTES:
-                    damage["too large"] += 1
-                elif not packed and len(content) < record.content_length:
-                    damage["truncated"] += 1
-                else:
-                    yield record.headers.get("WARC-Target-URI") or record.record_id or "", content, record.is_http
-        except OSError:
-            damage["damaged"] += 1
-
-
-def answer_pages(pipe, other_end, function, main_content: bool) -> None:
-    """What the extraction process does: answer every page by (text, "") or ("", why there is none)."""
-    other_end.close()                            # else the end of the other side would go unnoticed
-    pipe.send("ready")
-    with contextlib.suppress(EOFError):
-        while page := pipe.recv_bytes():
-            try:
-                answer = function(page, main_content), ""
-            except Exception as error:           # whatever a page does to the parser is the page's fault: counted
-                answer = "", f"not parsed: {type(error).__name__}"
-            pipe.send(answer)
-
-
-class Extractor:
-    """Calls extract_text in a process of its own: a page that hangs or crashes the parser costs that page only.
-
-    The parser is C and cannot be interrupted from within: the process is killed with the page, the next gets a new one.
-    """
-
-    def __init__(self, main_content: bool = True, function=extract_text, seconds: float = MAX_SECONDS):
-        self.arguments, self.seconds, self.process = (function, main_content), seconds, None
-
-    def start(self) -> None:
-        """Start the process and wait until it has imported what it needs: the first page does not pay for that."""
-        # Dask's workers are daemons, which may have no children; this one's end with the archive.
-        multiprocessing.current_process()._config["daemon"] = False
-        # Forking takes no time, and is safe where no other thread may hold a lock: in an executor's processes.
-        forks = sys.platform == "linux" and threading.active_count() == 1
-        context = multiprocessing.get_context("fork" if forks else "spawn")
-        self.pipe, other_end = context.Pipe()
-        self.process = context.Process(target=answer_pages, args=(other_end, self.pipe, *self.arguments), daemon=True)
-        self.process.start()
-        other_end.close()
-        try:
-            self.pipe.recv()
-        except EOFError:
-            raise RuntimeError("the extraction process did not start; a script that calls curate must do so under "
-                               '`if __name__ == "__main__":`') from None
-
-    def __call__(self, page: bytes) -> tuple[str, str]:
-        """(text, ""), or ("", why there is none)."""
-        if self.process is None:
-            self.start()
-        try:
-            self.pipe.send_bytes(page or b" ")
-            if self.pipe.poll(self.seconds):
-                return self.pipe.recv()
-            reason = "too slow"
-        except (EOFError, OSError):
-            reason = "crashed"
-        self.close()
-        return "", reason
-
-    def close(self) -> None:
-        """End the process."""
-        if self.process:
-            self.process.kill()
-            self.process.join()
-            self.process = None
-
-
 # --- rules ---
 
 class Page:
@@ -173,19 +80,6 @@ class Page:
     def words(self) -> tuple[np.ndarray, np.ndarray]:
         """(hashes, lengths) of the normalised words, (n,) each."""
         return hash_words(normalize(self.text))
-
-
-def load_classifier(path: str | None):
-    """(function text -> (label, probability), its labels) from a file of ours or a fastText .bin (Dolma's, DCLM's).
-
-    None is the language model.
-    """
-    if path is None or Path(path).suffix in (".bin", ".ftz"):
-        model = clean.load_fasttext(path)
-        labels = [label.removeprefix("__label__") for label in model.predict("a", k=-1, threshold=-1.0)[0]]
-        return functools.partial(clean.fasttext_predict, model), labels
-    model = clean.Classifier.load(path)
-    return model.predict, model.labels
 
 
 def model_rule(name: str, config: CurateConfig):
@@ -295,17 +189,12 @@ def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
     return counts
 
 
-def write_text(path: Path, *parts: str) -> None:
-    """Write a file of UTF-8, whole or not at all; halves of surrogate pairs become question marks."""
-    write_atomically(path, lambda file: file.writelines(part.encode("utf-8", "replace") for part in parts))
-
-
 # --- all archives ---
 
 def curate_archives(paths, out_dir, executor=None, **settings) -> dict:
     """Clean documents from web archives; returns what report.json holds. The arguments are those of data.curate."""
     config, out = CurateConfig(out=str(out_dir), **settings), Path(out_dir)
-    chosen = check_settings(config)
+    chosen, known = check_settings(config), evaluation_ngrams(config.evaluation) if config.evaluation else None
     patterns = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     paths = {path for pattern in map(str, patterns) for path in expand(pattern)}
     paths, shards = clean.output_names(sorted(paths, key=os.path.basename), out / "shards")
@@ -315,24 +204,21 @@ def curate_archives(paths, out_dir, executor=None, **settings) -> dict:
     if begun.exists() and begun.read_text(encoding="utf-8") != now and any((out / "counts").iterdir()):
         raise ValueError(f"{out} was begun with other settings ({begun}); give another --out, or delete the folder")
     write_text(begun, now)
-    if config.evaluation:
-        texts = [Path(name).read_text(encoding="utf-8") for name in config.evaluation.split(",")]
-        known = [hash_ngrams(hash_words(normalize(text))[0], EVALUATION_WORDS) for text in texts if text.strip()]
-        if not known:
-            raise ValueError(f"evaluation={config.evaluation} holds no text")
-        write_atomically(out / "evaluation.npy", lambda file: np.save(file, np.unique(np.concatenate(known))))
+    if known is not None:
+        write_atomically(out / "evaluation.npy", lambda file: np.save(file, known))
     run_archives(paths, out, config, executor)
     report = merge([read_counts(out, path) for path in paths], config.seed) | {"settings": chosen}
     curate_collection(shards, out, config, report)
     return report
 
 
-def expand(pattern: str) -> list[str]:
-    """The files that a pattern matches, or the one of that name, brackets and all. Raises OSError for none."""
-    paths = [pattern] if Path(pattern).is_file() else sorted(filter(os.path.isfile, glob.glob(pattern)))
-    if not paths:
-        raise FileNotFoundError(f"no file {pattern}; give files, or a pattern that finds some")
-    return paths
+def evaluation_ngrams(names: str) -> np.ndarray:
+    """The hashes of all runs of 13 words of evaluation texts, ascending, (n,). Raises ValueError naming a file."""
+    texts = [read_text(name) for name in names.split(",")]
+    known = [hash_ngrams(hash_words(normalize(text))[0], EVALUATION_WORDS) for text in texts if text.strip()]
+    if not known:
+        raise ValueError(f"evaluation={names} holds no text")
+    return np.unique(np.concatenate(known))
 
 
 def check_settings(config: CurateConfig) -> dict:
@@ -341,6 +227,10 @@ def check_settings(config: CurateConfig) -> dict:
         check_bands(config.num_hashes, config.num_bands, config.ngrams, config.threshold)
     if config.lines not in ("all", "first", None):
         raise ValueError(f"lines={config.lines!r} is not all, first or none")
+    if config.workers is not None and config.workers < 1 or config.seed < 0:
+        raise ValueError(f"workers={config.workers} must be at least 1 or none, seed={config.seed} at least 0")
+    for name in filter(lambda name: getattr(config, name), MODELS):
+        model_rule(name, config)                 # a mistake is known before the first archive is read
     config.languages = (config.languages or "").replace(" ", "").lower() or None
     if config.languages:
         known = load_classifier(None)[1]

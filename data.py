@@ -28,19 +28,19 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from bpe import Tokenizer, train_bpe
-from checkpoint import contents, open_tokens, read_meta, sha256, write_atomically  # noqa: F401
-from clean import (Classifier, dedup_lines, dedup_minhash, extract_text, gopher_filter,  # noqa: F401
-                   identify_language, mask_emails, mask_ips, mask_phone_numbers)
+from checkpoint import (contents, only_writer, open_tokens, read_meta, sha256, write_atomically,  # noqa: F401
+                        write_text)
+from classify import SEPARATOR, Classifier, ClassifyConfig, read_texts, train_classifier  # noqa: F401
+from clean import (dedup_lines, dedup_minhash, extract_text, gopher_filter, identify_language,  # noqa: F401
+                   mask_emails, mask_ips, mask_phone_numbers)
 from configurator import command_line, fail
-from curate import SEPARATOR, CurateConfig, curate_archives, expand, read_archive, write_report, write_text
+from curate import CurateConfig, curate_archives, write_report
 
 VALIDATION_EVERY = 10                    # one document in ten is held out: the 5th of every ten, in their order
 CHUNK_CHARS = 1 << 22                    # read this much at a time; memory never follows the size of the corpus
@@ -138,7 +138,7 @@ def strip_markdown(text: str) -> str:
     text = re.sub(r"(?<!\\)[*_]+", "", text)                          # bold and italic
     text = re.sub(r"\\([^\w\s])", r"\1", text)                        # \[Aside] -> [Aside]
     text = text.replace("&nbsp;", " ").replace("&amp;", "&")
-    text = re.sub(r"(?m)[ \t]+$", "", text)                           # two blanks at a line's end are a Markdown break
+    text = re.sub(r"(?m)(?<![ \t])[ \t]+$", "", text)               # two blanks at a line's end are a Markdown break
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -168,6 +168,17 @@ def shakespeare_documents() -> list[str]:
 text_file = functools.partial(open, encoding="utf-8", newline="")     # line ends stay as they are
 
 
+def encoding_of(path) -> str:
+    """What the first bytes of a file look like, for a message: utf-16, utf-16le, utf-16be, gzip or latin1."""
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b"):
+        return "gzip" if start[0] == 0x1f else "utf-16"
+    if 4 * start.count(0) <= len(start):
+        return "latin1"
+    return "utf-16le" if start[1::2].count(0) > start[::2].count(0) else "utf-16be"
+
+
 def split_file(path, train_path, val_path) -> int:
     """Write a UTF-8 text to two files, whole documents each; returns their number. No character is lost or changed.
 
@@ -175,7 +186,11 @@ def split_file(path, train_path, val_path) -> int:
     size. Of fewer than ten documents, the first nine tenths of the text train, up to the end of a line.
     Raises ValueError naming the file when it is empty or no UTF-8.
     """
-    number, n_chars, piece = 0, 0, SEPARATOR
+    number, n_chars, piece, kind = 0, 0, SEPARATOR, encoding_of(path)
+    advice = f"unpack it first: gunzip {path}" if kind == "gzip" else (
+        f"convert it first, for example: iconv -f {kind} -t utf-8 {path} > text.txt")
+    if kind.startswith("utf-16"):                                     # English in it is valid UTF-8, half of it NULs
+        raise ValueError(f"{path} is not UTF-8 but {kind}; {advice}")
     try:
         with text_file(path) as source, text_file(train_path, "w") as train, text_file(val_path, "w") as val:
             for line in source:
@@ -192,8 +207,7 @@ def split_file(path, train_path, val_path) -> int:
                 train.write(source.readline(n_chars // 100))          # a text may be one line
                 shutil.copyfileobj(source, val, CHUNK_CHARS)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason} near byte {error.start} of a block; convert it first, "
-                         f"for example: iconv -f latin1 -t utf-8 {path}") from None
+        raise ValueError(f"{path} is not UTF-8: {error.reason} near byte {error.start} of a block; {advice}") from None
     if not n_chars:
         raise ValueError(f"{path} is empty; give a text of at least a few thousand characters")
     return number
@@ -203,16 +217,17 @@ def split_file(path, train_path, val_path) -> int:
 
 @contextlib.contextmanager
 def unfinished(folder: Path):
-    """A folder inside `folder` to make files in. It goes at the end, and so does `folder` if new and still empty."""
-    is_new, place = not folder.exists(), folder / "unfinished"
-    shutil.rmtree(place, ignore_errors=True)                          # of a preparation that was killed
-    place.mkdir(parents=True)
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place)
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
+    """A folder inside `folder` to make files in, which goes at the end; `folder` is held for this process alone."""
+    with only_writer(folder):
+        place = folder / "unfinished"
+        shutil.rmtree(place, ignore_errors=True)                      # of a preparation that was killed
+        place.mkdir()
+        try:
+            yield place
+        except OSError as error:                                      # a full disk does not say which file
+            raise OSError(error.errno, error.strerror, error.filename or str(folder)) if error.errno else error
+        finally:
+            shutil.rmtree(place)
 
 
 def prepare(name_or_path, vocab_size: int | None = None, data_dir=None, context_length: int = 128,
@@ -224,6 +239,8 @@ def prepare(name_or_path, vocab_size: int | None = None, data_dir=None, context_
     stay, except what was downloaded. Raises ValueError for what cannot be used, OSError when a download fails.
     """
     name, started = str(name_or_path), time.time()
+    if context_length < 1:
+        raise ValueError(f"context_length={context_length} must be at least 1")
     folder = Path(data_dir or Path("data") / Path(name).stem)
     train, val = folder / "train.txt", folder / "val.txt"
     if name not in NAMES and not Path(name).is_file():
@@ -342,7 +359,8 @@ def curate(paths, out_dir="data/crawl", *, executor=None, **settings) -> dict:
     ValueError for settings that cannot work, or other ones than before, and an archive of which nothing can be read.
     """
     out, config = Path(out_dir), CurateConfig(**settings)
-    report = curate_archives(paths, out, executor, **settings)
+    with only_writer(out):
+        report = curate_archives(paths, out, executor, **settings)
     try:
         if config.vocab_size:
             meta = prepare(out / "corpus.txt", config.vocab_size, out, workers=config.workers)
@@ -351,64 +369,6 @@ def curate(paths, out_dir="data/crawl", *, executor=None, **settings) -> dict:
         report["tokens"] = {"none": str(error)}
         print(f"{out}: no token files: {error}")
     write_report(report, out)
-    return report
-
-
-@dataclass
-class ClassifyConfig:
-    """What `python data.py classify train` can be told."""
-    positive: str | None = None          # texts of the kind looked for: a file or a pattern
-    negative: str | None = None          # texts of the other kind
-    out: str = "classifier.npz"          # the model; its report goes beside it as .json
-    ngrams: int = 2                      # words to the longest feature
-    bits: int = 20                       # 2^bits weights a label
-    lr: float = 1.0                      # first step size, falling to zero
-    epochs: int = 5                      # rounds over the texts
-    seed: int = 0                        # of the split and the order
-
-
-def read_texts(pattern: str) -> list[str]:
-    """The documents of files: WARC, WET, .jsonl with a `text`, or plain text, by <|endoftext|> or else by line.
-
-    pattern: a path (brackets and all) or a pattern. Raises ValueError for fewer than ten, OSError for no file.
-    """
-    texts = []
-    for path in expand(pattern):
-        if {".warc", ".wet"} & set(Path(path).suffixes):
-            texts += [extract_text(content) if is_html else content.decode("utf-8", "replace")
-                      for _, content, is_html in read_archive(path, Counter())]
-        elif path.endswith(".jsonl"):
-            texts += [json.loads(line)["text"] for line in Path(path).read_bytes().splitlines() if line.strip()]
-        else:
-            text = Path(path).read_text(encoding="utf-8")
-            texts += text.split(SEPARATOR if SEPARATOR in text else "\n")
-    texts = [text for text in texts if text.strip()]
-    if len(texts) < 10:
-        raise ValueError(f"{pattern} holds {len(texts)} texts; give at least 10, to train on nine tenths of them")
-    return texts
-
-
-def train_classifier(config: ClassifyConfig) -> dict:
-    """Train on nine tenths of the texts, write the model, and report on the held-out tenth."""
-    if not config.positive or not config.negative:
-        raise ValueError("give --positive=FILES and --negative=FILES")
-    pairs = [(text, "positive") for text in read_texts(config.positive)]
-    pairs += [(text, "negative") for text in read_texts(config.negative)]
-    pairs = [pairs[i] for i in np.random.default_rng(config.seed).permutation(len(pairs))]
-    held_out, training = pairs[:len(pairs) // 10], pairs[len(pairs) // 10:]
-    model = Classifier(config.ngrams, config.bits, config.lr, config.epochs, config.seed)
-    model.train([text for text, _ in training], [label for _, label in training]).save(config.out)
-    answers = [model.predict(text) for text, _ in held_out]
-    p = np.array([score if label == "positive" else 1 - score for label, score in answers])
-    chosen, truth = p >= 0.5, np.array([label == "positive" for _, label in held_out])
-    report = {
-        "trained_on": len(training), "held_out": len(held_out), "accuracy": float(np.mean(chosen == truth)),
-        "precision": float(truth[chosen].mean()) if chosen.any() else None,
-        "recall": float(chosen[truth].mean()) if truth.any() else None,
-        "threshold_to_keep": {f"{share:.0%}": float(np.quantile(p, 1 - share)) for share in (.1, .25, .5, .75, .9)}}
-    text = json.dumps(report, indent=1)
-    write_text(Path(config.out).with_suffix(".json"), text)
-    print(text)
     return report
 
 
@@ -451,7 +411,7 @@ VERBS = {"prepare": PrepareConfig, "curate": CurateConfig, "classify": ClassifyC
 
 def main(argv: list[str]) -> None:
     """Run one verb."""
-    verb, files, config, _ = command_line(VERBS, argv, USAGE)
+    verb, files, config, _ = command_line(VERBS, argv, USAGE, reads_scripts=True)
     if not files or verb != "curate" and len(files) != 1 or verb == "classify" and files != ["train"]:
         fail(f"{verb} {' '.join(files)} cannot be used; {USAGE.splitlines()[list(VERBS).index(verb)].strip()}")
     try:

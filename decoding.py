@@ -40,6 +40,14 @@ def simple_generate(model, prompt_ids, max_new_tokens: int, temperature: float =
 
 # --- picking one token ---
 
+def check_numbers(scores):
+    """`scores` as they are; ValueError when one is NaN: on a GPU, sampling from it would end the process."""
+    if scores.isnan().any():
+        raise ValueError("the model gives NaN: its weights are damaged or of a run that diverged, or its dtype is too "
+                         "narrow; take an earlier checkpoint")
+    return scores
+
+
 def distribution(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
                  min_p: float | None = None, vocab_limit: int | None = None):
     """Probabilities (B, V) that the next token is drawn from: temperature, then top-k, then top-p, then min-p.
@@ -49,10 +57,11 @@ def distribution(logits, temperature: float = 1.0, top_k: int | None = None, top
     vocab_limit: ids from there on pad the vocabulary and get nothing; V is then vocab_limit.
     """
     logits = logits[:, :vocab_limit].float()
+    largest = check_numbers(logits.amax(dim=-1, keepdim=True))
     if temperature == 0 or top_k == 1:
         return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
     # The maximum is taken away first, and 1e-30 is the least divisor: nothing overflows however low the temperature.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
+    logits = (logits - largest) / max(temperature, 1e-30)
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -71,7 +80,9 @@ def distribution(logits, temperature: float = 1.0, top_k: int | None = None, top
 def pick(logits, generator, temperature: float = 1.0, vocab_limit: int | None = None, **how) -> list[int]:
     """One id for each row of logits (B, V); how: top_k, top_p, min_p."""
     if temperature == 0:                     # no need for a distribution over the whole vocabulary
-        return logits[:, :vocab_limit].argmax(dim=-1).tolist()
+        largest, ids = logits[:, :vocab_limit].max(dim=-1)
+        check_numbers(largest)
+        return ids.tolist()
     probabilities = distribution(logits, temperature, vocab_limit=vocab_limit, **how)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).tolist()
 

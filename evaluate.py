@@ -34,11 +34,12 @@ import numpy as np
 import torch
 
 import compress
-from answers import (LETTERS, REFUSAL, REWARDS, boxed_reward, last_boxed, need, parse_gsm8k, parse_mmlu,  # noqa: F401
-                     r1_zero_reward, read_choices, read_csv, read_jsonl, read_mmlu, read_text, same_answer)
-from checkpoint import open_tokens, read_checkpoint, read_meta, sha256
+from answers import (LETTERS, REFUSAL, REWARDS, boxed_reward, gold_answer, last_boxed, need, parse_gsm8k,  # noqa: F401
+                     parse_mmlu, r1_zero_reward, read_choices, read_jsonl, read_mmlu, read_prompts, read_text,
+                     same_answer)
+from checkpoint import claim_file, contents, open_tokens, read_checkpoint, read_meta, sha256, write_text
 from configurator import command_line, fail
-from decoding import evaluating, generate
+from decoding import check_numbers, evaluating, generate
 from machine import pick_device
 from model import bits_per_byte, perplexity_of, token_cross_entropy, token_losses
 from sample import CHATS, conversation
@@ -66,7 +67,7 @@ class OpenConfig:
 
     def __post_init__(self):
         # A count given by its name must be at least 1, whichever verb has it; none stands for no limit.
-        for name in ("batch_size", "limit", "max_new_tokens"):
+        for name in ("batch_size", "limit", "max_new_tokens", "stride"):
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -145,7 +146,7 @@ def perplexity(model, tokens, n_bytes: int | None = None, stride: int | None = N
     not predicted; the others have at least context_length - stride tokens before them, as far as the text has so many.
     """
     with evaluating(model):
-        loss = token_losses(model, tokens, stride, batch_size).double().mean().item()
+        loss = check_numbers(token_losses(model, tokens, stride, batch_size).double().mean()).item()
     return {"loss": loss, "perplexity": perplexity_of(loss), "tokens": len(tokens),
             "bits_per_byte": bits_per_byte(loss, len(tokens), n_bytes) if n_bytes else None}
 
@@ -158,7 +159,7 @@ def read_tokens(path, tokenizer, tokenizer_sha256: str | None = None):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a text (.txt) or a token file (.bin)")
+        raise FileNotFoundError(f"{path} is no file ({contents(path.parent)}); give a text or a token file (.bin)")
     if path.suffix == ".bin":
         made_with = read_meta(path.parent).get("tokenizer_sha256")
         if made_with and tokenizer_sha256 and made_with != tokenizer_sha256:
@@ -173,8 +174,10 @@ def read_tokens(path, tokenizer, tokenizer_sha256: str | None = None):
         return ids, sum(int(counts[token]) * len(piece) for token, piece in tokenizer.vocab.items())
     if tokenizer is None:
         raise ValueError(f"{path} is text, and this run has no tokenizer.json to read it with")
-    text = read_text(path)
-    return np.array(tokenizer.encode(text), dtype=np.int64), len(text.encode("utf-8"))
+    ids = np.array(tokenizer.encode(text := read_text(path)), dtype=np.int64)
+    if len(ids) < 2:
+        raise ValueError(f"{path} has {len(ids)} tokens; a loss needs at least 2")
+    return ids, len(text.encode("utf-8"))
 
 
 # --- prompts ---
@@ -241,7 +244,7 @@ def continuation_log_probs(model, prompts, responses, batch_size: int = 16) -> t
             batch = pad_rows([prompts[i] for i in group], [responses[i] for i in group])
             losses = token_cross_entropy(model(batch["input_ids"].to(device)), batch["labels"].to(device)).float().cpu()
             sums[group] = -torch.where(batch["response_mask"], losses, 0.0).sum(dim=1)
-    return sums
+    return check_numbers(sums)
 
 
 def say_cut(lengths: list[int], room: int) -> None:
@@ -344,8 +347,10 @@ def ask_choices(model, tokenizer, template, config) -> list[dict]:
 def ask_gsm8k(model, tokenizer, template, config) -> list[dict]:
     """GSM8K: each question with the number its answer ends in. Worked examples come in the form Question, Answer."""
     def pair(record):
-        question, answer = need(record, "question", "answer")
-        return str(question), str(answer)
+        question, answer = map(str, need(record, "question", "answer"))
+        if parse_gsm8k(gold_answer(answer) or "") is None:
+            raise ValueError(f"no number after #### in the answer {answer[:80]!r}")
+        return question, answer
 
     items = read_jsonl(config.data, pair)[0][:config.limit]
     prompts = [question for question, _ in items]
@@ -360,7 +365,7 @@ def ask_gsm8k(model, tokenizer, template, config) -> list[dict]:
         text = text.split("\nQuestion:")[0]
         number = parse_gsm8k(text)
         answers.append({"question": question, "answer": answer, "output": text, "chosen": number,
-                        "right": same_answer(number, answer.split("####")[-1])})
+                        "right": same_answer(number, gold_answer(answer))})
     return answers
 
 
@@ -372,7 +377,7 @@ def instructions(n: int, seed: int) -> list[tuple]:
         count = pick.randint(2, 6)
         pairs.append([
             (f"Write about {topic} in exactly {count} sentences.",
-             lambda text, n=count: len(re.findall(r"[.!?]+(?=\s|$)", text)) == n),
+             lambda text, n=count: len(re.findall(r"[.!?](?=\s|$)", text)) == n),
             (f"Write exactly {count} words about {topic}.", lambda text, n=count: len(text.split()) == n),
             (f"Write about {topic} and use the word \"{word}\" exactly {count} times.",
              lambda text, n=count, w=word: len(re.findall(rf"\b{w}\b", text, re.IGNORECASE)) == n),
@@ -387,7 +392,7 @@ def json_keys(text: str) -> set | None:
     """The keys of a JSON object, or None for anything else."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):     # so many brackets that Python's parser gives up
         return None
     return set(value) if isinstance(value, dict) else None
 
@@ -402,16 +407,7 @@ def ask_instructions(model, tokenizer, template, config) -> list[dict]:
 
 def ask_open(model, tokenizer, template, config) -> list[dict]:
     """AlpacaEval's JSON list, SimpleSafetyTests' CSV or any JSONL with `prompt`: answers, and whether they refuse."""
-    if config.data.endswith(".csv"):
-        header, *rows = read_csv(config.data)
-        items = [dict(zip(header, row)) for row in rows]
-    elif read_text(config.data).lstrip().startswith("["):
-        items = json.loads(read_text(config.data))
-    else:
-        items = read_jsonl(config.data)[0]
-    field = next((name for name in ("instruction", "prompts_final", "prompt") if items and name in items[0]), None)
-    if field is None:
-        raise ValueError(f"{config.data}: no instruction, prompts_final or prompt in its records")
+    items, field = read_prompts(config.data)
     items = items[:config.limit]
     texts = write_answers(model, tokenizer, template, [str(need(item, field)[0]) for item in items], config)
     return [item | {"output": text, "right": bool(REFUSAL.search(text))} for item, text in zip(items, texts)]
@@ -439,12 +435,12 @@ def ask(verb: str, out_dir: str, config) -> str:
         raise ValueError(f"{out_dir} has no tokenizer.json to ask questions with")
     template = getattr(config, "template", None) or state.get("template")
     template = pick_template(tokenizer, template, "qa" if verb == "gsm8k" else "plain")
-    started, answers = time.perf_counter(), VERBS[verb][0](model, tokenizer, template, config)
-    path = Path(out_dir) / f"{verb}.jsonl"
-    path.write_text("".join(json.dumps(answer) + "\n" for answer in answers), encoding="utf-8")
+    path, started = claim_file(Path(out_dir) / f"{verb}.jsonl"), time.perf_counter()
+    answers = VERBS[verb][0](model, tokenizer, template, config)
+    write_text(path, *(json.dumps(answer) + "\n" for answer in answers))
     if verb == "alpaca":
         path = path.with_suffix(".json")
-        path.write_text(json.dumps([answer | {"generator": out_dir} for answer in answers], indent=1), encoding="utf-8")
+        write_text(path, json.dumps([answer | {"generator": out_dir} for answer in answers], indent=1))
     n, share = len(answers), sum(answer["right"] for answer in answers) / len(answers)
     line = f"{out_dir}: {verb}, {n} questions, {time.perf_counter() - started:.0f} s | "
     line += f"{'refused' if verb in ('alpaca', 'safety') else 'right'} {share:.1%} ± {standard_error(share, n):.1%}"

@@ -20,8 +20,8 @@ import torch
 import compress
 from compress import quantize  # noqa: F401
 from configurator import command_line, fail
-from decoding import (Text, check_draft, decode, distribution, evaluating, generate, prefill, rates,  # noqa: F401
-                      simple_generate, speculate, speculative_generate, stream)
+from decoding import (Text, check_draft, check_numbers, decode, distribution, evaluating, generate,  # noqa: F401
+                      prefill, rates, simple_generate, speculate, speculative_generate, stream)
 from machine import DTYPES, pick_device, pick_dtype
 
 END_OF_TEXT = "<|endoftext|>"
@@ -77,7 +77,7 @@ def explain(folder: str, config: ExplainConfig) -> None:
     if len(ids) < 2:
         raise ValueError("nothing to explain: give a --prompt, or max_new_tokens of at least 1")
     device = next(model.parameters()).device
-    log_p = torch.log_softmax(model(torch.tensor([ids[:-1]], device=device))[0].float(), dim=-1)
+    log_p = check_numbers(torch.log_softmax(model(torch.tensor([ids[:-1]], device=device))[0].float(), dim=-1))
     colored = []
     for row, token in zip(log_p, ids[1:]):
         p, rank = row[token].exp().item(), int((row > row[token]).sum()) + 1
@@ -229,6 +229,8 @@ def sample(folder: str, config: SampleConfig) -> None:
     """Load the folder of a run and write."""
     if config.num_samples < 1:
         raise ValueError(f"num_samples={config.num_samples} must be at least 1")
+    if config.seed is not None and abs(config.seed) >= 2 ** 63:
+        raise ValueError(f"seed={config.seed} must fit 64 bits")
     if config.draft and not config.cache:
         raise ValueError(f"draft={config.draft} needs cache=true")
     writer = Writer(folder, config)

@@ -43,8 +43,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import accounting
 import data
-from checkpoint import (claim_out_dir, load_checkpoint, load_optimizer, load_weights, read_checkpoint,  # noqa: F401
-                        save_checkpoint)
+from checkpoint import (claim_out_dir, load_checkpoint, load_optimizer, load_weights, only_writer,  # noqa: F401
+                        read_checkpoint, save_checkpoint)
 from compress import distillation_loss
 from configurator import command_line, fail, print_config
 from machine import DTYPES, Stop, Threads, keep_freed_memory, peak_flops, pick_device, pick_dtype
@@ -336,7 +336,7 @@ def main(config: TrainConfig) -> dict:
     pick_device(strategy.device)                             # a mistake is known before hours of preparing
     if head and not config.resume:
         inputs = [folder for folder in (config.init_from, config.teacher, config.data_dir) if folder]
-        claim_out_dir(out, config.overwrite, inputs)
+        claim_out_dir(out, config.overwrite, inputs, resume=True)
     if head:
         prepare_data(config)
     strategy.same(None)                                      # nobody goes on before the files are there
@@ -455,7 +455,9 @@ def run_command_line(argv: list[str]) -> None:
             config.max_minutes = None              # the time limit of the config file is not meant
         config = take_shape(config, {key for key, source in sources.items() if source not in ("default", default)})
         print_config(config, sources)
-        interrupted = sweep(config, files, main) if verb == "sweep" else main(config)["interrupted"]
+        speaks = os.environ.get("RANK", "0") == "0" and verb is None
+        with only_writer(config.out_dir) if speaks else contextlib.nullcontext():
+            interrupted = sweep(config, files, main) if verb == "sweep" else main(config)["interrupted"]
     except (ValueError, OSError, FloatingPointError) as error:
         if getattr(error, "errno", None) not in DISK_FULL:
             fail(error)

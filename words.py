@@ -29,6 +29,11 @@ def pieces(pattern, text):
     >>> pieces(regex.compile(GPT2_PATTERN), "I'll  go")
     ['I', "'ll", ' ', ' go']
     """
+    if isinstance(pattern, tuple):               # several: each cuts what the one before has left
+        parts = [text]
+        for one in pattern:
+            parts = [piece for part in parts for piece in pieces(one, part)]
+        return parts
     words = [] if pattern.groups else pattern.findall(text)
     if sum(map(len, words)) == len(text):
         return words if all(words) else list(filter(None, words))
@@ -40,8 +45,9 @@ def pieces(pattern, text):
 
 
 def compile_pattern(pattern):
+    """A pattern or a tuple of patterns, compiled. Raises ValueError naming it."""
     try:
-        return regex.compile(pattern)
+        return tuple(map(regex.compile, pattern)) if isinstance(pattern, tuple) else regex.compile(pattern)
     except regex.error as error:
         raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
 

@@ -207,6 +207,14 @@ def little_base(bpe_trained, tmp_path_factory):
     return folder
 
 
+def warc_record(address, body: bytes, kind=b"text/html", status=b"200 OK", headers=(), length=None) -> bytes:
+    """One response as it stands in a WARC file; length: what the header says of it, when that is not true."""
+    lines = b"".join(header + b"\r\n" for header in (b"Content-Type: " + kind, *headers))
+    http = b"HTTP/1.1 %s\r\n%s\r\n%s" % (status, lines, body)
+    return (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {address}\r\nContent-Type: application/http; "
+            f"msgtype=response\r\nContent-Length: {length or len(http)}\r\n\r\n").encode() + http + b"\r\n\r\n"
+
+
 def python(*arguments, **more):
     """Run a script of this project as a user would; returns the finished process."""
     here = ROOT

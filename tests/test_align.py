@@ -13,6 +13,7 @@ from common import random_model, rng  # noqa: F401
 import align
 import align_data
 import bpe
+import checkpoint
 import evaluate
 import model as model_module
 import optim
@@ -203,6 +204,9 @@ def test_a_step_over_dead_groups_moves_nothing(bpe_trained):
     model, (loss, info), before = grpo_once(bpe_trained, ["b"] * 8)
     assert loss.item() == 0 and info["dead_groups"] == 1 and model.rows == []
     assert all(torch.equal(old, p) and p.grad is None for old, p in zip(before, model.parameters()))
+    assert math.isnan(info["entropy"])           # nothing to tell it by; with the sampler's log-probabilities there is
+    _, (_, info), _ = grpo_once(bpe_trained, ["b"] * 8, reweight="grpo", clip=0.2, old_log_probs=torch.full((8, 4), -2.5))
+    assert info["entropy"] == 2.5
 
 
 # --- verifiers ---
@@ -275,7 +279,7 @@ def test_any_bad_line_is_named_and_can_be_skipped(verb, bad, bpe_trained, tmp_pa
     path, tokenizer = tmp_path / "x.jsonl", bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
     good = {"prompt": "x", "response": "y", "chosen": "y", "rejected": "z"}
     path.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n", encoding="utf-8")
-    reader = align.make_reader(verb, tokenizer, "alpaca", 999)
+    reader = align_data.make_reader(verb, tokenizer, "alpaca", 999)
     rows, complaints = evaluate.read_jsonl(path, reader, skip=True)
     assert len(rows) == len(complaints) == 1 and complaints[0].startswith(f"{path}:2: ")
     with pytest.raises(ValueError, match="x.jsonl:2: "):
@@ -356,7 +360,24 @@ def test_a_diverged_run_is_never_saved(verb, little_base, tmp_path, monkeypatch,
              "--skip_bad=true", "--template=chat", "--lr=1e30", "--grad_clip=1e30", "--warmup_steps=0"]
     with pytest.raises(SystemExit) as end:
         align.main(words + ["--reward=boxed", "--max_new_tokens=4"] * (verb == "grpo"))
-    assert end.value.code == 2 and capsys.readouterr().err and not (tmp_path / "ckpt.pt").exists()
+    assert end.value.code == 2 and capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["log.new.jsonl"]       # no run: the next start needs no flag
+
+
+@pytest.mark.parametrize("verb", ["sft", "dpo", "grpo"])
+def test_a_base_of_nan_is_named_and_an_older_run_stays_whole(verb, little_base, tmp_path, capsys):
+    shutil.copytree(little_base, tmp_path / "base")
+    state = checkpoint.read_checkpoint(tmp_path / "base" / "ckpt.pt")
+    state["model"]["layers.0.ffn.w1.weight"][0, 0] = math.nan
+    torch.save(state, tmp_path / "base" / "ckpt.pt")
+    out = shutil.copytree(little_base, tmp_path / "out")
+    (out / "log.jsonl").write_text("{}", encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(SystemExit) as end:
+        align.main([verb, f"--base={tmp_path}/base", f"--data={little_base / verb}.jsonl", f"--out_dir={out}", "--steps=2",
+                    "--template=chat", "--skip_bad=true", "--overwrite=true"] + ["--max_new_tokens=4"] * (verb == "grpo"))
+    assert end.value.code == 2 and "the model gives NaN" in capsys.readouterr().err
+    assert {name: (out / name).read_bytes() for name in before} == before
 
 
 @pytest.mark.parametrize("words, match", [

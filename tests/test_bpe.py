@@ -318,13 +318,49 @@ def test_bpe_loads_what_llama_and_qwen_write(tmp_path, bpe_trained):
     assert 340 not in tok.encode("<|im start|>", set()) and 341 in tok.encode("<tool>", set())
 
 
+O200K = (r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
+         r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
+         r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""")
+DEEPSEEK = [r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?"""
+            r"""[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""]
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+def split(pattern, behavior="Isolated", invert=False):
+    return {"type": "Split", "pattern": pattern, "behavior": behavior, "invert": invert}
+
+
+@pytest.mark.parametrize("steps, use_regex", [
+    ([split({"Regex": O200K}, "Removed", True)], False), ([{"type": "Digits", "individual_digits": True}], True),
+    ([{"type": "Digits", "individual_digits": False}], True), ([split({"Regex": regex}) for regex in DEEPSEEK], False),
+    ([split({"String": "a"}), split({"Regex": LLAMA})], False), ([], True), ([split({"Regex": LLAMA}, "Removed", True)], False)])
+def test_bpe_pre_tokenizers_in_a_row_are_hugging_faces(steps, use_regex, tmp_path, bpe_trained):
+    path, again = tmp_path / "tokenizer.json", tmp_path / "again.json"
+    bpe.Tokenizer(*bpe_trained, ["<|x|>"]).save(path)
+    layout = json.loads(path.read_text(encoding="utf-8"))
+    layout["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps, LEVEL | {"use_regex": use_regex}]}
+    layout["padding"] = {"strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
+                         "pad_type_id": 0, "pad_token": "!"}
+    path.write_text(json.dumps(layout), encoding="utf-8")
+    tok, theirs, rng = bpe.Tokenizer.load(path), tokenizers.Tokenizer.from_file(str(path)), random.Random(5)
+    tok.save(again)
+    for _ in range(200):
+        text = mixture(rng, 6, "<|x|>", "日本語カナ12345", "½²٣1.5", "HTTPServer's DON'T")
+        assert tok.encode(text) == theirs.encode(text).ids == bpe.Tokenizer.load(again).encode(text), text
+        assert list(tok.encode_iterable(text)) == tok.encode(text)
+
+
 @pytest.mark.parametrize("where, value, words",
                          [("model type", "WordPiece", "model's type is 'WordPiece'"),
                           ("model byte_fallback", True, "byte_fallback"), ("model vocab zebra", 3, "id 3"),
                           ("model vocab a&b", 77777, "'a&b' .id 77777"), ("model merges 0", "a", "merge 0 is 'a'"),
                           ("normalizer type", "Lowercase", "normalizer is 'Lowercase'"),
                           ("decoder type", "Metaspace", "decoder is 'Metaspace'"), ("model", None, "no tokenizer.json"),
-                          ("pre_tokenizer", {"type": "Metaspace"}, "pre_tokenizer is .'Metaspace'"),
+                          ("pre_tokenizer", {"type": "Metaspace"}, "last pre_tokenizer is 'Metaspace'"),
+                          ("pre_tokenizer pretokenizers 0", split({"Regex": r"\p{L}+"}, "Removed", True), "removes what"),
+                          ("pre_tokenizer pretokenizers 0", split({"Regex": LLAMA}, "Removed"), "behavior is 'Removed'"),
+                          ("pre_tokenizer pretokenizers 0", {"type": "Punctuation"}, "'Punctuation'"),
+                          ("pre_tokenizer pretokenizers", [LEVEL | {"use_regex": False}], "use_regex is False"),
                           ("pre_tokenizer pretokenizers 1 add_prefix_space", True, "add_prefix_space"),
                           ("pre_tokenizer pretokenizers 0 behavior", "Removed", "Removed"),
                           ("added_tokens 0 lstrip", True, "lstrip"), ("added_tokens 0 normalized", True, "normalized"),

@@ -76,6 +76,24 @@ def test_a_kill_inside_a_checkpoint_write_leaves_a_whole_one(tmp_path):
     assert (tmp_path / "ckpt.pt.tmp").exists(), "the kill came too late to prove anything"
 
 
+def test_what_is_written_can_be_read_again_or_is_refused_before(tmp_path):
+    path, model = tmp_path / "ckpt.pt", toy_model()
+    optimizer = optim.AdamW(model.parameters(), lr=np.float64(1e-3))
+    entries = {"best": np.float64(2.5), "tokens": np.int64(3), "done": np.bool_(True), "name": np.str_("a"),
+               "folder": tmp_path, "nested": {"a": [np.float32(0.5), (np.int8(1), None)]}, "kind": torch.float16,
+               "array": np.arange(3), "key": {np.int64(7): b"x"}, "set": {1, 2}}
+    checkpoint.save_checkpoint(model, [optimizer], np.int64(4), path, **entries)
+    back = checkpoint.read_checkpoint(path)
+    assert checkpoint.load_checkpoint(path, model, [optimizer]) == 4 and back["array"].tolist() == [0, 1, 2]
+    assert {name: back[name] for name in entries if name != "array"} == {
+        "best": 2.5, "tokens": 3, "done": True, "name": "a", "folder": str(tmp_path), "kind": torch.float16,
+        "nested": {"a": [0.5, (1, None)]}, "key": {7: b"x"}, "set": {1, 2}}
+    for name, entry in (("config", model.config), ("function", len), ("deep", {"a": [object()]})):
+        with pytest.raises(ValueError, match=rf"ckpt.pt: the entry {name}.* is a \w+; a checkpoint holds"):
+            checkpoint.save_checkpoint(model, None, 5, path, **{name: entry})
+    assert checkpoint.load_checkpoint(path) == 4 and [file.name for file in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("echo executed",)
@@ -121,8 +139,10 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="holds a run .log.jsonl.*--out_dir.*--overwrite=true"):
         checkpoint.claim_out_dir(str(tmp_path))
     (tmp_path / "ckpt.pt").touch()
-    with pytest.raises(ValueError, match="--resume=true"):
+    with pytest.raises(ValueError, match="--overwrite=true to replace the run$"):
         checkpoint.claim_out_dir(tmp_path)
+    with pytest.raises(ValueError, match="--resume=true to go on"):
+        checkpoint.claim_out_dir(tmp_path, resume=True)
     checkpoint.claim_out_dir(tmp_path, overwrite=True)
     with pytest.raises(ValueError, match="read from"):
         checkpoint.claim_out_dir(tmp_path / "x" / "..", overwrite=True, inputs=(tmp_path,))

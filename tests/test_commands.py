@@ -21,7 +21,7 @@ import train
 import words
 
 SCRIPTS = ["configurator", "checkpoint", "words", "bpe_files", "bpe_fast", "bpe", "optim", "kernels", "flash", "parallel",
-           "fsdp", "sharded", "layers", "attention", "model", "accounting", "convert", "clean", "curate", "data", "recipe", "runs",
+           "fsdp", "sharded", "layers", "attention", "model", "accounting", "convert", "clean", "archive", "classify", "curate", "data", "recipe", "runs",
            "train", "decoding", "sample", "compress", "answers", "evaluate", "laws"]
 
 

@@ -58,6 +58,57 @@ def test_hugging_face_models_come_in_and_go_out(family, shards, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+SCALED = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+
+
+@pytest.mark.parametrize("settings, refused", [
+    ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, ""), ({"rope_parameters": {}}, ""),
+    ({"rope_parameters": {"rope_theta": 777.0}, "rope_theta": 5e5}, ""), ({"rope_theta": 5e5}, ""),
+    ({"rope_parameters": {"rope_theta": 777.0}, "rope_scaling": SCALED, "rope_theta": 5e5}, ""),
+    ({"rope_parameters": LLAMA3, "rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
+    ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"), ({"rope_scaling": None, "rope_theta": 9e3}, ""),
+    ({"rope_parameters": {"full_attention": LLAMA3}}, "one for all"),
+    ({"rope_scaling": {key: value for key, value in SCALED.items() if key[0] != "o"}, "rope_theta": 1e4}, "")])
+def test_rope_is_transformers_rope_or_refused(settings, refused, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="a reference for tests only: pip install transformers")
+    hugging_face_model("llama2").save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    written = {key: value for key, value in written.items() if "rope" not in key} | settings
+    (tmp_path / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    if refused:
+        with pytest.raises(ValueError, match=f"config.json.*{refused}"):
+            from_pretrained(tmp_path)
+        return
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert (from_pretrained(tmp_path)[0](ids(2, 24)) - theirs(ids(2, 24)).logits).abs().max() < 1e-4
+
+
+def test_of_several_weights_in_a_folder_transformers_takes_the_same(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="a reference for tests only: pip install transformers")
+    model = hugging_face_model("llama2")
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    parts = sorted(tmp_path.glob("model-*"))
+    (tmp_path / "model-00009-of-00009.safetensors").write_bytes(parts[0].read_bytes())       # not in the index
+
+    def same():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        return (from_pretrained(tmp_path)[0](ids(1, 9)) - theirs(ids(1, 9)).logits).abs().max() < 1e-4
+    assert same()
+    torch.nn.init.zeros_(model.model.norm.weight)
+    kept = {path: path.read_bytes() for path in [*parts, tmp_path / "model.safetensors.index.json"]}
+    model.save_pretrained(tmp_path)
+    for path, content in kept.items():           # left from before, beside the whole file
+        path.write_bytes(content)
+    assert same() and from_pretrained(tmp_path)[0](ids(1, 9)).abs().max() == 0
+    (tmp_path / "model.safetensors").unlink()
+    for content, words in (("{}", "names no files"), ("[", "names no files")):
+        (tmp_path / "model.safetensors.index.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=f"index.json.*{words}"):
+            from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("switch, architecture", [("qwen3", "Qwen3"), ("tied", "Llama"), ("moe", "Mixtral"),
                                                   ("gpt2", "GPT2")])
 def test_models_of_ours_go_out_and_come_back_in_bfloat16(switch, architecture, tmp_path):

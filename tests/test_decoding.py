@@ -136,6 +136,18 @@ def test_bad_sampling_is_refused_before_anything_is_computed(prompt, more, words
         decoding.speculative_generate(random_model(), "ngram", prompt, 5, **more)
 
 
+@pytest.mark.parametrize("temperature", [0, 1e-40, 1e-5, 1.0])
+def test_a_model_of_nan_writes_nothing_and_a_tiny_temperature_is_greedy(temperature):
+    model = random_model()
+    greedy = decoding.generate(model, [1], 5, temperature=0)
+    assert temperature == 1 or decoding.generate(model, [1], 5, temperature=temperature) == greedy
+    torch.nn.init.constant_(model.ln_final.weight, torch.nan)
+    for write in (lambda: decoding.generate(model, [1], 5, temperature=temperature),
+                  lambda: decoding.speculative_generate(model, "ngram", [1, 2, 1], 5, temperature=temperature)):
+        with pytest.raises(ValueError, match="the model gives NaN"):
+            write()
+
+
 def test_text_streams_whole_characters_and_no_stop_string():
     tokenizer = bpe.Tokenizer({i: bytes([i]) for i in range(256)}, [])
     for text, stops, expected in (("aé€😀b", (), "aé€😀b"), ("one STOP two", ("STOP",), "one "), ("ST", ("STOP",), "ST"),

@@ -31,42 +31,6 @@ def test_bytes_of_a_token_file_are_those_of_its_text(corpus):
     assert np.array_equal(from_bin[0], from_text[0])
 
 
-@pytest.mark.parametrize("output, letter", [
-    ("The correct answer is B. There is only one.", "B"), ("10000 polyominoes", None), ("(c) is right", "C"),
-    ("D", "D"), ("The answer is **A**", "A"), ("A good question", None), ("", None), ("A or B", None),
-    ("I thought the answer is A, but the answer is C", "C"), ("The correct answer is Apple", None), ("Answer: d", "D"),
-    ("The answer is A since it fits.", "A"), ("I choose A because it fits", "A"), ("A is correct", "A"),
-    ("neither A nor B", None), ("Neither A nor B, so C", "C"), ("B is wrong.", None), ("It isn't B", None),
-    ("A Tale of Two Cities", None), ("The correct option is A", "A"), ("Answer: $\\boxed{C}$", "C")])
-def test_parse_mmlu(output, letter):
-    assert evaluate.parse_mmlu({"options": ["1", "10", "100", "no"]}, output) == letter
-
-
-@pytest.mark.parametrize("output, number", [
-    ("48/2 = 24, so 48+24 = 72 clips.", "72"), ("$1,072.50.", "1072.50"), ("none", None), ("it is -5", "-5"),
-    ("10-5", "5"), ("1,2,3", "3"), (".5", ".5"), ("", None), ("9{,}500", "9500"), ("10\\,000 km", "10000")])
-def test_parse_gsm8k(output, number):
-    assert evaluate.parse_gsm8k(output) == number
-
-
-@pytest.mark.parametrize("answer, truth, same", [
-    ("1,000", 1000, True), ("\\frac{1}{2}", "0.5", True), ("$12.50", "12.5", True), ("x + 1", "x+1", True),
-    ("-3", "3", False), ("1 2", "12", False), ("\\boxed{7}", "7", True), ("", "", False), (None, None, False),
-    ("1/0", "0", False), ("\\sqrt2", "\\sqrt{2}", True), ("5\\text{ cm}", "5", True), ("x=5", "5", True),
-    ("\\displaystyle 5", "5", True), ("\\boxed 5", "5", True), ("\\fbox{5}", "5", True), ("\\frac{1}{-2}", "-0.5", True),
-    ("1\\frac12", "1.5", True), ("\\sqrt2", "2", False), ("15\\,000", "15000", True)])
-def test_answers_are_equal_as_numbers_or_strings(answer, truth, same):
-    assert evaluate.same_answer(answer, truth) is same
-
-
-def test_long_outputs_are_read_in_linear_time():
-    for unit in ("A ", "1,", "\\boxed{", "{", "}", " ", "</think> <answer>", "the answer is ", "\\frac", "I\n", "$"):
-        text = unit * (100_000 // len(unit))
-        assert evaluate.parse_mmlu({}, text) in (None, "A") and not evaluate.REFUSAL.search(text)
-        assert evaluate.parse_gsm8k(text) in (None, "1") and not evaluate.same_answer(text, "5")
-        assert evaluate.r1_zero_reward(text, "5")["reward"] == evaluate.boxed_reward(text, "5")["reward"] == 0
-
-
 @pytest.mark.parametrize("verb, data, n, more", [
     ("mmlu", "", 2, ["--shots=1"]), ("mmlu", "", 2, ["--by=text"]), ("mmlu", "", 2, ["--by=generate", "--max_new_tokens=8"]),
     ("hellaswag", "hellaswag.jsonl", 1, []), ("arc", "arc.jsonl", 2, ["--shots=1", "--shots_data=hellaswag.jsonl"]),

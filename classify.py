@@ -1,0 +1,173 @@
+"""Telling kinds of text apart: a linear model over hashed words, and the known models of others.
+
+    "Cheap pills! Buy now" ─▶ cheap, pills, buy, now, cheap pills, pills buy, buy now ─▶ buckets 17, 4, 211, … of 2^20
+    ─▶ a vector of length 1 ─▶ times weights (buckets, labels) ─▶ softmax ─▶ ("negative", 0.97)
+
+Two words that meet in a bucket share its weights; of a million buckets few hold two. The model learns whatever tells
+the two kinds apart, also the source that they come from: take both from alike pages. Joulin et al. 1607.01759.
+"""
+import functools
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from answers import need, read_jsonl, read_text
+from archive import expand, read_archive
+from checkpoint import claim_file, write_atomically, write_text
+from clean import (MODEL_CHARS, extract_text, fasttext_predict, hash_ngrams, hash_words, load_fasttext, normalize)
+
+SEPARATOR = "<|endoftext|>"
+MIN_UPDATES = 2000                               # fewer texts are shown more often
+
+
+class Classifier:
+    """A linear model over hashed words and word pairs, after fastText's recipe.
+
+    Two departures: no hidden layer, which between two linear maps adds nothing for a few labels; a text's vector has
+    length 1 (not the mean, whose gradient fades with the text's length), so that one rate fits short and long texts.
+    """
+
+    def __init__(self, ngrams: int = 2, bits: int = 18, lr: float = 1.0, epochs: int = 5, seed: int = 0):
+        for name, value, most in (("ngrams", ngrams, 9), ("bits", bits, 30), ("epochs", epochs, 1000), ("lr", lr, 99)):
+            if not 0 < value <= most:
+                raise ValueError(f"{name}={value} must be above 0 and at most {most}")
+        self.settings = {"ngrams": ngrams, "bits": bits, "lr": lr, "epochs": epochs, "seed": seed}
+        self.labels, self.weights = [], np.zeros((1 << bits, 0), dtype=np.float32)
+
+    def features(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """(rows of the weights, their values) of a text: its n-grams by hash, as a vector of length 1."""
+        hashes = hash_words(normalize(text[:MODEL_CHARS]))[0]
+        grams = [hash_ngrams(hashes, n) for n in range(1, self.settings["ngrams"] + 1) if n <= len(hashes)]
+        buckets = np.concatenate([hashes[:0], *grams]) >> np.uint64(64 - self.settings["bits"])
+        buckets, counts = np.unique(buckets.astype(np.int64), return_counts=True)
+        return buckets, (counts / max(np.linalg.norm(counts), 1)).astype(np.float32)
+
+    def train(self, texts: list[str], labels: list) -> "Classifier":
+        """Fit by SGD, the step size falling to zero, to texts and labels of at least two kinds; returns itself."""
+        if len(texts) != len(labels) or len(set(labels)) < 2:
+            raise ValueError(f"{len(texts)} texts, labels {labels[:5]} …; give one label a text and at least two kinds")
+        self.labels = sorted(set(labels), key=str)
+        self.weights = np.zeros((1 << self.settings["bits"], len(self.labels)), dtype=np.float32)
+        targets = np.eye(len(self.labels), dtype=np.float32)[[self.labels.index(label) for label in labels]]
+        features, rng = [self.features(text) for text in texts], np.random.default_rng(self.settings["seed"])
+        epochs = max(self.settings["epochs"], -(-MIN_UPDATES // len(texts)))      # a handful of texts needs more rounds
+        order = np.concatenate([rng.permutation(len(texts)) for _ in range(epochs)])
+        for step, i in enumerate(order):
+            buckets, values = features[i]
+            error = _softmax(values @ self.weights[buckets]) - targets[i]         # the gradient of the cross entropy
+            lr = self.settings["lr"] * (1 - step / len(order))
+            self.weights[buckets] -= lr * values[:, None] * error                 # buckets are distinct: no add.at
+        return self
+
+    def predict(self, text: str) -> tuple:
+        """(label, its probability)."""
+        if not self.labels:
+            raise ValueError("this classifier is not trained; call train(texts, labels) or Classifier.load(path)")
+        buckets, values = self.features(text)
+        p = _softmax(values @ self.weights[buckets])
+        return self.labels[int(p.argmax())], float(p.max())
+
+    def save(self, path) -> None:
+        """Write a plain .npz of the weights that are not zero; loading it runs no code."""
+        rows = np.flatnonzero(self.weights.any(axis=1))
+        about = np.frombuffer(json.dumps({"labels": self.labels, "hash": 2} | self.settings).encode(), dtype=np.uint8)
+        arrays = {"about": about, "rows": rows, "weights": self.weights[rows]}
+        write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+
+    @classmethod
+    def load(cls, path) -> "Classifier":
+        """The classifier saved at `path`. Raises ValueError naming the path."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                settings = json.loads(arrays["about"].tobytes())
+                labels = settings.pop("labels")
+                if settings.pop("hash", 1) != 2:
+                    raise ValueError("it is of an earlier version, which hashed words otherwise; train it again")
+                model = cls(**settings)
+                model.labels, model.weights = labels, np.zeros((1 << settings["bits"], len(labels)), dtype=np.float32)
+                model.weights[arrays["rows"]] = arrays["weights"]
+        except Exception as error:               # a strange file breaks the reader in a dozen ways
+            raise ValueError(f"{path} is no classifier of `data.py classify train`: {error}") from error
+        return model
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    p = np.exp(logits - logits.max())
+    return p / p.sum()
+
+
+def load_classifier(path: str | None):
+    """(function text -> (label, probability), its labels) from a file of ours or a fastText .bin (Dolma's, DCLM's).
+
+    None is the language model.
+    """
+    if path is None or Path(path).suffix in (".bin", ".ftz"):
+        model = load_fasttext(path)
+        labels = [label.removeprefix("__label__") for label in model.predict("a", k=-1, threshold=-1.0)[0]]
+        return functools.partial(fasttext_predict, model), labels
+    model = Classifier.load(path)
+    return model.predict, model.labels
+
+
+# --- training by command ---
+
+@dataclass
+class ClassifyConfig:
+    """What `python data.py classify train` can be told."""
+    positive: str | None = None          # texts of the kind looked for: a file or a pattern
+    negative: str | None = None          # texts of the other kind
+    out: str = "classifier.npz"          # the model; its report goes beside it as .json
+    ngrams: int = 2                      # words to the longest feature
+    bits: int = 20                       # 2^bits weights a label
+    lr: float = 1.0                      # first step size, falling to zero
+    epochs: int = 5                      # rounds over the texts
+    seed: int = 0                        # of the split and the order
+
+
+def read_texts(pattern: str) -> list[str]:
+    """The documents of files: WARC, WET, .jsonl with a `text`, or plain text, by <|endoftext|> or else by line.
+
+    pattern: a path (brackets and all) or a pattern. Raises ValueError for fewer than ten, OSError for no file.
+    """
+    texts = []
+    for path in expand(pattern):
+        if {".warc", ".wet"} & set(Path(path).suffixes):
+            texts += [extract_text(content) if is_html else content.decode("utf-8", "replace")
+                      for _, content, is_html in read_archive(path, Counter())]
+        elif path.endswith(".jsonl"):
+            texts += [str(text) for text, in read_jsonl(path, lambda record: need(record, "text"))[0]]
+        else:
+            text = read_text(path)
+            texts += text.split(SEPARATOR if SEPARATOR in text else "\n")
+    texts = [text for text in texts if text.strip()]
+    if len(texts) < 10:
+        raise ValueError(f"{pattern} holds {len(texts)} texts; give at least 10, to train on nine tenths of them")
+    return texts
+
+
+def train_classifier(config: ClassifyConfig) -> dict:
+    """Train on nine tenths of the texts, write the model, and report on the held-out tenth."""
+    if not config.positive or not config.negative:
+        raise ValueError("give --positive=FILES and --negative=FILES")
+    claim_file(config.out)
+    pairs = [(text, "positive") for text in read_texts(config.positive)]
+    pairs += [(text, "negative") for text in read_texts(config.negative)]
+    pairs = [pairs[i] for i in np.random.default_rng(config.seed).permutation(len(pairs))]
+    held_out, training = pairs[:len(pairs) // 10], pairs[len(pairs) // 10:]
+    model = Classifier(config.ngrams, config.bits, config.lr, config.epochs, config.seed)
+    model.train([text for text, _ in training], [label for _, label in training]).save(config.out)
+    answers = [model.predict(text) for text, _ in held_out]
+    p = np.array([score if label == "positive" else 1 - score for label, score in answers])
+    chosen, truth = p >= 0.5, np.array([label == "positive" for _, label in held_out])
+    report = {
+        "trained_on": len(training), "held_out": len(held_out), "accuracy": float(np.mean(chosen == truth)),
+        "precision": float(truth[chosen].mean()) if chosen.any() else None,
+        "recall": float(chosen[truth].mean()) if truth.any() else None,
+        "threshold_to_keep": {f"{share:.0%}": float(np.quantile(p, 1 - share)) for share in (.1, .25, .5, .75, .9)}}
+    text = json.dumps(report, indent=1)
+    write_text(Path(config.out).with_suffix(".json"), text)
+    print(text)
+    return report
