@@ -96,6 +96,16 @@ def run_checks(checks: dict, tmp):
     return tmp
 
 
+def selected(request, checks: dict) -> dict:
+    """Of these checks those that this run of pytest asks for (test_ranks[2-check_fsdp]); all where any other test does."""
+    items = [item for item in request.session.items if "ranks" in item.fixturenames and item.path == request.path]
+    if any(item.originalname != "test_ranks" for item in items):
+        return checks
+    asked = {(item.callspec.params["size"], item.callspec.params["check"]) for item in items}
+    return {size: functions for size, group in checks.items()
+            if (functions := [check for check in group if (size, check.__name__) in asked])}
+
+
 def assert_passed(tmp, size, check):
     said = {}
     for rank in range(size):

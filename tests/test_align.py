@@ -209,6 +209,17 @@ def test_a_step_over_dead_groups_moves_nothing(bpe_trained):
     assert info["entropy"] == 2.5
 
 
+def test_rewards_of_rollouts_and_their_means():
+    def reward_fn(response, truth):
+        return {"reward": float(response == truth), "length": len(response)} | ({"odd": 1} if response == "a" else {})
+    rewards, info = align.rollout_rewards(reward_fn, ["a", "bb", "c"], ["a", "b", "c"])
+    assert rewards.dtype == torch.float32 and rewards.tolist() == [1, 0, 1]
+    assert info == pytest.approx({"reward": 2 / 3, "length": 4 / 3}), "an entry that not all have has no mean"
+    for responses, truths in ((["a"], ["a", "b"]), ([], [])):
+        with pytest.raises(ValueError, match="as many of both"):
+            align.rollout_rewards(reward_fn, responses, truths)
+
+
 # --- verifiers ---
 
 @pytest.mark.parametrize("response, truth, rewards", [

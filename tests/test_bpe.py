@@ -384,6 +384,19 @@ def test_bpe_broken_files_are_refused(content, tmp_path):
         bpe.Tokenizer.load(tmp_path / "tokenizer.json")
 
 
+def test_bpe_merges_step_by_step_give_the_ids(bpe_trained):
+    tok = bpe.Tokenizer(*bpe_trained)
+    number = {token: i for i, token in tok.vocab.items()}
+    for word in (b" newest", b" widest", " Café".encode(), b"aaaaaaa", b" endoftext", "日本語".encode(), b"x"):
+        steps = list(bpe.merge_steps(tok, word))
+        assert steps[0] == (None, [word[i:i + 1] for i in range(len(word))])
+        assert [number[piece] for piece in steps[-1][1]] == tok.encode(word.decode()), word
+        for (_, before), (rank, after) in zip(steps, steps[1:]):
+            assert b"".join(after) == word and len(after) == len(before) - 1 and b"".join(tok.merges[rank]) in after
+        ranks = [rank for rank, _ in steps[1:]]
+        assert ranks == sorted(ranks), "a merge makes only pairs that were learnt after it"
+
+
 # --- what it replaces, and commands ---
 
 def test_bpe_what_it_replaces(tmp_path):

@@ -24,6 +24,17 @@ def test_the_row_of_the_docstring():
     torch.testing.assert_close(back[:, :4], torch.tensor([[0.392, -1.270, 0.115, 0.808]]), atol=4e-3, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_loss_is_torchs_kl(temperature):
+    student, teacher = (torch.randn(2, 5, 7, generator=rng(i)).mul(3).requires_grad_() for i in (0, 1))
+    loss = compress.distillation_loss(student, teacher, temperature)
+    log_p, log_q = (torch.log_softmax(x.detach() / temperature, -1).view(-1, 7) for x in (teacher, student))
+    exact = torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature ** 2
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    loss.backward()
+    assert teacher.grad is None and student.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("kind, error", [("int8", 0.012), ("int4", 0.15)])
 def test_rounded_layers_by_torchs_kernels_and_without(kind, error, monkeypatch):
     for d_in, bias in ((128, True), (48, False)):                        # 48 is no multiple of a group: int8

@@ -1,5 +1,6 @@
 """Claims about layers.py, and that what a CPU runs instead (machine.py) is the same."""
 import copy
+import itertools
 import math
 
 import pytest
@@ -20,22 +21,50 @@ def close(ours, theirs, tolerance):
     assert difference <= tolerance * max(1, theirs.abs().max().item()), difference
 
 
+WEIGHT, BIAS = torch.linspace(0.5, 2, 6), torch.linspace(-1, 1, 6)
+
+
+def layer_norm(x):
+    norm = layers.LayerNorm(6, eps=0.1)
+    norm.load_state_dict({"weight": WEIGHT, "bias": BIAS})
+    return norm(x)
+
+
+FUNCTIONS = {
+    "softmax": (lambda x, y: layers.softmax(x, -2), lambda x, y: F.softmax(x, -2)),
+    "silu": (lambda x, y: layers.silu(x), lambda x, y: F.silu(x)),
+    "relu2": (lambda x, y: layers.relu2(x), lambda x, y: F.relu(x) ** 2),
+    "gelu": (lambda x, y: layers.gelu(x), lambda x, y: F.gelu(x, approximate="tanh")),
+    "swiglu": (lambda x, y: layers.swiglu(x, y), lambda x, y: F.silu(x) * y),
+    "rms_norm": (lambda x, y: layers.rms_norm(x, WEIGHT, 0.1), lambda x, y: F.rms_norm(x, (6,), WEIGHT.double(), 0.1)),
+    "layer_norm": (lambda x, y: layer_norm(x), lambda x, y: F.layer_norm(x, (6,), WEIGHT.double(), BIAS.double(), 0.1))}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_follow_torch(name):
+    ours, theirs = FUNCTIONS[name]
+    for shape, dtype in itertools.product([(7,), (2, 3, 4)], TOLERANCE):
+        x, y = (torch.randn(*shape, 6, generator=rng(i)).to(dtype) * 3 for i in (0, 1))
+        got = ours(x, y)
+        assert got.shape == x.shape and got.dtype == dtype
+        close(got, theirs(x.double(), y.double()), TOLERANCE[dtype])
+
+
+def test_softmax_does_not_overflow():
+    logits = torch.tensor([[1e4, 1e4 - math.log(3), -1e4]])
+    close(layers.softmax(logits, -1), torch.tensor([[0.75, 0.25, 0]]), 1e-3)       # float32 keeps 3 digits of 1e4 - 1.1
+    assert layers.softmax(torch.zeros(3, 0), -1).shape == (3, 0)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 4)])
-def test_functions_follow_torch(shape, dtype):
-    x, y = (torch.randn(*shape, 6, generator=rng(i)).to(dtype) * 3 for i in (0, 1))
-    weight, targets = torch.linspace(0.5, 2, 6), torch.arange(math.prod(shape)).view(shape) % 6
-    X, Y = x.double(), y.double()
-    for ours, theirs in (
-        (layers.softmax(x, -1), F.softmax(X, -1)), (layers.silu(x), F.silu(X)), (layers.relu2(x), F.relu(X) ** 2),
-        (layers.gelu(x), F.gelu(X, approximate="tanh")), (layers.swiglu(x, y), F.silu(X) * Y),
-        (layers.rms_norm(x, weight, 1e-5), F.rms_norm(X, (6,), weight.double(), 1e-5)),
-        (layers.LayerNorm(6)(x), F.layer_norm(X, (6,))),
-        (layers.cross_entropy(x, targets), F.cross_entropy(X.view(-1, 6), targets.view(-1))),
-    ):
-        close(ours, theirs, TOLERANCE[dtype])
+def test_cross_entropy_follows_torch(shape, dtype):
+    x, targets = torch.randn(*shape, 6, generator=rng()).to(dtype) * 3, torch.arange(math.prod(shape)).view(shape) % 6
+    exact = F.cross_entropy(x.double().view(-1, 6), targets.view(-1), reduction="none").view(shape)
+    close(layers.simple_cross_entropy(x, targets), exact, TOLERANCE[dtype])
+    close(layers.cross_entropy(x, targets), exact.mean(), TOLERANCE[dtype])
     assert layers.cross_entropy(x, targets.int()).dtype == torch.promote_types(dtype, torch.float32)
-    assert layers.cross_entropy(x * 1000, targets).isfinite()
+    assert layers.cross_entropy(x * 1000, targets).isfinite() and layers.cross_entropy(x, targets).dim() == 0
     with pytest.raises(ValueError, match="do not fit logits"):
         layers.cross_entropy(x, targets.unsqueeze(-1))
 
@@ -167,6 +196,22 @@ def test_initial_weights_have_the_spread_of_the_handout():
     assert layers.Linear(3, 4).bias is None and torch.equal(layers.Linear(3, 4, bias=True).bias, torch.zeros(4))
     with pytest.raises(IndexError):
         layers.Embedding(5, 3)(torch.tensor([[-1]]))
+
+
+def test_linear_embedding_and_swiglu_by_hand():
+    x, ids = torch.randn(2, 5, 3, generator=rng()), torch.tensor([[4, 0, 4], [1, 2, 3]])
+    for bias in (False, True):
+        linear = layers.Linear(3, 4, bias)
+        if bias:
+            torch.nn.init.normal_(linear.bias)
+        close(linear(x), F.linear(x, linear.weight, linear.bias), 1e-6)
+    table = layers.Embedding(5, 3)
+    assert torch.equal(table(ids), table.weight[ids])
+    layer = layers.SwiGLU(3, 8)
+    gate, up, down = (getattr(layer, name).weight for name in ("w1", "w3", "w2"))
+    assert gate.shape == up.shape == (8, 3) and down.shape == (3, 8) and layer.w1.bias is None
+    close(layer(x), (F.silu(x @ gate.T) * (x @ up.T)) @ down.T, 1e-5)
+    assert layers.SwiGLU(3, 8, bias=True).w2.bias.shape == (3,)
 
 
 def test_experts_route_and_balance():

@@ -67,7 +67,8 @@ def test_adamw_state_moves_to_torch_and_back():
 @pytest.mark.parametrize("ours, theirs", [
     (lambda p: optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
     (lambda p: optim.AdaGrad(p, lr=0.1), lambda p: torch.optim.Adagrad(p, lr=0.1)),
-    (lambda p: optim.RMSProp(p, lr=0.1, beta=0.9), lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.9))])
+    (lambda p: optim.RMSProp(p, lr=0.1, beta=0.9), lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.9))],
+    ids=["SGD", "AdaGrad", "RMSProp"])
 def test_the_steps_towards_adam_follow_torch(ours, theirs):
     mine, others = copies([(5, 7), (3,)])
     a, b = ours(mine), theirs(others)

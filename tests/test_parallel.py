@@ -5,7 +5,7 @@ import torch
 from common import ROOT, adamw, ragged, steps, torchrun
 import optim
 import parallel
-from ranks import CLOSE, assert_passed, furthest, one_process, run_checks, small
+from ranks import CLOSE, assert_passed, furthest, one_process, run_checks, selected, small
 
 
 def wrap(name, model):
@@ -177,8 +177,8 @@ CHECKS = {4: (check_mesh, check_five_steps, check_sharded_optimizer, check_state
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return run_checks(CHECKS, tmp_path_factory.mktemp("parallel"))
+def ranks(request, tmp_path_factory):
+    return run_checks(selected(request, CHECKS), tmp_path_factory.mktemp("parallel"))
 
 
 @pytest.mark.parametrize("size, check", [(size, check.__name__) for size, checks in CHECKS.items() for check in checks])

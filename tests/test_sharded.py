@@ -12,7 +12,7 @@ import model as model_module
 import optim
 import parallel
 import sharded
-from ranks import CLOSE, SHAPE, Wrapped, assert_passed, furthest, one_process, run_checks, small
+from ranks import CLOSE, SHAPE, Wrapped, assert_passed, furthest, one_process, run_checks, selected, small
 
 TWO = (dict(name="ddp"), dict(name="zero1"), dict(name="fsdp"), dict(name="ddp", tp=2), dict(name="ddp", pp=2),
        dict(name="zero1", pp=2))
@@ -244,12 +244,13 @@ def check_bytes_sent(rank, size, tmp):
 CHECKS = {4: (check_three_steps, check_checkpoints_move, check_fsdp, check_columns_and_rows, check_pipeline,
               check_muon_and_loss_of_under_pipeline, check_memory_by_the_formula),
           2: (check_three_steps, check_checkpoints_move, check_fsdp, check_fsdp_names_a_matrix_without_gradient,
-              check_pipeline, check_muon_and_loss_of_under_pipeline, check_memory_by_the_formula, check_bytes_sent)}
+              check_pipeline, check_muon_and_loss_of_under_pipeline, check_memory_by_the_formula, check_bytes_sent,
+              check_columns_and_rows)}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return run_checks(CHECKS, tmp_path_factory.mktemp("sharded"))
+def ranks(request, tmp_path_factory):
+    return run_checks(selected(request, CHECKS), tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.parametrize("size, check", [(size, check.__name__) for size, checks in CHECKS.items() for check in checks])
@@ -266,6 +267,15 @@ def test_a_checkpoint_of_four_ranks_goes_on_in_one_process(ranks, saved):
     optimizer.load_state_dict(state)
     steps(model, optimizer, range(3, 5), clip=optim.clip_grad_norm)
     assert furthest(model.state_dict(), one_process(n_layers=4)[0].state_dict()) < CLOSE
+
+
+def test_a_stage_works_in_the_order_of_its_schedule():
+    """Figure 4 of Narayanan 2021 (2104.04473) with 4 stages and 8 micro-batches, f and b for forward and backward."""
+    def order(*arguments):
+        return " ".join(f"{kind[0]}{i}" for kind, i in sharded.order_of_work(*arguments))
+    assert order("1f1b", 3, 4, 3) == "f0 b0 f1 b1 f2 b2"
+    assert order("1f1b", 0, 4, 8) == "f0 f1 f2 f3 b0 f4 b1 f5 b2 f6 b3 f7 b4 b5 b6 b7"
+    assert order("1f1b", 0, 4, 2) == order("gpipe", 3, 4, 2) == "f0 f1 b0 b1"
 
 
 def test_one_process_needs_no_group():

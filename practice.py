@@ -1,0 +1,465 @@
+"""The pages as exercises: write a function yourself, checked by the tests of this project.
+
+    python practice.py                          the exercises in the course's order, and how far you are
+    python practice.py start rope               practice/layers.py: layers.py without the bodies of rope
+    python practice.py check rope               the tests of rope with your page in place of ours; a hint more each time
+    python practice.py check rope --hint=true   one further hint at once
+    python practice.py show rope                ours
+    python practice.py reset rope               begin again; what you wrote is saved beside it first
+    python practice.py check all                all that you have begun
+    python practice.py predict [NAME]           an experiment: say what comes out, then see what came out
+
+The way of an exercise:
+
+    layers.py ──start──> practice/layers.py ──you──> practice/layers.py ──check──> passed, or what failed and a hint
+    def rope(x, …):      def rope(x, …):             def rope(x, …):
+        '''x (..., T,        '''x (..., T,               '''x (..., T,
+        cos, sin = …         raise NotImplementedError   cos, sin = …
+
+A copy of the page keeps everything else: signature, docstring with shapes and formula, the functions around it. A
+second exercise of the same page takes its functions out of the copy that is there and changes nothing besides.
+`check` starts Python with practice/ before this folder on its path, so that every page which imports layers gets yours,
+ranks and other processes too, and all other pages are ours. Nothing you wrote is thrown away: where something must go,
+the file is first copied into practice/saved/. To stop, delete practice/: it holds all there is.
+
+The exercises stand in exercises.toml, data without code. An entry:
+
+    [rope]
+    page, functions     what is taken out; a class stands for its methods
+    tests               what must pass: FILE::TEST of tests/
+    problem, minutes    the course's problem (COURSE.md has its line), and about how long it takes
+    read, task, hints   what to read first, what is asked, what helps
+    setup, speed        optional: a statement whose time is compared with ours when you have passed
+    empty = true        the copy is the page's docstring alone
+"""
+import ast
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from configurator import command_line, fail, nearest
+
+ROOT = Path(__file__).resolve().parent
+FOLDER = ROOT / "practice"                   # the learner's copies, progress.json, saved/
+CHECKED = FOLDER / "checked"                 # the page as the last check ran it, and what that said
+TABLE = ROOT / "exercises.toml"
+GIVES_AWAY = 12                              # letters from which on a docstring's line that stands in the body is cut
+
+
+@dataclass
+class NoConfig:
+    """What the list, show and reset can be told: nothing."""
+
+
+@dataclass
+class StartConfig:
+    """What `python practice.py start NAME` can be told."""
+    overwrite: bool = False                  # true = take the functions out again although you have written them
+
+
+@dataclass
+class CheckConfig:
+    """What `python practice.py check NAME` can be told."""
+    hint: bool = False                       # true = one hint more than usual when it fails
+    seconds: float = 60.0                    # tests that take longer are ended
+
+    def __post_init__(self):
+        if not 0 < self.seconds < 1e6:
+            raise ValueError(f"seconds={self.seconds} must be above 0 and below 1e6")
+
+
+@dataclass
+class PredictConfig:
+    """What `python practice.py predict NAME` can be told."""
+    answer: str | None = None                # the letter you choose
+
+
+# --- the table, and a page in pieces ---
+
+def read_table() -> tuple[dict, dict]:
+    """(exercises, experiments) of exercises.toml, each {name: entry} in the course's order."""
+    table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
+    return table, table.pop("predict")
+
+
+def read_page(path: Path) -> str:
+    """A page with its line ends as they are. Raises SyntaxError naming the file for one that Python cannot read."""
+    text = path.read_bytes().decode("utf-8")
+    ast.parse(text, str(path))
+    return text
+
+
+def pick_functions(text: str, names: list[str]) -> dict:
+    """{name: its ast node} of functions of a page: "rope" or "Linear.forward"; "Linear" gives every method of it.
+
+    Raises ValueError naming what is not there.
+    """
+    nodes = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef):
+            nodes[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            nodes |= {f"{node.name}.{method.name}": method for method in node.body if isinstance(method, ast.FunctionDef)}
+    chosen = {}
+    for name in names:
+        group = {key: node for key, node in nodes.items() if key == name or key.startswith(name + ".")}
+        if not group:
+            raise ValueError(f"there is no {name} any more; write it again, or `python practice.py reset NAME`")
+        chosen |= group
+    return chosen
+
+
+def source_of(text: str, node, decorators: bool = False) -> str:
+    """The lines of a function or class."""
+    first = min([node.lineno] + [one.lineno for one in node.decorator_list if decorators])
+    return "\n".join(text.split("\n")[first - 1:node.end_lineno])
+
+
+def is_blank(source: str, name: str = "") -> bool:
+    """Whether a function is still as `start` left it, for the exercise of that name or for any."""
+    return f'raise NotImplementedError("practice: {name}' in source
+
+
+def blank(text: str, node: ast.FunctionDef, name: str) -> str:
+    """`text` with one function's body replaced by NotImplementedError("practice: name").
+
+    Signature and docstring stay, but for lines of the docstring that also stand in the body.
+    """
+    lines, first = text.split("\n"), node.body[0]
+    begin = first.lineno - 1                             # lines before this one stay as they are
+    before = lines[begin].encode()[:first.col_offset].decode()
+    kept = []
+    if before.strip():                                   # the body stands on the line of the def
+        kept = [before.rstrip()]
+    elif ast.get_docstring(node) is not None:
+        body = "".join("".join(lines[first.end_lineno:node.end_lineno]).split())
+        kept = [lines[begin]] + [line for line in lines[begin + 1:first.end_lineno]
+                                 if len("".join(line.split())) < GIVES_AWAY or "".join(line.split()) not in body]
+    else:
+        while not lines[begin - 1].split("#")[0].strip():            # comments above the first statement go too
+            begin -= 1
+    stub = " " * (node.col_offset + 4) + f'raise NotImplementedError("practice: {name}")'
+    ending = "\r" if lines[0].endswith("\r") else ""
+    return "\n".join(lines[:begin] + kept + [stub + ending] + lines[node.end_lineno:])
+
+
+def take_out(text: str, name: str, entry: dict, reference: str, overwrite: bool) -> tuple[str, list[str]]:
+    """(the learner's text without the bodies of an exercise, the functions that the learner wrote and keeps).
+
+    overwrite: take out those too.
+    """
+    kept = []
+    for function, ours in pick_functions(reference, entry["functions"]).items():
+        node = pick_functions(text, [function])[function]            # anew: the lines have moved
+        if overwrite or source_of(text, node) == source_of(reference, ours):
+            text = blank(text, node, name)
+        elif not is_blank(source_of(text, node)):
+            kept.append(function)
+    return text, kept
+
+
+def complete(text: str, name: str, exercises: dict) -> str:
+    """The learner's page for a check: behind it ours of the functions that other exercises have taken out.
+
+    So one exercise can be checked before another is written, and the learner's lines keep their numbers.
+    """
+    reference = read_page(ROOT / exercises[name]["page"])
+    for other, entry in exercises.items():
+        if other == name or entry["page"] != exercises[name]["page"]:
+            continue
+        for function, node in pick_functions(reference, entry["functions"]).items():
+            theirs = pick_functions(text, [function])[function]
+            if is_blank(source_of(text, theirs), other + '"'):
+                ours, (owner, _, method) = textwrap.dedent(source_of(reference, node, True)), function.rpartition(".")
+                if owner:                                # super() means the class around it; here is none
+                    ours = textwrap.indent(ours.replace("super()", f"super({owner}, self)"), "    ")
+                    ours = f"def _ours():\n{ours}\n    {owner}.{method} = {method}\n\n\n_ours()"
+                text += f"\n\n{ours}\n"
+    return text
+
+
+# --- what the learner has ---
+
+def read_progress() -> dict:
+    """{name: {"hints": shown so far, "passed": hash of what passed}} of the exercises begun."""
+    path = FOLDER / "progress.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def note(name: str, **values) -> None:
+    """Keep something about an exercise."""
+    progress = read_progress()
+    progress[name] = progress.get(name, {"hints": 0, "passed": ""}) | values
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / "progress.json").write_text(json.dumps(progress, indent=1), encoding="utf-8")
+
+
+def written(entry: dict) -> str:
+    """A hash of what the learner wrote for an exercise: passed holds only for what was checked."""
+    text = read_page(FOLDER / entry["page"])
+    if not entry.get("empty"):
+        text = "\n".join(source_of(text, node) for node in pick_functions(text, entry["functions"]).values())
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def state_of(name: str, entry: dict, progress: dict) -> str:
+    """not begun, begun or passed."""
+    if name not in progress or not (FOLDER / entry["page"]).exists():
+        return "not begun"
+    try:
+        return "passed" if progress[name]["passed"] == written(entry) else "begun"
+    except (SyntaxError, ValueError):
+        return "begun"
+
+
+def save(path: Path) -> Path:
+    """A copy of a learner's page under practice/saved/, with the first free number."""
+    folder = FOLDER / "saved"
+    folder.mkdir(exist_ok=True)
+    number = 1
+    while (folder / f"{path.stem}_{number}.py").exists():
+        number += 1
+    copy = folder / f"{path.stem}_{number}.py"
+    copy.write_bytes(path.read_bytes())
+    return copy
+
+
+def shown(path: Path) -> str:
+    """A path as a learner types it."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+# --- verbs ---
+
+def show_list(exercises: dict) -> None:
+    """A line an exercise; what to do next goes to standard error, so that every line is an exercise."""
+    progress, following = read_progress(), None
+    for name, entry in exercises.items():
+        state = state_of(name, entry, progress)
+        following = following or (name if state != "passed" else None)
+        print(f"{name:<20} {entry['page']:<16} {entry['problem']:<34} {entry['minutes']:>3} min   {state}")
+    passed = sum(state_of(name, entry, progress) == "passed" for name, entry in exercises.items())
+    print(f"{passed} of {len(exercises)} passed. Next: python practice.py start {following}; experiments to predict: "
+          "python practice.py predict", file=sys.stderr)
+
+
+def start(name: str, entry: dict, overwrite: bool) -> None:
+    """Take the functions of an exercise out of the learner's copy of its page, and say what is asked."""
+    page, target = ROOT / entry["page"], FOLDER / entry["page"]
+    reference, kept = read_page(page), []
+    FOLDER.mkdir(exist_ok=True)
+    if entry.get("empty"):
+        text = "\n".join(reference.split("\n")[:ast.parse(reference).body[0].end_lineno]) + "\n"
+        if target.exists() and not overwrite:
+            text, kept = read_page(target), entry["functions"]
+    else:
+        text = read_page(target) if target.exists() else reference
+        text, kept = take_out(text, name, entry, reference, overwrite)
+    if overwrite and target.exists() and target.read_bytes() != text.encode():
+        print(f"what was there is saved as {shown(save(target))}")
+    if not target.exists() or target.read_bytes() != text.encode():
+        target.write_bytes(text.encode())
+    note(name, **({"hints": 0, "passed": ""} if overwrite else {}))
+    places = entry["functions"]
+    if not entry.get("empty"):
+        places = [f"{name} (line {node.lineno})" for name, node in pick_functions(text, entry["functions"]).items()]
+    print(f"{name}: {shown(target)}, {', '.join(places)}; about {entry['minutes']} minutes")
+    if kept:
+        print(f"kept as you wrote it: {', '.join(kept)}. --overwrite=true takes it out again and saves it.")
+    print(f"read   {entry['read']}\ndo     {entry['task']}\nthen   python practice.py check {name}")
+
+
+def show(entry: dict) -> None:
+    """The reference, as it stands in the page."""
+    text = read_page(ROOT / entry["page"])
+    classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
+    for name in entry["functions"]:
+        nodes = [classes[name]] if name in classes else pick_functions(text, [name]).values()
+        for node in nodes:
+            print(source_of(text, node, True) + "\n")
+
+
+def predict(name: str, entry: dict, answer: str | None) -> None:
+    """Ask what comes out of an experiment; with an answer, the figures that results/ has of it."""
+    print(f"{name}: {entry['question']}")
+    for letter, outcome in entry["outcomes"].items():
+        print(f"  {letter}  {outcome}")
+    if answer is None:
+        print(f"then   python practice.py predict {name} --answer=LETTER")
+        return
+    if answer not in entry["outcomes"]:
+        raise ValueError(f"answer={answer!r} must be one of {', '.join(entry['outcomes'])}")
+    print(f"\n{'Yes' if answer == entry['right'] else 'No'}: {entry['right']}. {entry['why']}\n\n{entry['file']}:")
+    for line in (ROOT / entry["file"]).read_text(encoding="utf-8").splitlines():
+        if any(words in line for words in entry["lines"]):
+            print("  " + line.strip())
+    print(f"made by   {entry['command']}" + (f"\ncurves    {entry['picture']}" if "picture" in entry else ""))
+
+
+# --- check: in a process of its own ---
+
+def environment(folder: Path | None) -> dict:
+    """What the process of a check gets: the learner's page before ours, whoever starts what; Triton interpreted."""
+    paths = [str(path) for path in (folder, ROOT, ROOT / "tests") if path] + [os.environ.get("PYTHONPATH", "")]
+    # SAFEPATH: a script's own folder would come before PYTHONPATH, and a test that starts one would run our pages.
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1", "PYTHONUTF8": "1",
+                         "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "1",
+                         "PRACTICE_FOLDER": str(folder)}
+
+
+def pytest_words(entry: dict, seconds: float) -> list[str]:
+    """The arguments of pytest for an exercise; tests/explain.py notes what failed."""
+    tests = [str(ROOT / "tests") + os.sep + test for test in entry["tests"]]
+    return [*tests, "-q", "--maxfail=1", "-p", "explain", "-p", "no:cacheprovider", "--rootdir", str(ROOT),
+            "-o", f"faulthandler_timeout={max(1.0, 0.9 * seconds)}"]
+
+
+def run_limited(command: list[str], seconds: float, env: dict) -> tuple[int | None, str]:
+    """(exit status or None where it was ended, what it printed). It ends with all that it has started."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, cwd=CHECKED,
+                               encoding="utf-8", errors="replace", start_new_session=True)
+    try:
+        said, _ = process.communicate(timeout=seconds)
+        return process.returncode, said
+    except BaseException as error:
+        if os.name == "nt":
+            subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True)
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return None, said
+        raise
+
+
+def failure_of(name: str, exercises: dict, seconds: float) -> list[str]:
+    """What fails in an exercise, in a few lines; nothing when all tests pass."""
+    entry, report = exercises[name], CHECKED / "report.json"
+    target = FOLDER / entry["page"]
+    try:
+        text = read_page(target)
+        if not entry.get("empty"):
+            pick_functions(text, entry["functions"])
+            text = complete(text, name, exercises)
+    except SyntaxError as error:
+        return [f"{shown(target)}:{error.lineno} does not parse: {error.msg}", f"    {(error.text or '').rstrip()}"]
+    except ValueError as error:
+        return [f"{shown(target)}: {error}"]
+    shutil.rmtree(CHECKED, ignore_errors=True)
+    CHECKED.mkdir()
+    (CHECKED / entry["page"]).write_bytes(text.encode())
+    command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"]
+    status, said = run_limited(command + pytest_words(entry, seconds), seconds, environment(CHECKED))
+    if status is None:
+        where = re.search(rf'File "[^"]*{re.escape(entry["page"])}", line (\d+) in (\S+)', said)
+        place = f" It was at {shown(target)}:{where[1]} in {where[2]}." if where else ""
+        return [f"ended after {seconds:g} s: it does not come to an end, or is far too slow.{place}"]
+    seen = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+    if seen.get("failure"):
+        return seen["failure"]
+    if status:                                           # an import failed before any test
+        return said.strip().splitlines()[-12:]
+    if not seen.get("passed"):
+        return ["none of the tests could run: " + "; ".join(seen.get("skipped", ["nothing was collected"]))]
+    return []
+
+
+def best_ms(entry: dict, folder: Path | None) -> float:
+    """Milliseconds of the exercise's `speed` statement, the best of five, with the learner's page or ours."""
+    code = (f"import timeit, torch\ntorch.set_num_threads(1)\n{entry['setup']}\ntimer = timeit.Timer(lambda: "
+            f"{entry['speed']})\nn, _ = timer.autorange()\nprint(min(timer.repeat(5, n)) / n * 1e3)")
+    _, said = run_limited([sys.executable, "-c", code], 60, environment(folder))
+    return float(said.split()[-1])
+
+
+def check(name: str, exercises: dict, config: CheckConfig) -> bool:
+    """Run an exercise's tests and say what came of it; returns whether they hold."""
+    entry = exercises[name]
+    if state_of(name, entry, read_progress()) == "not begun":
+        print(f"{name} is not begun: python practice.py start {name}")
+        return False
+    failure = failure_of(name, exercises, config.seconds)
+    if not failure:
+        note(name, passed=written(entry))
+        print(f"{name}: passed")
+        if "speed" in entry:
+            print(f"{entry['speed']}: yours {best_ms(entry, CHECKED):.3g} ms, ours {best_ms(entry, None):.3g} ms")
+        return True
+    print(f"{name}: not yet\n" + "\n".join("  " + line for line in failure))
+    hints = min(len(entry["hints"]), read_progress()[name]["hints"] + 1 + config.hint)
+    note(name, hints=hints)
+    for number, text in enumerate(entry["hints"][:hints], 1):
+        print(f"hint {number} of {len(entry['hints'])}: {text}")
+    if hints == len(entry["hints"]):
+        print(f"no more hints; ours: python practice.py show {name}")
+    return False
+
+
+def check_all(exercises: dict, config: CheckConfig) -> bool:
+    """A line for each exercise that is begun; whether all hold."""
+    progress, held = read_progress(), []
+    for name, entry in exercises.items():
+        if state_of(name, entry, progress) != "not begun":
+            failure = failure_of(name, exercises, config.seconds)
+            note(name, passed="" if failure else written(entry))
+            print(f"{name:<20} {'not yet: ' + failure[0] if failure else 'passed'}", flush=True)
+            held.append(not failure)
+    if not held:
+        print("nothing is begun: python practice.py start NAME")
+    return bool(held) and all(held)
+
+
+# --- the command ---
+
+USAGE = "usage: python practice.py [start NAME | check NAME | check all | show NAME | reset NAME | predict [NAME]]"
+VERBS = {None: NoConfig, "start": StartConfig, "check": CheckConfig, "show": NoConfig, "reset": NoConfig,
+         "predict": PredictConfig}
+
+
+def main(argv: list[str]) -> int:
+    """Run a command; the exit status."""
+    verb, words, config, _ = command_line(VERBS, argv, USAGE)
+    exercises, experiments = read_table()
+    if verb is None and not words:
+        show_list(exercises)
+        return 0
+    if verb == "predict" and not words:
+        for name, entry in experiments.items():
+            print(f"{name:<20} {entry['question']}")
+        return 0
+    if verb is None or len(words) != 1:
+        fail(f"{' '.join(words) or verb!r}: give a verb and one NAME.{nearest(words[0] if words else '', VERBS)} {USAGE}")
+    name, table = words[0], experiments if verb == "predict" else exercises
+    if verb == "check" and name == "all":
+        return 0 if check_all(exercises, config) else 1
+    if name not in table:
+        fail(f"{name!r} is no {'experiment' if verb == 'predict' else 'exercise'}.{nearest(name, table)} "
+             f"`python practice.py{' predict' if verb == 'predict' else ''}` lists them")
+    try:
+        if verb == "check":
+            return 0 if check(name, table, config) else 1
+        if verb == "show":
+            show(table[name])
+        elif verb == "predict":
+            predict(name, table[name], config.answer)
+        else:
+            start(name, table[name], verb == "reset" or config.overwrite)
+    except SyntaxError as error:
+        fail(f"{error.filename}:{error.lineno} does not parse: {error.msg}; mend that line first")
+    except (ValueError, OSError) as error:
+        fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")             # a console without Σ or ᵀ shows a question mark
+    sys.exit(main(sys.argv[1:]))
