@@ -285,6 +285,11 @@ def test_one_process_needs_no_group():
         wrapped = Wrapped(name, seed=0)
         assert torch.allclose(wrapped.train(range(2)), norms, rtol=1e-5)
         assert furthest(wrapped.state()[0], reference.state_dict()) < 1e-6
+    column, row = sharded.ColumnParallelLinear(6, 8), sharded.RowParallelLinear(8, 6)
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    row(torch.relu(column(x))).sum().backward()
+    gradient, = torch.autograd.grad((torch.relu(x @ column.weight.T) @ row.weight.T).sum(), x)
+    assert torch.allclose(x.grad, gradient, atol=1e-6)
     x, y, _ = ragged(0)
     loss = reference(x, y)[1]
     assert abs(sharded.Pipeline(reference, None, 3).step(x, y) - loss) < 1e-5
