@@ -137,9 +137,9 @@ def blank(text: str, node: ast.FunctionDef, name: str) -> str:
     lines, first = text.split("\n"), node.body[0]
     begin = first.lineno - 1                             # lines before this one stay as they are
     before = lines[begin].encode()[:first.col_offset].decode()
-    kept = []
+    kept, ending = [], "\r" if lines[0].endswith("\r") else ""
     if before.strip():                                   # the body stands on the line of the def
-        kept = [before.rstrip()]
+        kept = [before.rstrip() + ending]
     elif ast.get_docstring(node) is not None:
         body = "".join("".join(lines[first.end_lineno:node.end_lineno]).split())
         kept = [lines[begin]] + [line for line in lines[begin + 1:first.end_lineno]
@@ -148,7 +148,6 @@ def blank(text: str, node: ast.FunctionDef, name: str) -> str:
         while not lines[begin - 1].split("#")[0].strip():            # comments above the first statement go too
             begin -= 1
     stub = " " * (node.col_offset + 4) + f'raise NotImplementedError("practice: {name}")'
-    ending = "\r" if lines[0].endswith("\r") else ""
     return "\n".join(lines[:begin] + kept + [stub + ending] + lines[node.end_lineno:])
 
 
@@ -223,59 +222,69 @@ def state_of(name: str, entry: dict, progress: dict) -> str:
 
 def save(path: Path) -> Path:
     """A copy of a learner's page under practice/saved/, with the first free number."""
-    folder = FOLDER / "saved"
+    folder, number = FOLDER / "saved", 1
     folder.mkdir(exist_ok=True)
-    number = 1
     while (folder / f"{path.stem}_{number}.py").exists():
         number += 1
-    copy = folder / f"{path.stem}_{number}.py"
-    copy.write_bytes(path.read_bytes())
-    return copy
+    return Path(shutil.copyfile(path, folder / f"{path.stem}_{number}.py"))
 
+
+# --- verbs ---
 
 def shown(path: Path) -> str:
     """A path as a learner types it."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
-# --- verbs ---
+def say(label: str, text: str) -> None:
+    """Print a text in lines of 110, a label of six letters in front."""
+    print(textwrap.fill(" ".join(text.split()), 110, initial_indent=f"{label:<7}", subsequent_indent=" " * 7,
+                        break_long_words=False, break_on_hyphens=False))
+
 
 def show_list(exercises: dict) -> None:
     """A line an exercise; what to do next goes to standard error, so that every line is an exercise."""
-    progress, following = read_progress(), None
+    progress, following, passed = read_progress(), None, 0
     for name, entry in exercises.items():
         state = state_of(name, entry, progress)
+        passed += state == "passed"
         following = following or (name if state != "passed" else None)
         print(f"{name:<20} {entry['page']:<16} {entry['problem']:<34} {entry['minutes']:>3} min   {state}")
-    passed = sum(state_of(name, entry, progress) == "passed" for name, entry in exercises.items())
-    print(f"{passed} of {len(exercises)} passed. Next: python practice.py start {following}; experiments to predict: "
+    print(f"{passed} of {len(exercises)} passed. Next: python practice.py start {following or 'NAME'}; experiments: "
           "python practice.py predict", file=sys.stderr)
 
 
 def start(name: str, entry: dict, overwrite: bool) -> None:
     """Take the functions of an exercise out of the learner's copy of its page, and say what is asked."""
-    page, target = ROOT / entry["page"], FOLDER / entry["page"]
-    reference, kept = read_page(page), []
+    target, reference, kept = FOLDER / entry["page"], read_page(ROOT / entry["page"]), []
     FOLDER.mkdir(exist_ok=True)
+    begun = target.exists()
     if entry.get("empty"):
         text = "\n".join(reference.split("\n")[:ast.parse(reference).body[0].end_lineno]) + "\n"
-        if target.exists() and not overwrite:
+        if begun and not overwrite:
             text, kept = read_page(target), entry["functions"]
     else:
-        text = read_page(target) if target.exists() else reference
-        text, kept = take_out(text, name, entry, reference, overwrite)
-    if overwrite and target.exists() and target.read_bytes() != text.encode():
-        print(f"what was there is saved as {shown(save(target))}")
-    if not target.exists() or target.read_bytes() != text.encode():
+        try:
+            text, kept = take_out(read_page(target) if begun else reference, name, entry, reference, overwrite)
+        except (SyntaxError, ValueError):
+            if not overwrite:
+                raise
+            text, kept = take_out(reference, name, entry, reference, True)       # what was there is saved as it is
+    if not begun or target.read_bytes() != text.encode():
+        if begun and overwrite:
+            print(f"what you had is saved as {shown(save(target))}")
         target.write_bytes(text.encode())
     note(name, **({"hints": 0, "passed": ""} if overwrite else {}))
     places = entry["functions"]
     if not entry.get("empty"):
-        places = [f"{name} (line {node.lineno})" for name, node in pick_functions(text, entry["functions"]).items()]
-    print(f"{name}: {shown(target)}, {', '.join(places)}; about {entry['minutes']} minutes")
+        places = [f"{place} (line {node.lineno})" for place, node in pick_functions(text, places).items()]
+    print(f"{name}: {shown(target)}, about {entry['minutes']} minutes")
     if kept:
-        print(f"kept as you wrote it: {', '.join(kept)}. --overwrite=true takes it out again and saves it.")
-    print(f"read   {entry['read']}\ndo     {entry['task']}\nthen   python practice.py check {name}")
+        say("kept", f"{', '.join(kept)}, as you wrote it; --overwrite=true begins again and saves what is there")
+    say("write", ", ".join(places))
+    say("read", entry["read"])
+    say("do", entry["task"])
+    print(f"then   python practice.py check {name}")
 
 
 def show(entry: dict) -> None:
@@ -290,7 +299,7 @@ def show(entry: dict) -> None:
 
 def predict(name: str, entry: dict, answer: str | None) -> None:
     """Ask what comes out of an experiment; with an answer, the figures that results/ has of it."""
-    print(f"{name}: {entry['question']}")
+    say(name, entry["question"])
     for letter, outcome in entry["outcomes"].items():
         print(f"  {letter}  {outcome}")
     if answer is None:
@@ -298,7 +307,8 @@ def predict(name: str, entry: dict, answer: str | None) -> None:
         return
     if answer not in entry["outcomes"]:
         raise ValueError(f"answer={answer!r} must be one of {', '.join(entry['outcomes'])}")
-    print(f"\n{'Yes' if answer == entry['right'] else 'No'}: {entry['right']}. {entry['why']}\n\n{entry['file']}:")
+    say("\nyes" if answer == entry["right"] else "\nno", f"{entry['right']} it was. {entry['why']}")
+    print(f"\n{entry['file']}:")
     for line in (ROOT / entry["file"]).read_text(encoding="utf-8").splitlines():
         if any(words in line for words in entry["lines"]):
             print("  " + line.strip())
@@ -342,25 +352,20 @@ def run_limited(command: list[str], seconds: float, env: dict) -> tuple[int | No
 
 
 def failure_of(name: str, exercises: dict, seconds: float) -> list[str]:
-    """What fails in an exercise, in a few lines; nothing when all tests pass."""
+    """What fails in an exercise, in a few lines; nothing when all tests pass. Raises as read_page, pick_functions."""
     entry, report = exercises[name], CHECKED / "report.json"
     target = FOLDER / entry["page"]
-    try:
-        text = read_page(target)
-        if not entry.get("empty"):
-            pick_functions(text, entry["functions"])
-            text = complete(text, name, exercises)
-    except SyntaxError as error:
-        return [f"{shown(target)}:{error.lineno} does not parse: {error.msg}", f"    {(error.text or '').rstrip()}"]
-    except ValueError as error:
-        return [f"{shown(target)}: {error}"]
+    text = read_page(target)
+    if not entry.get("empty"):
+        pick_functions(text, entry["functions"])
+        text = complete(text, name, exercises)
     shutil.rmtree(CHECKED, ignore_errors=True)
     CHECKED.mkdir()
     (CHECKED / entry["page"]).write_bytes(text.encode())
     command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"]
     status, said = run_limited(command + pytest_words(entry, seconds), seconds, environment(CHECKED))
     if status is None:
-        where = re.search(rf'File "[^"]*{re.escape(entry["page"])}", line (\d+) in (\S+)', said)
+        where = re.search(rf'File "{re.escape(str(CHECKED / entry["page"]))}", line (\d+) in (\S+)', said)
         place = f" It was at {shown(target)}:{where[1]} in {where[2]}." if where else ""
         return [f"ended after {seconds:g} s: it does not come to an end, or is far too slow.{place}"]
     seen = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
@@ -373,12 +378,20 @@ def failure_of(name: str, exercises: dict, seconds: float) -> list[str]:
     return []
 
 
-def best_ms(entry: dict, folder: Path | None) -> float:
+def best_time(entry: dict, folder: Path | None) -> str:
     """Milliseconds of the exercise's `speed` statement, the best of five, with the learner's page or ours."""
     code = (f"import timeit, torch\ntorch.set_num_threads(1)\n{entry['setup']}\ntimer = timeit.Timer(lambda: "
             f"{entry['speed']})\nn, _ = timer.autorange()\nprint(min(timer.repeat(5, n)) / n * 1e3)")
-    _, said = run_limited([sys.executable, "-c", code], 60, environment(folder))
-    return float(said.split()[-1])
+    status, said = run_limited([sys.executable, "-c", code], 60, environment(folder))
+    return f"{float(said.split()[-1]):.3g} ms" if status == 0 else "not to be measured in a minute"
+
+
+def broken(entry: dict, error) -> str:
+    """Why a learner's page cannot be checked."""
+    page = shown(FOLDER / entry["page"])
+    if isinstance(error, SyntaxError):
+        return f"{page}:{error.lineno} does not parse: {error.msg}: {(error.text or '').strip()}"
+    return f"{page}: {error}"
 
 
 def check(name: str, exercises: dict, config: CheckConfig) -> bool:
@@ -387,18 +400,22 @@ def check(name: str, exercises: dict, config: CheckConfig) -> bool:
     if state_of(name, entry, read_progress()) == "not begun":
         print(f"{name} is not begun: python practice.py start {name}")
         return False
-    failure = failure_of(name, exercises, config.seconds)
+    try:
+        failure = failure_of(name, exercises, config.seconds)
+    except (SyntaxError, ValueError) as error:           # no test has run: no hint either
+        print(f"{name}: not yet\n  {broken(entry, error)}")
+        return False
     if not failure:
         note(name, passed=written(entry))
         print(f"{name}: passed")
         if "speed" in entry:
-            print(f"{entry['speed']}: yours {best_ms(entry, CHECKED):.3g} ms, ours {best_ms(entry, None):.3g} ms")
+            print(f"{entry['speed']}: yours {best_time(entry, CHECKED)}, ours {best_time(entry, None)}")
         return True
     print(f"{name}: not yet\n" + "\n".join("  " + line for line in failure))
     hints = min(len(entry["hints"]), read_progress()[name]["hints"] + 1 + config.hint)
     note(name, hints=hints)
     for number, text in enumerate(entry["hints"][:hints], 1):
-        print(f"hint {number} of {len(entry['hints'])}: {text}")
+        say(f"hint {number}", text)
     if hints == len(entry["hints"]):
         print(f"no more hints; ours: python practice.py show {name}")
     return False
@@ -409,7 +426,10 @@ def check_all(exercises: dict, config: CheckConfig) -> bool:
     progress, held = read_progress(), []
     for name, entry in exercises.items():
         if state_of(name, entry, progress) != "not begun":
-            failure = failure_of(name, exercises, config.seconds)
+            try:
+                failure = failure_of(name, exercises, config.seconds)
+            except (SyntaxError, ValueError) as error:
+                failure = [broken(entry, error)]
             note(name, passed="" if failure else written(entry))
             print(f"{name:<20} {'not yet: ' + failure[0] if failure else 'passed'}", flush=True)
             held.append(not failure)
@@ -454,7 +474,7 @@ def main(argv: list[str]) -> int:
         else:
             start(name, table[name], verb == "reset" or config.overwrite)
     except SyntaxError as error:
-        fail(f"{error.filename}:{error.lineno} does not parse: {error.msg}; mend that line first")
+        fail(f"{broken(table[name], error)}; mend that line first, or reset {name}")
     except (ValueError, OSError) as error:
         fail(error)
     return 0

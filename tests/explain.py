@@ -25,18 +25,19 @@ def describe(value) -> str:
 def explain(excinfo) -> list[str]:
     """Where it failed, in the test and in the learner's page, why, and the values of the names in the line that failed."""
     frames = [entry for entry in excinfo.traceback if Path(entry.path).parent in (TESTS, FOLDER)]
-    lines, last = [], {Path(entry.path).parent: entry for entry in frames}      # the innermost of each
-    for folder, name in ((TESTS, "tests"), (FOLDER, "practice")):
-        if folder in last:
-            statement = " ".join(str(last[folder].statement).split())
-            lines.append(f"{name}/{Path(last[folder].path).name}:{last[folder].lineno + 1} in {last[folder].name}: "
-                         f"{statement[:160]}")
+    in_tests, in_page = ([frame for frame in frames if Path(frame.path).parent == folder] for folder in (TESTS, FOLDER))
+    lines = []
+    for frame in (*in_tests[:1], *in_tests[1:][-1:], *in_page[-1:]):             # the test, its helper, the learner's line
+        folder = "practice" if frame in in_page else "tests"
+        statement = " ".join(str(frame.statement).split())
+        lines.append(f"{folder}/{Path(frame.path).name}:{frame.lineno + 1} in {frame.name}: {statement[:160]}")
     why = excinfo.exconly(tryshort=True).splitlines()
     lines += why if len(why) <= 10 else why[:2] + ["…"] + why[-7:]
     if frames:
         words = set(re.findall(r"\w+", str(frames[-1].statement)))
         for name, value in frames[-1].locals.items():
-            if len(lines) < 20 and (name in words or hasattr(value, "shape")) and isinstance(value, SHOWN):
+            if len(lines) < 20 and isinstance(value, SHOWN) and not name.startswith("@") and (
+                    name in words or hasattr(value, "shape")):
                 lines.append(f"{name}: {describe(value)}")
     return lines
 
