@@ -299,7 +299,8 @@ def show(entry: dict) -> None:
 
 def predict(name: str, entry: dict, answer: str | None) -> None:
     """Ask what comes out of an experiment; with an answer, the figures that results/ has of it."""
-    say(name, entry["question"])
+    print(f"{name}:")
+    say("", entry["question"])
     for letter, outcome in entry["outcomes"].items():
         print(f"  {letter}  {outcome}")
     if answer is None:
@@ -312,7 +313,9 @@ def predict(name: str, entry: dict, answer: str | None) -> None:
     for line in (ROOT / entry["file"]).read_text(encoding="utf-8").splitlines():
         if any(words in line for words in entry["lines"]):
             print("  " + line.strip())
-    print(f"made by   {entry['command']}" + (f"\ncurves    {entry['picture']}" if "picture" in entry else ""))
+    say("by", entry["command"])
+    if "picture" in entry:
+        say("curves", entry["picture"])
 
 
 # --- check: in a process of its own ---
@@ -454,7 +457,7 @@ def main(argv: list[str]) -> int:
         return 0
     if verb == "predict" and not words:
         for name, entry in experiments.items():
-            print(f"{name:<20} {entry['question']}")
+            print(f"{name:<20} {' '.join(entry['question'].split())}")
         return 0
     if verb is None or len(words) != 1:
         fail(f"{' '.join(words) or verb!r}: give a verb and one NAME.{nearest(words[0] if words else '', VERBS)} {USAGE}")
