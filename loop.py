@@ -15,7 +15,8 @@ these is a few lines; the loop in the middle stays this one.
 
     train(model, tokens, steps, batch_size=16, lr=0.01, seed=0) -> list of float, the loss of every step in nats
 
-model: a model.Transformer, trained in place. tokens: (n,) ids, n above the model's context_length. seed: of the batches.
+model: a model.Transformer, trained in place. tokens: (n,) ids, more than the model's context_length. seed: of the
+batches.
 """
 import torch
 

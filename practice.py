@@ -11,10 +11,10 @@
 
 The way of an exercise:
 
-    layers.py ──start──> practice/layers.py ──you──> practice/layers.py ──check──> passed, or what failed and a hint
-    def rope(x, …):      def rope(x, …):             def rope(x, …):
-        '''x (..., T,        '''x (..., T,               '''x (..., T,
-        cos, sin = …         raise NotImplementedError   cos, sin = …
+    layers.py ──start──> practice/layers.py ──you──> practice/layers.py ──check──> passed, or
+    def rope(x, …):      def rope(x, …):             def rope(x, …):               what failed
+        '''x (..., T,        '''x (..., T,               '''x (..., T,             and a hint
+        cos, sin = …         raise NotImplementedError   c, s = …
 
 A copy of the page keeps everything else: signature, docstring with shapes and formula, the functions around it. A
 second exercise of the same page takes its functions out of the copy that is there and changes nothing besides.
@@ -108,7 +108,8 @@ def pick_functions(text: str, names: list[str]) -> dict:
         if isinstance(node, ast.FunctionDef):
             nodes[node.name] = node
         elif isinstance(node, ast.ClassDef):
-            nodes |= {f"{node.name}.{method.name}": method for method in node.body if isinstance(method, ast.FunctionDef)}
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            nodes |= {f"{node.name}.{method.name}": method for method in methods}
     chosen = {}
     for name in names:
         group = {key: node for key, node in nodes.items() if key == name or key.startswith(name + ".")}
@@ -460,7 +461,8 @@ def main(argv: list[str]) -> int:
             print(f"{name:<20} {' '.join(entry['question'].split())}")
         return 0
     if verb is None or len(words) != 1:
-        fail(f"{' '.join(words) or verb!r}: give a verb and one NAME.{nearest(words[0] if words else '', VERBS)} {USAGE}")
+        near = nearest(words[0] if words else "", VERBS)
+        fail(f"{' '.join(words) or verb!r}: give a verb and one NAME.{near} {USAGE}")
     name, table = words[0], experiments if verb == "predict" else exercises
     if verb == "check" and name == "all":
         return 0 if check_all(exercises, config) else 1

@@ -1,9 +1,10 @@
-"""Run tests with other pages in place of ours, many times in a short time: `python tests/blanked.py < jobs.json`.
+"""Run tests with other pages in place of ours, many times in a short time: `python tests/blanked.py < jobs`.
 
-jobs: a list of {"folder", "words"}: where the pages lie, and what pytest is called with. torch and Triton, which take
-seconds to import, are imported once here; each job is a fork of this process, in which the pages are imported anew. It
-leaves failures.json in its folder, {test: why it failed}, and its exit status is printed, a line a job. Not on Windows.
+jobs: lines of {"folder", "words"} in JSON: where the pages lie, and what pytest is called with. torch and Triton, which
+take seconds to import, are imported once here; each job is a fork of this process, in which the pages are imported
+anew. It leaves failures.json in its folder, {test: why it failed}; its exit status is printed. Not on Windows.
 """
+import importlib.util
 import json
 import os
 import sys
@@ -14,10 +15,8 @@ import pytest
 import torch
 import torch._dynamo  # noqa: F401  an optimizer's first step imports it
 
-try:
+if importlib.util.find_spec("triton"):
     import triton  # noqa: F401
-except ImportError:
-    pass
 
 
 class Failures:
@@ -46,13 +45,12 @@ def run(folder: str, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    for job in json.load(sys.stdin):
-        sys.stdout.flush()
+    for line in sys.stdin:
         child = os.fork()
         if child == 0:
             status = 99
             try:
-                status = run(**job)
+                status = run(**json.loads(line))
             finally:
                 os._exit(status)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

@@ -1,4 +1,4 @@
-"""A plugin of pytest for `python practice.py check`: what failed goes to a file, in a few lines that a learner can use."""
+"""A plugin of pytest for `python practice.py check`: what failed goes to a file, in a few lines for a learner."""
 import json
 import os
 import re

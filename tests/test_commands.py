@@ -22,7 +22,7 @@ import words
 
 SCRIPTS = ["configurator", "checkpoint", "words", "bpe_files", "bpe_fast", "bpe", "optim", "kernels", "flash", "parallel",
            "fsdp", "sharded", "layers", "attention", "model", "accounting", "convert", "clean", "archive", "classify", "curate", "data", "recipe", "runs",
-           "train", "decoding", "sample", "compress", "answers", "evaluate", "laws"]
+           "train", "decoding", "sample", "compress", "answers", "evaluate", "laws", "loop", "practice"]
 
 
 @pytest.mark.parametrize("module", [answers, bpe, words, clean, configurator, data, model_module, sharded])
@@ -97,7 +97,7 @@ def test_bad_command_lines_end_with_status_2_and_a_reason(tmp_path, arguments, w
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "data.py", "bpe.py", "accounting.py",
-                                    "scaling.py", "align.py", "kernels.py"])
+                                    "scaling.py", "align.py", "kernels.py", "practice.py"])
 def test_help_lists_every_key(script):
     done = python(script, "--help")
     assert done.returncode == 0 and script in done.stdout and "--" in done.stdout, done.stderr
