@@ -326,8 +326,7 @@ def environment(folder: Path | None) -> dict:
     paths = [str(path) for path in (folder, ROOT, ROOT / "tests") if path] + [os.environ.get("PYTHONPATH", "")]
     # SAFEPATH: a script's own folder would come before PYTHONPATH, and a test that starts one would run our pages.
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1", "PYTHONUTF8": "1",
-                         "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "1",
-                         "PRACTICE_FOLDER": str(folder)}
+                         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "1", "PRACTICE_FOLDER": str(folder)}
 
 
 def pytest_words(entry: dict, seconds: float) -> list[str]:

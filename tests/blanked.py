@@ -4,6 +4,7 @@ jobs: lines of {"folder", "words"} in JSON: where the pages lie, and what pytest
 take seconds to import, are imported once here; each job is a fork of this process, in which the pages are imported
 anew. It leaves failures.json in its folder, {test: why it failed}; its exit status is printed. Not on Windows.
 """
+import gc
 import importlib.util
 import json
 import os
@@ -45,6 +46,7 @@ def run(folder: str, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()                  # else a fork's first collection would touch, and so copy, all of torch
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

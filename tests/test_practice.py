@@ -17,7 +17,8 @@ EXERCISES, EXPERIMENTS = practice.read_table()
 RUNS = ("- layer_norm_ablation learning_rate_tuning transformer_accounting mixed_precision_accumulation math_baseline "
         "training_together main_experiment gradient_checkpointing chinchilla_isoflops scaling_laws gsm8k_baseline").split()
 HEAVY = ("test_ranks", "test_mla", "test_convert")         # tests that start processes or import transformers
-WORDS = ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+# Plain asserts, as rewriting a file of tests takes longer than running one of them; no collection of garbage at the end.
+WORDS = ["-q", "--assert=plain", "-p", "no:unraisableexception", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
 
 
 def page_without(names) -> str:
@@ -76,7 +77,8 @@ def test_the_table_names_what_exists(runner, tmp_path):
         results = (ROOT / entry["file"]).read_text(encoding="utf-8")
         assert entry["right"] in entry["outcomes"] and entry["lines"]
         assert all(line in results for line in entry["lines"]) and (ROOT / entry.get("picture", "results")).exists()
-    status, _ = run_job(runner, tmp_path / "all", "none.py", "", [*named_tests(EXERCISES, light=False), "--collect-only"])
+    words = [*named_tests(EXERCISES, light=False), "--collect-only"]
+    status, _ = run_job(runner, tmp_path / "all", "none.py", "", words)
     assert status == 0, (tmp_path / "all" / "said.txt").read_text(encoding="utf-8")[-2000:]
 
 
@@ -100,7 +102,8 @@ def test_a_page_without_an_exercise_fails_its_tests(runner, tmp_path):
 
 def test_an_empty_file_fails_the_tests_of_its_exercise(runner, tmp_path):
     for name in (name for name in EXERCISES if EXERCISES[name].get("empty")):
-        status, failures = run_job(runner, tmp_path / name, EXERCISES[name]["page"], '"""Nothing."""\n', named_tests([name]))
+        page, empty = EXERCISES[name]["page"], '"""Nothing yet."""\n'
+        status, failures = run_job(runner, tmp_path / name, page, empty, named_tests([name]))
         assert status == 1 and len(failures) == len(EXERCISES[name]["tests"])
 
 
