@@ -23,11 +23,11 @@ def describe(value) -> str:
 
 
 def explain(excinfo) -> list[str]:
-    """Where it failed, in the test and in the learner's page, why, and the values of the names in the line that failed."""
+    """Where it failed, in the test and in the learner's page, why, and the values of the names in that line."""
     frames = [entry for entry in excinfo.traceback if Path(entry.path).parent in (TESTS, FOLDER)]
     in_tests, in_page = ([frame for frame in frames if Path(frame.path).parent == folder] for folder in (TESTS, FOLDER))
     lines = []
-    for frame in (*in_tests[:1], *in_tests[1:][-1:], *in_page[-1:]):             # the test, its helper, the learner's line
+    for frame in (*in_tests[:1], *in_tests[1:][-1:], *in_page[-1:]):     # the test, its helper, the learner's line
         folder = "practice" if frame in in_page else "tests"
         statement = " ".join(str(frame.statement).split())
         lines.append(f"{folder}/{Path(frame.path).name}:{frame.lineno + 1} in {frame.name}: {statement[:160]}")

@@ -15,9 +15,10 @@ import practice
 EXERCISES, EXPERIMENTS = practice.read_table()
 # No problem of the course, or one that asks for a run.
 RUNS = ("- layer_norm_ablation learning_rate_tuning transformer_accounting mixed_precision_accumulation math_baseline "
-        "training_together main_experiment gradient_checkpointing chinchilla_isoflops scaling_laws gsm8k_baseline").split()
+        "training_together main_experiment gradient_checkpointing chinchilla_isoflops scaling_laws "
+        "gsm8k_baseline").split()
 HEAVY = ("test_ranks", "test_mla", "test_convert")         # tests that start processes or import transformers
-# Plain asserts, as rewriting a file of tests takes longer than running one of them; no collection of garbage at the end.
+# Plain asserts, as rewriting a file of tests takes longer than running one of them; no collection of garbage after.
 WORDS = ["-q", "--assert=plain", "-p", "no:unraisableexception", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
 
 
@@ -91,8 +92,8 @@ def test_a_page_without_an_exercise_fails_its_tests(runner, tmp_path):
         for name in left:
             groups.setdefault(EXERCISES[name]["page"] if rounds < 3 else name, []).append(name)
         for key, names in groups.items():
-            _, failures = run_job(runner, tmp_path / f"{key} {rounds}", EXERCISES[names[0]]["page"], page_without(names),
-                                  named_tests(names))
+            page, folder = EXERCISES[names[0]]["page"], tmp_path / f"{key} {rounds}"
+            _, failures = run_job(runner, folder, page, page_without(names), named_tests(names))
             for test, why in failures.items():
                 proven |= {name for name in re.findall(r"NotImplementedError: practice: (\w+)", why)
                            if any(test.startswith(f"tests/{one}") for one in EXERCISES[name]["tests"])}
