@@ -118,6 +118,8 @@ def join_chunks(content: bytes) -> bytes:
     parts, place = [], 0
     while match := CHUNK.match(content, place):
         place = match.end() + int(match[1], 16)
+        if place == match.end():                 # the last one has no bytes; what follows it is headers again
+            break
         if content[place:place + 2] not in (b"\r\n", b""):
             return content
         parts.append(content[match.end():place])
