@@ -28,7 +28,6 @@ One thread does all this (`Engine.run`). Others hand it rows through a queue and
 else is shared, so there is no lock. Left out: swapping blocks to the CPU, several GPUs, beams.
 """
 import hashlib
-import math
 import queue
 import threading
 import time
@@ -39,6 +38,7 @@ from concurrent.futures import Future
 import torch
 
 from decoding import LookupDraft, ModelDraft, Text, distribution
+from lens import describe
 
 
 # --- blocks ---
@@ -192,16 +192,15 @@ def draw(logits, rows: list, vocab_limit: int) -> list[int]:
     return drawn
 
 
-def describe(logits, ids: list[int], n_tops: list[int], vocab_limit: int) -> list[dict]:
-    """What the model thought of each id: log probability (nats), rank, entropy (bits), likeliest. logits: (n, V)."""
-    log_p = torch.log_softmax(logits[:, :vocab_limit].float(), dim=-1)
-    chosen = log_p.gather(1, torch.tensor(ids, device=log_p.device)[:, None])
-    ranks = (log_p > chosen).sum(dim=-1).add(1).tolist()
-    entropies = (torch.special.entr(log_p.exp()).sum(dim=-1) / math.log(2)).tolist()
-    values, indices = (t.tolist() for t in log_p.topk(min(max(max(n_tops), 1), log_p.shape[-1])))
-    return [dict(token=token, logprob=p, rank=rank, entropy=entropy, top=list(zip(best, logprobs))[:n])
-            for token, (p,), rank, entropy, best, logprobs, n
-            in zip(ids, chosen.tolist(), ranks, entropies, indices, values, n_tops)]
+def feed(text: Text, token: int) -> int:
+    """Add an id to a text; returns the character it begins at."""
+    before = len(text.text) + len(text.pending)
+    text.feed(token)
+    try:                                                   # what was held back, half a character, may come out before it
+        length = len(text.tokenizer.decode_bytes([token]).decode("utf-8"))
+    except UnicodeDecodeError:
+        length = 0
+    return before if text.ended or not length else len(text.text) + len(text.pending) - length
 
 
 # --- the engine ---
@@ -238,6 +237,18 @@ class Engine:
         future = Future()
         self.inbox.put((function, future))
         return future
+
+    def n_open(self) -> int:
+        """Rows that have not ended."""
+        return self.inbox.qsize() + len(self.waiting) + len(self.running)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Before the thread starts: one pass of each size, so that no user waits for what is measured the first time."""
+        n = 1
+        while n <= self.max_batch:
+            self.model.head(self.model.hidden(torch.zeros(1, n, dtype=torch.long, device=self.cache.device))[0])
+            n *= 2
 
     def stop(self) -> None:
         """End after this step; rows that have not ended are told so."""
@@ -283,7 +294,7 @@ class Engine:
         for row in [row for row in (*self.running, *self.waiting) if row.cancelled]:
             self.end(row, "cancelled")
         self.admit()
-        if self.draft is not None and len(self.running) == 1 and not self.waiting and self.running[0].left == 1:
+        if self.draft is not None and len(self.running) == 1 and self.running[0].left == 1:
             self.guess(self.running[0])
         else:
             pieces = self.plan()
@@ -393,10 +404,10 @@ class Engine:
             self.counts["generated_tokens"] += 1
             ends = token in row.stop_ids
             if not ends:
+                offset = feed(row.text, token)
+                ends = row.text.ended
                 if place in entries:
-                    offset = len(row.text.text) + len(row.text.pending)
                     row.entries.append(entries[place] | {"offset": offset})
-                ends = row.text.feed(token)
             if ends or len(row.ids) - row.n_prompt == row.max_new:
                 self.end(row, "stop" if ends else "length")
             elif row.streams:
