@@ -67,7 +67,7 @@ class ServeConfig:
     max_queue: int = 512                 # texts that may wait; beyond them 429
     cache_blocks: int | None = None      # blocks of the cache; none = what max_batch texts of the whole context need
     block_size: int = 16                 # positions in a block
-    prefill: int = 128                   # tokens of prompts read in one step, so that long ones do not hold up others
+    prefill: int = 64                    # tokens of prompts read in one step, so that long ones do not hold up others
     quantize: str | None = None          # int8 | int4: smaller weights
     draft: str | None = None             # guesses while one text is written alone: ngram | folder of a smaller model
     k: int = 4                           # tokens guessed at once

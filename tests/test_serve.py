@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -413,3 +414,104 @@ def test_a_bad_command_line_or_folder_is_said_before_the_port_opens(runs, tmp_pa
             serve.main(arguments)
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and words in error and error.count("\n") == 1
+
+
+# --- the page ---
+
+def test_the_page_names_no_other_host():
+    page = (ROOT / "serve.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://|//\w+\.\w+/|@import|<script src|<link(?! rel=\"icon\" href=\"data:)", page)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless chromium."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
+    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+        pytest.skip("no chromium and chromedriver here: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1200,1000"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def until(condition, seconds=20):
+    """The first true value of a condition."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return value
+
+
+def test_the_page_in_a_browser(browser, base, chat):
+    """Type, see tokens, point at one, move a slider, take another token, look at the other tabs; by keyboard; on a phone."""
+    from selenium.webdriver import ActionChains, Keys
+    run_js = browser.execute_script
+
+    def all_of(selector):
+        return browser.find_elements("css selector", selector)
+    browser.get(f"http://127.0.0.1:{base}/")
+    (prompt,) = all_of("#prompt")
+    prompt.clear()
+    prompt.send_keys("the cat")
+    all_of("#length")[0].clear()
+    all_of("#length")[0].send_keys("20")
+    all_of("#seed")[0].send_keys("4")
+    prompt.send_keys(Keys.CONTROL, Keys.ENTER)
+    assert until(lambda: len(all_of("#text .token")) == 27), all_of("#error")[0].text
+    tokens = all_of("#text .token")
+    assert "".join(token.text for token in tokens[:3]) == "the" and "read" in tokens[6].get_attribute("class")
+    for token in tokens[1:]:
+        assert re.search(r"\d %", token.get_attribute("title")) and re.search(r"\d %", token.get_attribute("aria-label"))
+    ActionChains(browser).move_to_element(tokens[12]).perform()
+    until(lambda: all_of("#popover button"))
+    told = all_of("#popover")[0].text
+    assert "rank" in told and "Entropy" in told and len(all_of("#popover button")) == 5
+    # Another token from there on: what stood before stays, and the model goes on after it.
+    before, taken = [token.text for token in tokens[:12]], all_of("#popover button")[2].text
+    all_of("#popover button")[2].click()
+    assert until(lambda: len(all_of("#text .token")) == 33)
+    again = all_of("#text .token")
+    assert [token.text for token in again[:12]] == before and "chosen" in again[12].get_attribute("class")
+    assert again[12].get_attribute("title").startswith(taken)
+    # A slider cuts the bars.
+    assert until(lambda: len(all_of("#next li")) == 12)
+    run_js("const k = document.querySelector('#top_k'); k.value = 3; k.dispatchEvent(new Event('input'))")
+    assert until(lambda: len(all_of("#next li.cut")) == 9)
+    assert "3 of 257 tokens may be drawn" in all_of("#next-state")[0].text
+    # By keyboard: from token to token, into the alternatives, and back.
+    again[0].send_keys(Keys.ARROW_RIGHT)
+    assert browser.switch_to.active_element == again[1]
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    assert browser.switch_to.active_element == all_of("#popover button")[0]
+    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert browser.switch_to.active_element == again[1] and not all_of("#popover")[0].is_displayed()
+    tab = all_of("#tab-write")[0]
+    tab.send_keys(Keys.ARROW_RIGHT)
+    assert until(lambda: all_of("#cut-tokens .token")) and all_of("#cut-steps i")
+    browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    assert until(lambda: len(all_of("#maps button")) == 8) and "%" in all_of("#look-state")[0].text
+    browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    assert until(lambda: all_of("#plot svg polyline")) and [box.text for box in all_of("#which label")] == ["base", "chat"]
+    # A phone, in the dark.
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=360, height=740, deviceScaleFactor=1, mobile=True))
+    light = run_js("return getComputedStyle(document.body).backgroundColor")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
+    assert run_js("return getComputedStyle(document.body).backgroundColor") != light
+    for tab in ("write", "cuts", "looks", "runs"):
+        all_of(f"#tab-{tab}")[0].click()
+        assert run_js("return document.documentElement.scrollWidth <= innerWidth"), tab
+    # A model for conversations, behind a password.
+    browser.get(f"http://127.0.0.1:{chat}/")
+    assert until(lambda: all_of("#key")[0].is_displayed())
+    all_of("#key")[0].send_keys("secret", Keys.ENTER)
+    assert until(lambda: all_of("#tab-chat")[0].is_displayed())
+    all_of("#tab-chat")[0].click()
+    all_of("#saying")[0].send_keys("hi", Keys.ENTER)
+    assert until(lambda: all_of("#talk .token"))
+    severe = [line for line in browser.get_log("browser") if line["level"] == "SEVERE" and "401" not in line["message"]]
+    assert not severe, "errors in the console"
