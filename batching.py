@@ -17,7 +17,7 @@ blocks of 16 positions, and each row has a table of the blocks it uses, as a pro
     "First Citizen: Before we speak"        row 1   table [4, 7, 5]            users   0 1 0 2 1 0 2 0
 
 A block without users keeps what it holds until it is needed for something else, the one that was left first goes first.
-When none is left, the youngest row is sent back to the queue: its blocks are given back, and later its text is read anew
+When none is left, the youngest row gives its blocks back, returns to the queue, and later its text is read anew
 (preemption by recomputation). The oldest row is never sent back, so there is always one that gets on.
 
 Each row draws with a generator of its own, from decoding.distribution, in the order in which decoding.generate would:
@@ -85,7 +85,7 @@ class Blocks:
 
 
 def next_key(key: bytes, ids: list[int]) -> bytes:
-    """What a block of these ids is known by, after blocks known by `key`: equal keys mean equal texts from the start."""
+    """What a block of these ids is known by after blocks known by `key`: equal keys, equal texts from the start on."""
     return hashlib.sha256(key + array("I", ids).tobytes()).digest()
 
 
@@ -141,8 +141,8 @@ class Row:
     """One text on its way: what it wants, how far it has come. Made by anyone, then the engine's until it has ended.
 
     ids: the prompt. how: (temperature, top_k, top_p, min_p). n_top: none, or so many alternatives with each token's log
-    probability. score: the prompt's own tokens are scored too. Whoever waits reads, in this order: `finish` (none, stop,
-    length, cancelled, error), `entries` and `text`; and may set `cancelled`.
+    probability. score: the prompt's own tokens are scored too. Whoever waits reads `finish` (none, stop, length,
+    cancelled, error) first, then `text`, then `entries`; and may set `cancelled`.
     """
 
     def __init__(self, ids: list[int], max_new: int, tokenizer, *, how=(1.0, None, None, None), seed: int | None = None,
@@ -196,7 +196,7 @@ def feed(text: Text, token: int) -> int:
     """Add an id to a text; returns the character it begins at."""
     before = len(text.text) + len(text.pending)
     text.feed(token)
-    try:                                                   # what was held back, half a character, may come out before it
+    try:                                         # half a character that was held back may come out before it
         length = len(text.tokenizer.decode_bytes([token]).decode("utf-8"))
     except UnicodeDecodeError:
         length = 0
@@ -244,7 +244,7 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Before the thread starts: one pass of each size, so that no user waits for what is measured the first time."""
+        """Before the thread starts: a pass of each size, so that no user waits for what is measured the first time."""
         n = 1
         while n <= self.max_batch:
             self.model.head(self.model.hidden(torch.zeros(1, n, dtype=torch.long, device=self.cache.device))[0])
@@ -269,6 +269,7 @@ class Engine:
                     for row in list(self.running):
                         self.end(row, "error", f"{type(error).__name__}: {error}")
                     self.tell()
+        self.receive()
         for row in [*self.running, *self.waiting]:
             self.end(row, "error", "the server is shutting down")
         self.tell()
@@ -298,10 +299,10 @@ class Engine:
             self.guess(self.running[0])
         else:
             pieces = self.plan()
-            # Two passes, as padding those that write to the length of those that read would cost more.
-            for part in ([(row, n) for row, n in pieces if row.left == 1], [(row, n) for row, n in pieces if row.left > 1]):
-                if part:
-                    self.forward([row for row, _ in part], [n for _, n in part])
+            writing, reading = [row for row in pieces if row.left == 1], [row for row in pieces if row.left > 1]
+            for rows in (writing, reading):                # two passes: padding those that write would cost more
+                if rows:
+                    self.forward(rows, [pieces[row] for row in rows])
         self.counts["steps"] += 1
         self.tell()
 
@@ -327,16 +328,16 @@ class Engine:
             self.counts["shared_tokens"] += row.cached
             self.running.append(row)
 
-    def plan(self) -> list[tuple]:
-        """[(row, how many tokens it reads now)], with blocks to write them to; the oldest row is served first."""
+    def plan(self) -> dict[Row, int]:
+        """How many tokens each row reads now, with blocks to write them to; the oldest row is served first."""
         reading = [row for row in self.running if row.left > 1]
         share = self.budget // max(1, len(reading)) or 1   # all get on alike: a short prompt overtakes a long one
         room = self.model.config.context_length - max((row.cached for row in reading), default=0)
-        pieces = []
+        pieces = {}
         for row in list(self.running):
             n = min(row.left, share, room) if row.left > 1 else 1
             if row in self.running and self.provide(row, n):
-                pieces.append((row, n))
+                pieces[row] = n
         return pieces
 
     def provide(self, row: Row, n: int) -> bool:
@@ -365,9 +366,10 @@ class Engine:
         hidden, ready = self.read(rows, counts), []
         for place, (row, n) in enumerate(zip(rows, counts)):
             if row.score and row.cached < row.n_prompt - 1:
-                targets = row.ids[row.cached + 1:min(row.cached + n, row.n_prompt - 1) + 1]
-                row.prompt_entries[row.cached + 1:row.cached + 1 + len(targets)] = describe(
-                    self.model.head(hidden[place, :len(targets)]), targets, [row.n_top] * len(targets), self.vocab_limit)
+                begin, targets = row.cached + 1, row.ids[row.cached + 1:min(row.cached + n + 1, row.n_prompt)]
+                logits = self.model.head(hidden[place, :len(targets)])
+                row.prompt_entries[begin:begin + len(targets)] = describe(logits, targets, [row.n_top] * len(targets),
+                                                                          self.vocab_limit)
             self.advance(row, n)
             if row.left == 0:
                 ready.append((place, n - 1))
@@ -436,9 +438,9 @@ class Engine:
     # a row that is alone
 
     def guess(self, row: Row) -> None:
-        """Let the draft guess k tokens and read them all in one pass; as far as the row would have drawn them, keep them.
+        """Let the draft guess k tokens and read them all in one pass; keep them as far as the row would have drawn them.
 
-        Unlike decoding.speculate this draws as without a draft, so that the text of a seed stays what it is, sampled too.
+        Unlike decoding.speculate this draws as without a draft: the text of a seed stays what it is, sampled too.
         """
         k = min(self.k, row.n_prompt + row.max_new - len(row.ids) - 1)
         guesses = self.propose(row, k) if k > 0 else []

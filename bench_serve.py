@@ -84,7 +84,7 @@ def resident_mb(pid: int) -> float:
 
 # --- what is measured ---
 
-PROMPTS = ("ROMEO:", "First Citizen:\nBefore we proceed", "The king", "O", "JULIET:\nAnd what is love?", "What say you to")
+PROMPTS = ("ROMEO:", "First Citizen:\nBefore we proceed", "The king", "O", "JULIET:\nAnd what is love?", "What say")
 
 
 async def throughput(port: int, c: ServeBenchConfig) -> None:
@@ -131,7 +131,8 @@ async def soak(process, port: int, model, tokenizer, c: ServeBenchConfig) -> Non
     """Many requests at a rate, each text compared with the one that generate gives for its prompt and seed."""
     kinds, generator = [], random.Random(1)
     for seed in range(60):
-        ids = tokenizer.encode(generator.choice(PROMPTS)) + [generator.randrange(256) for _ in range(generator.randrange(40))]
+        ids = tokenizer.encode(generator.choice(PROMPTS))
+        ids += [generator.randrange(256) for _ in range(generator.randrange(40))]
         how = {"temperature": generator.choice((0, 0.8, 1.0)), "top_p": generator.choice((None, 0.9))}
         n = generator.randrange(1, 49)
         new = generate(model, ids, n, **how, generator=torch.Generator().manual_seed(seed), tokenizer=tokenizer,
@@ -161,8 +162,8 @@ async def soak(process, port: int, model, tokenizer, c: ServeBenchConfig) -> Non
             memory.append(resident_mb(process.pid))
     await asyncio.gather(*tasks)
     memory.append(resident_mb(process.pid))
-    print(f"{done:,} requests in {time.perf_counter() - began:.0f} s: {lost} lost, {wrong} wrong; memory in MB by tenths: "
-          f"{' '.join(f'{m:.0f}' for m in memory)}", flush=True)
+    print(f"{done:,} requests in {time.perf_counter() - began:.0f} s: {lost} lost, {wrong} wrong; memory in MB by "
+          f"tenths: {' '.join(f'{m:.0f}' for m in memory)}", flush=True)
 
 
 async def users(port: int, model: str, n_users: int, tokens: int) -> float:
@@ -212,7 +213,7 @@ async def until_up(port: int, seconds: float = 120) -> None:
 
 
 def beside(c: ServeBenchConfig) -> None:
-    """A table of tokens a second with 1, 8 and 32 users: serve.py, and `transformers serve` with and without batching."""
+    """A table of tokens a second by users: serve.py, and `transformers serve` with and without continuous batching."""
     with tempfile.TemporaryDirectory() as folder:
         same_weights(c, Path(folder))
         theirs = str(Path(folder) / "theirs")
@@ -221,8 +222,9 @@ def beside(c: ServeBenchConfig) -> None:
             if flags is None:
                 process, port = start(Path(folder) / "ours", c.flags.split())
             else:
-                command = ["transformers", "serve", theirs, "--device", "cpu", "--host", "127.0.0.1", "--port", str(c.port)]
-                process, port = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), c.port
+                command = ["transformers", "serve", theirs, "--device=cpu", f"--port={c.port}", *flags]
+                quiet = subprocess.DEVNULL
+                process, port = subprocess.Popen(command, stdout=quiet, stderr=quiet), c.port
             try:
                 asyncio.run(until_up(port))
                 model = "ours" if flags is None else theirs

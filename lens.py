@@ -1,4 +1,4 @@
-"""What there is to see of a model at work: what it thought of a token, where it looked, how a text was cut, how it learnt.
+"""What there is to see of a model: what it thought of a token, where it looked, how a text was cut, how it learnt.
 
     batching.py   `describe`, for the log probabilities of what is written
     serve.py      all of it, for the page
@@ -44,7 +44,7 @@ def describe(logits, ids: list[int], n_tops: list[int], vocab_limit: int) -> lis
 
 
 def likeliest(logits, how: tuple, n: int, tokenizer, vocab_limit: int) -> dict:
-    """The n likeliest next tokens after logits (1, V), and what `how` (temperature, top_k, top_p, min_p) makes of them."""
+    """The n likeliest tokens by logits (1, V), and what `how` (temperature, top_k, top_p, min_p) makes of each."""
     plain, cut = distribution(logits, vocab_limit=vocab_limit)[0], distribution(logits, *how, vocab_limit)[0]
     top = plain.topk(min(n, len(plain))).indices
     tokens = [{"id": i, "token": token_text(tokenizer, i), "p": p, "cut": q}

@@ -14,7 +14,8 @@ silently ignored is another experiment. An answer is one JSON object when all is
                              data: {"choices": [{"index": 0, "text": "The", "finish_reason": "length"}]}
                              data: [DONE]
 
-    an error                 {"error": {"message": ..., "type": "invalid_request_error", "param": "temperature", "code": null}}
+    an error                 {"error": {"message": "temperature=-1.0 must be …", "type": "invalid_request_error",
+                                        "param": "temperature", "code": null}}
 
 /v1/chat/completions differs in its fields (messages for prompt, a message or a delta for text) and in the form of its
 log probabilities. Ours besides: `top_k` and `min_p`; `details` in the log probabilities of completions.
@@ -83,8 +84,8 @@ class Fields:
     """The fields of a request. Each is taken by its name and checked; null is as if it were not there."""
 
     # What has no effect here, with the values that ask for none.
-    NEUTRAL = {"presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "suffix": ("",), "tools": ([],),
-               "response_format": ({"type": "text"},), "store": (False,), "parallel_tool_calls": (True, False)}
+    NEUTRAL = {"presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "suffix": ("",),
+               "tools": ([],), "response_format": ({"type": "text"},), "store": (False,)}
 
     def __init__(self, body: dict):
         self.body = {name: value for name, value in body.items() if value is not None}
@@ -124,7 +125,8 @@ class Fields:
         stops = self.take("stop", (str, list), [])
         stops = [stops] if isinstance(stops, str) else stops
         if len(stops) > MAX_STOPS or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_CHARS for s in stops):
-            raise ApiError(400, f"stop must be at most {MAX_STOPS} strings of 1 … {MAX_STOP_CHARS:,} characters", "stop")
+            raise ApiError(400, f"stop must be at most {MAX_STOPS} strings of 1 … {MAX_STOP_CHARS:,} characters",
+                           "stop")
         return stops
 
     def end(self) -> None:
@@ -198,7 +200,8 @@ class Answer:
     """
     status_code = 200
 
-    def __init__(self, server, rows: list[Row], *, chat: bool, n: int, stream: bool, usage: bool, echo: bool, logprobs: bool):
+    def __init__(self, server, rows: list[Row], *, chat: bool, n: int, stream: bool, usage: bool, echo: bool,
+                 logprobs: bool):
         self.server, self.rows, self.chat, self.n, self.stream, self.usage = server, rows, chat, n, stream, usage
         self.logprobs, self.event = logprobs, asyncio.Event()
         self.shown = [(0, 0) for _ in rows]                # characters and tokens of each row that were told
@@ -254,7 +257,8 @@ class Answer:
 
     def count(self) -> dict:
         """Tokens read and written; a prompt counts once however many answers it gets."""
-        read, written = sum(row.n_prompt for row in self.rows[::self.n]), sum(len(r.ids) - r.n_prompt for r in self.rows)
+        read = sum(row.n_prompt for row in self.rows[::self.n])
+        written = sum(len(row.ids) - row.n_prompt for row in self.rows)
         shared = sum(row.shared_tokens for row in self.rows[::self.n])
         return {"usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written,
                           "prompt_tokens_details": {"cached_tokens": shared}}}
@@ -288,7 +292,8 @@ class Answer:
                 await self.event.wait()
                 self.event.clear()
                 choices = [choice for choice in (self.choice(place, False) for place in unfinished) if choice]
-                unfinished = [place for place in unfinished if place not in {c["index"] for c in choices if c["finish_reason"]}]
+                ended = {choice["index"] for choice in choices if choice["finish_reason"]}
+                unfinished = [place for place in unfinished if place not in ended]
                 events = [self.head | {"choices": [choice]} for choice in choices]
             events += [self.head | {"choices": []} | self.count()] if self.usage else []
         except ApiError as error:

@@ -10,9 +10,9 @@
 
 Any client of OpenAI's works: `openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="any")`. How a request goes:
 
-    client ── HTTP ──> this page ── Row ──> queue ── engine's thread, batching.py ──> a token for every row, each step
-                       checks it, 400 …                                                         │
-    client <─ JSON or a stream of events ─── reads what its rows have come to <── wakes it ─────┘
+    client ── HTTP ──> this page ── Row ──> queue ── engine's thread, batching.py ──> a token for each row, a step
+                       checks it, 400 …                                                     │
+    client <─ JSON or a stream of events ─── reads what its rows have come to <── wakes it ─┘
 
     POST /v1/completions        prompt: a text, ids, or a list of either       GET /v1/models, /health, /metrics
     POST /v1/chat/completions   for a model that align.py tuned for it         GET /   serve.html
@@ -71,7 +71,7 @@ class ServeConfig:
     quantize: str | None = None          # int8 | int4: smaller weights
     draft: str | None = None             # guesses while one text is written alone: ngram | folder of a smaller model
     k: int = 4                           # tokens guessed at once
-    threads: int | None = None           # of the CPU for the model; none = one fewer than there are CPUs: HTTP needs one
+    threads: int | None = None           # of the CPU for the model; none = all but one, which HTTP needs
     device: str | None = None            # cpu, cuda, mps; none = the best there is
     dtype: str | None = None             # float32, bfloat16, float16; none = the fastest on a GPU, as stored elsewhere
     checkpoint: str = "ckpt.pt"          # ckpt.pt = the last state, best.pt = the best on validation
@@ -150,6 +150,11 @@ class Server:
 
     # what a request asks for
 
+    def check_model(self, name: str) -> None:
+        """Raise ApiError for another model than the one there is."""
+        if name != self.name:
+            raise ApiError(404, f"there is no model {name!r} here; there is {self.name!r}", "model", "model_not_found")
+
     def prompt_ids(self, prompt) -> list[int]:
         """The ids of one prompt, a text or ids. Raises ApiError for one that cannot be gone on from."""
         limit, size = self.engine.limit, self.engine.vocab_limit
@@ -164,7 +169,7 @@ class Server:
         if not isinstance(prompt, list) or not all(type(i) is int for i in prompt):
             raise ApiError(400, "prompt must be a text, a list of ids, or a list of either", "prompt")
         if not prompt:
-            raise ApiError(400, "the prompt is empty; a model needs a token to go on from, such as <|endoftext|>", "prompt")
+            raise ApiError(400, "the prompt is empty; a model needs a token to go on from, as <|endoftext|>", "prompt")
         if not 0 <= min(prompt) <= max(prompt) < size:
             raise ApiError(400, f"the prompt holds an id outside 0 … {size - 1}, the vocabulary", "prompt")
         if len(prompt) > limit:
@@ -172,12 +177,10 @@ class Server:
                            "context_length_exceeded")
         return prompt
 
-    def answer(self, fields: Fields, prompts: list[list[int]], max_new: int, stop_ids, *, chat: bool, echo: bool = False,
-               n_top: int | None = None) -> Answer:
+    def answer(self, fields: Fields, prompts: list[list[int]], max_new: int, stop_ids, *, chat: bool,
+               echo: bool = False, n_top: int | None = None) -> Answer:
         """Take the fields that both ways of asking share, and put the rows in the queue."""
-        model = fields.take("model", str, self.name)
-        if model != self.name:
-            raise ApiError(404, f"there is no model {model!r} here; there is {self.name!r}", "model", "model_not_found")
+        self.check_model(fields.take("model", str, self.name))
         n, how, stops = fields.whole("n", 1, 1, MAX_ROWS), fields.sampling(), fields.stops()
         fields.whole("best_of", n, n, n)
         seed, stream = fields.whole("seed", None, -2 ** 62, 2 ** 62), fields.take("stream", bool, False)
@@ -220,9 +223,9 @@ class Server:
         except UnicodeError as error:
             raise ApiError(400, f"the messages cannot be encoded: {error}", "messages") from None
         except ValueError:
-            raise ApiError(400, f"{self.name} has no chat template: it goes on with texts, see /v1/completions. Tune it for "
-                           f"conversations: python align.py sft --base={self.folder} --data=FILE.jsonl --out_dir=out/chat "
-                           "--template=chat", "model") from None
+            raise ApiError(400, f"{self.name} has no chat template: it goes on with texts, see /v1/completions. Tune it "
+                           f"for conversations: python align.py sft --base={self.folder} --data=FILE.jsonl "
+                           "--out_dir=out/chat --template=chat", "model") from None
         n_top = fields.whole("top_logprobs", None, 0, MAX_TOP)
         if fields.take("logprobs", bool, False):
             n_top = n_top or 0
@@ -236,12 +239,13 @@ class Server:
         """The one model there is."""
         about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "you",
                  "max_model_len": self.engine.limit}
-        wanted = request.path_params.get("name")
-        if wanted not in (None, self.name):
-            raise ApiError(404, f"there is no model {wanted!r} here; there is {self.name!r}", "model", "model_not_found")
-        return JSONResponse(about if wanted else {"object": "list", "data": [about]})
+        if "name" not in request.path_params:
+            return JSONResponse({"object": "list", "data": [about]})
+        self.check_model(request.path_params["name"])
+        return JSONResponse(about)
 
     async def health(self, request: Request) -> JSONResponse:
+        """Answered while requests are taken; 503 once the server is ending, see `guarded`."""
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> PlainTextResponse:
@@ -256,7 +260,8 @@ class Server:
         for name, kind, help_text in METRICS:
             lines += [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}"]
             if name == "requests_total":
-                lines += [f'{name}{{path="{path}",status="{status}"}} {n}' for (path, status), n in self.requests.items()]
+                lines += [f'{name}{{path="{path}",status="{status}"}} {n}'
+                          for (path, status), n in self.requests.items()]
             elif kind == "histogram":
                 lines += self.times[name.removesuffix("_seconds")].lines(name)
             else:
@@ -266,6 +271,7 @@ class Server:
     # what the page draws
 
     async def page(self, request: Request) -> FileResponse:
+        """serve.html, which asks for all the rest."""
         return FileResponse(Path(__file__).with_name("serve.html"))
 
     async def about(self, request: Request) -> JSONResponse:
@@ -290,7 +296,7 @@ class Server:
         return JSONResponse(likeliest(logits, how, 24, self.tokenizer, self.engine.vocab_limit))
 
     def logits_after(self, ids: tuple):
-        """Logits (1, V) of the token after ids; the last ones are kept, as a slider asks for the same again and again."""
+        """Logits (1, V) of the token after ids; the last ones are kept, as a slider asks for the same again."""
         if ids not in self.known_logits:
             if len(self.known_logits) >= 8:
                 self.known_logits.popitem(last=False)
@@ -331,6 +337,7 @@ class Server:
     def guarded(self, handler):
         """The handler, with the password checked, errors told in OpenAI's form, and the request counted."""
         async def endpoint(request: Request):
+            """What Starlette calls."""
             path = request.url.path
             try:
                 if self.draining:
@@ -338,7 +345,8 @@ class Server:
                 if self.config.api_key and path.startswith(("/v1", "/api")):
                     given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
                     if not hmac.compare_digest(given, self.config.api_key.encode()):
-                        raise ApiError(401, "this server wants its api_key: Authorization: Bearer …", None, "invalid_api_key")
+                        raise ApiError(401, "this server wants its api_key as Authorization: Bearer …", None,
+                                       "invalid_api_key")
                 response = await handler(request)
             except ApiError as error:
                 response = error.response()
@@ -406,8 +414,8 @@ def main(argv: list[str]) -> None:
     if config.host not in ("127.0.0.1", "localhost", "::1") and not config.api_key:
         print(f"warning: host={config.host} and no --api_key: whoever reaches this machine may use it", file=sys.stderr)
     blocks = server.engine.blocks
-    print(f"{server.name}: {server.n_parameters:,} parameters on {server.device}; {config.max_batch} texts at once, a cache of "
-          f"{blocks.n_blocks} blocks of {blocks.size} tokens")
+    print(f"{server.name}: {server.n_parameters:,} parameters on {server.device}; {config.max_batch} texts at once, "
+          f"a cache of {blocks.n_blocks} blocks of {blocks.size} tokens")
     host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"ready at http://{host}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
     asyncio.run(server.serve(listener))
