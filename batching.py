@@ -20,12 +20,10 @@ A block without users keeps what it holds until it is needed for something else,
 When none is left, the youngest row gives its blocks back, returns to the queue, and later its text is read anew
 (preemption by recomputation). The oldest row is never sent back, so there is always one that gets on.
 
-Each row draws with a generator of its own, from decoding.distribution, in the order in which decoding.generate would:
-its text is the one that `generate` gives for this prompt and seed alone. In float32 the sums of a larger batch may be
-rounded otherwise in the seventh digit; a token could differ only where two are that close.
-
-One thread does all this (`Engine.run`). Others hand it rows through a queue and read what a row has come to; nothing
-else is shared, so there is no lock. Left out: swapping blocks to the CPU, several GPUs, beams.
+Each row draws from decoding.distribution by a generator of its own: its text is the one that decoding.generate gives
+for this prompt and seed alone. A larger batch may be rounded otherwise in the last digit (float32: the seventh); a token
+could differ only where two are that close. One thread does all this, `Engine.run`; others hand it rows through a queue
+and read what a row has come to, so there is no lock. Left out: swapping blocks to the CPU, several GPUs, beams.
 """
 import hashlib
 import queue
@@ -38,7 +36,7 @@ from concurrent.futures import Future
 import torch
 
 from decoding import LookupDraft, ModelDraft, Text, distribution
-from lens import describe
+from lens import describe, feed
 
 
 # --- blocks ---
@@ -109,10 +107,9 @@ class PagedCache:
     def turn_to(self, rows: list, counts: list[int]) -> None:
         """The next pass reads counts[i] tokens of rows[i], padded to the largest count."""
         T, size, pasts = max(counts), self.size, [row.cached for row in rows]
-        end = max(pasts) + T
+        end, n_blocks = max(pasts) + T, -(-(max(pasts) + T) // size)
         slots = [row.table[p // size] * size + p % size if p < past + n else 0
                  for row, past, n in zip(rows, pasts, counts) for p in range(past, past + T)]
-        n_blocks = -(-end // size)
         tables = [row.table[:n_blocks] + [0] * (n_blocks - len(row.table)) for row in rows]
         self.rows, self.batch_size = [pasts], len(rows)
         self.slots = torch.tensor(slots, device=self.device)                     # (B T,)
@@ -141,21 +138,22 @@ class Row:
     """One text on its way: what it wants, how far it has come. Made by anyone, then the engine's until it has ended.
 
     ids: the prompt. how: (temperature, top_k, top_p, min_p). n_top: none, or so many alternatives with each token's log
-    probability. score: the prompt's own tokens are scored too. Whoever waits reads `finish` (none, stop, length,
-    cancelled, error) first, then `text`, then `entries`; and may set `cancelled`.
+    probability. score: the prompt's own tokens are scored too. streams: there is something to tell after every token.
+    Whoever waits reads `finish` (none, stop, length, cancelled, error), `text`, `entries`, and may set `cancelled`.
     """
 
     def __init__(self, ids: list[int], max_new: int, tokenizer, *, how=(1.0, None, None, None), seed: int | None = None,
-                 stops=(), stop_ids=(), n_top: int | None = None, score: bool = False, streams: bool = False, wake=None,
+                 stops=(), stop_ids=(), n_top: int | None = None, score: bool = False, streams: bool = False,
                  device="cpu"):
         self.ids, self.n_prompt, self.max_new, self.how = list(ids), len(ids), max_new, how
         self.text, self.stop_ids, self.n_top, self.score = Text(tokenizer, stops), set(stop_ids), n_top, score
         self.generator = torch.Generator(device)
-        self.generator.seed() if seed is None else self.generator.manual_seed(seed)
-        self.streams, self.wake = streams, wake            # wake: called after each token, or only at the end
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
         self.entries, self.prompt_entries = [], [None] * len(ids)
-        self.finish = self.error = None
-        self.cancelled = False
+        self.finish, self.error, self.cancelled, self.streams = None, None, False, streams
         self.arrived, self.began, self.shared_tokens = time.perf_counter(), None, 0
         self.drafter, self.drafted_to = None, 0
         self.rest()
@@ -172,10 +170,9 @@ class Row:
 
 def draw(logits, rows: list, vocab_limit: int) -> list[int]:
     """The next id of each row, from logits (B, V): as decoding.pick draws it, but each row by its own generator."""
-    groups = {}
+    groups, drawn = {}, {}
     for place, row in enumerate(rows):
         groups.setdefault(row.how, []).append(place)
-    drawn = [0] * len(rows)
     for (temperature, top_k, top_p, min_p), places in groups.items():
         group = logits if len(groups) == 1 else logits[places]
         if temperature == 0:
@@ -187,20 +184,8 @@ def draw(logits, rows: list, vocab_limit: int) -> list[int]:
             for row_noise, place in zip(noise.unbind(), places):
                 row_noise.exponential_(1, generator=rows[place].generator)
             ids = (p / noise).argmax(dim=-1).tolist()
-        for place, token in zip(places, ids):
-            drawn[place] = token
-    return drawn
-
-
-def feed(text: Text, token: int) -> int:
-    """Add an id to a text; returns the character it begins at."""
-    before = len(text.text) + len(text.pending)
-    text.feed(token)
-    try:                                         # half a character that was held back may come out before it
-        length = len(text.tokenizer.decode_bytes([token]).decode("utf-8"))
-    except UnicodeDecodeError:
-        length = 0
-    return before if text.ended or not length else len(text.text) + len(text.pending) - length
+        drawn.update(zip(places, ids))
+    return [drawn[place] for place in range(len(rows))]
 
 
 # --- the engine ---
@@ -214,7 +199,7 @@ class Engine:
     """
 
     def __init__(self, model, tokenizer, *, max_batch: int = 16, n_blocks: int | None = None, block_size: int = 16,
-                 budget: int = 128, draft=None, k: int = 4, notify=lambda rows: None,
+                 budget: int = 64, draft=None, k: int = 4, notify=lambda rows: None,
                  observe=lambda name, seconds: None):
         context = model.config.context_length
         n_blocks = n_blocks or max_batch * -(-context // block_size)
@@ -233,7 +218,7 @@ class Engine:
         self.inbox.put(row)
 
     def between_steps(self, function) -> Future:
-        """Have `function()` called on the engine's thread between two steps: the model is never run by two threads."""
+        """Call `function()` on the engine's thread between two steps: the model is never run by two threads."""
         future = Future()
         self.inbox.put((function, future))
         return future
@@ -438,7 +423,7 @@ class Engine:
     # a row that is alone
 
     def guess(self, row: Row) -> None:
-        """Let the draft guess k tokens and read them all in one pass; keep them as far as the row would have drawn them.
+        """Let the draft guess k tokens, read them all in one pass, keep those that the row would have drawn.
 
         Unlike decoding.speculate this draws as without a draft: the text of a seed stays what it is, sampled too.
         """

@@ -43,6 +43,17 @@ def describe(logits, ids: list[int], n_tops: list[int], vocab_limit: int) -> lis
             in zip(ids, chosen.tolist(), ranks, entropies, indices, values, n_tops)]
 
 
+def feed(text, token: int) -> int:
+    """Add an id to a decoding.Text; returns the character that it begins at."""
+    before = len(text.text) + len(text.pending)
+    text.feed(token)
+    try:                                         # half a character that was held back may come out before it
+        length = len(text.tokenizer.decode_bytes([token]).decode("utf-8"))
+    except UnicodeDecodeError:
+        length = 0
+    return before if text.ended or not length else len(text.text) + len(text.pending) - length
+
+
 def likeliest(logits, how: tuple, n: int, tokenizer, vocab_limit: int) -> dict:
     """The n likeliest tokens by logits (1, V), and what `how` (temperature, top_k, top_p, min_p) makes of each."""
     plain, cut = distribution(logits, vocab_limit=vocab_limit)[0], distribution(logits, *how, vocab_limit)[0]

@@ -28,9 +28,9 @@ import uuid
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
-from batching import Row, feed
+from batching import Row
 from decoding import Text, check_sampling
-from lens import token_text
+from lens import feed, token_text
 
 MAX_BODY_BYTES = 2 ** 20             # of a request; more is 413
 DRAINED_BYTES = 2 ** 26              # read and thrown away before saying so: a client that still sends would miss it

@@ -223,7 +223,7 @@ class Server:
         except UnicodeError as error:
             raise ApiError(400, f"the messages cannot be encoded: {error}", "messages") from None
         except ValueError:
-            raise ApiError(400, f"{self.name} has no chat template: it goes on with texts, see /v1/completions. Tune it "
+            raise ApiError(400, f"{self.name} has no chat template; it goes on with texts: /v1/completions. Tune it "
                            f"for conversations: python align.py sft --base={self.folder} --data=FILE.jsonl "
                            "--out_dir=out/chat --template=chat", "model") from None
         n_top = fields.whole("top_logprobs", None, 0, MAX_TOP)
