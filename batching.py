@@ -251,7 +251,7 @@ class Engine:
                 try:
                     self.step()
                 except Exception as error:                 # of this step's rows; the server lives on
-                    for row in list(self.running):
+                    for row in list(self.running) or list(self.waiting)[:1]:
                         self.end(row, "error", f"{type(error).__name__}: {error}")
                     self.tell()
         self.receive()
@@ -268,7 +268,7 @@ class Engine:
                 return
             if isinstance(item, Row):
                 self.waiting.append(item)
-            elif item is not None:
+            elif item is not None and item[1].set_running_or_notify_cancel():
                 function, future = item
                 try:
                     future.set_result(function())

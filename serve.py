@@ -52,7 +52,7 @@ from machine import keep_freed_memory
 from protocol import Answer, ApiError, Fields, read_json, turns_of
 from sample import END_OF_TEXT, chat_ids, load, load_draft
 
-END_SECONDS = 8                      # for what is being written when the server is told to end
+END_SECONDS = 7                      # for what is being written when the server is told to end
 MAX_ROWS, MAX_TOP = 128, 20          # texts of one request; alternatives of each token
 SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30)        # bounds of the histograms
 
