@@ -256,3 +256,6 @@ def serve(argv: list[str]) -> None:
     finally:
         process.terminate()
         process.wait()
+
+
+VERBS = {"serve": serve}
