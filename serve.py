@@ -155,6 +155,12 @@ class Server:
         if name != self.name:
             raise ApiError(404, f"there is no model {name!r} here; there is {self.name!r}", "model", "model_not_found")
 
+    async def fields(self, request: Request) -> Fields:
+        """What the body says, for the model that there is."""
+        fields = Fields(await read_json(request))
+        self.check_model(fields.take("model", str, self.name))
+        return fields
+
     def prompt_ids(self, prompt) -> list[int]:
         """The ids of one prompt, a text or ids. Raises ApiError for one that cannot be gone on from."""
         limit, size = self.engine.limit, self.engine.vocab_limit
@@ -180,7 +186,6 @@ class Server:
     def answer(self, fields: Fields, prompts: list[list[int]], max_new: int, stop_ids, *, chat: bool,
                echo: bool = False, n_top: int | None = None) -> Answer:
         """Take the fields that both ways of asking share, and put the rows in the queue."""
-        self.check_model(fields.take("model", str, self.name))
         n, how, stops = fields.whole("n", 1, 1, MAX_ROWS), fields.sampling(), fields.stops()
         fields.whole("best_of", n, n, n)
         seed, stream = fields.whole("seed", None, -2 ** 62, 2 ** 62), fields.take("stream", bool, False)
@@ -203,7 +208,7 @@ class Server:
 
     async def completions(self, request: Request) -> Answer:
         """Go on with texts."""
-        fields = Fields(await read_json(request))
+        fields = await self.fields(request)
         prompt = fields.take("prompt", (str, list))
         if prompt is None:
             raise ApiError(400, "prompt is missing", "prompt")
@@ -216,7 +221,7 @@ class Server:
 
     async def chat_completions(self, request: Request) -> Answer:
         """Answer in a conversation; a system message is put before the user's first one."""
-        fields = Fields(await read_json(request))
+        fields = await self.fields(request)
         turns = turns_of(fields.take("messages", list))
         try:
             ids, end = chat_ids(self.tokenizer, turns)
@@ -343,7 +348,7 @@ class Server:
                 if self.draining:
                     raise ApiError(503, "the server is shutting down")
                 if self.config.api_key and path.startswith(("/v1", "/api")):
-                    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+                    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
                     if not hmac.compare_digest(given, self.config.api_key.encode()):
                         raise ApiError(401, "this server wants its api_key as Authorization: Bearer …", None,
                                        "invalid_api_key")
@@ -377,7 +382,7 @@ class Server:
         self.loop = asyncio.get_running_loop()
         http = uvicorn.Server(uvicorn.Config(self.application(), log_level="error", access_log=False, lifespan="off",
                                              timeout_graceful_shutdown=END_SECONDS + 1))
-        http.capture_signals = contextlib.nullcontext      # uvicorn's own way would end with the signal, not with 0
+        http.capture_signals = contextlib.nullcontext      # its handlers would take the place of those below
 
         def end():
             if self.draining:                              # the second time: at once

@@ -128,9 +128,11 @@ def test_completions(base, runs):
     stop, before = long[10:13], long[:long.index(long[10:13])]
     asked = {"prompt": "hat", "max_tokens": 40, "seed": seed, "stop": [stop, "nowhere"]}
     for more in ({}, {"stream": True}):
-        answer = ask(base, "/v1/completions", asked | more)[1]
+        answer = ask(base, "/v1/completions", asked | more | {"logprobs": 0})[1]
         choices = [part["choices"][0] for part in (events(answer) if more else [answer])]
         assert "".join(c["text"] for c in choices) == before and choices[-1]["finish_reason"] == "stop"
+        offsets = [offset for c in choices for offset in c["logprobs"]["text_offset"]]
+        assert offsets and max(offsets) < len(before), "nor are the tokens of the stop string told"
     # max_tokens is cut to the room there is.
     assert ask(base, "/v1/completions", {"prompt": "a" * 60, "max_tokens": 500})[1]["usage"]["total_tokens"] <= 64
 
@@ -233,6 +235,7 @@ def figure(port, name):
 
 def test_who_hangs_up_frees_the_blocks_and_a_full_queue_says_so(base):
     for body in ({"stream": True}, {}):
+        before = figure(base, "generated_tokens_total")
         connection = http.client.HTTPConnection("127.0.0.1", base)
         connection.request("POST", "/v1/completions", json.dumps({"prompt": ["a"] * 128, "max_tokens": 60} | body))
         if body:
@@ -244,6 +247,7 @@ def test_who_hangs_up_frees_the_blocks_and_a_full_queue_says_so(base):
         while figure(base, "cache_blocks_used") and time.monotonic() < deadline:
             time.sleep(0.02)
         assert figure(base, "queue_length") == figure(base, "cache_blocks_used") == 0
+        assert figure(base, "generated_tokens_total") - before < 128 * 60 / 2, "they are not written to their end"
     statuses = []
 
     def client():
