@@ -21,8 +21,8 @@ When none is left, the youngest row gives its blocks back, returns to the queue,
 (preemption by recomputation). The oldest row is never sent back, so there is always one that gets on.
 
 Each row draws from decoding.distribution by a generator of its own: its text is the one that decoding.generate gives
-for this prompt and seed alone. A larger batch may be rounded otherwise in the last digit (float32: the seventh); a token
-could differ only where two are that close. One thread does all this, `Engine.run`; others hand it rows through a queue
+for this prompt and seed alone. A larger batch may be rounded otherwise in the last digit (float32: the seventh), so a
+token could differ where two are that close. One thread does all this, `Engine.run`; others hand it rows through a queue
 and read what a row has come to, so there is no lock. Left out: swapping blocks to the CPU, several GPUs, beams.
 """
 import hashlib
