@@ -1,7 +1,8 @@
 """Every measured figure of the README, one verb each: `python bench.py VERB [--key=value …]`. Nobody imports this page.
 
 Verbs for machines stand in bench_systems.py, for a GPU in bench_gpu.py, for data in bench_data.py, for the course's
-smaller experiments in bench_course.py, for alignment in bench_align.py; all are reached from here.
+smaller experiments in bench_course.py, for alignment in bench_align.py, for the server in bench_serve.py; all are
+reached from here.
 """
 import copy
 import os
@@ -18,6 +19,7 @@ import torch
 import bench_course
 import bench_data
 import bench_gpu
+import bench_serve
 import bench_systems
 import bpe
 import bpe_fast
@@ -306,7 +308,7 @@ VERBS = {"align": align_bench, "bpe": bench_bpe, "hf": hf, "decode": decode, "co
 
 def verbs() -> dict:
     """Name -> function of every verb."""
-    return VERBS | bench_data.VERBS | bench_course.VERBS | bench_systems.VERBS | {"gpu": bench_gpu.gpu}
+    return VERBS | bench_data.VERBS | bench_course.VERBS | bench_serve.VERBS | bench_systems.VERBS | {"gpu": bench_gpu.gpu}
 
 
 def main(argv: list[str]) -> None:

@@ -1,0 +1,85 @@
+"""Claims about batching.py: each text is what generate gives alone, whatever else is written beside it."""
+import threading
+
+import pytest
+
+from common import rng, toy
+import batching
+import decoding
+
+
+class SixtyOne:
+    """A tokenizer for the toy model's 61 ids: letters."""
+    vocab_size = 61
+
+    def decode_bytes(self, ids):
+        return bytes(65 + i for i in ids)
+
+
+def run(engine, rows):
+    """Let the engine's thread write these rows; every block must be free afterwards."""
+    ended = threading.Event()
+    engine.notify = lambda _: all(row.finish for row in rows) and ended.set()
+    for row in rows:
+        engine.submit(row)
+    engine.thread.start()
+    assert ended.wait(60), "rows were lost"
+    engine.stop()
+    engine.thread.join(10)
+    assert len(engine.blocks.free) == engine.blocks.n_blocks and not any(engine.blocks.users)
+    return rows
+
+
+@pytest.mark.parametrize("switch", ["plain", "gpt2", "smear window", "mla window", "moe", "window", "qwen3"])
+def test_each_text_is_what_generate_gives_alone_whatever_else_is_written(switch):
+    """Greedy and sampled, long and short, over many blocks and over five, in pieces of seven tokens, with guesses."""
+    model, tokenizer = toy(switch).eval(), SixtyOne()
+    start = [7, 3, 9, 1, 1, 5]
+    prompts = [start + [i] for i in range(4)] + [[4], [2, 4] * 8, start * 3, [8, 9]]
+    hows = [(0, None, None, None), (1.0, None, None, None), (0.7, 5, None, None), (1.3, None, 0.8, None)] * 2
+    alone = []
+    for seed, (prompt, how) in enumerate(zip(prompts, hows)):
+        how = dict(zip(("temperature", "top_k", "top_p", "min_p"), how))
+        alone.append(decoding.generate(model, prompt, 24 - len(prompt), generator=rng(seed), stop_ids=[11], **how))
+    for more in (dict(max_batch=3), dict(max_batch=8, n_blocks=5), dict(max_batch=1, draft="ngram"),
+                 dict(max_batch=1, draft=model, k=3)):
+        engine = batching.Engine(model, tokenizer, **dict(block_size=5, budget=7) | more)
+        rows = run(engine, [batching.Row(prompt, 24 - len(prompt), tokenizer, how=how, seed=seed, stop_ids=[11])
+                            for seed, (prompt, how) in enumerate(zip(prompts, hows))])
+        for row, ids in zip(rows, alone):
+            assert row.ids[row.n_prompt:] == ids, (switch, more)
+            assert row.finish == ("stop" if ids[-1] == 11 else "length")
+        if more.get("n_blocks"):
+            assert engine.counts["preemptions"] > 0, "five blocks are not enough for eight rows"
+        if more.get("draft") is model:
+            assert engine.counts["guessed_right"] > 0
+
+
+def test_equal_beginnings_are_read_once_and_the_block_left_first_goes_first():
+    blocks = batching.Blocks(3, 4)
+    table = [blocks.take() for _ in range(2)]
+    first = batching.next_key(b"", [1, 2, 3, 4])
+    second = batching.next_key(first, [5, 6, 7, 8])
+    assert second not in (first, batching.next_key(b"", [5, 6, 7, 8])), "a block is known by all that stands before it"
+    blocks.remember(table[0], first)
+    blocks.remember(table[1], second)
+    assert blocks.share(first) == table[0] and blocks.users[table[0]] == 2
+    blocks.give_back(table)
+    blocks.give_back(table[:1])
+    assert len(blocks.free) == 3 and first in blocks.by_key, "what is free is still remembered"
+    assert [blocks.take() for _ in range(3)][1:] == [table[1], table[0]] and not blocks.by_key
+    model, tokenizer = toy().eval(), SixtyOne()
+    engine = batching.Engine(model, tokenizer, max_batch=1, block_size=4)
+    prompt = list(range(10, 23))
+    rows = run(engine, [batching.Row(prompt, 4, tokenizer, how=(0, None, None, None)) for _ in range(2)])
+    assert [row.shared_tokens for row in rows] == [0, 12] and rows[0].ids == rows[1].ids
+    assert engine.counts["steps"] == 8
+
+
+def test_a_step_that_fails_ends_its_rows_and_not_the_engine():
+    model, tokenizer = toy().eval(), SixtyOne()
+    engine = batching.Engine(model, tokenizer, max_batch=1)
+    bad, good = batching.Row([1, 2], 4, tokenizer), batching.Row([1, 2], 4, tokenizer)
+    bad.how = (1.0, "five", None, None)
+    run(engine, [bad, good])
+    assert bad.finish == "error" and "TypeError" in bad.error and good.finish == "length"
