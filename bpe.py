@@ -312,7 +312,7 @@ class Tokenizer:
                     yield from self._encode_by_regex(data[:cut], allowed)
                     held = [data[cut:].decode("utf-8")]
                     size = len(held[0])
-                    enough = max(STREAM_CHARS, 2 * size)    # doubling: text without a cut is still looked at O(1) times
+                    enough = max(STREAM_CHARS, 2 * size)    # doubling: each character is looked at twice on average
         yield from self._encode_by_regex(utf8("".join(held)), allowed)
 
     def encode_file(self, text_path, bin_path, *, workers=None):

@@ -266,7 +266,7 @@ def _flash_queries(q, k, v, o, do, lse, delta, dq, Tq, Tk, scale, GROUP: constex
             v_tile = load_tile(v, k0, Tk, BLOCK_K, D, D_PAD)
             dp = dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32))
             acc = dot((p * (dp - row_delta[:, None])).to(k_tile.dtype), k_tile, acc)
-    store_tile(dq + head * Tq * D, q0, Tq, acc * (scale / LOG2E), BLOCK_Q, D, D_PAD)
+    store_tile(dq + head * Tq * D, q0, Tq, acc * (scale / LOG2E), BLOCK_Q, D, D_PAD)       # scale / LOG2E = 1 / √D
 
 
 @jit

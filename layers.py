@@ -83,7 +83,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A row of a table for every id. weight: (vocab_size, d_model), from N(0, 1)."""
+    """A row of a table for every id. weight: (vocab_size, d_model), from N(0, 1) cut at three deviations."""
     def __init__(self, vocab_size: int, d_model: int):
         super().__init__()
         self.weight = nn.Parameter(truncated_normal((vocab_size, d_model), std=1.0))

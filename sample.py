@@ -66,13 +66,11 @@ COLORS = (157, 191, 228, 222, 216, 210)
 def explain(folder: str, config: ExplainConfig) -> None:
     """Show for each token of a text its probability, rank, entropy and the five likeliest."""
     model, tokenizer = load(folder, config)
-    ids, end = begin(tokenizer, config.prompt)
+    ids, _ = begin(tokenizer, config.prompt)         # the same ids that a continuation of the prompt starts from
     room = model.config.context_length - len(ids)
     if config.max_new_tokens > room:
         raise ValueError(f"{len(ids)} tokens of prompt and max_new_tokens={config.max_new_tokens} pass the context of "
                          f"{model.config.context_length}; give less")
-    if end is not None and ids[0] != end and room > config.max_new_tokens:    # before the first token, the beginning
-        ids = [end] + ids
     ids += generate(model, ids, config.max_new_tokens, temperature=0, vocab_limit=tokenizer.vocab_size)
     if len(ids) < 2:
         raise ValueError("nothing to explain: give a --prompt, or max_new_tokens of at least 1")
