@@ -1,4 +1,4 @@
-"""Every measured figure of the README, one verb each: `python bench.py VERB [--key=value …]`. Nobody imports this page.
+"""Every measured figure of the README, one verb each: `python bench.py VERB [--key=value …]`.
 
 Verbs for machines stand in bench_systems.py, for a GPU in bench_gpu.py, for data in bench_data.py, for the course's
 smaller experiments in bench_course.py, for alignment in bench_align.py, for the server in bench_serve.py; all are
@@ -79,7 +79,7 @@ def time_transformers(model, prompts, n: int) -> tuple[float, float]:
     tokens, seconds = torch.tensor(prompts, device=model.device), []
     for length in (1, n):
         began = time.perf_counter()
-        model.generate(tokens, do_sample=False, min_new_tokens=length, max_new_tokens=length)
+        model.generate(tokens, do_sample=False, min_new_tokens=length, max_new_tokens=length).tolist()     # a GPU's too
         seconds.append(time.perf_counter() - began)
     return tokens.numel() / seconds[0], len(prompts) * (n - 1) / (seconds[1] - seconds[0])
 

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 import laws
 from accounting import preset
-from bench_memory import MemoryTracker
+from bench_step import MemoryTracker
 from checkpoint import open_tokens, read_meta
 from configurator import command_line
 from layers import LayerNorm, Linear, attention, cross_entropy

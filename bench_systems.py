@@ -1,4 +1,4 @@
-"""What machines do: the verbs of bench.py that measure steps, memory, kernels and ranks."""
+"""What machines do: the verbs of bench.py that measure kernels and ranks; those of a step stand in bench_step.py."""
 import functools
 import math
 import os
@@ -12,13 +12,11 @@ import torch
 import fsdp
 import parallel
 import sharded
-import train
-from bench_memory import memory
-from checkpoint import read_meta
+from bench_step import memory, profile
 from configurator import ConfigError, command_line
-from machine import DTYPES, pick_device, pick_dtype
+from machine import DTYPES
 from model import ModelConfig, Transformer
-from optim import AdamW, clip_grad_norm
+from optim import AdamW
 
 
 # --- kernels: their errors, and their times beside what they replace ---
@@ -63,17 +61,18 @@ def layer_cases(device, T, C, V, H, K, D) -> list[tuple]:
              (randn(T, C), randn(V, C), targets))]
 
 
-def attention_cases(device, T, H, K, D) -> list[tuple]:
+def attention_cases(device, T, H, K, D, B=1) -> list[tuple]:
     """The same for flash.py, causal and not."""
     import flash
-    inputs, cases = [torch.randn(1, heads, T, D, device=device).requires_grad_() for heads in (H, K, K)], []
+    inputs, cases = [torch.randn(B, heads, T, D, device=device).requires_grad_() for heads in (H, K, K)], []
 
     def plain(q, k, v, causal):
-        k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
+        if H > K:
+            k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
         return torch.softmax(flash.scores_of(q, k, causal), dim=-1) @ v
 
     def sdpa(q, k, v, causal):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=H > K)
 
     for name, ours in (("PyTorch", flash.FlashAttentionPyTorch.apply), ("Triton", flash.flash_attention)):
         for kind, causal in (("causal", True), ("full", False)):
@@ -82,26 +81,59 @@ def attention_cases(device, T, H, K, D) -> list[tuple]:
     return cases
 
 
+def leaves(inputs, dtype) -> list:
+    """The inputs in a dtype, to be differentiated where those are; whole numbers as they are."""
+    return [x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
+
+
 def outputs_and_gradients(function, inputs, dtype) -> tuple[list, list]:
     """What function(*inputs) gives in a dtype, and gradients of the inputs that require one, for fixed upstreams."""
-    inputs = [x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
+    inputs = leaves(inputs, dtype)
     outputs = function(*inputs)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     upstream = [torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape).to(y.dtype) for y in outputs]
     return outputs, list(torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], upstream))
 
 
+def errors(function, reference, inputs, dtype) -> list[float]:
+    """Largest errors of (outputs, gradients) against the reference in float64 on the same rounded numbers, relative to
+    the largest entry (at least 1)."""
+    rounded = leaves(inputs, dtype)
+    exact = outputs_and_gradients(reference, rounded, torch.float64)
+    pairs = [[(x - y).abs().max() / y.abs().max().clamp(min=1) for x, y in zip(a, b)]
+             for a, b in zip(outputs_and_gradients(function, rounded, dtype), exact)]
+    return [torch.stack(pair).max().item() for pair in pairs]              # Python's max could miss a NaN
+
+
 def print_errors(cases) -> None:
-    """The largest error by kernel and dtype against float64, relative to the largest entry (at least 1)."""
+    """The largest error by kernel and dtype."""
     print(f"{'':34}{'ours':20}plain PyTorch\n{'':34}" + f"{'output':10}{'gradient':10}" * 2)
     for name, ours, plain, _, inputs in cases:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            rounded = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
-            exact, errors = outputs_and_gradients(plain, rounded, torch.float64), []
-            for function in (ours, plain):
-                for a, b in zip(outputs_and_gradients(function, rounded, dtype), exact):
-                    errors.append(max(((x - y).abs().max() / y.abs().max().clamp(min=1)).item() for x, y in zip(a, b)))
-            print(f"{name:24}{str(dtype)[6:]:10}" + "".join(f"{error:<10.0e}" for error in errors), flush=True)
+            values = errors(ours, plain, inputs, dtype) + errors(plain, plain, inputs, dtype)
+            print(f"{name:24}{str(dtype)[6:]:10}" + "".join(f"{error:<10.0e}" for error in values), flush=True)
+
+
+def seconds_of(run, device, n: int) -> float:
+    """Mean seconds of one run() of n in a row; the card has done all it was asked for when the clock is read."""
+    def clock() -> float:
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+    began = clock()
+    for _ in range(n):
+        run()
+    return (clock() - began) / n
+
+
+def roofs(device, n_bytes: int, size: int) -> tuple[float, float]:
+    """(bytes/s of a copy of n_bytes, reads and writes counted; FLOP/s of a product of `size` in bfloat16), measured."""
+    source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * n_bytes / min(seconds_of(lambda: target.copy_(source), device, 10) for _ in range(3))
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    torch.mm(a, b)                                         # the first one loads the library
+    return copy, 2 * size ** 3 / min(seconds_of(lambda: torch.mm(a, b), device, 10) for _ in range(3))
 
 
 def time_ms(run, rep: int = 200) -> float:
@@ -117,28 +149,42 @@ def time_ms(run, rep: int = 200) -> float:
     return statistics.median(times[runs // 3:])
 
 
+def timed(function, inputs, rep: int = 200) -> tuple[float, float, float]:
+    """(ms forward, ms forward and backward, MB that both take at their peak on CUDA); upstreams are made once."""
+    def forward():
+        with torch.no_grad():
+            outputs = function(*inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+    trained, upstream = [x for x in inputs if x.requires_grad], [torch.randn_like(y) for y in forward()]
+
+    def both():
+        outputs = function(*inputs)
+        return torch.autograd.grad(outputs if isinstance(outputs, tuple) else (outputs,), trained, upstream)
+    both()                                                 # compiles
+    peak = 0.0
+    if inputs[0].is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both()
+        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return time_ms(forward, rep), time_ms(both, rep), peak
+
+
 def print_times(cases, title: str, dtype) -> None:
-    """A line a kernel: ms of a forward pass, of forward and backward together, and on CUDA MB at the peak of both."""
+    """A line a kernel: ms of a forward pass, of forward and backward together, MB at the peak of both."""
     gpu = torch.cuda.is_available()
-    print(f"\n{title}, {str(dtype)[6:]}: ms forward, forward + backward{', MB at its peak' * gpu}\n{'':24}"
+    print(f"\n{title}, {str(dtype)[6:]}: ms forward, forward + backward, MB at its peak on CUDA\n{'':24}"
           + "".join(f"{name:>28}" for name in ("ours", "plain", "compiled", "torch's own")))
     for name, ours, plain, own, inputs in cases:
-        rounded, line = [x.to(dtype) if x.is_floating_point() else x for x in inputs], f"{name:24}"
+        cells, inputs = [], leaves(inputs, dtype)
         for function in (ours, plain, torch.compile(plain) if gpu else None, own):
-            if function is None:
-                line += f"{'-':>28}"
-                continue
-            try:
-                with torch.no_grad():
-                    forward = time_ms(lambda: function(*rounded))
-                if gpu:
-                    torch.cuda.reset_peak_memory_stats()
-                both = time_ms(lambda: outputs_and_gradients(function, inputs, dtype))
-                peak = f"{torch.cuda.max_memory_allocated() / 1e6:9,.0f}" if gpu else ""
-                line += f"{forward:9.3f} {both:9.3f}{peak}".rjust(28)
-            except RuntimeError as error:                  # out of memory is one
-                line += f"{str(error)[:26]:>28}"
-        print(line, flush=True)
+            cells.append("-")
+            if function is not None:
+                try:
+                    cells[-1] = "{:.3f} {:9.3f} {:8,.0f}".format(*timed(function, inputs))
+                except RuntimeError as error:              # out of memory is one
+                    cells[-1] = str(error)[:26]
+        print(f"{name:24}" + "".join(f"{cell:>28}" for cell in cells), flush=True)
 
 
 def kernels(argv: list[str]) -> None:
@@ -164,120 +210,6 @@ def kernels(argv: list[str]) -> None:
                 if not gpu:                                # an interpreted kernel has no time worth knowing
                     cases = [case for case in cases if "Triton" not in case[0]]
                 print_times(cases, f"{T} tokens, {heads} heads of {D}", DTYPES[dtype])
-
-
-# --- profile: where the time of a training step goes ---
-
-LABELS = ("attention", "feed-forward", "norm", "loss", "clip", "optimizer")
-
-
-def profile(argv: list[str]) -> dict | None:
-    """One training step by phase and by region, its ten largest kernels; writes OUT_DIR/trace.json.
-
-    Random tokens stand for the data. The step is one micro-batch, not compiled: the regions are modules, and a compiled
-    model has none. A forward operation belongs to the module that it runs in, a backward one to that of the forward
-    operation which it differentiates: autograd's sequence numbers tell. Under a CUDA profiler the same regions are NVTX
-    ranges, and only steps after the warm-up are captured:
-    nsys profile --capture-range=cudaProfilerApi --trace=cuda,nvtx python bench.py profile config_x.py
-    """
-    _, _, config, _ = command_line(train.TrainConfig, argv, "python bench.py profile config_x.py [--key=value ...]")
-    device = pick_device(config.device)
-    dtype = DTYPES[pick_dtype(config.dtype, device)]
-    meta = read_meta(config.data_dir) if os.path.isdir(config.data_dir) else {}
-    vocab_size = config.vocab_size or meta.get("vocab_size") or 50304
-    model = Transformer(config.model_config(vocab_size)).to(device)
-    size = (config.micro_batch_size or config.batch_tokens // config.context_length, config.context_length)
-    batch = torch.randint(vocab_size, size, device=device), torch.randint(vocab_size, size, device=device)
-    attached = device.startswith("cuda") and any(name in os.environ for name in (
-        "NSYS_PROFILING_SESSION_ID", "CUDA_INJECTION64_PATH", "NVTX_INJECTION64_PATH"))
-    region = torch.cuda.nvtx.range if attached else torch.profiler.record_function
-    step = make_step(model, train.make_optimizers(model, config), batch, dtype, config.grad_clip, region)
-    times = [step() for _ in range(13)][3:]                # the first three warm up
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {vocab_size:,} ids, {size[0]} x {size[1]} "
-          f"tokens, {dtype}, {device}\n{'':14}{'mean ms':>9}{'std ms':>8}   over 10 steps after 3")
-    for name, column in zip(("forward", "backward", "clip", "optimizer"), zip(*times)):
-        print(f"{name:14}{statistics.mean(column):9.2f}{statistics.stdev(column):8.2f}")
-    kinds = {"attn": "attention", "ffn": "feed-forward", "ln_final": "norm", "ln1": "norm", "ln2": "norm"}
-    for path, module in model.named_modules():
-        if path.split(".")[-1] in kinds:
-            module.forward = region(kinds[path.split(".")[-1]])(module.forward)
-    model.head_loss = region("loss")(model.head_loss)      # the norm in it remains a norm
-    if attached:
-        torch.cuda.profiler.start()
-        step()
-        torch.cuda.profiler.stop()
-        return None
-    with torch.profiler.profile() as profiler:             # the CPU, and CUDA where there is one
-        wall_ms = sum(step())
-    totals = report(profiler, wall_ms, device.startswith("cuda"))
-    os.makedirs(config.out_dir, exist_ok=True)
-    trace = os.path.join(config.out_dir, "trace.json")
-    profiler.export_chrome_trace(trace)
-    print(f"trace: {trace}, to open in https://ui.perfetto.dev")
-    return totals
-
-
-def make_step(model, optimizers, batch, dtype, grad_clip, region):
-    """A function that takes one training step and gives the ms of its four phases."""
-    device = batch[0].device.type
-
-    def clock() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()                       # else the clock would stop before the GPU does
-        return time.perf_counter() * 1e3
-
-    def step() -> list[float]:
-        """Forward, backward, clip, optimizer."""
-        marks = [clock()]
-        with region("forward"), torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = model(*batch)[1]
-        marks.append(clock())
-        with region("backward"):
-            loss.backward()
-        marks.append(clock())
-        with region("clip"):
-            clip_grad_norm(model.parameters(), grad_clip)
-        marks.append(clock())
-        with region("optimizer"):
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        marks.append(clock())
-        return [after - before for before, after in zip(marks, marks[1:])]
-    return step
-
-
-def report(profiler, wall_ms: float, on_gpu: bool) -> dict:
-    """Print the time of one profiled step by region, and its ten largest kernels (operators on the CPU).
-
-    Returns {region: ms}."""
-    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    by_sequence, totals = {}, dict.fromkeys((*LABELS, "rest"), 0.0)
-
-    def region_of(event) -> str:
-        while event is not None:
-            if event.name in LABELS:
-                return event.name
-            if event.name.startswith("autograd::engine::evaluate_function"):
-                return by_sequence.get(event.sequence_nr, "rest")
-            event = event.cpu_parent
-        return "rest"
-    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CPU]
-    for event in sorted(events, key=lambda e: e.time_range.start):         # forward comes before its backward
-        label = region_of(event)
-        if event.sequence_nr >= 0 and label != "rest":
-            by_sequence.setdefault(event.sequence_nr, label)
-        totals[label] += getattr(event, time_of) / 1e3
-    totals["idle"] = max(0.0, wall_ms - sum(totals.values()))
-    print(f"\none step under the profiler: {wall_ms:.1f} ms, forward and backward together")
-    for name, ms in totals.items():
-        print(f"{name:14}{ms:9.2f} ms {ms / wall_ms:6.1%}")
-    averages = [e for e in profiler.key_averages() if (e.device_type == torch.autograd.DeviceType.CUDA) == on_gpu
-                and e.key not in (*LABELS, "forward", "backward")]
-    print(f"\nthe ten largest {'kernels' if on_gpu else 'operators'}")
-    for event in sorted(averages, key=lambda e: -getattr(e, time_of))[:10]:
-        print(f"{getattr(event, time_of) / 1e3:9.2f} ms {event.count:5} x  {event.key[:90]}")
-    return totals
 
 
 # --- parallel: what each strategy costs ---
@@ -314,6 +246,21 @@ def collective_times(max_mb: int, device) -> list[str]:
                 seconds.append(time.perf_counter() - began)
             sent = halves * (size - 1) / size * whole.nbytes
             lines.append(f"{kind:<14}{mb:>7}{1000 * min(seconds):>10.2f}{sent / min(seconds) / 1e9:>8.2f}")
+    return lines
+
+
+def copy_rates(max_mb: int, device) -> list[str]:
+    """GB/s of copies by size, as lines: on the device, and between it and the host's pinned and pageable memory."""
+    lines = []
+    for mb in [4 ** i for i in range(10) if 4 ** i <= max_mb]:
+        here, there = (torch.ones(mb * 250_000, device=device) for _ in range(2))
+        pinned, pageable, rates = torch.ones(mb * 250_000, pin_memory=here.is_cuda), torch.ones(mb * 250_000), []
+        for name, target, source in (("on the device", there, here), ("pinned to it", here, pinned),
+                                     ("pageable to it", here, pageable), ("from it to pinned", pinned, here)):
+            target.copy_(source)
+            seconds = seconds_of(lambda: target.copy_(source, non_blocking=True), device, 5)
+            rates.append(f"{name} {here.nbytes / seconds / 1e9:.1f}")
+        lines.append(f"copies of {mb:>5} MB, GB/s: {', '.join(rates)}")
     return lines
 
 
@@ -457,6 +404,8 @@ def bench_parallel(argv: list[str]) -> None:
         lines = [f"{size} ranks, {torch.distributed.get_backend()}, {torch.get_num_threads()} threads each, "
                  f"{device.type}, torch {torch.__version__}, {os.cpu_count()} CPU cores, {time.strftime('%Y-%m-%d')}",
                  f"torchrun --standalone --nproc_per_node={size} bench.py parallel {' '.join(argv)}".rstrip(), ""]
+        if device.type == "cuda":
+            lines += copy_rates(config.max_mb, device)
         lines += collective_times(config.max_mb, device)
         more, traces = strategy_times(config, device)
         if rank == 0:

@@ -126,7 +126,7 @@ def run_checkpointed(blocks, x, sizes: tuple):
 
 def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
     """16 blocks: peak memory above weights falls as planned, blocks are computed again as planned, gradients stay."""
-    from bench_memory import MemoryTracker
+    from bench_step import MemoryTracker
     monkeypatch.setattr("attention.SHORT_CONTEXT", 0)
     shape, B = ModelConfig(vocab_size=64, context_length=64, d_model=64, n_layers=16, n_heads=4), 2
     torch.manual_seed(0)
@@ -163,7 +163,7 @@ def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
 def test_a_step_holds_what_is_billed_and_the_memory_verb_draws_it(tmp_path, monkeypatch, capsys):
     """Weights, gradients and moments exactly, activations within 2 %, on the default path of train.py."""
     import bench
-    from bench_memory import memory_step
+    from bench_step import memory_step
     from train import TrainConfig
     monkeypatch.setattr("attention.SHORT_CONTEXT", 0)
     monkeypatch.chdir(tmp_path)
