@@ -16,7 +16,6 @@ import bench_step
 import decoding
 import train
 from common import toy
-from model import ModelConfig, Transformer
 
 pytest.importorskip("transformers")
 
@@ -36,10 +35,7 @@ def test_one_stage_as_a_command_writes_its_file_and_says_what_it_is_of(tmp_path,
     text = (tmp_path / "distributed.txt").read_text(encoding="utf-8")
     assert text.startswith("CPU, toy sizes: this proves the command, not the figures\ntorch ") and "commit" in text
     assert "one rank, gloo" in text and text.count("   from plain ") == 10 and "from plain nan" not in text
-    assert "distributed done" in (tmp_path / "stages.txt").read_text(encoding="utf-8")
     assert "1 of 1 stages done" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        bench.main(["gpu", "--only=all the rest"])
 
 
 def test_a_stage_that_fails_and_one_past_its_limit_keep_their_lines_and_are_recorded(tmp_path):
@@ -79,8 +75,7 @@ def test_errors_of_all_kernels_and_a_wrong_one(kernels, tmp_path, monkeypatch):
 
 def test_kernels_and_training_beside_torchs_and_transformers_and_drawn(kernels, tmp_path, monkeypatch):
     text, missing = run("kernels", tmp_path, monkeypatch, lengths=(8,))
-    assert missing == ["cuDNN 8 16"], "a CPU has no cuDNN"
-    assert all(name in text for name in ("swiglu, ours", "rope, eager", "cross_entropy, torch's own", "plain 8 16"))
+    assert missing == ["cuDNN 8 16"] and all(words in text for words in ("swiglu, ours", "rope, eager", "plain 8 16"))
     monkeypatch.delitem(bench_gpu_models.CASES, "triton compiled")           # slow, and there are others of each kind
     monkeypatch.delitem(bench_gpu_models.CASES, "triton compiled, fused loss")
     text, missing = run("training", tmp_path, monkeypatch)
@@ -111,8 +106,7 @@ def test_steps_that_are_all_alike_decode_as_generate_does():
         expected, decoder = decoding.generate(model, prompts, 9, temperature=0), bench_step.Decoder(model, prompts, 9)
         assert decoder.run(9) == expected == decoder.run(9), "a second run begins anew"
         assert decoding.generate(model, prompts, 9, temperature=0) == expected, "the model itself stays as it was"
-    with pytest.raises(ValueError, match="Decoder has no sliding_window"):
-        bench_step.Decoder(toy(sliding_window=4), prompts, 9)
+    pytest.raises(ValueError, bench_step.Decoder, toy(sliding_window=4), prompts, 9)
 
 
 @torch.no_grad()
@@ -127,10 +121,10 @@ def test_the_graph_of_a_step_is_recorded_after_warm_up_and_replayed_and_one_comp
         saved = calls.append("record"), decoder.tokens.clone(), decoder.position.clone()
         yield
         decoder.tokens.copy_(saved[1]), decoder.position.copy_(saved[2])
-    for name, value in (("Stream", lambda: stream), ("current_stream", lambda: stream), ("CUDAGraph", lambda: replayed),
-                        ("graph", graph), ("stream", lambda stream: contextlib.nullcontext())):
+    for name, value in dict(Stream=lambda: stream, current_stream=lambda: stream, CUDAGraph=lambda: replayed,
+                            graph=graph, stream=lambda stream: contextlib.nullcontext()).items():
         monkeypatch.setattr(torch.cuda, name, value)
-    model = Transformer(ModelConfig(vocab_size=50, context_length=32, d_model=32, n_layers=12, n_heads=2)).eval()
+    model = toy("gpt2", n_layers=12).eval()
     decoder = bench_step.Decoder(model, [[3, 1, 4, 1]], 8)
     decoder.on_cuda, decoder.run_block = True, torch.compile(bench_step.run_block, backend=counter, dynamic=False)
     decoder.record()
