@@ -16,12 +16,10 @@ of the inputs and one for that of the weights. Three times 2 N is 6 N a token, 6
     all; 6 N = 746.6 (N = 124,439,808) has no scores                                   284.8           854.4
 
 Scores count over the whole T x T square, as in the literature; a causal flash kernel does half. Left out: norms,
-softmax and activation functions (a percent of the arithmetic, though more of the time: they wait for memory),
-temporaries of the backward pass, the allocator's waste.
+softmax and activation functions (a percent of the arithmetic), temporaries of the backward pass, the allocator's waste.
 
 The roofline (Williams 2009): a chip of F FLOP/s that reads W bytes/s is busy only from F / W FLOPs a byte on, its ridge
 (H100: 295). Decoding one sequence in bfloat16 does 2 FLOPs for the 2 bytes of a weight: a larger batch is nearly free.
-
 
 Papers: Kaplan 2020 (2001.08361, 2.1), Chowdhery 2022 (2204.02311, B: MFU), Korthikanti 2022 (2205.05198: activations),
 Chen 2016 (1604.06174: checkpoints), Rajbhandari 2019 (1910.02054: messages).
@@ -166,8 +164,7 @@ def _block_bytes(c: ModelConfig, low: int) -> int:
     """What one block keeps of one token: its two norms, attention, feed-forward. low: bytes of the products' dtype."""
     H, K, D = c.n_heads, c.n_kv_heads, c.head_dim
     attention = low * (2 * H + 2 * K) * D + 4 * H                # q, k, v, the output and its log-sum-exp
-    if c.qk_norm:
-        attention += (H + K) * (D * low + 4)
+    attention += c.qk_norm * (H + K) * (D * low + 4)
     width = c.d_ff if not c.n_experts else (c.n_experts_per_token + c.n_shared_experts) * c.d_ff_expert
     kept = {"swiglu": 3, "silu": 3, "gelu": 5, "relu2": 2}[c.ffn]                    # swiglu: gate, up, their product
     return 2 * _norm_bytes(c, low) + attention + kept * width * low
@@ -270,11 +267,10 @@ def _step_cost(work, batch, dp, tp, flops_per_s, link_bytes_per_s, dtype, rounds
                       "compute_s": batch * compute / (dp * tp), "communication_s": max(send),
                       "smallest_batch": smallest, "most_ranks": 1 + batch * compute / message if message else math.inf}
     ways = cost["forward"], cost["backward"]
-    step = {key: sum(way[key] for way in ways) for key in ("flops", "bytes", "compute_s", "communication_s")}
+    step = cost["step"] = {key: sum(way[key] for way in ways) for key in ways[0]}
     step["smallest_batch"] = max(way["smallest_batch"] for way in ways)
     step["most_ranks"] = min(way["most_ranks"] for way in ways)
     step["seconds"] = sum(max(way["compute_s"], way["communication_s"]) for way in ways)
-    cost["step"] = step
     return {name: way | {"hidden": way["smallest_batch"] <= batch} for name, way in cost.items()}
 
 

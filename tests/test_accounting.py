@@ -74,23 +74,23 @@ def saved_bytes(model, tokens, dtype) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("name, switch", [("muon", "plain"), ("muon", "gpt2"), ("muon", "moe"), ("muon", "mla"),
-                                          ("muon", "mtp"), ("adamw", "gpt2"), ("sgd", "plain")])
+@pytest.mark.parametrize("name, switch", [("muon", "gpt2"), ("muon", "moe"), ("muon", "mla"), ("muon", "mtp"),
+                                          ("adamw", "gpt2"), ("sgd", "plain")])
 def test_optimizer_state_is_billed_as_it_is_kept(name, switch):
     """Muon trains the matrices of the blocks only; AdamW keeps two moments of all others, SGD its momentum."""
     model = toy(switch)
     hidden = [p for path, p in model.named_parameters() if p.dim() > 1 and (".attn." in path or ".ffn." in path)]
     others = [p for p in model.parameters() if all(p is not one for one in hidden)]
-    optimizers = {"adamw": lambda: [optim.AdamW(model.parameters(), lr=1e-3)],
-                  "muon": lambda: [optim.Muon(hidden, lr=0.02), optim.AdamW(others, lr=1e-3)],
-                  "sgd": lambda: [optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)]}[name]()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    for optimizer in optimizers:
+    kinds = {"adamw": [(optim.AdamW, hidden + others)], "muon": [(optim.Muon, hidden), (optim.AdamW, others)],
+             "sgd": [(optim.SGD, hidden + others)]}
+    kept = 0
+    for kind, params in kinds[name]:
+        optimizer = kind(params)
+        for p in params:
+            p.grad = torch.zeros_like(p)
         optimizer.step()
-    kept = [value for one in optimizers for state in one.state.values() for value in state.values()
-            if torch.is_tensor(value) and value.dim() > 0]
-    assert sum(value.nbytes for value in kept) == bill.memory_bytes(model.config, 1, optimizer=name)["optimizer"]
+        kept += sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.dim() > 0)
+    assert kept == bill.memory_bytes(model.config, 1, optimizer=name)["optimizer"]
 
 
 def test_memory_and_time_by_hand():
@@ -135,15 +135,13 @@ def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
     for block in model.layers:
         block.register_forward_pre_hook(lambda *_: calls.append(1))
     given = [*model.parameters(), x]
-    for tensor in given:
-        tensor.grad = torch.zeros_like(tensor)
     one_input, fewer = B * 64 * 64 * 4, dataclasses.replace(shape, n_layers=15)
     one_block = B * (bill.activation_bytes(shape, 64) - bill.activation_bytes(fewer, 64))
-    above, planned, gradients = [], [], []
+    above, gradients = [], []
     for levels in range(5):
         plan, tracker = bill.checkpoint_plan(16, levels, one_block, one_input), MemoryTracker()
         for tensor in given:
-            tensor.grad.zero_()
+            tensor.grad = torch.zeros_like(tensor)
             tracker.watch(tensor, "given")
             tracker.watch(tensor.grad, "given")
         before = tracker.live
@@ -151,13 +149,13 @@ def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
         with tracker:
             run_checkpointed(list(model.layers), x, plan["sizes"]).sum().backward()
         assert len(calls) == 16 + plan["recomputed"] and plan["flops"] == 1 + plan["recomputed"] / 48
-        planned.append(plan["bytes"])
+        assert levels > 0 or plan["bytes"] == 16 * one_block
         above.append(max(tracker.history) - before - plan["bytes"])
-        gradients.append(x.grad.clone())
+        gradients.append(x.grad)
         assert torch.equal(gradients[0], gradients[-1])
-    assert planned[0] == 16 * one_block and plan["sizes"] == (8, 4, 2, 1) and plan["bytes"] == one_block + 4 * one_input
+    assert plan["sizes"] == (8, 4, 2, 1) and plan["bytes"] == one_block + 4 * one_input
     # What is above the plan is one block's temporaries in backward, the same for every nesting.
-    assert max(above) - min(above) < 2 * one_input and max(above) < one_block, (above, planned)
+    assert max(above) - min(above) < 2 * one_input and max(above) < one_block, above
 
 
 def test_a_step_holds_what_is_billed_and_the_memory_verb_draws_it(tmp_path, monkeypatch, capsys):
@@ -204,10 +202,9 @@ def test_what_parallel_ranks_compute_and_send_by_hand():
     mixed = bill.fsdp_cost(layer, B, 4, *machine, tp=2)["forward"]
     kinds = 6 * D * F * 3 / (8 * W), 4 * B * D * 1 / (8 * W)
     assert mixed["communication_s"] == pytest.approx(max(kinds)) and mixed["compute_s"] == 6 * B * D * F / 8 / C
-    for cost in (ddp, fsdp):                       # at the smallest batch that hides them, messages take as long
-        at = cost["step"]["smallest_batch"]
-        edge = bill.data_parallel_cost(layer, at, N, *machine)["backward"]
-        assert edge["compute_s"] == pytest.approx(edge["communication_s"]) and cost["step"]["hidden"] == (at <= B)
+    at = ddp["step"]["smallest_batch"]             # there messages take as long as arithmetic
+    edge = bill.data_parallel_cost(layer, at, N, *machine)["backward"]
+    assert edge["compute_s"] == pytest.approx(edge["communication_s"]) and ddp["step"]["hidden"] == (at <= B)
     with pytest.raises(ValueError, match="above 0"):
         bill.fsdp_cost(layer, B, N, 0, W)
 
