@@ -86,7 +86,9 @@ def round_int4(weight) -> dict:
 
 
 def round_weight(weight, kind: str) -> dict:
-    """The matrix in int8 or int4; in int8 where its rows are no multiple of GROUP."""
+    """The matrix in int8 or int4; in int8 where its rows are no multiple of GROUP. Raises ValueError."""
+    if kind not in ("int8", "int4"):
+        raise ValueError(f"kind={kind!r} must be int8 or int4")
     if kind == "int4" and weight.shape[1] % GROUP == 0:
         return round_int4(weight)
     return round_int8(weight)
@@ -146,22 +148,13 @@ def matrices(model) -> dict:
 
 
 def quantize(model, kind: str, stored: dict | None = None):
-    """Round the model's matrices to int8 or int4 in place, for inference; returns the model.
-
-    stored: matrices that are rounded already, by name. Raises ValueError for another kind.
-    """
-    check_kind(kind, ("int8", "int4"))
+    """Round the model's matrices to int8 or int4 in place, for inference; returns the model. Raises ValueError for
+    another kind. stored: matrices that are rounded already, by name."""
     for name, layer in matrices(model).items():
         parts = (stored or {}).get(f"{name}.weight") or round_weight(layer.weight, kind)
         small = Int4Linear if "shift" in parts else Int8Linear
         model.set_submodule(name, small(parts, layer.bias))
     return model
-
-
-def check_kind(kind: str, kinds) -> None:
-    """Raises ValueError naming the kinds there are."""
-    if kind not in kinds:
-        raise ValueError(f"kind={kind!r} must be {' or '.join(kinds)}")
 
 
 def load(out_dir, device=None, name: str = "ckpt.pt", kind: str | None = None, dtype=None):
@@ -196,7 +189,8 @@ def prune(model, share: float, kind: str = "magnitude", data=None):
     of the heads (or groups of heads) and of the feed-forward neurons leaves; the result is a smaller dense Transformer.
     data: ids (n,) to rank heads and neurons on; None ranks by the size of their weights. Raises ValueError by name.
     """
-    check_kind(kind, ("magnitude", "width"))
+    if kind not in ("magnitude", "width"):
+        raise ValueError(f"kind={kind!r} must be magnitude or width")
     if not 0 <= share < 1:
         raise ValueError(f"share={share} must be at least 0 and below 1: it is the part that goes")
     if any(isinstance(module, Int8Linear) for module in model.modules()):
@@ -219,16 +213,15 @@ def prune_width(model, share: float, data=None):
         if getattr(c, setting) != dense:
             raise ValueError(f"{setting}={getattr(c, setting)}: width pruning needs {setting}={dense}; "
                              "use kind=magnitude")
-    # With one key/value head for all (MQA) single query heads leave, else a key/value head with its group of queries.
-    groups, per_group = (c.n_kv_heads, c.n_heads // c.n_kv_heads) if c.n_kv_heads > 1 else (c.n_heads, 1)
-    n_groups, d_ff = (max(1, round((1 - share) * n)) for n in (groups, c.d_ff))
-    small_config = replace(c, n_heads=n_groups * per_group, n_kv_heads=n_groups if c.n_kv_heads > 1 else 1,
-                           head_dim=int(c.head_dim), d_ff=d_ff)
+    per_group = c.n_heads // c.n_kv_heads                # a key/value head leaves with its queries; the last one stays
+    n_groups, d_ff = (max(1, round((1 - share) * n)) for n in (c.n_kv_heads, c.d_ff))
+    small_config = replace(c, n_heads=n_groups * per_group, n_kv_heads=n_groups, head_dim=int(c.head_dim),
+                           d_ff=d_ff)                    # int(): no longer derived from d_model and n_heads
     state = dict(model.state_dict())
     for i, (heads, neurons) in enumerate(column_sizes(model, data)):             # heads: (H D,), neurons: (F,)
-        kept = largest(heads.square().view(groups, -1).sum(dim=-1), n_groups)
+        kept = largest(heads.square().view(c.n_kv_heads, -1).sum(dim=-1), n_groups)
         queries = rows_of(kept, per_group * c.head_dim)                          # rows of q_proj, columns of o_proj
-        keys = rows_of(kept, c.head_dim) if c.n_kv_heads > 1 else slice(None)    # rows of k_proj and v_proj
+        keys = rows_of(kept, c.head_dim)                                         # rows of k_proj and v_proj
         neurons = largest(neurons, d_ff)                                         # rows of w1 and w3, columns of w2
         rows = {"attn.q_proj": queries, "attn.k_proj": keys, "attn.v_proj": keys, "ffn.w1": neurons, "ffn.w3": neurons}
         for module, places in rows.items():
@@ -289,33 +282,29 @@ def distillation_loss(logits, teacher_logits, temperature: float = 1.0):
 
 # --- commands ---
 
-def quantize_folder(out_dir, new_out_dir, config: QuantizeConfig) -> None:
-    """Write OUT_DIR's model with rounded matrices to NEW_OUT_DIR."""
-    check_kind(config.kind, ("int8", "int4"))
-    model, _ = load_model(out_dir, "cpu", config.checkpoint)
-    # A head that is the embedding table stays as it is: a table's rows are looked up. `load` rounds a copy of it.
-    rounded = {f"{name}.weight": round_weight(layer.weight, config.kind) for name, layer in matrices(model).items()
+def rounded_weights(model, kind: str) -> tuple[dict, dict]:
+    """(the tensors that stay as they are, the rounded matrices), each by name."""
+    # A head that is the embedding table stays too: a table's rows are looked up. `load` rounds a copy of it.
+    rounded = {f"{name}.weight": round_weight(layer.weight, kind) for name, layer in matrices(model).items()
                if layer.weight is not model.token_embeddings.weight}
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in rounded}
-    write(out_dir, new_out_dir, config, model.config, weights, quantized={"kind": config.kind, "weights": rounded})
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in rounded}, rounded
 
 
-def prune_folder(out_dir, new_out_dir, config: PruneConfig) -> None:
-    """Write OUT_DIR's model, pruned, to NEW_OUT_DIR."""
-    model, tokenizer = load_model(out_dir, "cpu", config.checkpoint)
-    if config.kind != "width" and config.data is not None:
-        raise ValueError(f"data={config.data}: only kind=width ranks anything on a text; leave data out")
-    ids = ranking_ids(out_dir, config, tokenizer) if config.kind == "width" else None
-    small = prune(model, config.share, config.kind, ids)
-    before, after = (sum(p.numel() for p in one.parameters()) for one in (model, small))
-    zeros = sum(int((p == 0).sum()) for p in small.parameters())
-    print(f"heads {model.config.n_heads} -> {small.config.n_heads}, feed-forward neurons {model.config.d_ff:,} -> "
-          f"{small.config.d_ff:,}, parameters {before:,} -> {after:,}, {zeros:,} of them zero")
-    write(out_dir, new_out_dir, config, small.config, small.state_dict())
+def report(before, after) -> None:
+    """Print what pruning took away."""
+    counts = [sum(p.numel() for p in model.parameters()) for model in (before, after)]
+    zeros = sum(int((p == 0).sum()) for p in after.parameters())
+    print(f"heads {before.config.n_heads} -> {after.config.n_heads}, feed-forward neurons {before.config.d_ff:,} -> "
+          f"{after.config.d_ff:,}, parameters {counts[0]:,} -> {counts[1]:,}, {zeros:,} of them zero")
 
 
 def ranking_ids(out_dir, config: PruneConfig, tokenizer):
-    """The ids that --data names, or those of the run's own train.bin; None, said in a line, where there are none."""
+    """What kind=width ranks on: the ids that --data names, or the run's own train.bin; None, said in a line, where
+    there is none."""
+    if config.kind != "width":
+        if config.data is not None:
+            raise ValueError(f"data={config.data}: only kind=width ranks anything on a text; leave data out")
+        return None
     trained = read_checkpoint(Path(out_dir) / config.checkpoint, map_location="meta").get("train_config") or {}
     path = Path(config.data or Path(trained.get("data_dir", "")) / "train.bin")
     if config.data is None and not path.is_file():
@@ -353,10 +342,18 @@ def main(argv: list[str]) -> None:
     verb, files, config, _ = command_line({"quantize": QuantizeConfig, "prune": PruneConfig}, argv, USAGE)
     if verb is None or len(files) != 2:
         fail(f"give a verb and two folders. {USAGE}")
+    out_dir, new_out_dir = files
     try:
-        claim_out_dir(files[1], config.overwrite, inputs=[files[0]])
-        convert = quantize_folder if verb == "quantize" else prune_folder
-        convert(*files, config)
+        claim_out_dir(new_out_dir, config.overwrite, inputs=[out_dir])
+        model, tokenizer = load_model(out_dir, "cpu", config.checkpoint)
+        if verb == "quantize":
+            weights, rounded = rounded_weights(model, config.kind)
+            write(out_dir, new_out_dir, config, model.config, weights, quantized={"kind": config.kind,
+                                                                                  "weights": rounded})
+        else:
+            small = prune(model, config.share, config.kind, ranking_ids(out_dir, config, tokenizer))
+            report(model, small)
+            write(out_dir, new_out_dir, config, small.config, small.state_dict())
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from common import bpe_trained, ids, little_base, random_model, rng, toy  # noqa: F401
-import bpe
 import checkpoint
 import compress
 import evaluate
@@ -65,7 +64,7 @@ def test_a_quantised_model_still_writes(switch):
     assert any(isinstance(module, compress.Int4Linear) for module in four.modules())
     assert torch.isfinite(four(text)).all()
     with pytest.raises(ValueError, match="kind='int2' must be int8 or int4"):
-        compress.quantize(plain, "int2")
+        compress.quantize(toy(), "int2")
 
 
 def test_magnitude_pruning_takes_the_smallest_weights_of_every_matrix():
@@ -80,7 +79,7 @@ def test_magnitude_pruning_takes_the_smallest_weights_of_every_matrix():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "a copy was pruned"
 
 
-WIDTHS = {"tied": (2, 2), "gpt2": (2, 2), "qwen3": (2, 1), "mqa": (2, 1), "smear": (2, 2)}       # heads left of 4
+WIDTHS = {"tied": (2, 2), "gpt2": (2, 2), "qwen3": (2, 1), "mqa": (4, 1), "smear": (2, 2)}       # heads left of 4
 
 
 @pytest.mark.parametrize("switch", WIDTHS)
@@ -89,23 +88,19 @@ def test_width_pruning_gives_a_smaller_dense_model_of_what_matters(switch, tmp_p
     model = toy(switch).eval()
     c, generator = model.config, torch.Generator().manual_seed(3)
     for block in model.layers:
-        units = torch.randperm(c.n_kv_heads if c.n_kv_heads > 1 else c.n_heads, generator=generator)
-        width = c.n_heads * c.head_dim // len(units)
+        units, width = torch.randperm(c.n_kv_heads, generator=generator), c.n_heads * c.head_dim // c.n_kv_heads
         with torch.no_grad():
-            for unit in units[:len(units) // 2].tolist():                # idle heads have no way out
+            for unit in units[:c.n_kv_heads // 2].tolist():              # idle heads have no way out
                 block.attn.o_proj.weight[:, unit * width:(unit + 1) * width] = 0
-                if c.n_kv_heads > 1:
-                    block.attn.v_proj.weight[unit * c.head_dim:(unit + 1) * c.head_dim] = 0
+                block.attn.v_proj.weight[unit * c.head_dim:(unit + 1) * c.head_dim] = 0
             idle = torch.randperm(c.d_ff, generator=generator)[:c.d_ff // 2]
             block.ffn.w1.weight[idle] = 0
             if block.ffn.w1.bias is not None:
                 block.ffn.w1.bias[idle] = 0
     text, expected = ids(3, 20), model(ids(3, 20))
-    by_text = None if c.n_kv_heads == 1 else ids(200)                    # MQA's idle heads still carry the one value
-    small = compress.prune(model, 0.5, "width", by_text)
+    small = compress.prune(model, 0.5, "width", ids(200))
     assert (small.config.n_heads, small.config.n_kv_heads, small.config.d_ff) == (*WIDTHS[switch], c.d_ff // 2)
-    if by_text is not None:
-        torch.testing.assert_close(small(text), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(small(text), expected, atol=1e-5, rtol=1e-5)
     checkpoint.save_checkpoint(small, None, 0, tmp_path / "ckpt.pt")
     torch.testing.assert_close(model_module.load_model(tmp_path)[0](text), small(text))
 
