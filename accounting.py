@@ -54,7 +54,7 @@ PRESETS = {
 
 
 def preset(name: str, **changes) -> ModelConfig:
-    """The published shape of that name (PRESETS), with changes: preset("gpt2", context_length=512)."""
+    """The published shape of that name, with changes: preset("gpt2", context_length=512)."""
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
     return ModelConfig(**PRESETS[name] | changes)
@@ -103,10 +103,8 @@ def _block_params(c: ModelConfig, active: bool = False, matrices_only: bool = Fa
 # --- FLOPs ---
 
 def flops_per_token(config: ModelConfig, context_length: int, training: bool = False) -> dict:
-    """FLOPs of one token in a sequence of context_length, by part, and their "total". A sliding layer has its window.
-
-    Forward only; with training=True forward and backward, three times that, and the multi-token prediction heads.
-    """
+    """FLOPs of one token in a sequence of context_length, by part, and their "total": forward only; with training=True
+    forward and backward, three times that, and the multi-token prediction heads."""
     c, T = config, context_length
     blocks = [_block_flops(c, min(window or T, T)) for window in c.windows]
     parts = {name: sum(block[name] for block in blocks) for name in blocks[0]}
@@ -132,11 +130,8 @@ def _block_flops(c: ModelConfig, keys: int) -> dict:
 
 def memory_bytes(config: ModelConfig, batch_size: int = 1, context_length: int | None = None, dtype: str = "float32",
                  optimizer: str = "adamw") -> dict:
-    """Bytes of a training step by part, and their "total". Raises ValueError.
-
-    dtype: of the activations, by autocast; all else is float32. Muon keeps one moment of the blocks' matrices; the
-    embedding, the head and vectors run AdamW and keep two.
-    """
+    """Bytes of a training step by part, and their "total". dtype: of the activations, by autocast; all else is float32.
+    Muon keeps one moment of the blocks' matrices; the embedding, the head and vectors run AdamW and keep two."""
     if dtype not in BYTES or optimizer not in STATES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(BYTES)}, optimizer={optimizer!r} one of "
                          f"{', '.join(STATES)}")
@@ -275,10 +270,8 @@ def _step_cost(work, batch, dp, tp, flops_per_s, link_bytes_per_s, dtype, rounds
 
 
 def best_mix(work, batch_tokens, ranks, *machine) -> tuple:
-    """(fsdp, tp, its cost): the division of `ranks` whose step takes least time, and among those sends least.
-
-    machine: fsdp_cost's flops_per_s to dtype. Most ranks hide both messages near fsdp = B W / C, tp = 3 d_ff W / 2 C.
-    """
+    """(fsdp, tp, its cost): the division of `ranks` whose step takes least time, and among those sends least. machine:
+    fsdp_cost's flops_per_s to dtype. Most ranks hide both messages near fsdp = B W / C, tp = 3 d_ff W / 2 C."""
     mixes = [(ranks // tp, tp, fsdp_cost(work, batch_tokens, ranks // tp, *machine, tp=tp))
              for tp in range(1, ranks + 1) if ranks % tp == 0]
     return min(mixes, key=lambda mix: (mix[2]["step"]["seconds"], mix[2]["step"]["bytes"]))

@@ -132,9 +132,8 @@ class Threads:
     Every operation ends at a barrier, where OpenMP's threads spin until the last one arrives. If that one's core is
     taken, all wait for the scheduler, thousands of times a step: steps of 80 ms became 1,700 to 4,200 ms on two cores
     beside one busy loop, and 150 with one thread. So when a step takes SLOW times the best so far, `watch` tries fewer
-    threads for a moment, keeps what is fastest, and looks again later, for 1/PATIENCE of the time.
-
-    The number of threads changes bits of the training, as sums are split between them: a fixed `threads` repeats a run.
+    threads for a moment, keeps what is fastest, and looks again later, for 1/PATIENCE of the time. Sums are split
+    between threads, so their number changes bits of the training: a fixed `threads` repeats a run.
     """
     SLOW, PATIENCE = 2.5, 50
 
@@ -198,7 +197,7 @@ class Stop:
 
 
 # --- what a CPU wants done differently ---
-# Autograd keeps and allocates an intermediate for every operation, and fresh memory is what a CPU is slow at.
+# Autograd allocates an intermediate for every operation, and fresh memory is what a CPU is slow at.
 
 def wide(x: torch.Tensor) -> torch.Tensor:
     """x in float32, or as it is in float64: sums of a thousand bfloat16 numbers keep two digits."""
@@ -214,10 +213,8 @@ def fast(function, simple, *arguments):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """token_cross_entropy with the gradient softmax(logits) - onehot(target).
-
-    Autograd keeps float32 copies of the model's largest tensor. This keeps one number a row and works in pieces.
-    """
+    """token_cross_entropy with the gradient softmax(logits) - onehot(target). Autograd keeps float32 copies of the
+    model's largest tensor; this keeps one number a row and works in pieces."""
     PIECE = 2 ** 18                  # elements
 
     @staticmethod
@@ -292,10 +289,8 @@ FASTER = {}                          # (rows of x, numbers in weight), as powers
 
 
 def product(x, weight):
-    """x @ weightᵀ; in float32 on a CPU, without gradients, by the faster of torch's two ways on this machine.
-
-    Which library reads the weights faster differs between processors (both seen): each size is measured once a process.
-    """
+    """x @ weightᵀ; in float32 on a CPU, without gradients, by the faster of torch's two ways on this machine: that
+    differs between processors (both seen), so each size is measured once a process."""
     if (ONEDNN is None or torch.is_grad_enabled() or x.device.type != "cpu" or weight.numel() <= 2 ** 16
             or not x.numel() or not x.dtype == weight.dtype == torch.float32 or torch.compiler.is_compiling()
             or torch.is_autocast_enabled("cpu")):

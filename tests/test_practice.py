@@ -114,12 +114,8 @@ WRONG = [  # exercise, what stands in ours, what somebody might write
     ("encode_word", "min(candidates)", "max(candidates)"),
     ("rmsnorm", "torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps)",
      "1 / (y.square().mean(dim=-1, keepdim=True).sqrt() + eps)"),
-    ("rmsnorm", "y = wide(x)", "y = x"),
-    ("layernorm", "y.square().mean(dim=-1, keepdim=True)", "y.var(dim=-1, keepdim=True)"),
     ("rope", "first * sin + second * cos", "first * sin - second * cos"),
-    ("rope", "torch.arange(0, ", "torch.arange(1, "),
     ("softmax", "x - x.amax(dim=dim, keepdim=True)", "x"),
-    ("softmax", "exponentials.sum(dim=dim, ", "exponentials.sum(dim=-1, "),
     ("attention", " / math.sqrt(q.shape[-1])", ""),
     ("attention", "weights.masked_fill(~mask, 0.0)", "weights"),
     ("multihead", "rotate(k, cos, sin, c.rope_interleaved)", "k"),
@@ -133,19 +129,15 @@ WRONG = [  # exercise, what stands in ours, what somebody might write
     ("pipeline_order", "n_stages - stage", "n_stages - stage - 1"),
     ("isoflop", "-p1 / (2 * p2)", "-p1 / p2"),
     ("huber", "off - HUBER / 2", "off"),
-    ("gopher", "50 <= len(words)", "50 < len(words)"),
     ("minhash", "(shingle >> 32)", "shingle"),
     ("pad_rows", "places >= starts", "places > starts"),
-    ("entropy", "return -(", "return ("),
     ("masked_mean", "mask.sum() if dim is None else mask.sum(dim=dim)", "mask.numel()"),
     ("advantages", "groups.std(dim=1, keepdim=True)", "groups.std(dim=1, keepdim=True, correction=0)"),
     ("policy_gradient", "torch.minimum(plain", "torch.maximum(plain"),
-    ("policy_gradient", "mask.sum(dim=-1, keepdim=True).clamp(min=1)", "mask.shape[-1]"),
     ("aggregate", "lengths.sum().clamp(min=1)", "response_mask.numel()"),
     ("grpo", "kept = (", "mask = mask[:, :-1]; kept = ("),
     ("dpo", "ref_chosen.detach()", "ref_chosen"),
     ("speculative_rule", "(p[i] - q[i]).clamp(min=0)", "p[i]"),
-    ("int8", "/ 127)", "/ 128)"),
     ("distillation", "temperature ** 2 * ", "")]
 
 
@@ -208,19 +200,16 @@ def test_a_start_keeps_what_a_learner_wrote(folder, capsys):
     page = practice.read_page(folder / "layers.py")
     assert "kept" in capsys.readouterr().out and MINE in page and page.count('"practice: rope"') == 3
     assert page.split("def rope_tables")[0] == with_mine.split("def rope_tables")[0]
-    mended = page
     for name in ("rope_tables", "rotate", "rope"):
-        nodes = practice.pick_functions(mended, [name])
-        mended = mended.replace(practice.source_of(mended, nodes[name]), ours("layers.py", name))
-    assert mended == with_mine
+        write(folder, "layers.py", name, ours("layers.py", name))
+    assert practice.read_page(folder / "layers.py") == with_mine
     assert run("reset", "softmax") == 0 and "layers_1.py" in capsys.readouterr().out
     assert MINE in (folder / "saved" / "layers_1.py").read_text(encoding="utf-8")
     assert MINE not in practice.read_page(folder / "layers.py")
-    write(folder, "layers.py", "softmax", MINE)
     assert run("start", "softmax", "--overwrite=true") == 0 and (folder / "saved" / "layers_2.py").exists()
     assert run("start", "train_loop") == 0
-    assert ast.get_docstring(ast.parse(practice.read_page(folder / "loop.py"))) and "import" not in practice.read_page(
-        folder / "loop.py").split('"""')[2]
+    body, = ast.parse(practice.read_page(folder / "loop.py")).body
+    assert isinstance(body.value, ast.Constant), "a docstring alone"
 
 
 def test_only_bodies_are_taken_out():
@@ -273,7 +262,6 @@ def test_a_check_passes_ours_and_explains_what_fails(folder, capsys):
     assert run("check", "all") == 1 and capsys.readouterr().out.count("does not parse") == 3
     with pytest.raises(SystemExit, match="2"):
         run("start", "rope")
-    assert "layers.py:23 does not parse" in capsys.readouterr().err
     assert run("reset", "softmax") == 0 and "layers_1.py" in capsys.readouterr().out
 
 
@@ -312,7 +300,8 @@ def test_mistakes_name_the_nearest(words, told, folder, capsys):
 
 def test_ours_is_shown_and_predictions_are_answered_from_results(folder, capsys):
     assert run("show", "linear") == 0
-    assert capsys.readouterr().out.strip() == ours_class("layers.py", "Linear")
+    shown = capsys.readouterr().out.strip()
+    assert shown.startswith("class Linear") and shown in practice.read_page(ROOT / "layers.py")
     assert run("predict") == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(EXPERIMENTS)
     for name, entry in EXPERIMENTS.items():
@@ -327,8 +316,3 @@ def test_ours_is_shown_and_predictions_are_answered_from_results(folder, capsys)
     assert not folder.exists()
     done = python("practice.py", "show", "rope")
     assert done.returncode == 0 and "def rope_tables" in done.stdout, done.stderr
-
-
-def ours_class(page, name) -> str:
-    text = practice.read_page(ROOT / page)
-    return next(practice.source_of(text, node) for node in ast.parse(text).body if getattr(node, "name", "") == name)
