@@ -32,9 +32,8 @@ PER_START = ("resume", "overwrite")      # settings that say how a run is starte
 
 def header(**settings) -> dict:
     """What a reader needs to repeat a run: `settings`, and the commit of this program."""
-    commit = None
+    commit, command = None, ["git", "rev-parse", "HEAD"]
     if shutil.which("git"):
-        command = ["git", "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     return {"commit": commit or None, "python": platform.python_version()} | settings
 
@@ -158,14 +157,13 @@ def has_ended(folder) -> bool:
 
 
 def sweep(config, words: list[str], main) -> int | None:
-    """Train the points that have not ended one by one with main(config); then draw up all runs below config.out_dir.
-
-    Without words only the table is made. Returns the signal that stopped it, or None.
-    """
+    """Train the points that have not ended one by one with main(config); then draw up all runs below config.out_dir
+    (without words only that). Returns the signal that stopped it, or None."""
     for one in points(config, words):
-        print(f"\n{one.out_dir}:", "done before" if has_ended(one.out_dir) else "")
+        ended = has_ended(one.out_dir)
+        print(f"\n{one.out_dir}:", "done before" if ended else "")
         try:
-            interrupted = None if has_ended(one.out_dir) else main(one)["interrupted"]
+            interrupted = None if ended else main(one)["interrupted"]
         except FloatingPointError as error:
             print(error)
             continue
@@ -174,10 +172,9 @@ def sweep(config, words: list[str], main) -> int | None:
     if os.environ.get("RANK", "0") != "0":
         return None                        # one of torchrun's ranks draws up for all
     target, rows = Path(config.out_dir) / "sweep.json", sweep_rows(config.out_dir)
-    text = sweep_table(rows)
     target.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    target.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    target.with_suffix(".txt").write_text(sweep_table(rows) + "\n", encoding="utf-8")
+    print(sweep_table(rows))
     if all(row["mean"] is None for row in rows):
         print("every run has diverged, so there is nothing to draw; try smaller learning rates")
     else:
