@@ -23,8 +23,8 @@ def test_the_row_of_the_docstring():
     torch.testing.assert_close(back[:, :4], torch.tensor([[0.392, -1.270, 0.115, 0.808]]), atol=4e-3, rtol=0)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_distillation_loss_is_torchs_kl(temperature):
+def test_distillation_loss_is_torchs_kl():
+    temperature = 2.5
     student, teacher = (torch.randn(2, 5, 7, generator=rng(i)).mul(3).requires_grad_() for i in (0, 1))
     loss = compress.distillation_loss(student, teacher, temperature)
     log_p, log_q = (torch.log_softmax(x.detach() / temperature, -1).view(-1, 7) for x in (teacher, student))
@@ -126,17 +126,15 @@ def test_a_quantised_folder_opens_everywhere_with_the_same_numbers(kind, little_
     assert torch.equal(loaded(text), direct(text)), "the file holds what rounding in memory gives"
     plain, _ = model_module.load_model(small)                               # train, align, convert and serve open this
     assert (plain(text) - loaded(text)).abs().max() < 0.03 * plain(text).abs().max()
-    capsys.readouterr()
     (tmp_path / "text.txt").write_text("the cat in the hat " * 9, encoding="utf-8")
-    evaluate.main([str(little_base), str(small), f"--data={tmp_path / 'text.txt'}"])
-    assert capsys.readouterr().out.count("bits per byte") == 2
+    evaluate.main([str(small), f"--data={tmp_path / 'text.txt'}"])
+    assert "bits per byte" in capsys.readouterr().out
 
 
 def test_compress_commands(little_base, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("the cat in the hat " * 9, encoding="utf-8")
     compress.main(["prune", str(little_base), str(tmp_path / "zeros")])
-    told = capsys.readouterr().out
-    assert "of them zero" in told and (tmp_path / "zeros" / "tokenizer.json").is_file()
+    assert "of them zero" in capsys.readouterr().out and (tmp_path / "zeros" / "tokenizer.json").is_file()
     for more in ([], [f"--data={tmp_path / 'text.txt'}"]):
         compress.main(["prune", str(little_base), str(tmp_path / "thin"), "--kind=width", "--share=0.5",
                        "--overwrite=true", *more])

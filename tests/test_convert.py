@@ -208,7 +208,6 @@ def test_folders_by_command_with_their_tokenizer(tmp_path, capsys):
     kept = (tmp_path / "run" / "ckpt.pt").read_bytes()
     for words, message in ((["import", folder, run], "--overwrite=true"), (["import", folder, folder], folder),
                            (["export", run, run], run), (["import", "x"], "import FOLDER OUT_DIR"),
-                           (["improt", "a", "b"], "import FOLDER OUT_DIR"), (["import", "a", "b", "--x=1"], "--x"),
                            (["import", str(tmp_path / "nowhere"), "b"], "nowhere")):
         with pytest.raises(SystemExit) as error:
             convert.main(words)
