@@ -16,12 +16,10 @@ of the inputs and one for that of the weights. Three times 2 N is 6 N a token, 6
     all; 6 N = 746.6 (N = 124,439,808) has no scores                                   284.8           854.4
 
 Scores count over the whole T x T square, as in the literature; a causal flash kernel does half. Left out: norms,
-softmax and activation functions (a percent of the arithmetic, though more of the time: they wait for memory),
-temporaries of the backward pass, the allocator's waste.
+softmax and activation functions (a percent of the arithmetic), temporaries of the backward pass, the allocator's waste.
 
 The roofline (Williams 2009): a chip of F FLOP/s that reads W bytes/s is busy only from F / W FLOPs a byte on, its ridge
 (H100: 295). Decoding one sequence in bfloat16 does 2 FLOPs for the 2 bytes of a weight: a larger batch is nearly free.
-
 
 Papers: Kaplan 2020 (2001.08361, 2.1), Chowdhery 2022 (2204.02311, B: MFU), Korthikanti 2022 (2205.05198: activations),
 Chen 2016 (1604.06174: checkpoints), Rajbhandari 2019 (1910.02054: messages).
@@ -56,7 +54,7 @@ PRESETS = {
 
 
 def preset(name: str, **changes) -> ModelConfig:
-    """The published shape of that name (PRESETS), with changes: preset("gpt2", context_length=512)."""
+    """The published shape of that name, with changes: preset("gpt2", context_length=512)."""
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
     return ModelConfig(**PRESETS[name] | changes)
@@ -105,10 +103,8 @@ def _block_params(c: ModelConfig, active: bool = False, matrices_only: bool = Fa
 # --- FLOPs ---
 
 def flops_per_token(config: ModelConfig, context_length: int, training: bool = False) -> dict:
-    """FLOPs of one token in a sequence of context_length, by part, and their "total". A sliding layer has its window.
-
-    Forward only; with training=True forward and backward, three times that, and the multi-token prediction heads.
-    """
+    """FLOPs of one token in a sequence of context_length, by part, and their "total": forward only; with training=True
+    forward and backward, three times that, and the multi-token prediction heads."""
     c, T = config, context_length
     blocks = [_block_flops(c, min(window or T, T)) for window in c.windows]
     parts = {name: sum(block[name] for block in blocks) for name in blocks[0]}
@@ -134,11 +130,8 @@ def _block_flops(c: ModelConfig, keys: int) -> dict:
 
 def memory_bytes(config: ModelConfig, batch_size: int = 1, context_length: int | None = None, dtype: str = "float32",
                  optimizer: str = "adamw") -> dict:
-    """Bytes of a training step by part, and their "total". Raises ValueError.
-
-    dtype: of the activations, by autocast; all else is float32. Muon keeps one moment of the blocks' matrices; the
-    embedding, the head and vectors run AdamW and keep two.
-    """
+    """Bytes of a training step by part, and their "total". dtype: of the activations, by autocast; all else is float32.
+    Muon keeps one moment of the blocks' matrices; the embedding, the head and vectors run AdamW and keep two."""
     if dtype not in BYTES or optimizer not in STATES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(BYTES)}, optimizer={optimizer!r} one of "
                          f"{', '.join(STATES)}")
@@ -166,8 +159,7 @@ def _block_bytes(c: ModelConfig, low: int) -> int:
     """What one block keeps of one token: its two norms, attention, feed-forward. low: bytes of the products' dtype."""
     H, K, D = c.n_heads, c.n_kv_heads, c.head_dim
     attention = low * (2 * H + 2 * K) * D + 4 * H                # q, k, v, the output and its log-sum-exp
-    if c.qk_norm:
-        attention += (H + K) * (D * low + 4)
+    attention += c.qk_norm * (H + K) * (D * low + 4)
     width = c.d_ff if not c.n_experts else (c.n_experts_per_token + c.n_shared_experts) * c.d_ff_expert
     kept = {"swiglu": 3, "silu": 3, "gelu": 5, "relu2": 2}[c.ffn]                    # swiglu: gate, up, their product
     return 2 * _norm_bytes(c, low) + attention + kept * width * low
@@ -270,19 +262,16 @@ def _step_cost(work, batch, dp, tp, flops_per_s, link_bytes_per_s, dtype, rounds
                       "compute_s": batch * compute / (dp * tp), "communication_s": max(send),
                       "smallest_batch": smallest, "most_ranks": 1 + batch * compute / message if message else math.inf}
     ways = cost["forward"], cost["backward"]
-    step = {key: sum(way[key] for way in ways) for key in ("flops", "bytes", "compute_s", "communication_s")}
+    step = cost["step"] = {key: sum(way[key] for way in ways) for key in ways[0]}
     step["smallest_batch"] = max(way["smallest_batch"] for way in ways)
     step["most_ranks"] = min(way["most_ranks"] for way in ways)
     step["seconds"] = sum(max(way["compute_s"], way["communication_s"]) for way in ways)
-    cost["step"] = step
     return {name: way | {"hidden": way["smallest_batch"] <= batch} for name, way in cost.items()}
 
 
 def best_mix(work, batch_tokens, ranks, *machine) -> tuple:
-    """(fsdp, tp, its cost): the division of `ranks` whose step takes least time, and among those sends least.
-
-    machine: fsdp_cost's flops_per_s to dtype. Most ranks hide both messages near fsdp = B W / C, tp = 3 d_ff W / 2 C.
-    """
+    """(fsdp, tp, its cost): the division of `ranks` whose step takes least time, and among those sends least. machine:
+    fsdp_cost's flops_per_s to dtype. Most ranks hide both messages near fsdp = B W / C, tp = 3 d_ff W / 2 C."""
     mixes = [(ranks // tp, tp, fsdp_cost(work, batch_tokens, ranks // tp, *machine, tp=tp))
              for tp in range(1, ranks + 1) if ranks % tp == 0]
     return min(mixes, key=lambda mix: (mix[2]["step"]["seconds"], mix[2]["step"]["bytes"]))

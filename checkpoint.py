@@ -4,18 +4,10 @@
                  meta.json             dtype, vocab_size, sizes, tokenizer     read_meta
     out/NAME/    ckpt.pt best.pt       a training state                        save_checkpoint, load_checkpoint
 
-A state is one dict of tensors and plain containers. The one of `python train.py`, which accounting.py bills:
-
-    model          5.12 MB     1.28 M weights in float32, by name
-    optimizer      4.21 MB     AdamW's two moments of the embedding, the head and the norms, 0.53 M each
-                   3.01 MB     Muon's momentum of the hidden matrices, 0.75 M
-    and            0.05 MB     step, tokens, rng, data_position, best_val_loss, tokenizer_sha256, settings
-
-It is written to `ckpt.pt.tmp`, flushed to the disk, then renamed over the old one. A rename is atomic: a kill or a full
-disk at any moment leaves the old file or the new one, each whole. It is opened with `weights_only=True`, which refuses
-pickled code: a stranger's checkpoint can do no harm.
-
-torch, which takes two seconds, is imported only where a state is opened: processes that clean text need files alone.
+A state is one dict of tensors and plain containers: model, optimizer, step, tokens, rng, data_position, settings. It is
+written to `ckpt.pt.tmp`, flushed to the disk, then renamed over the old one: a kill or a full disk at any moment
+leaves the old file or the new one, each whole. `weights_only=True` refuses pickled code when a stranger's is opened.
+torch, which takes two seconds, is imported only there: processes that clean text need files alone.
 """
 import contextlib
 import dataclasses
@@ -29,8 +21,6 @@ from pathlib import Path
 
 import numpy as np
 
-FORMAT_VERSION = 1
-COMPILE_PREFIX = "_orig_mod."        # torch.compile wraps a module and puts this before every name
 RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl")
 
 
@@ -39,8 +29,7 @@ RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl")
 def write_atomically(path, write) -> None:
     """Call `write(file)` on a temporary file beside `path`, flush it to the disk, rename it over `path`.
 
-    When that fails `path` is as it was. Raises OSError naming the path when the disk is the reason, else what `write`
-    raises.
+    When that fails `path` is as it was. Raises OSError naming the path for the disk's errors, else what `write` raises.
     """
     path = claim_file(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -64,7 +53,7 @@ def write_atomically(path, write) -> None:
 
 
 def write_text(path, *parts: str) -> None:
-    """Write a file of UTF-8, whole or not at all; halves of surrogate pairs become question marks."""
+    """Write UTF-8, whole or not at all; halves of surrogate pairs become question marks."""
     write_atomically(path, lambda file: file.writelines(part.encode("utf-8", "replace") for part in parts))
 
 
@@ -87,27 +76,27 @@ def only_writer(folder):
     process; on Windows nothing is held.
     """
     folder = Path(folder)
-    is_new = not folder.exists()
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise OSError(f"{folder} is a file; give the name of a folder")
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY) if os.name == "posix" else None
-    try:
-        if lock is not None:
+    with contextlib.ExitStack() as at_end:
+        if os.name == "posix":
             import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"{folder} is being written by another process; wait for it, or give another folder") from None
-    except OSError:
-        pass                             # some network disks have no locks
-    try:
-        yield folder
-    finally:
-        if lock is not None:
-            os.close(lock)
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
+            lock = os.open(folder, os.O_RDONLY)
+            at_end.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{folder} is being written by another process; wait for it, or give another "
+                                 "folder") from None
+            except OSError:
+                pass                     # some network disks have no locks
+        try:
+            yield folder
+        finally:
+            if is_new and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def sha256(path) -> str:
@@ -124,10 +113,8 @@ def contents(folder) -> str:
 
 
 def claim_out_dir(out_dir, overwrite: bool = False, inputs=(), resume: bool = False) -> None:
-    """Raises ValueError for an output folder that holds a run, unless `overwrite`, or that is one of `inputs`.
-
-    resume: whether the command could go on with that run.
-    """
+    """Raises ValueError for an output folder that holds a run, unless `overwrite`, or that is one of `inputs`. resume:
+    whether the command could go on with that run."""
     out_dir = Path(out_dir)
     if out_dir.exists() and not out_dir.is_dir():
         raise ValueError(f"{out_dir} is a file; give the name of a folder (--out_dir=…)")
@@ -143,10 +130,8 @@ def claim_out_dir(out_dir, overwrite: bool = False, inputs=(), resume: bool = Fa
 # --- token files ---
 
 def read_meta(folder) -> dict:
-    """meta.json of a data folder, or nanoGPT's convention without one: uint16, sizes unknown.
-
-    Raises ValueError naming the path when it cannot be used, or when the tokenizer.json beside it made other ids.
-    """
+    """meta.json of a data folder, or nanoGPT's convention without one: uint16, sizes unknown. Raises ValueError naming
+    the path when it cannot be used, or when the tokenizer.json beside it made other ids."""
     path, tokenizer = Path(folder) / "meta.json", Path(folder) / "tokenizer.json"
     if not path.exists():
         return {"dtype": "uint16"}
@@ -188,22 +173,20 @@ def bare(model):
 
 
 def plain(thing, name: str):
-    """A checkpoint's entry in the types that reading allows: NumPy's become Python's, paths strings, modules states."""
+    """A checkpoint's entry in the types that reading allows: NumPy's become Python's or torch's, modules states."""
     import torch
     thing = thing.state_dict() if hasattr(thing, "state_dict") else thing
     if isinstance(thing, dict):
         return {plain(key, name): plain(value, f"{name}.{key}") for key, value in thing.items()}
-    if isinstance(thing, (list, tuple, set)):
-        kind = next(kind for kind in (list, tuple, set) if isinstance(thing, kind))
-        return kind(plain(value, name) for value in thing)
+    if isinstance(thing, (list, tuple)):
+        values = [plain(value, name) for value in thing]
+        return values if isinstance(thing, list) else tuple(values)
     if isinstance(thing, np.generic):
         return thing.item()
     if isinstance(thing, np.ndarray):
         return torch.from_numpy(thing.copy())
-    if isinstance(thing, os.PathLike):
-        return os.fspath(thing)
-    allowed = (torch.Tensor, torch.dtype, torch.device, bool, int, float, complex, str, bytes, type(None))
-    if not isinstance(thing, allowed):
+    if not isinstance(thing, (torch.Tensor, torch.dtype, torch.device, bool, int, float, complex, str, bytes, set,
+                              type(None))):
         raise ValueError(f"{name} is a {type(thing).__name__}; a checkpoint holds tensors, numbers, strings, None, and "
                          "dicts and lists of them: anything else is code that reading would refuse")
     return thing
@@ -213,14 +196,14 @@ def save_checkpoint(model, optimizer, step: int, path, **more) -> None:
     """Write model, optimizer, step and what else must survive to `path`, atomically, or to a binary file object.
 
     model: a module (compiled or wrapped is fine) or a state dict. optimizer: one, a list, their state dicts, or None.
-    more: the other entries of the format. Raises OSError naming the path, and ValueError before the old file is touched
-    for an entry that could not be read again and for a model that sharded.py has divided.
+    Raises OSError naming the path, and ValueError before the old file is touched for an entry that could not be read
+    again and for a model that sharded.py has divided.
     """
     import torch
     model = bare(model)
     if hasattr(model, "parameters") and any(getattr(p, "cuts", None) for p in model.parameters()):
         raise ValueError(f"{path}: this model holds one rank's part of its matrices; save full_state_dict(model)")
-    entries = {"format_version": FORMAT_VERSION, "model": model, "optimizer": optimizer, "step": int(step)}
+    entries = {"format_version": 1, "model": model, "optimizer": optimizer, "step": int(step)}
     if dataclasses.is_dataclass(getattr(model, "config", None)):
         entries["model_config"] = dataclasses.asdict(model.config)
     entries = {name: plain(entry, f"{path}: the entry {name}") for name, entry in (entries | more).items()}
@@ -231,11 +214,8 @@ def save_checkpoint(model, optimizer, step: int, path, **more) -> None:
 
 
 def read_checkpoint(path, map_location="cpu") -> dict:
-    """The dict stored at `path` or in a binary file object, on the CPU unless said otherwise.
-
-    Raises FileNotFoundError saying what lies there instead; ValueError naming the path when it is cut short, holds
-    code, is no checkpoint, or has a newer format. Running out of memory is not the file's fault and passes through.
-    """
+    """The dict stored at `path` or in a binary file object. Raises FileNotFoundError saying what lies there instead;
+    ValueError naming the path when it is cut short, holds code, is no checkpoint, or has a newer format."""
     import torch
     if not hasattr(path, "read"):
         path = Path(path)
@@ -260,10 +240,10 @@ def read_checkpoint(path, map_location="cpu") -> dict:
     weights = entries.get("model") if isinstance(entries, dict) else None
     if not isinstance(weights, dict) or any(not hasattr(tensor, "shape") for tensor in weights.values()):
         raise ValueError(f"{path} is not a checkpoint: it must hold a dict with 'model', tensors by name, and 'step'")
-    step, version = entries.get("step"), entries.get("format_version", FORMAT_VERSION)
-    if not isinstance(step, int) or version not in range(FORMAT_VERSION + 1):
+    step, version = entries.get("step"), entries.get("format_version", 1)
+    if not isinstance(step, int) or version not in (0, 1):
         raise ValueError(f"{path} has step {step!r}, format_version {version!r}; this code reads whole steps and "
-                         f"versions up to {FORMAT_VERSION}")
+                         "versions up to 1")
     if "quantized" in entries:           # what compress.py wrote: every page gets the rounded weights
         for name, parts in entries["quantized"]["weights"].items():
             weights[name] = multiplied_out(parts).to(next(iter(weights.values())).dtype)
@@ -272,20 +252,20 @@ def read_checkpoint(path, map_location="cpu") -> dict:
 
 def multiplied_out(parts: dict):
     """The matrix (R, C) in float32 of {q, scale} in int8 or of {q, scale, shift} in int4; compress.py says how."""
-    q, scale = parts["q"], parts["scale"].float().unsqueeze(-1)      # scale: (R, groups, 1)
+    import torch
+    q, scale = parts["q"], parts["scale"].float()
     if "shift" not in parts:
-        return q * scale.squeeze(-1)
-    first, second = q // 16, q % 16                                  # two numbers of 4 bits in a byte
-    numbers = first.new_empty(*q.shape, 2)
-    numbers[..., 0], numbers[..., 1] = first, second
-    groups = numbers.view(*scale.shape[:2], -1).float() - 8
-    return (groups * scale + parts["shift"].float().unsqueeze(-1)).flatten(1)
+        return q * scale
+    numbers = torch.stack((q // 16, q % 16), dim=-1)                 # two of 4 bits in a byte
+    groups = numbers.view(*scale.shape, -1).float() - 8              # (R, groups, GROUP)
+    return (groups * scale.unsqueeze(-1) + parts["shift"].float().unsqueeze(-1)).flatten(1)
 
 
 def load_weights(model, weights: dict, path) -> None:
     """Copy `weights` into `model`, names and shapes exactly. Raises ValueError naming path and what does not fit."""
     try:
-        bare(model).load_state_dict({name.removeprefix(COMPILE_PREFIX): tensor for name, tensor in weights.items()})
+        # Of a model that torch.compile has wrapped, nanoGPT saved the names with this in front.
+        bare(model).load_state_dict({name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()})
     except RuntimeError as error:
         reasons = str(error).partition("\n")[2].split()              # after "Error(s) in loading …", a line a reason
         raise ValueError(f"{path} does not fit this model: {' '.join(reasons)[:300]}") from error
@@ -294,10 +274,11 @@ def load_weights(model, weights: dict, path) -> None:
 def load_optimizer(optimizer, state, path) -> None:
     """Copy a saved optimizer state into one optimizer or a list of them. Raises ValueError naming the path."""
     optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    states = [] if state is None else state if isinstance(state, list) else [state]
-    if len(states) != len(optimizers):
-        raise ValueError(f"{path} holds {len(states) or 'no'} optimizer states, not {len(optimizers)}; go on with the "
-                         "optimizer it was trained with")
+    states = state if isinstance(state, list) else [state]
+    if state is None or len(states) != len(optimizers):
+        number = "no" if state is None else len(states)
+        raise ValueError(f"{path} holds {number} optimizer states, not {len(optimizers)}; go on with the optimizer it "
+                         "was trained with")
     for one, saved in zip(optimizers, states):
         try:
             one.load_state_dict(saved)

@@ -24,8 +24,7 @@ One large weight makes s large for its whole row, which is why int4 cuts rows in
 first. Training it further repairs it, best on the distribution of the unpruned model (distillation): that says
 something about every token of the vocabulary, a text only about the one that came.
 
-`quantize` writes a ckpt.pt whose rounded matrices stand under "quantized". Every page opens it, multiplied out by
-checkpoint.read_checkpoint; `load` here, which sample.py uses, keeps them rounded in memory too.
+Every page opens a quantised ckpt.pt, multiplied out by read_checkpoint; `load` here keeps it rounded in memory too.
 
 int8 by rows: 2208.07339, int4 by groups: 2210.17323, both without their corrections. Magnitude: Han 2015 (1506.02626).
 Width: Minitron (2407.14679, section 2.2). Distillation: Hinton 2015 (1503.02531).
@@ -52,7 +51,6 @@ INT8_KERNEL, INT4_KERNEL = (hasattr(torch, name) for name in ("_weight_int8pack_
 
 @dataclass
 class QuantizeConfig:
-    """What `python compress.py quantize OUT_DIR NEW_OUT_DIR` can be told."""
     kind: str = "int8"                       # int8 (a scale for each row) | int4 (a scale and a shift for every 64)
     checkpoint: str = "ckpt.pt"              # ckpt.pt = the last state, best.pt = the best on validation
     overwrite: bool = False                  # true = write over the run that NEW_OUT_DIR holds
@@ -60,7 +58,6 @@ class QuantizeConfig:
 
 @dataclass
 class PruneConfig(QuantizeConfig):
-    """What `python compress.py prune OUT_DIR NEW_OUT_DIR` can be told."""
     kind: str = "magnitude"                  # magnitude (single weights become zero) | width (heads and neurons leave)
     share: float = 0.5                       # the part that goes, 0 … 1
     data: str | None = None                  # width: text or .bin to rank on; none = the train.bin of the run
@@ -89,8 +86,12 @@ def round_int4(weight) -> dict:
 
 
 def round_weight(weight, kind: str) -> dict:
-    """The matrix in int8 or int4; in int8 where its rows are no multiple of GROUP."""
-    return round_int4(weight) if kind == "int4" and weight.shape[1] % GROUP == 0 else round_int8(weight)
+    """The matrix in int8 or int4; in int8 where its rows are no multiple of GROUP. Raises ValueError."""
+    if kind not in ("int8", "int4"):
+        raise ValueError(f"kind={kind!r} must be int8 or int4")
+    if kind == "int4" and weight.shape[1] % GROUP == 0:
+        return round_int4(weight)
+    return round_int8(weight)
 
 
 class Int8Linear(torch.nn.Module):
@@ -106,39 +107,35 @@ class Int8Linear(torch.nn.Module):
         self.bias = bias
 
     def forward(self, x):                                                       # (..., C) -> (..., R)
-        flat = x.reshape(-1, x.shape[-1])
-        if 0 < len(flat) <= KERNEL_ROWS and x.device.type == "cpu" and INT8_KERNEL:
-            y = torch._weight_int8pack_mm(flat.bfloat16(), self.q, self.scale.flatten())
-        else:
-            y = product(flat, multiplied_out({"q": self.q, "scale": self.scale}).to(x.dtype))
-        y = y.to(x.dtype).reshape(*x.shape[:-1], len(self.q))
+        y = self.multiply(x.reshape(-1, x.shape[-1])).to(x.dtype)
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def multiply(self, x):                                                      # (N, C) -> (N, R)
+        if 0 < len(x) <= KERNEL_ROWS and x.device.type == "cpu" and INT8_KERNEL:
+            return torch._weight_int8pack_mm(x.bfloat16(), self.q, self.scale.flatten())
+        return product(x, multiplied_out({"q": self.q, "scale": self.scale}).to(x.dtype))
 
-class Int4Linear(torch.nn.Module):
-    """x @ weightᵀ + bias with weights from round_int4; torch's kernel for CPUs wants them in an order of its own."""
+
+class Int4Linear(Int8Linear):
+    """The same with weights from round_int4; torch's kernel for CPUs wants them in an order of its own."""
 
     def __init__(self, parts: dict, bias=None):
-        super().__init__()
         q, scale = parts["q"], torch.stack((parts["scale"], parts["shift"]), dim=-1)     # scale: (R, C / GROUP, 2)
-        self.bias, self.n_rows, self.packed = bias, len(q), q.device.type == "cpu" and INT4_KERNEL
-        if self.packed:
-            fill = (0, 0, 0, -len(q) % 64)                                      # the kernel wants rows in 64s
+        n_rows, packed = len(q), q.device.type == "cpu" and INT4_KERNEL
+        if packed:
+            fill = (0, 0, 0, -n_rows % 64)                                      # the kernel wants rows in 64s
             numbers = torch.nn.functional.pad(torch.stack((q // 16, q % 16), dim=-1).flatten(1), fill)
             q = torch._convert_weight_to_int4pack_for_cpu(numbers.int(), 1)
             scale = torch.nn.functional.pad(scale, (0, 0) + fill).transpose(0, 1).contiguous()
-        self.register_buffer("q", q)
-        self.register_buffer("scale", scale)
+        super().__init__({"q": q, "scale": scale}, bias)
+        self.n_rows, self.packed = n_rows, packed
 
-    def forward(self, x):                                                       # (..., C) -> (..., R)
-        flat = x.reshape(-1, x.shape[-1])
+    def multiply(self, x):
         if self.packed:
-            y = torch._weight_int4pack_mm_for_cpu(flat.bfloat16(), self.q, GROUP, self.scale)[:, :self.n_rows]
-        else:
-            scale, shift = self.scale.unbind(-1)
-            y = product(flat, multiplied_out({"q": self.q, "scale": scale, "shift": shift}).to(x.dtype))
-        y = y.to(x.dtype).reshape(*x.shape[:-1], self.n_rows)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+            return torch._weight_int4pack_mm_for_cpu(x.bfloat16(), self.q, GROUP, self.scale)[:, :self.n_rows]
+        scale, shift = self.scale.unbind(-1)
+        return product(x, multiplied_out({"q": self.q, "scale": scale, "shift": shift}).to(x.dtype))
 
 
 def matrices(model) -> dict:
@@ -151,23 +148,13 @@ def matrices(model) -> dict:
 
 
 def quantize(model, kind: str, stored: dict | None = None):
-    """Round the model's matrices to int8 or int4 in place, for inference; returns the model.
-
-    stored: matrices that are rounded already, by name. Raises ValueError for another kind.
-    """
-    check_kind(kind, ("int8", "int4"))
+    """Round the model's matrices to int8 or int4 in place, for inference; returns the model. Raises ValueError for
+    another kind. stored: matrices that are rounded already, by name."""
     for name, layer in matrices(model).items():
         parts = (stored or {}).get(f"{name}.weight") or round_weight(layer.weight, kind)
-        parent, _, last = name.rpartition(".")
-        small = Int4Linear(parts, layer.bias) if "shift" in parts else Int8Linear(parts, layer.bias)
-        setattr(model.get_submodule(parent), last, small)
+        small = Int4Linear if "shift" in parts else Int8Linear
+        model.set_submodule(name, small(parts, layer.bias))
     return model
-
-
-def check_kind(kind: str, kinds) -> None:
-    """Raises ValueError naming the kinds there are."""
-    if kind not in kinds:
-        raise ValueError(f"kind={kind!r} must be {' or '.join(kinds)}")
 
 
 def load(out_dir, device=None, name: str = "ckpt.pt", kind: str | None = None, dtype=None):
@@ -202,10 +189,11 @@ def prune(model, share: float, kind: str = "magnitude", data=None):
     of the heads (or groups of heads) and of the feed-forward neurons leaves; the result is a smaller dense Transformer.
     data: ids (n,) to rank heads and neurons on; None ranks by the size of their weights. Raises ValueError by name.
     """
-    check_kind(kind, ("magnitude", "width"))
+    if kind not in ("magnitude", "width"):
+        raise ValueError(f"kind={kind!r} must be magnitude or width")
     if not 0 <= share < 1:
         raise ValueError(f"share={share} must be at least 0 and below 1: it is the part that goes")
-    if any(isinstance(module, (Int8Linear, Int4Linear)) for module in model.modules()):
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
         raise ValueError("this model's weights are rounded already; prune it first, then quantize it")
     if kind == "width":
         return prune_width(model, share, data)
@@ -225,24 +213,23 @@ def prune_width(model, share: float, data=None):
         if getattr(c, setting) != dense:
             raise ValueError(f"{setting}={getattr(c, setting)}: width pruning needs {setting}={dense}; "
                              "use kind=magnitude")
-    # With one key/value head for all (MQA) single query heads leave, else a key/value head with its group of queries.
-    groups, per_group = (c.n_kv_heads, c.n_heads // c.n_kv_heads) if c.n_kv_heads > 1 else (c.n_heads, 1)
-    n_groups, d_ff = (max(1, round((1 - share) * n)) for n in (groups, c.d_ff))
-    small_config = replace(c, n_heads=n_groups * per_group, n_kv_heads=n_groups if c.n_kv_heads > 1 else 1,
-                           head_dim=int(c.head_dim), d_ff=d_ff)
+    per_group = c.n_heads // c.n_kv_heads                # a key/value head leaves with its queries; the last one stays
+    n_groups, d_ff = (max(1, round((1 - share) * n)) for n in (c.n_kv_heads, c.d_ff))
+    small_config = replace(c, n_heads=n_groups * per_group, n_kv_heads=n_groups, head_dim=int(c.head_dim),
+                           d_ff=d_ff)                    # int(): no longer derived from d_model and n_heads
     state = dict(model.state_dict())
     for i, (heads, neurons) in enumerate(column_sizes(model, data)):             # heads: (H D,), neurons: (F,)
-        kept = largest(heads.square().view(groups, -1).sum(dim=-1), n_groups)
+        kept = largest(heads.square().view(c.n_kv_heads, -1).sum(dim=-1), n_groups)
         queries = rows_of(kept, per_group * c.head_dim)                          # rows of q_proj, columns of o_proj
-        keys = rows_of(kept, c.head_dim) if c.n_kv_heads > 1 else slice(None)    # rows of k_proj and v_proj
+        keys = rows_of(kept, c.head_dim)                                         # rows of k_proj and v_proj
         neurons = largest(neurons, d_ff)                                         # rows of w1 and w3, columns of w2
-        for name, rows in (("attn.q_proj", queries), ("attn.k_proj", keys), ("attn.v_proj", keys), ("ffn.w1", neurons),
-                           ("ffn.w3", neurons)):
-            for key in (f"layers.{i}.{name}.weight", f"layers.{i}.{name}.bias"):
-                if key in state:                                                 # an MLP has no w3, most have no bias
-                    state[key] = state[key][rows]
-        for name, columns in (("attn.o_proj", queries), ("ffn.w2", neurons)):
-            state[f"layers.{i}.{name}.weight"] = state[f"layers.{i}.{name}.weight"][:, columns]
+        rows = {"attn.q_proj": queries, "attn.k_proj": keys, "attn.v_proj": keys, "ffn.w1": neurons, "ffn.w3": neurons}
+        for module, places in rows.items():
+            for name in (f"layers.{i}.{module}.weight", f"layers.{i}.{module}.bias"):
+                if name in state:                                                # an MLP has no w3, most have no bias
+                    state[name] = state[name][places]
+        for module, columns in (("attn.o_proj", queries), ("ffn.w2", neurons)):
+            state[f"layers.{i}.{module}.weight"] = state[f"layers.{i}.{module}.weight"][:, columns]
     small = Transformer(small_config).to(model.token_embeddings.weight)          # its device and dtype
     small.load_state_dict(state)
     return small.train(model.training)
@@ -258,11 +245,9 @@ def rows_of(heads, width: int):
     return (heads[:, None] * width + torch.arange(width, device=heads.device)).flatten()
 
 
-def column_sizes(model, data=None, windows: int = 64) -> list[tuple]:
-    """For each block, the L2 norm of what enters each column of o_proj (H D,) and of w2 (F,) over windows of `data`.
-
-    Without data: that of the columns.
-    """
+def column_sizes(model, data=None) -> list[tuple]:
+    """For each block, the L2 norm of what enters each column of o_proj (H D,) and of w2 (F,) over 64 windows of `data`;
+    without data, that of the columns."""
     layers = [(block.attn.o_proj, block.ffn.w2) for block in model.layers]
     if data is None:
         return [tuple(layer.weight.float().norm(dim=0) for layer in pair) for pair in layers]
@@ -275,12 +260,10 @@ def column_sizes(model, data=None, windows: int = 64) -> list[tuple]:
     def add(layer, inputs):
         squares[layer] += inputs[0].float().square().flatten(0, -2).sum(dim=0)
     hooks = [layer.register_forward_pre_hook(add) for layer in squares]
-    try:
-        for start in np.unique(np.linspace(0, len(data) - length, windows, dtype=int)).tolist():
-            model(data[start:start + length][None].to(model.token_embeddings.weight.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for start in np.unique(np.linspace(0, len(data) - length, 64, dtype=int)).tolist():
+        model(data[start:start + length][None].to(model.token_embeddings.weight.device))
+    for hook in hooks:
+        hook.remove()
     return [(squares[o_proj].sqrt(), squares[w2].sqrt()) for o_proj, w2 in layers]
 
 
@@ -299,41 +282,34 @@ def distillation_loss(logits, teacher_logits, temperature: float = 1.0):
 
 # --- commands ---
 
-def quantize_folder(out_dir, new_out_dir, config: QuantizeConfig) -> None:
-    """Write OUT_DIR's model with rounded matrices to NEW_OUT_DIR."""
-    check_kind(config.kind, ("int8", "int4"))
-    model, _ = load_model(out_dir, "cpu", config.checkpoint)
-    # A head that is the embedding table stays as it is: a table's rows are looked up. `load` rounds a copy of it.
-    rounded = {f"{name}.weight": round_weight(layer.weight, config.kind) for name, layer in matrices(model).items()
+def rounded_weights(model, kind: str) -> tuple[dict, dict]:
+    """(the tensors that stay as they are, the rounded matrices), each by name."""
+    # A head that is the embedding table stays too: a table's rows are looked up. `load` rounds a copy of it.
+    rounded = {f"{name}.weight": round_weight(layer.weight, kind) for name, layer in matrices(model).items()
                if layer.weight is not model.token_embeddings.weight}
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in rounded}
-    write(out_dir, new_out_dir, config, model.config, weights, quantized={"kind": config.kind, "weights": rounded})
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in rounded}, rounded
 
 
-def prune_folder(out_dir, new_out_dir, config: PruneConfig) -> None:
-    """Write OUT_DIR's model, pruned, to NEW_OUT_DIR."""
-    model, tokenizer = load_model(out_dir, "cpu", config.checkpoint)
-    if config.kind != "width" and config.data is not None:
-        raise ValueError(f"data={config.data}: only kind=width ranks anything on a text; leave data out")
-    ids = ranking_ids(out_dir, config, tokenizer) if config.kind == "width" else None
-    small = prune(model, config.share, config.kind, ids)
-    before, after = (sum(p.numel() for p in one.parameters()) for one in (model, small))
-    zeros = sum(int((p == 0).sum()) for p in small.parameters())
-    print(f"heads {model.config.n_heads} -> {small.config.n_heads}, feed-forward neurons {model.config.d_ff:,} -> "
-          f"{small.config.d_ff:,}, parameters {before:,} -> {after:,}, {zeros:,} of them zero")
-    write(out_dir, new_out_dir, config, small.config, small.state_dict())
+def report(before, after) -> None:
+    """Print what pruning took away."""
+    counts = [sum(p.numel() for p in model.parameters()) for model in (before, after)]
+    zeros = sum(int((p == 0).sum()) for p in after.parameters())
+    print(f"heads {before.config.n_heads} -> {after.config.n_heads}, feed-forward neurons {before.config.d_ff:,} -> "
+          f"{after.config.d_ff:,}, parameters {counts[0]:,} -> {counts[1]:,}, {zeros:,} of them zero")
 
 
 def ranking_ids(out_dir, config: PruneConfig, tokenizer):
-    """The ids that --data names, or those of the run's own train.bin; None, said in a line, where there are none."""
-    path = config.data
-    if path is None:
-        trained = read_checkpoint(Path(out_dir) / config.checkpoint, map_location="meta").get("train_config") or {}
-        path = Path(trained.get("data_dir", "")) / "train.bin"
-        if not path.is_file():
-            print(f"no --data and no {path}: heads and neurons are ranked by the size of their weights")
-            return None
-    path = Path(path)
+    """What kind=width ranks on: the ids that --data names, or the run's own train.bin; None, said in a line, where
+    there is none."""
+    if config.kind != "width":
+        if config.data is not None:
+            raise ValueError(f"data={config.data}: only kind=width ranks anything on a text; leave data out")
+        return None
+    trained = read_checkpoint(Path(out_dir) / config.checkpoint, map_location="meta").get("train_config") or {}
+    path = Path(config.data or Path(trained.get("data_dir", "")) / "train.bin")
+    if config.data is None and not path.is_file():
+        print(f"no --data and no {path}: heads and neurons are ranked by the size of their weights")
+        return None
     if path.suffix == ".bin":
         return open_tokens(path.parent, path.stem)
     if tokenizer is None:
@@ -352,25 +328,32 @@ def write(out_dir, new_out_dir, config, model_config, weights: dict, **more) -> 
     new.mkdir(parents=True, exist_ok=True)
     if (Path(out_dir) / "tokenizer.json").is_file():
         shutil.copyfile(Path(out_dir) / "tokenizer.json", new / "tokenizer.json")
-    save_checkpoint(weights, None, entries["step"], new / "ckpt.pt", model_config=asdict(model_config),
-                    compressed=asdict(config) | {"source": str(old)}, **kept, **more)
+    save_checkpoint(weights, None, entries["step"], new / "ckpt.pt", model_config=asdict(model_config), **kept, **more)
     before, after = old.stat().st_size, (new / "ckpt.pt").stat().st_size
     print(f"{old}: {before / 1e6:.2f} MB -> {new / 'ckpt.pt'}: {after / 1e6:.2f} MB")
 
 
 USAGE = """usage: python compress.py quantize OUT_DIR NEW_OUT_DIR [--kind=int8|int4]
        python compress.py prune OUT_DIR NEW_OUT_DIR [--kind=magnitude|width --share=0.5 --data=FILE]"""
-VERBS = {"quantize": quantize_folder, "prune": prune_folder}
 
 
 def main(argv: list[str]) -> None:
     """Do what the command line says; a mistake exits with status 2."""
-    verb, files, config, _ = command_line({"quantize": QuantizeConfig, "prune": PruneConfig}, argv, USAGE, tuple(VERBS))
+    verb, files, config, _ = command_line({"quantize": QuantizeConfig, "prune": PruneConfig}, argv, USAGE)
     if verb is None or len(files) != 2:
         fail(f"give a verb and two folders. {USAGE}")
+    out_dir, new_out_dir = files
     try:
-        claim_out_dir(files[1], config.overwrite, inputs=[files[0]])
-        VERBS[verb](*files, config)
+        claim_out_dir(new_out_dir, config.overwrite, inputs=[out_dir])
+        model, tokenizer = load_model(out_dir, "cpu", config.checkpoint)
+        if verb == "quantize":
+            weights, rounded = rounded_weights(model, config.kind)
+            write(out_dir, new_out_dir, config, model.config, weights, quantized={"kind": config.kind,
+                                                                                  "weights": rounded})
+        else:
+            small = prune(model, config.share, config.kind, ranking_ids(out_dir, config, tokenizer))
+            report(model, small)
+            write(out_dir, new_out_dir, config, small.config, small.state_dict())
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)
 

@@ -147,8 +147,8 @@ def command_line(config, argv: list[str], usage: str, verbs: tuple = (), config_
 
     config: {verb: its dataclass}, with a key None where the script also runs without a verb; or one dataclass for all
     `verbs`. A word that ends in .py is the config file; config_file: the one when none is named, for the dataclass that
-    goes with None. reads_scripts: FILE may be a script, and none is a config file. `--help` prints the settings that
-    apply and exits with 0; a mistake prints its message, status 2.
+    goes with None. reads_scripts: FILE may be a script. `--help` prints the settings that apply and exits with 0; a
+    mistake prints its message, status 2.
     """
     classes = config if isinstance(config, dict) else dict.fromkeys((None, *verbs), config)
     wants_help, settings, sources = "--help" in argv or "-h" in argv, None, {}

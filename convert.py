@@ -16,9 +16,9 @@ What the table does not know is refused by name: a tensor dropped in silence wou
 Rows of q_proj and k_proj are not permuted: Hugging Face did that once to Meta's files, for the pairs (i, i + D/2) that
 our rope() turns too (layers.py). Permuting twice is the classic bug: it loads without a word, since the shapes agree.
 
-A model of ours goes out as what it is: with qk_norm, as in our config files, Qwen3; without, Llama (with qkv_bias
-Qwen2); with experts Mixtral; in GPT-2's shape GPT-2. Left out: pickled and quantised weights, sliding windows,
-stretched RoPE but Llama 3's, vocabularies that are no byte-level BPE (the model comes alone, and says so).
+A model of ours goes out as what it is: with qk_norm Qwen3; without, Llama (with qkv_bias Qwen2); with experts Mixtral;
+in GPT-2's shape GPT-2. Left out: pickled and quantised weights, sliding windows, stretched RoPE but Llama 3's,
+vocabularies that are no byte-level BPE (the model comes alone, and says so).
 """
 import json
 import math
@@ -110,10 +110,8 @@ def name_table(config: ModelConfig, architecture: str, names) -> dict:
 # --- config.json ---
 
 def read_config(folder) -> tuple[str, ModelConfig]:
-    """(architecture, our config) of a folder's config.json, as transformers 4 or 5 wrote it.
-
-    Raises ValueError naming the path and the first thing that our model cannot do.
-    """
+    """(architecture, our config) of a folder's config.json, as transformers 4 or 5 wrote it. Raises ValueError naming
+    the path and the first thing that our model cannot do."""
     path = Path(folder) / "config.json"
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
@@ -141,8 +139,7 @@ def read_config(folder) -> tuple[str, ModelConfig]:
 
 def rope_fields(theirs: dict) -> dict:
     """RoPE's fields, read as transformers 5 does: `rope_scaling`, where a stretch is written or added by hand, wins
-    over `rope_parameters`; `rope_theta` stands in either, else beside them, else it is 10,000.
-    """
+    over `rope_parameters`; `rope_theta` stands in either, else beside them, else it is 10,000."""
     rope = {"rope_theta": theirs.get("rope_theta", 10_000.0),
             "original_max_position_embeddings": theirs["max_position_embeddings"]}
     rope |= theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
@@ -198,10 +195,8 @@ def their_config(config: ModelConfig, dtype: torch.dtype, tokenizer=None) -> dic
 # --- weights ---
 
 def stored_tensors(folder):
-    """Each (name, tensor) of a folder's model.safetensors or, without one, of the files that its index names.
-
-    That is transformers' order: an index and parts may be left from an earlier save. Raises ValueError naming the file.
-    """
+    """Each (name, tensor) of a folder's model.safetensors or, without one, of the files that its index names: that is
+    transformers' order, as an index and parts may be left from an earlier save. Raises ValueError naming the file."""
     from safetensors import SafetensorError, safe_open
     index = Path(folder) / "model.safetensors.index.json"
     files = [Path(folder) / "model.safetensors"]
@@ -212,8 +207,7 @@ def stored_tensors(folder):
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} names no files: {type(error).__name__}: {error}") from error
     elif not files[0].exists():
-        raise FileNotFoundError(f"no {Path(folder) / 'model.safetensors'}; only safetensors are read: opening pickled "
-                                "weights can run code")
+        raise FileNotFoundError(f"no {files[0]}; only safetensors are read: opening pickled weights can run code")
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
@@ -227,9 +221,8 @@ def stored_tensors(folder):
 def from_pretrained(folder, dtype: torch.dtype | None = None):
     """(Transformer in evaluation mode, Tokenizer or None) from a Hugging Face folder.
 
-    dtype: of the weights; as stored when not given (the widest, where they differ). The tokenizer is None when the
-    folder has no tokenizer.json, and, with a warning, when it is not a byte-level BPE. Raises ValueError naming the
-    path for an architecture, a setting or a tensor that is not known, FileNotFoundError.
+    dtype: of the weights; as stored when not given (the widest, where they differ). Raises ValueError naming the path
+    for an architecture, a setting or a tensor that is not known, FileNotFoundError.
     """
     architecture, config = read_config(folder)
     with torch.device("meta"):                                   # shapes without memory
@@ -284,11 +277,8 @@ def read_tokenizer(folder) -> Tokenizer | None:
 
 
 def save_pretrained(model, folder, tokenizer=None) -> None:
-    """Write `model` and `tokenizer` as a Hugging Face folder: config.json, model.safetensors, tokenizer.json.
-
-    Weights keep their dtype; a tied head is written once. Raises ValueError for a model that no architecture there
-    computes.
-    """
+    """Write `model` and `tokenizer` as a Hugging Face folder: config.json, model.safetensors, tokenizer.json. Weights
+    keep their dtype; a tied head is written once. Raises ValueError for a model that no architecture there computes."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     config, weights, folder = model.config, model.state_dict(), Path(folder)
@@ -299,12 +289,13 @@ def save_pretrained(model, folder, tokenizer=None) -> None:
         if their != "lm_head.weight" or not config.tie_embeddings:
             tensor = torch.cat([weights[our].cpu() for our in ours])
             tensors[their] = (tensor.T if transposed else tensor).contiguous()
-    part = claim_file(folder / "model.safetensors").with_suffix(".tmp")
+    path = claim_file(folder / "model.safetensors")
+    part = path.with_suffix(".tmp")
     try:
         save_file(tensors, part, metadata={"format": "pt"})
-        os.replace(part, folder / "model.safetensors")
+        os.replace(part, path)
     except SafetensorError as error:
-        raise OSError(f"{folder / 'model.safetensors'} could not be written: {error}") from error
+        raise OSError(f"{path} could not be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
     if tokenizer is not None:

@@ -1,7 +1,6 @@
 """What this machine is and does fastest: devices, dtypes, peaks, threads, signals; and what a CPU wants differently.
 
-The figures that everything else is measured against stand here once. A GPU's come from its data sheet, a CPU's are
-measured when they are needed:
+A GPU's figures come from its data sheet, a CPU's are measured when they are needed:
 
     mfu = FLOP/s of the training step / peak_flops(device, dtype)        (PaLM, 2204.02311, appendix B)
     tokens/s of decoding <= bandwidth(device) / bytes of the weights     (each token reads every weight once)
@@ -29,17 +28,13 @@ class Device:
     flops: float                     # bfloat16 with float32 sums (float16 on V100), FLOP/s
     bytes_per_s: float               # of its memory
     memory_bytes: float
-    source: str
 
 
-DEVICES = {
-    "V100": Device(125e12, 900e9, 32e9, "NVIDIA V100 data sheet, SXM2 32 GB, float16"),
-    "A100": Device(312e12, 2039e9, 80e9, "NVIDIA A100 data sheet, SXM 80 GB"),
-    "H100": Device(989e12, 3350e9, 80e9, "NVIDIA H100 data sheet, SXM; printed there with sparsity, halved"),
-    "H200": Device(989e12, 4800e9, 141e9, "NVIDIA H200 data sheet, SXM; printed there with sparsity, halved"),
-    "B200": Device(2250e12, 8000e9, 180e9, "NVIDIA DGX B200 data sheet, an eighth of it; with sparsity, halved"),
-    "L40S": Device(362e12, 864e9, 48e9, "NVIDIA L40S data sheet"),
-    "RTX 4090": Device(165e12, 1008e9, 24e9, "NVIDIA Ada GPU architecture white paper, appendix A, float32 sums")}
+DEVICES = {                          # NVIDIA's data sheets, SXM; FLOPs printed there with sparsity are halved
+    "V100": Device(125e12, 900e9, 32e9), "A100": Device(312e12, 2039e9, 80e9), "H100": Device(989e12, 3350e9, 80e9),
+    "H200": Device(989e12, 4800e9, 141e9), "L40S": Device(362e12, 864e9, 48e9),
+    "B200": Device(2250e12, 8000e9, 180e9),                   # an eighth of the DGX
+    "RTX 4090": Device(165e12, 1008e9, 24e9)}                 # Ada architecture white paper, appendix A
 
 
 def find_device(name: str) -> Device:
@@ -56,8 +51,8 @@ def pick_device(wanted: str | None) -> str:
     try:
         torch.empty(1, device=wanted)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={wanted!r} cannot be used here ({reason}); try --device=cpu") from None
+        raise ValueError(f"device={wanted!r} cannot be used here ({str(error).splitlines()[0]}); "
+                         "try --device=cpu") from None
     return wanted
 
 
@@ -112,8 +107,7 @@ def bandwidth(device) -> float:
 
 def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks: each step asks for the same hundred megabytes again, and mapping them anew
-    page by page took a fifth of the default model's step. Elsewhere this does nothing.
-    """
+    page by page took a fifth of the default model's step. Elsewhere this does nothing."""
     if platform.libc_ver()[0] == "glibc":
         libc, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6"), -1, -3       # the numbers are malloc.h's
         libc.mallopt(mmap_threshold, 1 << 30)
@@ -138,20 +132,20 @@ class Threads:
     Every operation ends at a barrier, where OpenMP's threads spin until the last one arrives. If that one's core is
     taken, all wait for the scheduler, thousands of times a step: steps of 80 ms became 1,700 to 4,200 ms on two cores
     beside one busy loop, and 150 with one thread. So when a step takes SLOW times the best so far, `watch` tries fewer
-    threads for a moment, keeps what is fastest, and looks again later, for 1/PATIENCE of the time.
-
-    The number of threads changes bits of the training, as sums are split between them: a fixed `threads` repeats a run.
+    threads for a moment, keeps what is fastest, and looks again later, for 1/PATIENCE of the time. Sums are split
+    between threads, so their number changes bits of the training: a fixed `threads` repeats a run.
     """
     SLOW, PATIENCE = 2.5, 50
 
     def __init__(self, threads: int | None = None, clock=time.perf_counter, rate=thread_rate):
-        self.fixed, self.clock, self.rate, self.before = threads, clock, rate, torch.get_num_threads()
+        self.clock, self.rate, self.before = clock, rate, torch.get_num_threads()
         self.most = self.threads = threads or self.before
+        self.may_change = threads is None and self.most > 1
         self.best_seconds, self.next_look = math.inf, 0.0
 
     def __enter__(self):
         torch.set_num_threads(self.threads)
-        if self.fixed is None and self.most > 1:
+        if self.may_change:
             self.look()                  # a machine that is busy from the start shows no quick step to compare with
         return self
 
@@ -160,26 +154,21 @@ class Threads:
 
     def watch(self, seconds: float) -> None:
         """Call this after every step with the time that it took."""
-        if self.fixed is not None or self.most == 1:
-            return
-        fewer = self.threads < self.most
         slow = seconds > self.SLOW * self.best_seconds
-        if not fewer:
+        if self.threads == self.most:
             self.best_seconds = min(self.best_seconds, seconds)
-        if (fewer or slow) and self.clock() >= self.next_look:
+        if self.may_change and (slow or self.threads < self.most) and self.clock() >= self.next_look:
             self.look()
 
     def look(self) -> None:
         """Try all threads and smaller numbers of them; keep all unless another number is SLOW times as fast."""
         began = self.clock()
-        rates = {n: self.rate(n) for n in sorted({self.most, self.most - 1, max(self.most // 2, 1), 1})}
+        rates = {n: self.rate(n) for n in {self.most, self.most - 1, max(self.most // 2, 1), 1}}
         fastest = max(rates, key=rates.get)
         threads = fastest if rates[fastest] > self.SLOW * rates[self.most] else self.most
-        if threads < self.most and threads != self.threads:
-            print(f"another program is busy here: {threads} of {self.most} threads from now on, "
-                  f"{rates[threads] / rates[self.most]:.0f} times as fast", flush=True)
-        elif threads > self.threads:
-            print(f"the machine is free again: {threads} threads", flush=True)
+        if threads != self.threads:
+            why = "the machine is free again" if threads > self.threads else "another program is busy here"
+            print(f"{why}: {threads} of {self.most} threads from now on", flush=True)
         self.threads = threads
         torch.set_num_threads(threads)
         self.next_look = self.clock() + self.PATIENCE * (self.clock() - began)
@@ -198,7 +187,6 @@ class Stop:
         return self
 
     def catch(self, number, frame):
-        """The signal's handler: remember it, and put the former handlers back."""
         self.signal = number
         self.__exit__()
         print(f"\n{signal.Signals(number).name}: saving after this step", flush=True)
@@ -209,7 +197,7 @@ class Stop:
 
 
 # --- what a CPU wants done differently ---
-# Autograd keeps and allocates an intermediate for every operation, and fresh memory is what a CPU is slow at.
+# Autograd allocates an intermediate for every operation, and fresh memory is what a CPU is slow at.
 
 def wide(x: torch.Tensor) -> torch.Tensor:
     """x in float32, or as it is in float64: sums of a thousand bfloat16 numbers keep two digits."""
@@ -217,18 +205,16 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def fast(function, simple, *arguments):
-    """`function`, a torch.autograd.Function, when run line by line; `simple` under torch.compile, which fuses it."""
-    # For one new token the fixed cost of an autograd.Function is more than the arithmetic.
+    """`function`, a torch.autograd.Function; `simple` under torch.compile, which fuses it, and for one new token, where
+    the fixed cost of the function is more than the arithmetic."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() and arguments[0].numel() < 2 ** 14:
         return simple(*arguments)
     return function.apply(*arguments)
 
 
 class CrossEntropy(torch.autograd.Function):
-    """token_cross_entropy with the gradient softmax(logits) - onehot(target).
-
-    Autograd keeps float32 copies of the model's largest tensor. This keeps one number a row and works in pieces.
-    """
+    """token_cross_entropy with the gradient softmax(logits) - onehot(target). Autograd keeps float32 copies of the
+    model's largest tensor; this keeps one number a row and works in pieces."""
     PIECE = 2 ** 18                  # elements
 
     @staticmethod
@@ -303,10 +289,8 @@ FASTER = {}                          # (rows of x, numbers in weight), as powers
 
 
 def product(x, weight):
-    """x @ weightᵀ; in float32 on a CPU, without gradients, by the faster of torch's two ways on this machine.
-
-    Which library reads the weights faster differs between processors (both seen): each size is measured once a process.
-    """
+    """x @ weightᵀ; in float32 on a CPU, without gradients, by the faster of torch's two ways on this machine: that
+    differs between processors (both seen), so each size is measured once a process."""
     if (ONEDNN is None or torch.is_grad_enabled() or x.device.type != "cpu" or weight.numel() <= 2 ** 16
             or not x.numel() or not x.dtype == weight.dtype == torch.float32 or torch.compiler.is_compiling()
             or torch.is_autocast_enabled("cpu")):

@@ -9,31 +9,19 @@
     python practice.py check all                all that you have begun
     python practice.py predict [NAME]           an experiment: say what comes out, then see what came out
 
-The way of an exercise:
-
     layers.py ──start──> practice/layers.py ──you──> practice/layers.py ──check──> passed, or
     def rope(x, …):      def rope(x, …):             def rope(x, …):               what failed
         '''x (..., T,        '''x (..., T,               '''x (..., T,             and a hint
         cos, sin = …         raise NotImplementedError   c, s = …
 
-A copy of the page keeps everything else: signature, docstring with shapes and formula, the functions around it. A
-second exercise of the same page takes its functions out of the copy that is there and changes nothing besides.
-`check` starts Python with practice/ before this folder on its path, so that every page which imports layers gets yours,
-ranks and other processes too, and all other pages are ours. Nothing you wrote is thrown away: where something must go,
-the file is first copied into practice/saved/. To stop, delete practice/: it holds all there is.
+The copy of the page keeps everything else. A second exercise of the same page takes its functions out of the copy that
+is there and changes nothing besides. `check` starts Python with practice/ before this folder on its path: every page
+that imports layers gets yours, in ranks and other processes too, and all other pages are ours. What has to go is first
+copied into practice/saved/. To stop, delete practice/: it holds all there is.
 
-The exercises stand in exercises.toml, data without code. An entry:
-
-    [rope]
-    page, functions     what is taken out; a class stands for its methods
-    tests               what must pass: FILE::TEST of tests/
-    problem, minutes    the course's problem (COURSE.md has its line), and about how long it takes
-    read, task, hints   what to read first, what is asked, what helps
-    setup, speed        optional: a statement whose time is compared with ours when you have passed
-    empty = true        the copy is the page's docstring alone
+The exercises stand in exercises.toml, data without code; its head says what the keys mean.
 """
 import ast
-import hashlib
 import json
 import os
 import re
@@ -52,7 +40,6 @@ ROOT = Path(__file__).resolve().parent
 FOLDER = ROOT / "practice"                   # the learner's copies, progress.json, saved/
 CHECKED = FOLDER / "checked"                 # the page as the last check ran it, and what that said
 TABLE = ROOT / "exercises.toml"
-GIVES_AWAY = 12                              # letters from which on a docstring's line that stands in the body is cut
 
 
 @dataclass
@@ -62,24 +49,17 @@ class NoConfig:
 
 @dataclass
 class StartConfig:
-    """What `python practice.py start NAME` can be told."""
     overwrite: bool = False                  # true = take the functions out again although you have written them
 
 
 @dataclass
 class CheckConfig:
-    """What `python practice.py check NAME` can be told."""
     hint: bool = False                       # true = one hint more than usual when it fails
     seconds: float = 60.0                    # tests that take longer are ended
-
-    def __post_init__(self):
-        if not 0 < self.seconds < 1e6:
-            raise ValueError(f"seconds={self.seconds} must be above 0 and below 1e6")
 
 
 @dataclass
 class PredictConfig:
-    """What `python practice.py predict NAME` can be told."""
     answer: str | None = None                # the letter you choose
 
 
@@ -92,8 +72,8 @@ def read_table() -> tuple[dict, dict]:
 
 
 def read_page(path: Path) -> str:
-    """A page with its line ends as they are. Raises SyntaxError naming the file for one that Python cannot read."""
-    text = path.read_bytes().decode("utf-8")
+    """The text of a page. Raises SyntaxError naming the file for one that Python cannot read."""
+    text = path.read_text(encoding="utf-8")
     ast.parse(text, str(path))
     return text
 
@@ -125,31 +105,20 @@ def source_of(text: str, node, decorators: bool = False) -> str:
     return "\n".join(text.split("\n")[first - 1:node.end_lineno])
 
 
-def is_blank(source: str, name: str = "") -> bool:
-    """Whether a function is still as `start` left it, for the exercise of that name or for any."""
-    return f'raise NotImplementedError("practice: {name}' in source
+def stub(name: str) -> str:
+    """What stands in a function that an exercise asks for."""
+    return f'raise NotImplementedError("practice: {name}")'
 
 
 def blank(text: str, node: ast.FunctionDef, name: str) -> str:
-    """`text` with one function's body replaced by NotImplementedError("practice: name").
-
-    Signature and docstring stay, but for lines of the docstring that also stand in the body.
-    """
+    """`text` with all of a function but signature and docstring replaced by its stub."""
     lines, first = text.split("\n"), node.body[0]
-    begin = first.lineno - 1                             # lines before this one stay as they are
-    before = lines[begin].encode()[:first.col_offset].decode()
-    kept, ending = [], "\r" if lines[0].endswith("\r") else ""
-    if before.strip():                                   # the body stands on the line of the def
-        kept = [before.rstrip() + ending]
-    elif ast.get_docstring(node) is not None:
-        body = "".join("".join(lines[first.end_lineno:node.end_lineno]).split())
-        kept = [lines[begin]] + [line for line in lines[begin + 1:first.end_lineno]
-                                 if len("".join(line.split())) < GIVES_AWAY or "".join(line.split()) not in body]
-    else:
-        while not lines[begin - 1].split("#")[0].strip():            # comments above the first statement go too
+    begin = first.end_lineno                             # lines up to this one stay as they are
+    if ast.get_docstring(node) is None:
+        begin = first.lineno - 1
+        while lines[begin - 1].strip().startswith("#"):  # comments above the first statement go too
             begin -= 1
-    stub = " " * (node.col_offset + 4) + f'raise NotImplementedError("practice: {name}")'
-    return "\n".join(lines[:begin] + kept + [stub + ending] + lines[node.end_lineno:])
+    return "\n".join([*lines[:begin], " " * (node.col_offset + 4) + stub(name), *lines[node.end_lineno:]])
 
 
 def take_out(text: str, name: str, entry: dict, reference: str, overwrite: bool) -> tuple[str, list[str]]:
@@ -162,7 +131,7 @@ def take_out(text: str, name: str, entry: dict, reference: str, overwrite: bool)
         node = pick_functions(text, [function])[function]            # anew: the lines have moved
         if overwrite or source_of(text, node) == source_of(reference, ours):
             text = blank(text, node, name)
-        elif not is_blank(source_of(text, node)):
+        elif stub(name) not in source_of(text, node):
             kept.append(function)
     return text, kept
 
@@ -172,13 +141,12 @@ def complete(text: str, name: str, exercises: dict) -> str:
 
     So one exercise can be checked before another is written, and the learner's lines keep their numbers.
     """
-    reference = read_page(ROOT / exercises[name]["page"])
+    page = exercises[name]["page"]
+    reference = read_page(ROOT / page)
     for other, entry in exercises.items():
-        if other == name or entry["page"] != exercises[name]["page"]:
-            continue
-        for function, node in pick_functions(reference, entry["functions"]).items():
-            theirs = pick_functions(text, [function])[function]
-            if is_blank(source_of(text, theirs), other + '"'):
+        functions = entry["functions"] if entry["page"] == page and other != name else []
+        for function, node in pick_functions(reference, functions).items():
+            if stub(other) in source_of(text, pick_functions(text, [function])[function]):
                 ours, (owner, _, method) = textwrap.dedent(source_of(reference, node, True)), function.rpartition(".")
                 if owner:                                # super() means the class around it; here is none
                     ours = textwrap.indent(ours.replace("super()", f"super({owner}, self)"), "    ")
@@ -190,52 +158,35 @@ def complete(text: str, name: str, exercises: dict) -> str:
 # --- what the learner has ---
 
 def read_progress() -> dict:
-    """{name: {"hints": shown so far, "passed": hash of what passed}} of the exercises begun."""
+    """{name: {"hints": shown so far, "passed": whether the last check held}} of the exercises begun."""
     path = FOLDER / "progress.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def note(name: str, **values) -> None:
-    """Keep something about an exercise."""
     progress = read_progress()
-    progress[name] = progress.get(name, {"hints": 0, "passed": ""}) | values
-    FOLDER.mkdir(exist_ok=True)
+    progress[name] = progress.get(name, {"hints": 0, "passed": False}) | values
     (FOLDER / "progress.json").write_text(json.dumps(progress, indent=1), encoding="utf-8")
 
 
-def written(entry: dict) -> str:
-    """A hash of what the learner wrote for an exercise: passed holds only for what was checked."""
-    text = read_page(FOLDER / entry["page"])
-    if not entry.get("empty"):
-        text = "\n".join(source_of(text, node) for node in pick_functions(text, entry["functions"]).values())
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def state_of(name: str, entry: dict, progress: dict) -> str:
-    """not begun, begun or passed."""
+    """not begun, begun, or passed: as the last check ended."""
     if name not in progress or not (FOLDER / entry["page"]).exists():
         return "not begun"
-    try:
-        return "passed" if progress[name]["passed"] == written(entry) else "begun"
-    except (SyntaxError, ValueError):
-        return "begun"
+    return "passed" if progress[name]["passed"] else "begun"
 
 
-def save(path: Path) -> Path:
-    """A copy of a learner's page under practice/saved/, with the first free number."""
+def save(path: Path) -> None:
+    """Copy a learner's page to practice/saved/, with the first free number, and say so."""
     folder, number = FOLDER / "saved", 1
     folder.mkdir(exist_ok=True)
     while (folder / f"{path.stem}_{number}.py").exists():
         number += 1
-    return Path(shutil.copyfile(path, folder / f"{path.stem}_{number}.py"))
+    shutil.copyfile(path, folder / f"{path.stem}_{number}.py")
+    print(f"what you had is saved as practice/saved/{path.stem}_{number}.py")
 
 
 # --- verbs ---
-
-def shown(path: Path) -> str:
-    """A path as a learner types it."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
 
 def say(label: str, text: str) -> None:
     """Print a text in lines of 110, a label of six letters in front."""
@@ -245,21 +196,21 @@ def say(label: str, text: str) -> None:
 
 def show_list(exercises: dict) -> None:
     """A line an exercise; what to do next goes to standard error, so that every line is an exercise."""
-    progress, following, passed = read_progress(), None, 0
+    progress = read_progress()
+    states = {name: state_of(name, entry, progress) for name, entry in exercises.items()}
     for name, entry in exercises.items():
-        state = state_of(name, entry, progress)
-        passed += state == "passed"
-        following = following or (name if state != "passed" else None)
-        print(f"{name:<20} {entry['page']:<16} {entry['problem']:<34} {entry['minutes']:>3} min   {state}")
-    print(f"{passed} of {len(exercises)} passed. Next: python practice.py start {following or 'NAME'}; experiments: "
-          "python practice.py predict", file=sys.stderr)
+        print(f"{name:<20} {entry['page']:<16} {entry['problem']:<34} {entry['minutes']:>3} min   {states[name]}")
+    following = next((name for name in states if states[name] != "passed"), "NAME")
+    print(f"{list(states.values()).count('passed')} of {len(exercises)} passed. Next: python practice.py start "
+          f"{following}; experiments: python practice.py predict", file=sys.stderr)
 
 
 def start(name: str, entry: dict, overwrite: bool) -> None:
     """Take the functions of an exercise out of the learner's copy of its page, and say what is asked."""
     target, reference, kept = FOLDER / entry["page"], read_page(ROOT / entry["page"]), []
-    FOLDER.mkdir(exist_ok=True)
     begun = target.exists()
+    if begun and overwrite:
+        save(target)
     if entry.get("empty"):
         text = "\n".join(reference.split("\n")[:ast.parse(reference).body[0].end_lineno]) + "\n"
         if begun and not overwrite:
@@ -270,19 +221,14 @@ def start(name: str, entry: dict, overwrite: bool) -> None:
         except (SyntaxError, ValueError):
             if not overwrite:
                 raise
-            text, kept = take_out(reference, name, entry, reference, True)       # what was there is saved as it is
-    if not begun or target.read_bytes() != text.encode():
-        if begun and overwrite:
-            print(f"what you had is saved as {shown(save(target))}")
-        target.write_bytes(text.encode())
-    note(name, **({"hints": 0, "passed": ""} if overwrite else {}))
-    places = entry["functions"]
-    if not entry.get("empty"):
-        places = [f"{place} (line {node.lineno})" for place, node in pick_functions(text, places).items()]
-    print(f"{name}: {shown(target)}, about {entry['minutes']} minutes")
+            text, _ = take_out(reference, name, entry, reference, True)
+    FOLDER.mkdir(exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+    note(name, **({"hints": 0, "passed": False} if overwrite else {}))
+    print(f"{name}: practice/{entry['page']}, about {entry['minutes']} minutes")
     if kept:
         say("kept", f"{', '.join(kept)}, as you wrote it; --overwrite=true begins again and saves what is there")
-    say("write", ", ".join(places))
+    say("write", ", ".join(entry["functions"]))
     say("read", entry["read"])
     say("do", entry["task"])
     print(f"then   python practice.py check {name}")
@@ -329,13 +275,6 @@ def environment(folder: Path | None) -> dict:
                          "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "1", "PRACTICE_FOLDER": str(folder)}
 
 
-def pytest_words(entry: dict, seconds: float) -> list[str]:
-    """The arguments of pytest for an exercise; tests/explain.py notes what failed."""
-    tests = [str(ROOT / "tests") + os.sep + test for test in entry["tests"]]
-    return [*tests, "-q", "--maxfail=1", "-p", "explain", "-p", "no:cacheprovider", "--rootdir", str(ROOT),
-            "-o", f"faulthandler_timeout={max(1.0, 0.9 * seconds)}"]
-
-
 def run_limited(command: list[str], seconds: float, env: dict) -> tuple[int | None, str]:
     """(exit status or None where it was ended, what it printed). It ends with all that it has started."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, cwd=CHECKED,
@@ -357,19 +296,21 @@ def run_limited(command: list[str], seconds: float, env: dict) -> tuple[int | No
 def failure_of(name: str, exercises: dict, seconds: float) -> list[str]:
     """What fails in an exercise, in a few lines; nothing when all tests pass. Raises as read_page, pick_functions."""
     entry, report = exercises[name], CHECKED / "report.json"
-    target = FOLDER / entry["page"]
-    text = read_page(target)
+    text = read_page(FOLDER / entry["page"])
     if not entry.get("empty"):
         pick_functions(text, entry["functions"])
         text = complete(text, name, exercises)
     shutil.rmtree(CHECKED, ignore_errors=True)
     CHECKED.mkdir()
-    (CHECKED / entry["page"]).write_bytes(text.encode())
-    command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"]
-    status, said = run_limited(command + pytest_words(entry, seconds), seconds, environment(CHECKED))
+    (CHECKED / entry["page"]).write_text(text, encoding="utf-8")
+    # tests/explain.py notes what failed; the traceback of tests that hang comes just before they are ended.
+    command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
+               *(str(ROOT / "tests" / test) for test in entry["tests"]), "-q", "--maxfail=1", "-p", "explain",
+               "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-o", f"faulthandler_timeout={max(1, 0.9 * seconds)}"]
+    status, said = run_limited(command, seconds, environment(CHECKED))
     if status is None:
-        where = re.search(rf'File "{re.escape(str(CHECKED / entry["page"]))}", line (\d+) in (\S+)', said)
-        place = f" It was at {shown(target)}:{where[1]} in {where[2]}." if where else ""
+        where = re.search(rf'{re.escape(str(CHECKED / entry["page"]))}", line (\d+) in (\S+)', said)
+        place = f" It was at practice/{entry['page']}:{where[1]} in {where[2]}." if where else ""
         return [f"ended after {seconds:g} s: it does not come to an end, or is far too slow.{place}"]
     seen = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
     if seen.get("failure"):
@@ -391,14 +332,14 @@ def best_time(entry: dict, folder: Path | None) -> str:
 
 def broken(entry: dict, error) -> str:
     """Why a learner's page cannot be checked."""
-    page = shown(FOLDER / entry["page"])
     if isinstance(error, SyntaxError):
-        return f"{page}:{error.lineno} does not parse: {error.msg}: {(error.text or '').strip()}"
-    return f"{page}: {error}"
+        error = f"{error.lineno} does not parse: {error.msg}: {(error.text or '').strip()}"
+        return f"practice/{entry['page']}:{error}"
+    return f"practice/{entry['page']}: {error}"
 
 
-def check(name: str, exercises: dict, config: CheckConfig) -> bool:
-    """Run an exercise's tests and say what came of it; returns whether they hold."""
+def check(name: str, exercises: dict, config: CheckConfig, alone: bool = True) -> bool:
+    """Run an exercise's tests and say what came of it; returns whether they hold. alone: with hints and times."""
     entry = exercises[name]
     if state_of(name, entry, read_progress()) == "not begun":
         print(f"{name} is not begun: python practice.py start {name}")
@@ -406,39 +347,19 @@ def check(name: str, exercises: dict, config: CheckConfig) -> bool:
     try:
         failure = failure_of(name, exercises, config.seconds)
     except (SyntaxError, ValueError) as error:           # no test has run: no hint either
-        print(f"{name}: not yet\n  {broken(entry, error)}")
-        return False
-    if not failure:
-        note(name, passed=written(entry))
-        print(f"{name}: passed")
-        if "speed" in entry:
-            print(f"{entry['speed']}: yours {best_time(entry, CHECKED)}, ours {best_time(entry, None)}")
-        return True
-    print(f"{name}: not yet\n" + "\n".join("  " + line for line in failure))
-    hints = min(len(entry["hints"]), read_progress()[name]["hints"] + 1 + config.hint)
-    note(name, hints=hints)
-    for number, text in enumerate(entry["hints"][:hints], 1):
-        say(f"hint {number}", text)
-    if hints == len(entry["hints"]):
-        print(f"no more hints; ours: python practice.py show {name}")
-    return False
-
-
-def check_all(exercises: dict, config: CheckConfig) -> bool:
-    """A line for each exercise that is begun; whether all hold."""
-    progress, held = read_progress(), []
-    for name, entry in exercises.items():
-        if state_of(name, entry, progress) != "not begun":
-            try:
-                failure = failure_of(name, exercises, config.seconds)
-            except (SyntaxError, ValueError) as error:
-                failure = [broken(entry, error)]
-            note(name, passed="" if failure else written(entry))
-            print(f"{name:<20} {'not yet: ' + failure[0] if failure else 'passed'}", flush=True)
-            held.append(not failure)
-    if not held:
-        print("nothing is begun: python practice.py start NAME")
-    return bool(held) and all(held)
+        failure, alone = [broken(entry, error)], False
+    note(name, passed=not failure)
+    print("\n  ".join([f"{name}: {'not yet' if failure else 'passed'}", *failure]), flush=True)
+    if alone and not failure and "speed" in entry:
+        print(f"{entry['speed']}: yours {best_time(entry, CHECKED)}, ours {best_time(entry, None)}")
+    if alone and failure:
+        hints = min(len(entry["hints"]), read_progress()[name]["hints"] + 1 + config.hint)
+        note(name, hints=hints)
+        for number, text in enumerate(entry["hints"][:hints], 1):
+            say(f"hint {number}", text)
+        if hints == len(entry["hints"]):
+            print(f"no more hints; ours: python practice.py show {name}")
+    return not failure
 
 
 # --- the command ---
@@ -463,14 +384,17 @@ def main(argv: list[str]) -> int:
         near = nearest(words[0] if words else "", VERBS)
         fail(f"{' '.join(words) or verb!r}: give a verb and one NAME.{near} {USAGE}")
     name, table = words[0], experiments if verb == "predict" else exercises
-    if verb == "check" and name == "all":
-        return 0 if check_all(exercises, config) else 1
-    if name not in table:
-        fail(f"{name!r} is no {'experiment' if verb == 'predict' else 'exercise'}.{nearest(name, table)} "
-             f"`python practice.py{' predict' if verb == 'predict' else ''}` lists them")
+    if name not in table and (verb, name) != ("check", "all"):
+        kind, command = ("experiment", " predict") if verb == "predict" else ("exercise", "")
+        fail(f"{name!r} is no {kind}.{nearest(name, table)} `python practice.py{command}` lists them")
     try:
         if verb == "check":
-            return 0 if check(name, table, config) else 1
+            names = [name]
+            if name == "all":
+                names = [one for one in table if state_of(one, table[one], read_progress()) != "not begun"]
+                if not names:
+                    raise ValueError("nothing is begun: python practice.py start NAME")
+            return 0 if all([check(one, table, config, alone=name != "all") for one in names]) else 1
         if verb == "show":
             show(table[name])
         elif verb == "predict":

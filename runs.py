@@ -32,9 +32,8 @@ PER_START = ("resume", "overwrite")      # settings that say how a run is starte
 
 def header(**settings) -> dict:
     """What a reader needs to repeat a run: `settings`, and the commit of this program."""
-    commit = None
+    commit, command = None, ["git", "rev-parse", "HEAD"]
     if shutil.which("git"):
-        command = ["git", "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     return {"commit": commit or None, "python": platform.python_version()} | settings
 
@@ -42,9 +41,8 @@ def header(**settings) -> dict:
 class Log:
     """OUT_DIR/log.jsonl, open for further lines; with out_dir None (a rank that does not speak) they go nowhere.
 
-    resume_step: keep the lines up to this step, as those after it will be written again, and add a header when a
-    setting has changed. Otherwise the log starts anew; beside a former run's checkpoint as log.new.jsonl, until
-    `replace_former`.
+    resume_step: keep the lines up to this step, and add a header when a setting has changed. Otherwise the log starts
+    anew; beside a former run's checkpoint as log.new.jsonl, until `replace_former`.
     """
 
     def __init__(self, out_dir, header: dict, resume_step: int | None = None):
@@ -53,8 +51,8 @@ class Log:
             lines = [header]
             if resume_step is not None and self.path.exists():
                 lines = [line for line in read_log(self.path) if line.get("step", 0) <= resume_step]
-                before = [line for line in lines if "config" in line][-1:]
-                if [what_it_is(line) for line in before] != [what_it_is(header)]:
+                headers = [what_it_is(line) for line in lines if "config" in line]
+                if headers[-1:] != [what_it_is(header)]:
                     lines.append({"step": resume_step} | header)
             elif resume_step is None and any(self.path.with_name(name).exists() for name in ("ckpt.pt", "best.pt")):
                 self.writing = self.path.with_name("log.new.jsonl")
@@ -73,12 +71,10 @@ class Log:
         """Take the place of the former run's log."""
         if self.writing != self.path:
             self.file.close()
-            os.replace(self.writing, self.path)
-            self.writing = self.path
+            self.writing = self.writing.replace(self.path)
             self.file = open(self.path, "a", encoding="utf-8", buffering=1)
 
     def close(self) -> None:
-        """No line follows."""
         self.file.close()
 
 
@@ -89,8 +85,10 @@ def what_it_is(header: dict) -> dict:
 
 
 def read_log(path) -> list[dict]:
-    """The lines of a log.jsonl; a last line that a kill cut short is left out."""
+    """The lines of a log.jsonl, none where there is no file; a last line that a kill cut short is left out."""
     entries = []
+    if not Path(path).exists():
+        return entries
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
             entries.append(json.loads(line))
@@ -104,8 +102,7 @@ def plot(out_dirs, folder=None) -> Path:
     from matplotlib.figure import Figure
     runs = [out_dir for out_dir in out_dirs if (Path(out_dir) / "log.jsonl").is_file()]
     if not runs:
-        raise ValueError(f"no log.jsonl in {', '.join(map(str, out_dirs)) or 'nothing'}; plot needs "
-                         "the folders of runs")
+        raise ValueError(f"no log.jsonl in {', '.join(map(str, out_dirs)) or 'nothing'}; plot needs the folders of runs")
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(3, 1))
     for color, out_dir in enumerate(runs):
@@ -144,7 +141,7 @@ def points(config, words: list[str]) -> list:
     for point in grid(type(config), words) if words else []:
         name = re.sub(r"[^\w.+=,-]", "_", ",".join(f"{key}={value}" for key, value in point.items()))
         folder = Path(config.out_dir) / name
-        saved, log = (folder / "ckpt.pt").exists(), read_log(folder / "log.jsonl") if has_log(folder) else []
+        saved, log = (folder / "ckpt.pt").exists(), read_log(folder / "log.jsonl")
         one = replace(config, **point, out_dir=folder.as_posix(), num_samples=0, resume=saved, overwrite=not saved)
         for key, value in asdict(one).items() if log else ():
             before = log[0]["config"].get(key, value)
@@ -154,26 +151,19 @@ def points(config, words: list[str]) -> list:
     return configs
 
 
-def has_log(folder) -> bool:
-    """Whether a folder holds a run."""
-    return (Path(folder) / "log.jsonl").exists()
-
-
 def has_ended(folder) -> bool:
-    """Whether its run has come to an end, be it a score or a divergence."""
-    last = (read_log(Path(folder) / "log.jsonl") if has_log(folder) else [{}])[-1]
-    return "split" in last or "diverged" in last
+    """Whether a folder's run has come to an end, be it a score or a divergence."""
+    return any("split" in line or "diverged" in line for line in read_log(Path(folder) / "log.jsonl")[-1:])
 
 
 def sweep(config, words: list[str], main) -> int | None:
-    """Train the points that have not ended one by one with main(config); then draw up all runs below config.out_dir.
-
-    Without words only the table is made. Returns the signal that stopped it, or None.
-    """
+    """Train the points that have not ended one by one with main(config); then draw up all runs below config.out_dir
+    (without words only that). Returns the signal that stopped it, or None."""
     for one in points(config, words):
-        print(f"\n{one.out_dir}:", "done before" if has_ended(one.out_dir) else "")
+        ended = has_ended(one.out_dir)
+        print(f"\n{one.out_dir}:", "done before" if ended else "")
         try:
-            interrupted = None if has_ended(one.out_dir) else main(one)["interrupted"]
+            interrupted = None if ended else main(one)["interrupted"]
         except FloatingPointError as error:
             print(error)
             continue
@@ -182,14 +172,13 @@ def sweep(config, words: list[str], main) -> int | None:
     if os.environ.get("RANK", "0") != "0":
         return None                        # one of torchrun's ranks draws up for all
     target, rows = Path(config.out_dir) / "sweep.json", sweep_rows(config.out_dir)
-    text = sweep_table(rows)
     target.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    target.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
-    print(text)
-    if any(row["scores"] for row in rows):
-        plot_sweep(rows, target.with_suffix(".png"))
-    else:
+    target.with_suffix(".txt").write_text(sweep_table(rows) + "\n", encoding="utf-8")
+    print(sweep_table(rows))
+    if all(row["mean"] is None for row in rows):
         print("every run has diverged, so there is nothing to draw; try smaller learning rates")
+    else:
+        plot_sweep(rows, target.with_suffix(".png"))
 
 
 def sweep_rows(out_dir) -> list[dict]:

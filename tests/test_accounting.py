@@ -15,11 +15,11 @@ from model import ModelConfig, Transformer
 def test_gpt2_xl_bill_of_the_handout():
     config = ModelConfig(vocab_size=50_257, context_length=1024, d_model=1600, n_layers=48, n_heads=25, d_ff=6400)
     assert bill.count_params(config)["total"] == 2_127_057_600
-    for T, total, shares in ((1024, 4.513e12, (66.9, 22.3, 7.1, 3.6)), (16_384, 149.5e12, (None, None, 55.2, None))):
+    parts = ("feed_forward", "attention_projections", "attention_scores", "logits")
+    for T, total, shares in ((1024, 4.513e12, (66.9, 22.3, 7.1, 3.6)), (16_384, 149.5e12, (32.3, 10.8, 55.2, 1.8))):
         flops = bill.flops_per_token(config, T)
         assert flops["total"] * T == pytest.approx(total, rel=5e-4)
-        for part, share in zip(("feed_forward", "attention_projections", "attention_scores", "logits"), shares):
-            assert share is None or 100 * flops[part] / flops["total"] == pytest.approx(share, abs=0.05)
+        assert [100 * flops[part] / flops["total"] for part in parts] == pytest.approx(shares, abs=0.06)
 
 
 def test_the_table_in_the_docstring_is_gpt2_small():
@@ -65,32 +65,31 @@ def saved_bytes(model, tokens, dtype) -> int:
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor     # held, so that no address is used twice
+        kept[tensor.untyped_storage().data_ptr()] = tensor         # held, so that no address is used twice
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
             torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         model.train()(tokens, tokens)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
 
 
-@pytest.mark.parametrize("name, switch", [("muon", "plain"), ("muon", "gpt2"), ("muon", "moe"), ("muon", "mla"),
-                                          ("muon", "mtp"), ("adamw", "gpt2"), ("sgd", "plain")])
+@pytest.mark.parametrize("name, switch", [("muon", "gpt2"), ("muon", "moe"), ("muon", "mla"), ("muon", "mtp"),
+                                          ("adamw", "gpt2"), ("sgd", "plain")])
 def test_optimizer_state_is_billed_as_it_is_kept(name, switch):
     """Muon trains the matrices of the blocks only; AdamW keeps two moments of all others, SGD its momentum."""
     model = toy(switch)
     hidden = [p for path, p in model.named_parameters() if p.dim() > 1 and (".attn." in path or ".ffn." in path)]
     others = [p for p in model.parameters() if all(p is not one for one in hidden)]
-    optimizers = {"adamw": lambda: [optim.AdamW(model.parameters(), lr=1e-3)],
-                  "muon": lambda: [optim.Muon(hidden, lr=0.02), optim.AdamW(others, lr=1e-3)],
-                  "sgd": lambda: [optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)]}[name]()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    for optimizer in optimizers:
+    kinds = {"adamw": [(optim.AdamW, hidden + others)], "muon": [(optim.Muon, hidden), (optim.AdamW, others)],
+             "sgd": [(optim.SGD, hidden + others)]}
+    kept = 0
+    for kind, params in kinds[name]:
+        optimizer = kind(params)
+        for p in params:
+            p.grad = torch.zeros_like(p)
         optimizer.step()
-    kept = [value for one in optimizers for state in one.state.values() for value in state.values()
-            if torch.is_tensor(value) and value.dim() > 0]
-    assert sum(value.nbytes for value in kept) == bill.memory_bytes(model.config, 1, optimizer=name)["optimizer"]
+        kept += sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.dim() > 0)
+    assert kept == bill.memory_bytes(model.config, 1, optimizer=name)["optimizer"]
 
 
 def test_memory_and_time_by_hand():
@@ -135,15 +134,13 @@ def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
     for block in model.layers:
         block.register_forward_pre_hook(lambda *_: calls.append(1))
     given = [*model.parameters(), x]
-    for tensor in given:
-        tensor.grad = torch.zeros_like(tensor)
     one_input, fewer = B * 64 * 64 * 4, dataclasses.replace(shape, n_layers=15)
     one_block = B * (bill.activation_bytes(shape, 64) - bill.activation_bytes(fewer, 64))
-    above, planned, gradients = [], [], []
+    above, gradients = [], []
     for levels in range(5):
         plan, tracker = bill.checkpoint_plan(16, levels, one_block, one_input), MemoryTracker()
         for tensor in given:
-            tensor.grad.zero_()
+            tensor.grad = torch.zeros_like(tensor)
             tracker.watch(tensor, "given")
             tracker.watch(tensor.grad, "given")
         before = tracker.live
@@ -151,13 +148,13 @@ def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
         with tracker:
             run_checkpointed(list(model.layers), x, plan["sizes"]).sum().backward()
         assert len(calls) == 16 + plan["recomputed"] and plan["flops"] == 1 + plan["recomputed"] / 48
-        planned.append(plan["bytes"])
+        assert levels > 0 or plan["bytes"] == 16 * one_block
         above.append(max(tracker.history) - before - plan["bytes"])
-        gradients.append(x.grad.clone())
+        gradients.append(x.grad)
         assert torch.equal(gradients[0], gradients[-1])
-    assert planned[0] == 16 * one_block and plan["sizes"] == (8, 4, 2, 1) and plan["bytes"] == one_block + 4 * one_input
+    assert plan["sizes"] == (8, 4, 2, 1) and plan["bytes"] == one_block + 4 * one_input
     # What is above the plan is one block's temporaries in backward, the same for every nesting.
-    assert max(above) - min(above) < 2 * one_input and max(above) < one_block, (above, planned)
+    assert max(above) - min(above) < 2 * one_input and max(above) < one_block, above
 
 
 def test_a_step_holds_what_is_billed_and_the_memory_verb_draws_it(tmp_path, monkeypatch, capsys):
@@ -204,21 +201,18 @@ def test_what_parallel_ranks_compute_and_send_by_hand():
     mixed = bill.fsdp_cost(layer, B, 4, *machine, tp=2)["forward"]
     kinds = 6 * D * F * 3 / (8 * W), 4 * B * D * 1 / (8 * W)
     assert mixed["communication_s"] == pytest.approx(max(kinds)) and mixed["compute_s"] == 6 * B * D * F / 8 / C
-    for cost in (ddp, fsdp):                       # at the smallest batch that hides them, messages take as long
-        at = cost["step"]["smallest_batch"]
-        edge = bill.data_parallel_cost(layer, at, N, *machine)["backward"]
-        assert edge["compute_s"] == pytest.approx(edge["communication_s"]) and cost["step"]["hidden"] == (at <= B)
+    at = ddp["step"]["smallest_batch"]             # there messages take as long as arithmetic
+    edge = bill.data_parallel_cost(layer, at, N, *machine)["backward"]
+    assert edge["compute_s"] == pytest.approx(edge["communication_s"]) and ddp["step"]["hidden"] == (at <= B)
     with pytest.raises(ValueError, match="above 0"):
         bill.fsdp_cost(layer, B, N, 0, W)
 
 
 def test_the_best_mix_is_the_fastest_grid():
     config = preset("xl")
-    for batch in (2048, 131_072):
-        fsdp, tp, cost = bill.best_mix(config, batch, 64, 4e14, 1e11)
-        every = [bill.fsdp_cost(config, batch, 64 // t, 4e14, 1e11, tp=t)["step"]["seconds"]
-                 for t in (1, 2, 4, 8, 16, 32, 64)]
-        assert fsdp * tp == 64 and cost["step"]["seconds"] == min(every)
+    fsdp, tp, cost = bill.best_mix(config, 2048, 8, 4e14, 1e11)
+    every = [bill.fsdp_cost(config, 2048, 8 // t, 4e14, 1e11, tp=t)["step"]["seconds"] for t in (1, 2, 4, 8)]
+    assert fsdp * tp == 8 and cost["step"]["seconds"] == min(every)
     assert bill.best_mix(config, 10 ** 7, 8, 4e14, 1e11)[:2] == (8, 1)       # a large batch hides FSDP: send least
 
 

@@ -28,9 +28,8 @@ def test_checkpoint_brings_everything_back(tmp_path, target):
     model = toy_model()
     optimizer = optim.AdamW(model.parameters(), lr=0.01)
     x = torch.arange(16).view(1, 16)
-    for _ in range(2):
-        model(x, x)[1].backward()
-        optimizer.step()
+    model(x, x)[1].backward()
+    optimizer.step()
     place = tmp_path / "ckpt.pt" if target == "path" else io.BytesIO()
     checkpoint.save_checkpoint(model, optimizer, 2, place, tokens=99)
     copy = toy_model()
@@ -80,13 +79,13 @@ def test_what_is_written_can_be_read_again_or_is_refused_before(tmp_path):
     path, model = tmp_path / "ckpt.pt", toy_model()
     optimizer = optim.AdamW(model.parameters(), lr=np.float64(1e-3))
     entries = {"best": np.float64(2.5), "tokens": np.int64(3), "done": np.bool_(True), "name": np.str_("a"),
-               "folder": tmp_path, "nested": {"a": [np.float32(0.5), (np.int8(1), None)]}, "kind": torch.float16,
+               "nested": {"a": [np.float32(0.5), (np.int8(1), None)]}, "kind": torch.float16,
                "array": np.arange(3), "key": {np.int64(7): b"x"}, "set": {1, 2}}
     checkpoint.save_checkpoint(model, [optimizer], np.int64(4), path, **entries)
     back = checkpoint.read_checkpoint(path)
     assert checkpoint.load_checkpoint(path, model, [optimizer]) == 4 and back["array"].tolist() == [0, 1, 2]
     assert {name: back[name] for name in entries if name != "array"} == {
-        "best": 2.5, "tokens": 3, "done": True, "name": "a", "folder": str(tmp_path), "kind": torch.float16,
+        "best": 2.5, "tokens": 3, "done": True, "name": "a", "kind": torch.float16,
         "nested": {"a": [0.5, (1, None)]}, "key": {7: b"x"}, "set": {1, 2}}
     for name, entry in (("config", model.config), ("function", len), ("deep", {"a": [object()]})):
         with pytest.raises(ValueError, match=rf"ckpt.pt: the entry {name}.* is a \w+; a checkpoint holds"):
@@ -104,9 +103,8 @@ def test_bad_checkpoints_are_told_apart_and_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"ckpt.pt \(.* holds nothing\)"):
         checkpoint.load_checkpoint(path)
     checkpoint.save_checkpoint(toy_model(), None, 1, tmp_path / "best.pt")
-    for missing in (path, tmp_path):
-        with pytest.raises(FileNotFoundError, match="holds best.pt"):
-            checkpoint.load_checkpoint(missing)
+    with pytest.raises(FileNotFoundError, match="holds best.pt"):
+        checkpoint.load_checkpoint(path)
     checkpoint.save_checkpoint(toy_model(), None, 1, path)
     whole = path.read_bytes()
     for shape, words in (({"vocab_size": 51}, ".*token_embeddings.weight"), ({"n_layers": 3}, "Missing .*layers.2")):
@@ -114,7 +112,7 @@ def test_bad_checkpoints_are_told_apart_and_named(tmp_path, monkeypatch):
             checkpoint.load_checkpoint(path, toy_model(**shape))
     with pytest.raises(ValueError, match="ckpt.pt holds no optimizer state"):
         checkpoint.load_checkpoint(path, None, optim.SGD(toy_model().parameters()))
-    for content in (whole[:len(whole) // 2], whole[:100], whole[:-30], b"", b"not a checkpoint at all"):
+    for content in (whole[:len(whole) // 2], whole[:-30], b"", b"not a checkpoint at all"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="ckpt.pt is cut short"):
             checkpoint.load_checkpoint(path)
@@ -135,14 +133,10 @@ def test_bad_checkpoints_are_told_apart_and_named(tmp_path, monkeypatch):
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     checkpoint.claim_out_dir(tmp_path / "new", inputs=(None, tmp_path))
     checkpoint.claim_out_dir(tmp_path)
-    (tmp_path / "log.jsonl").touch()
-    with pytest.raises(ValueError, match="holds a run .log.jsonl.*--out_dir.*--overwrite=true"):
-        checkpoint.claim_out_dir(str(tmp_path))
     (tmp_path / "ckpt.pt").touch()
-    with pytest.raises(ValueError, match="--overwrite=true to replace the run$"):
-        checkpoint.claim_out_dir(tmp_path)
-    with pytest.raises(ValueError, match="--resume=true to go on"):
-        checkpoint.claim_out_dir(tmp_path, resume=True)
+    for resume, words in ((False, "--overwrite=true to replace the run$"), (True, "--resume=true to go on")):
+        with pytest.raises(ValueError, match=f"holds a run .ckpt.pt.*--out_dir.*{words}"):
+            checkpoint.claim_out_dir(str(tmp_path), resume=resume)
     checkpoint.claim_out_dir(tmp_path, overwrite=True)
     with pytest.raises(ValueError, match="read from"):
         checkpoint.claim_out_dir(tmp_path / "x" / "..", overwrite=True, inputs=(tmp_path,))
@@ -158,19 +152,14 @@ def test_token_files_with_and_without_meta(tmp_path):
             checkpoint.open_tokens(tmp_path, split)
     (tmp_path / "meta.json").write_text('{"dtype": "uint32", "vocab_size": 70000}', encoding="utf-8")
     assert len(checkpoint.open_tokens(tmp_path, "train")) == 500
-
-
-@pytest.mark.parametrize("meta, words", [
-    ("{", "not JSON"), ("\xff", "not JSON"), ("[1]", "object"),
-    ('{"dtype": "int8", "vocab_size": 9}', "dtype 'int8'"),
-    ('{"dtype": "uint16"}', "vocab_size None"), ('{"dtype": "uint16", "vocab_size": "9"}', "vocab_size '9'"),
-    (json.dumps({"dtype": "uint16", "vocab_size": 9, "tokenizer_sha256": "0" * 64}), "another tokenizer .*000000")])
-def test_a_meta_json_that_cannot_be_used_says_why(tmp_path, meta, words):
-    (tmp_path / "meta.json").write_bytes(meta.encode("latin-1"))
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
-    np.arange(10, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    with pytest.raises(ValueError, match=f"meta.json.*{words}"):
-        checkpoint.open_tokens(tmp_path, "train")
+    other = json.dumps({"dtype": "uint16", "vocab_size": 9, "tokenizer_sha256": "0" * 64})
+    for meta, words in (("{", "not JSON"), ("\xff", "not JSON"), ("[1]", "object"), (other, "another tokenizer .*0000"),
+                        ('{"dtype": "int8", "vocab_size": 9}', "dtype 'int8'"),
+                        ('{"dtype": "uint16", "vocab_size": "9"}', "vocab_size '9'")):
+        (tmp_path / "meta.json").write_bytes(meta.encode("latin-1"))
+        with pytest.raises(ValueError, match=f"meta.json.*{words}"):
+            checkpoint.open_tokens(tmp_path, "train")
 
 
 def test_files_are_opened_without_torch():

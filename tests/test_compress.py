@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from common import bpe_trained, ids, little_base, random_model, rng, toy  # noqa: F401
-import bpe
 import checkpoint
 import compress
 import evaluate
@@ -24,8 +23,8 @@ def test_the_row_of_the_docstring():
     torch.testing.assert_close(back[:, :4], torch.tensor([[0.392, -1.270, 0.115, 0.808]]), atol=4e-3, rtol=0)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_distillation_loss_is_torchs_kl(temperature):
+def test_distillation_loss_is_torchs_kl():
+    temperature = 2.5
     student, teacher = (torch.randn(2, 5, 7, generator=rng(i)).mul(3).requires_grad_() for i in (0, 1))
     loss = compress.distillation_loss(student, teacher, temperature)
     log_p, log_q = (torch.log_softmax(x.detach() / temperature, -1).view(-1, 7) for x in (teacher, student))
@@ -54,7 +53,7 @@ def test_rounded_layers_by_torchs_kernels_and_without(kind, error, monkeypatch):
         assert (without - true).abs().max() < error * size, (without - true).abs().max() / size
 
 
-@pytest.mark.parametrize("switch", ["plain", "tied", "moe", "mla", "gpt2"])
+@pytest.mark.parametrize("switch", ["tied", "moe", "mla", "gpt2"])
 def test_a_quantised_model_still_writes(switch):
     plain, small = toy(switch, d_model=64).eval(), compress.quantize(toy(switch, d_model=64).eval(), "int8")
     text = ids(2, 12)
@@ -65,12 +64,11 @@ def test_a_quantised_model_still_writes(switch):
     assert any(isinstance(module, compress.Int4Linear) for module in four.modules())
     assert torch.isfinite(four(text)).all()
     with pytest.raises(ValueError, match="kind='int2' must be int8 or int4"):
-        compress.quantize(plain, "int2")
+        compress.quantize(toy(), "int2")
 
 
-@pytest.mark.parametrize("switch", ["plain", "tied", "gpt2"])
-def test_magnitude_pruning_takes_the_smallest_weights_of_every_matrix(switch):
-    model = toy(switch)
+def test_magnitude_pruning_takes_the_smallest_weights_of_every_matrix():
+    model = toy("tied")
     before = copy.deepcopy(model.state_dict())
     small = compress.prune(model, 0.3)
     for name, layer in small.named_modules():
@@ -81,8 +79,7 @@ def test_magnitude_pruning_takes_the_smallest_weights_of_every_matrix(switch):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "a copy was pruned"
 
 
-WIDTHS = {"plain": (2, 2), "tied": (2, 2), "gpt2": (2, 2), "qwen3": (2, 1), "mqa": (2, 1), "window": (2, 1),
-          "smear": (2, 2), "2017": (2, 2)}                               # heads and key/value heads left of 4
+WIDTHS = {"tied": (2, 2), "gpt2": (2, 2), "qwen3": (2, 1), "mqa": (4, 1), "smear": (2, 2)}       # heads left of 4
 
 
 @pytest.mark.parametrize("switch", WIDTHS)
@@ -91,35 +88,29 @@ def test_width_pruning_gives_a_smaller_dense_model_of_what_matters(switch, tmp_p
     model = toy(switch).eval()
     c, generator = model.config, torch.Generator().manual_seed(3)
     for block in model.layers:
-        keeps = torch.randperm(max(c.n_kv_heads, 1) if c.n_kv_heads > 1 else c.n_heads, generator=generator)
-        per_unit = c.n_heads * c.head_dim // len(keeps)
+        units, width = torch.randperm(c.n_kv_heads, generator=generator), c.n_heads * c.head_dim // c.n_kv_heads
         with torch.no_grad():
-            for unit in keeps[:len(keeps) // 2].tolist():                # idle heads: no value, or no way out
-                block.attn.o_proj.weight[:, unit * per_unit:(unit + 1) * per_unit] = 0
-                if c.n_kv_heads > 1:
-                    block.attn.v_proj.weight[unit * c.head_dim:(unit + 1) * c.head_dim] = 0
+            for unit in units[:c.n_kv_heads // 2].tolist():              # idle heads have no way out
+                block.attn.o_proj.weight[:, unit * width:(unit + 1) * width] = 0
+                block.attn.v_proj.weight[unit * c.head_dim:(unit + 1) * c.head_dim] = 0
             idle = torch.randperm(c.d_ff, generator=generator)[:c.d_ff // 2]
             block.ffn.w1.weight[idle] = 0
             if block.ffn.w1.bias is not None:
                 block.ffn.w1.bias[idle] = 0
     text, expected = ids(3, 20), model(ids(3, 20))
-    by_text = None if c.n_kv_heads == 1 else ids(200)                    # MQA's idle heads still carry the one value
-    small = compress.prune(model, 0.5, "width", by_text)
+    small = compress.prune(model, 0.5, "width", ids(200))
     assert (small.config.n_heads, small.config.n_kv_heads, small.config.d_ff) == (*WIDTHS[switch], c.d_ff // 2)
-    if by_text is not None:
-        torch.testing.assert_close(small(text), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(small(text), expected, atol=1e-5, rtol=1e-5)
     checkpoint.save_checkpoint(small, None, 0, tmp_path / "ckpt.pt")
     torch.testing.assert_close(model_module.load_model(tmp_path)[0](text), small(text))
 
 
-@pytest.mark.parametrize("switch, words", [("moe", "n_experts=4"), ("mla", "attention=mla"), ("mtp", "mtp_depth=2")])
-def test_what_width_pruning_cannot_do_is_refused_by_name(switch, words):
+@pytest.mark.parametrize("switch, share, kind, words", [
+    ("moe", 0.5, "width", "n_experts=4"), ("mla", 0.5, "width", "attention=mla"), ("mtp", 0.5, "width", "mtp_depth=2"),
+    ("plain", 1.0, "magnitude", "share=1.0"), ("plain", 0.5, "depth", "kind='depth'")])
+def test_what_pruning_cannot_do_is_refused_by_name(switch, share, kind, words):
     with pytest.raises(ValueError, match=words):
-        compress.prune(toy(switch), 0.5, "width")
-    with pytest.raises(ValueError, match="share=1.0"):
-        compress.prune(toy(), 1.0)
-    with pytest.raises(ValueError, match="kind='depth'"):
-        compress.prune(toy(), 0.5, "depth")
+        compress.prune(toy(switch), share, kind)
     with pytest.raises(ValueError, match="rounded already"):
         compress.prune(compress.quantize(toy(), "int8"), 0.5)
 
@@ -135,18 +126,15 @@ def test_a_quantised_folder_opens_everywhere_with_the_same_numbers(kind, little_
     assert torch.equal(loaded(text), direct(text)), "the file holds what rounding in memory gives"
     plain, _ = model_module.load_model(small)                               # train, align, convert and serve open this
     assert (plain(text) - loaded(text)).abs().max() < 0.03 * plain(text).abs().max()
-    sample.main([str(small), "--prompt=cat", "--max_new_tokens=3"])
-    capsys.readouterr()
     (tmp_path / "text.txt").write_text("the cat in the hat " * 9, encoding="utf-8")
-    evaluate.main([str(little_base), str(small), f"--data={tmp_path / 'text.txt'}"])
-    assert capsys.readouterr().out.count("bits per byte") == 2
+    evaluate.main([str(small), f"--data={tmp_path / 'text.txt'}"])
+    assert "bits per byte" in capsys.readouterr().out
 
 
 def test_compress_commands(little_base, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("the cat in the hat " * 9, encoding="utf-8")
     compress.main(["prune", str(little_base), str(tmp_path / "zeros")])
-    told = capsys.readouterr().out
-    assert "of them zero" in told and (tmp_path / "zeros" / "tokenizer.json").is_file()
+    assert "of them zero" in capsys.readouterr().out and (tmp_path / "zeros" / "tokenizer.json").is_file()
     for more in ([], [f"--data={tmp_path / 'text.txt'}"]):
         compress.main(["prune", str(little_base), str(tmp_path / "thin"), "--kind=width", "--share=0.5",
                        "--overwrite=true", *more])
@@ -161,4 +149,4 @@ def test_compress_commands(little_base, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             compress.main(bad)
         assert stopped.value.code == 2 and words in capsys.readouterr().err, bad
-    assert not (tmp_path / "x").exists() or not list((tmp_path / "x").iterdir())
+    assert not (tmp_path / "x").exists()

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import convert
 from bpe import Tokenizer
@@ -25,9 +26,13 @@ FAMILIES = {
     "gpt2": ("GPT2", {})}
 
 
+def reference():
+    return pytest.importorskip("transformers", reason="a reference for tests only: pip install transformers")
+
+
 def hugging_face_model(family: str):
     """A tiny random model of transformers, every tensor random, its biases and norms too."""
-    transformers = pytest.importorskip("transformers", reason="a reference for tests only: pip install transformers")
+    transformers = reference()
     name, more = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**(GPT2_SHAPE if family == "gpt2" else SHAPE), **more)
     model = getattr(transformers, "GPT2LMHeadModel" if family == "gpt2" else f"{name}ForCausalLM")(config).eval()
@@ -38,7 +43,6 @@ def hugging_face_model(family: str):
 
 @pytest.mark.parametrize("family, shards", [*((family, False) for family in FAMILIES), ("llama3", True)])
 def test_hugging_face_models_come_in_and_go_out(family, shards, tmp_path):
-    from safetensors.torch import load_file
     theirs = hugging_face_model(family)
     theirs.save_pretrained(tmp_path / "in", max_shard_size="60KB" if shards else "1GB")
     assert (tmp_path / "in" / "model.safetensors.index.json").exists() == shards
@@ -48,8 +52,7 @@ def test_hugging_face_models_come_in_and_go_out(family, shards, tmp_path):
         expected = theirs(tokens).logits
         assert tokenizer is None and (ours(tokens) - expected).abs().max() < 1e-4
         save_pretrained(ours, tmp_path / "out")
-        import transformers
-        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        again = reference().AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
         assert type(again) is type(theirs) and (again(tokens).logits - expected).abs().max() < 1e-4
     before = {}
     for file in (tmp_path / "in").glob("*.safetensors"):
@@ -63,15 +66,15 @@ SCALED = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
 
 @pytest.mark.parametrize("settings, refused", [
     ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, ""), ({"rope_parameters": {}}, ""),
-    ({"rope_parameters": {"rope_theta": 777.0}, "rope_theta": 5e5}, ""), ({"rope_theta": 5e5}, ""),
+    ({"rope_parameters": {"rope_theta": 777.0}, "rope_theta": 5e5}, ""),
     ({"rope_parameters": {"rope_theta": 777.0}, "rope_scaling": SCALED, "rope_theta": 5e5}, ""),
     ({"rope_parameters": LLAMA3, "rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
     ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"), ({"rope_scaling": None, "rope_theta": 9e3}, ""),
+    ({"rope_scaling": None, "rope_theta": 9e3}, ""),
     ({"rope_parameters": {"full_attention": LLAMA3}}, "one for all"),
     ({"rope_scaling": {key: value for key, value in SCALED.items() if key[0] != "o"}, "rope_theta": 1e4}, "")])
 def test_rope_is_transformers_rope_or_refused(settings, refused, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="a reference for tests only: pip install transformers")
+    transformers = reference()
     hugging_face_model("llama2").save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     written = {key: value for key, value in written.items() if "rope" not in key} | settings
@@ -86,7 +89,7 @@ def test_rope_is_transformers_rope_or_refused(settings, refused, tmp_path):
 
 
 def test_of_several_weights_in_a_folder_transformers_takes_the_same(tmp_path):
-    transformers = pytest.importorskip("transformers", reason="a reference for tests only: pip install transformers")
+    transformers = reference()
     model = hugging_face_model("llama2")
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     parts = sorted(tmp_path.glob("model-*"))
@@ -103,9 +106,9 @@ def test_of_several_weights_in_a_folder_transformers_takes_the_same(tmp_path):
         path.write_bytes(content)
     assert same() and from_pretrained(tmp_path)[0](ids(1, 9)).abs().max() == 0
     (tmp_path / "model.safetensors").unlink()
-    for content, words in (("{}", "names no files"), ("[", "names no files")):
+    for content in ("{}", "["):
         (tmp_path / "model.safetensors.index.json").write_text(content, encoding="utf-8")
-        with pytest.raises(ValueError, match=f"index.json.*{words}"):
+        with pytest.raises(ValueError, match="index.json names no files"):
             from_pretrained(tmp_path)
 
 
@@ -142,7 +145,6 @@ def test_what_no_architecture_computes_is_refused_by_name(switch, words, tmp_pat
 
 def write(folder, tensors, config):
     """The folder with these tensors and this config.json, read."""
-    from safetensors.torch import save_file
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return from_pretrained(folder)[0]
@@ -150,23 +152,18 @@ def write(folder, tensors, config):
 
 def saved(switch, folder, **more):
     """(model, its tensors, its config.json) after writing it."""
-    from safetensors.torch import load_file
     model = toy(switch, **more).eval()
     save_pretrained(model, folder)
     return model, load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text("utf-8"))
 
 
-def test_gpt2_files_of_any_age_are_read(tmp_path):
+def test_gpt2_files_of_any_age_are_read_and_what_our_layers_lack_is_refused_by_name(tmp_path):
     model, tensors, config = saved("gpt2", tmp_path, tie_embeddings=True)
     old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     old["h.0.attn.bias"] = torch.ones(1, 1, 24, 24)              # the causal mask, a tensor in the first files
     head = {"lm_head.weight": tensors["transformer.wte.weight"].clone()}
     for stored in (old, tensors | head):
         assert torch.equal(write(tmp_path, stored, config)(ids(1, 9)), model(ids(1, 9)))
-
-
-def test_what_our_layers_lack_is_refused_by_name(tmp_path):
-    _, tensors, config = saved("gpt2", tmp_path, tie_embeddings=True)
     bias = "transformer.ln_f.bias"
     without = {name: tensor for name, tensor in tensors.items() if name != bias}
     _, qwen_tensors, qwen = saved("qwen3", tmp_path)
@@ -211,7 +208,6 @@ def test_folders_by_command_with_their_tokenizer(tmp_path, capsys):
     kept = (tmp_path / "run" / "ckpt.pt").read_bytes()
     for words, message in ((["import", folder, run], "--overwrite=true"), (["import", folder, folder], folder),
                            (["export", run, run], run), (["import", "x"], "import FOLDER OUT_DIR"),
-                           (["improt", "a", "b"], "import FOLDER OUT_DIR"), (["import", "a", "b", "--x=1"], "--x"),
                            (["import", str(tmp_path / "nowhere"), "b"], "nowhere")):
         with pytest.raises(SystemExit) as error:
             convert.main(words)
@@ -219,7 +215,7 @@ def test_folders_by_command_with_their_tokenizer(tmp_path, capsys):
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == kept
     convert.main(["import", folder, run, "--overwrite=true"])
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() != kept
-    transformers = pytest.importorskip("transformers", reason="a reference for tests only: pip install transformers")
+    transformers = reference()
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     text = "the end<|endoftext|>"
     assert theirs(text)["input_ids"] == tokenizer.encode(text) and theirs.eos_token == "<|endoftext|>"

@@ -40,7 +40,9 @@ def test_threads_give_way_to_another_program_and_come_back(two_threads, capsys):
     with machine.Threads(clock=lambda: here.now, rate=here.rate) as threads:
         assert here.looks == 2 and [here.step(threads) for _ in range(50)] == [1.0] * 50
         assert here.looks == 2 and torch.get_num_threads() == 2, "a quiet machine is looked at once"
-        here.busy = True
+        threads.watch(9.0)                        # a disk that stalls: two threads still do more than one
+        assert here.looks == 4 and threads.threads == 2
+        here.now, here.busy = here.now + 100, True
         assert [here.step(threads) for _ in range(3)] == [40.0, 1.8, 1.8], "one slow step is enough"
         assert torch.get_num_threads() == 1
         looks = here.looks
@@ -65,15 +67,6 @@ def test_a_machine_busy_from_the_start_is_seen_and_a_fixed_number_stays(two_thre
     assert torch.get_num_threads() == 2
 
 
-def test_slow_steps_of_another_kind_change_nothing(two_threads):
-    """A disk that stalls, a longer batch: slow, but two threads still do more small operations than one."""
-    here = OneCoreBusy(busy=False)
-    with machine.Threads(clock=lambda: here.now, rate=here.rate) as threads:
-        for seconds in (1.0, 9.0, 1.0, 9.0):
-            threads.watch(seconds)
-        assert threads.threads == 2
-
-
 def test_the_number_of_threads_is_part_of_what_a_run_repeats(two_threads):
     """The same number, the same bits; another one may change them, which is why --threads=N exists."""
     gradients = []
@@ -88,6 +81,8 @@ def test_the_number_of_threads_is_part_of_what_a_run_repeats(two_threads):
 
 
 def test_devices_and_dtypes(monkeypatch):
+    assert 1e8 < machine.matmul_flops("cpu", torch.float32, size=128) < math.inf
+    assert 1e6 < machine.thread_rate(1, 0.01) * 2 ** 19 < 1e14
     with pytest.raises(ValueError, match="cuda:99.*try --device=cpu"):
         machine.pick_device("cuda:99")
     assert machine.pick_device("cpu") == "cpu" and machine.pick_dtype("float16", "cpu") == "float16"
@@ -99,11 +94,6 @@ def test_devices_and_dtypes(monkeypatch):
     assert machine.peak_flops("mps", "float32") is None and machine.peak_flops("cpu", "float32") == 1.0
     with pytest.raises(ValueError, match="'H1' is not known; there are V100, A100, H100"):
         machine.find_device("H1")
-
-
-def test_a_matrix_product_and_a_sum_are_measured():
-    assert 1e8 < machine.matmul_flops("cpu", torch.float32, size=128) < math.inf
-    assert 1e6 < machine.thread_rate(1, 0.01) * 2 ** 19 < 1e14
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")

@@ -17,13 +17,16 @@ def copies(shapes, seed=0):
 def test_adamw_follows_torch_for_1000_steps():
     ours, theirs = copies([(5, 7), (3,), (2, 2, 2)])
     a, b = optim.AdamW(ours, lr=1e-3, weight_decay=0.01), torch.optim.AdamW(theirs, lr=1e-3, weight_decay=0.01)
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(1000):
+    for step in range(1000):
         for p, q in zip(ours, theirs):
-            p.grad = torch.randn(p.shape, generator=generator)
+            p.grad = torch.randn(p.shape, generator=rng(step))
             q.grad = p.grad.clone()
         a.step()
         b.step()
+        if step == 500:
+            state = a.state_dict()
+            a.load_state_dict(b.state_dict())
+            b.load_state_dict(state)
     largest = max((p - q).abs().max().item() for p, q in zip(ours, theirs))
     assert largest < 2e-6, largest  # decay after the step instead of before: lr² · decay a step, and float32 rounding
 
@@ -48,20 +51,6 @@ def test_adamw_first_step_by_hand():
     p.grad = torch.tensor([4.0])
     optimizer.step()
     assert p.item() == pytest.approx((1.0 - 0.1) * (1 - 0.1 * 0.5))       # m̂/√v̂ = 1 on the first step, then decay
-
-
-def test_adamw_state_moves_to_torch_and_back():
-    ours, theirs = copies([(4, 3)])
-    a, b = optim.AdamW(ours), torch.optim.AdamW(theirs)
-    for p, optimizer in ((ours[0], a), (theirs[0], b)):
-        p.grad = torch.ones_like(p)
-        optimizer.step()
-    assert set(a.state_dict()["state"][0]) == set(b.state_dict()["state"][0])
-    b.load_state_dict(a.state_dict())
-    a.load_state_dict(b.state_dict())
-    a.step()
-    b.step()
-    torch.testing.assert_close(ours[0], theirs[0], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("ours, theirs", [
@@ -94,7 +83,7 @@ def test_parameters_without_gradient_stay():
     assert torch.equal(q, torch.ones(2, 2)) and not torch.equal(p, torch.ones(2, 2))
 
 
-@pytest.mark.parametrize("steps, low, high", [(2, 0.6, 1.42), (3, 0.65, 1.3), (5, 0.65, 1.25)])
+@pytest.mark.parametrize("steps, low, high", [(2, 0.6, 1.42), (5, 0.65, 1.25)])
 @pytest.mark.parametrize("shape", [(40, 70), (70, 40), (3, 24, 24)])
 def test_muon_keeps_singular_vectors_and_levels_singular_values(shape, steps, low, high):
     u, _, vh = torch.linalg.svd(torch.randn(shape, generator=rng()), full_matrices=False)
@@ -173,11 +162,9 @@ def test_the_comparison_prints_a_table_and_draws_where_it_is_told(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     compete = optim.compete
     monkeypatch.setattr(optim, "compete", lambda make, lr: compete(make, lr, 3) * 100)
-    optim.main([])
+    optim.main(["--out=x.png"])
     out = capsys.readouterr().out
     assert all(name in out for name in ("SGD", "AdaGrad", "RMSProp", "AdamW", "Muon", "5 rounds"))
-    assert [str(path) for path in tmp_path.rglob("*.png")] == [str(tmp_path / "out" / "optimizers.png")]
-    optim.main(["--out=x.png"])
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(SystemExit):
         optim.main(["--in=x.png"])
