@@ -1,32 +1,33 @@
 """Continuous batching: many texts written by one model at once, each as if it were alone. serve.py speaks HTTP above.
 
-A step of the model reads all weights once, whether for one row or for thirty-two, so a server fills its rows. A fixed
-batch ends with its longest text and makes newcomers wait; here texts join and leave between any two steps (Orca, Yu
-2022). A prompt is read in pieces, so that a long one does not hold up the others (Sarathi, 2308.16369):
+A step of the model reads all weights once, whether for one row or for thirty-two, so a server fills its rows. Texts
+join and leave between any two steps (Orca, Yu 2022), and a prompt is read in pieces, so that a long one does not hold
+up the others (Sarathi, 2308.16369):
 
     step        1          2          3          4          5
     row 0    [read 64]  [read 9]    write      write      write           [read n]: n tokens of the prompt in one pass
     row 1     write      write     <end>      [read 5]    write           another text takes the row that is free
     row 2     write      write      write      write     <end>
 
-The cache is not a stretch of memory for each row, which would have to be as long as the longest text. It is cut into
-blocks of 16 positions, and each row has a table of the blocks it uses, as a process has of pages (PagedAttention,
-2309.06180). Rows that begin alike point to the same full blocks; a block is known by the hash of all ids up to its end:
+The cache is cut into blocks of 16 positions, and each row has a table of the blocks it uses, as a process has of pages
+(PagedAttention, 2309.06180). Rows that begin alike point to the same full blocks; a block is known by the hash of all
+ids up to its end:
 
     "First Citizen: Before we proceed"      row 0   table [4, 7, 2]            blocks  1 2 3 4 5 6 7 8
     "First Citizen: Before we speak"        row 1   table [4, 7, 5]            users   0 1 0 2 1 0 2 0
 
-A block without users keeps what it holds until it is needed for something else, the one that was left first goes first.
-When none is left, the youngest row gives its blocks back, returns to the queue, and later its text is read anew
-(preemption by recomputation). The oldest row is never sent back, so there is always one that gets on.
+A block without users keeps what it holds until it is needed; the one that was left first goes first. When none is left,
+the youngest row gives its blocks back, returns to the queue, and later its text is read anew (preemption by
+recomputation). The oldest row is never sent back, so there is always one that gets on.
 
 Each row draws from decoding.distribution by a generator of its own: its text is the one that decoding.generate gives
-for this prompt and seed alone. A larger batch may be rounded otherwise in the last digit (float32: the seventh), so a
-token could differ where two are that close. One thread does all this, `Engine.run`; others hand it rows through a queue
-and read what a row has come to, so there is no lock. Left out: swapping blocks to the CPU, several GPUs, beams.
+for this prompt and seed alone. A larger batch may be rounded otherwise in the last digit, so a token can differ where
+two are that close: none did in float32 (the seventh digit), in bfloat16 (the third) texts do. One thread does all this,
+`Engine.run`; others hand it rows through a queue and read what a row has come to, without a lock.
 """
 import hashlib
 import queue
+import secrets
 import threading
 import time
 from array import array
@@ -35,7 +36,7 @@ from concurrent.futures import Future
 
 import torch
 
-from decoding import LookupDraft, ModelDraft, Text, distribution
+from decoding import LookupDraft, ModelDraft, Text, distribution, pick
 from lens import describe, feed
 
 
@@ -63,7 +64,7 @@ class Blocks:
         return block
 
     def share(self, key: bytes) -> int:
-        """One more user of the block with these contents."""
+        """The block with these contents, which gets one more user."""
         block = self.by_key[key]
         self.users[block] += 1
         self.free.pop(block, None)
@@ -78,13 +79,13 @@ class Blocks:
 
     def remember(self, block: int, key: bytes) -> None:
         """The block is full and will not change. Of two with the same contents the first is found by others."""
-        if key not in self.by_key and block not in self.key_of:
+        if key not in self.by_key:
             self.by_key[key], self.key_of[block] = block, key
 
 
-def next_key(key: bytes, ids: list[int]) -> bytes:
-    """What a block of these ids is known by after blocks known by `key`: equal keys, equal texts from the start on."""
-    return hashlib.sha256(key + array("I", ids).tobytes()).digest()
+def next_key(keys: list[bytes], ids: list[int]) -> bytes:
+    """What a block of these ids is known by after blocks with these keys: equal keys, equal texts from the start on."""
+    return hashlib.sha256(b"".join(keys[-1:]) + array("I", ids).tobytes()).digest()
 
 
 class PagedCache:
@@ -115,10 +116,10 @@ class PagedCache:
         self.slots = torch.tensor(slots, device=self.device)                     # (B T,)
         self.tables = torch.tensor(tables, device=self.device).flatten()         # (B blocks,)
         if self.smear:                                     # a model with smear looks at the id before the first one
-            last = [[max(past - 1, 0)] for past in pasts]
-            before = [[row.ids[i]] for row, (i,) in zip(rows, last)]
-            self.ids = torch.zeros(len(rows), end, dtype=torch.long, device=self.device).scatter_(
-                1, torch.tensor(last, device=self.device), torch.tensor(before, device=self.device))
+            before = [past - 1 for past in pasts]          # -1: the last slot, which is not looked at
+            self.ids = torch.zeros(len(rows), end, dtype=torch.long, device=self.device)
+            self.ids[range(len(rows)), before] = torch.tensor([row.ids[i] for row, i in zip(rows, before)],
+                                                              device=self.device)
 
     def append(self, layer: int, k, v, plan, window: int | None):
         """Store k and v (B, K, T, D); return those that this layer reads, (B, K, S, D) each."""
@@ -138,29 +139,25 @@ class Row:
     """One text on its way: what it wants, how far it has come. Made by anyone, then the engine's until it has ended.
 
     ids: the prompt. how: (temperature, top_k, top_p, min_p). n_top: none, or so many alternatives with each token's log
-    probability. score: the prompt's own tokens are scored too. streams: there is something to tell after every token.
+    probability. echo: text and entries begin with the prompt's own. streams: each token is told when it comes.
     Whoever waits reads `finish` (none, stop, length, cancelled, error), `text`, `entries`, and may set `cancelled`.
     """
 
     def __init__(self, ids: list[int], max_new: int, tokenizer, *, how=(1.0, None, None, None), seed: int | None = None,
-                 stops=(), stop_ids=(), n_top: int | None = None, score: bool = False, streams: bool = False,
+                 stops=(), stop_ids=(), n_top: int | None = None, echo: bool = False, streams: bool = False,
                  device="cpu"):
         self.ids, self.n_prompt, self.max_new, self.how = list(ids), len(ids), max_new, how
-        self.text, self.stop_ids, self.n_top, self.score = Text(tokenizer, stops), set(stop_ids), n_top, score
-        self.generator = torch.Generator(device)
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
-        self.entries, self.prompt_entries = [], [None] * len(ids)
-        self.finish, self.error, self.cancelled, self.streams = None, None, False, streams
+        self.stop_ids, self.n_top, self.streams = set(stop_ids), n_top, streams
+        self.generator = torch.Generator(device).manual_seed(secrets.randbits(62) if seed is None else seed)
+        self.text, self.entries, self.score = Text(tokenizer, stops), [], echo and n_top is not None
+        if echo:                                           # read apart: a stop string in the prompt ends nothing
+            prompt = Text(tokenizer)
+            self.entries = [{"token": token, "offset": feed(prompt, token)} for token in ids]
+            prompt.feed(None)
+            self.text.text = prompt.text
+        self.finish, self.error, self.cancelled, self.drafter = None, None, False, None
         self.arrived, self.began, self.shared_tokens = time.perf_counter(), None, 0
-        self.drafter, self.drafted_to = None, 0
-        self.rest()
-
-    def rest(self) -> None:
-        """Nothing of it is in the cache."""
-        self.table, self.cached, self.keys = [], 0, []
+        self.table, self.cached, self.keys = [], 0, []     # blocks, tokens in them, keys of the full ones
 
     @property
     def left(self) -> int:
@@ -174,11 +171,10 @@ def draw(logits, rows: list, vocab_limit: int) -> list[int]:
     for place, row in enumerate(rows):
         groups.setdefault(row.how, []).append(place)
     for (temperature, top_k, top_p, min_p), places in groups.items():
-        group = logits if len(groups) == 1 else logits[places]
         if temperature == 0:
-            ids = group[:, :vocab_limit].argmax(dim=-1).tolist()
+            ids = pick(logits[places], None, 0, vocab_limit)
         else:
-            p = distribution(group, temperature, top_k, top_p, min_p, vocab_limit)
+            p = distribution(logits[places], temperature, top_k, top_p, min_p, vocab_limit)
             # What torch.multinomial does for one draw, the largest p / Exp(1), with another generator for each row.
             noise = torch.empty_like(p)
             for row_noise, place in zip(noise.unbind(), places):
@@ -198,9 +194,8 @@ class Engine:
     rows that have something to tell, once a step, and observe with each time measured, both on the engine's thread.
     """
 
-    def __init__(self, model, tokenizer, *, max_batch: int = 16, n_blocks: int | None = None, block_size: int = 16,
-                 budget: int = 64, draft=None, k: int = 4, notify=lambda rows: None,
-                 observe=lambda name, seconds: None):
+    def __init__(self, model, tokenizer, notify, *, max_batch: int = 16, n_blocks: int | None = None,
+                 block_size: int = 16, budget: int = 64, draft=None, k: int = 4, observe=lambda name, seconds: None):
         context = model.config.context_length
         n_blocks = n_blocks or max_batch * -(-context // block_size)
         self.model, self.vocab_limit = model, min(tokenizer.vocab_size, model.config.vocab_size)
@@ -211,11 +206,7 @@ class Engine:
         self.counts, self.told, self.observe, self.stopped = Counter(), [], observe, False
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
-    # what other threads may call
-
-    def submit(self, row: Row) -> None:
-        """Put a row in the queue."""
-        self.inbox.put(row)
+    # What other threads may call, besides inbox.put(row).
 
     def between_steps(self, function) -> Future:
         """Call `function()` on the engine's thread between two steps: the model is never run by two threads."""
@@ -230,30 +221,28 @@ class Engine:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Before the thread starts: a pass of each size, so that no user waits for what is measured the first time."""
-        n = 1
-        while n <= self.max_batch:
-            self.model.head(self.model.hidden(torch.zeros(1, n, dtype=torch.long, device=self.cache.device))[0])
-            n *= 2
+        for power in range(self.max_batch.bit_length()):
+            tokens = torch.zeros(1, 2 ** power, dtype=torch.long, device=self.cache.device)
+            self.model.head(self.model.hidden(tokens)[0])
 
     def stop(self) -> None:
         """End after this step; rows that have not ended are told so."""
         self.stopped = True
-        self.inbox.put(None)
+        self.between_steps(lambda: None)                   # wakes it
 
-    # the engine's thread
+    # The engine's thread.
 
     @torch.inference_mode()
     def run(self) -> None:
         """Step after step; asleep while there is nothing to do."""
         while not self.stopped:
             self.receive()
-            if self.running or self.waiting:
-                try:
-                    self.step()
-                except Exception as error:                 # of this step's rows; the server lives on
-                    for row in list(self.running) or list(self.waiting)[:1]:
-                        self.end(row, "error", f"{type(error).__name__}: {error}")
-                    self.tell()
+            try:
+                self.step()
+            except Exception as error:                     # of this step's rows; the server lives on
+                for row in list(self.running) or list(self.waiting)[:1]:
+                    self.end(row, "error", f"{type(error).__name__}: {error}")
+            self.tell()
         self.receive()
         for row in [*self.running, *self.waiting]:
             self.end(row, "error", "the server is shutting down")
@@ -268,8 +257,9 @@ class Engine:
                 return
             if isinstance(item, Row):
                 self.waiting.append(item)
-            elif item is not None and item[1].set_running_or_notify_cancel():
-                function, future = item
+                continue
+            function, future = item
+            if future.set_running_or_notify_cancel():      # False: who asked has gone
                 try:
                     future.set_result(function())
                 except Exception as error:
@@ -288,8 +278,6 @@ class Engine:
             for rows in (writing, reading):                # two passes: padding those that write would cost more
                 if rows:
                     self.forward(rows, [pieces[row] for row in rows])
-        self.counts["steps"] += 1
-        self.tell()
 
     def admit(self) -> None:
         """Rows from the queue join while there is a place in the batch, and blocks for the text they have."""
@@ -299,7 +287,7 @@ class Engine:
             # The last token is always read: its logits are what comes next. Scoring a prompt needs all of them.
             last = 0 if row.score else (len(row.ids) - 1) // size * size
             for start in range(0, last, size):
-                key = next_key(keys[-1] if keys else b"", row.ids[start:start + size])
+                key = next_key(keys, row.ids[start:start + size])
                 if key not in blocks.by_key:
                     break
                 keys.append(key)
@@ -310,7 +298,6 @@ class Engine:
             row.table, row.keys, row.cached = [blocks.share(key) for key in keys], keys, len(keys) * size
             if row.began is None:
                 row.shared_tokens = row.cached
-            self.counts["shared_tokens"] += row.cached
             self.running.append(row)
 
     def plan(self) -> dict[Row, int]:
@@ -330,14 +317,18 @@ class Engine:
         missing = -(-(row.cached + n) // self.blocks.size) - len(row.table)
         while len(self.blocks.free) < missing:
             youngest = self.running.pop()
-            self.blocks.give_back(youngest.table)
-            youngest.rest()
+            self.release(youngest)
             self.waiting.appendleft(youngest)
             self.counts["preemptions"] += 1
             if youngest is row:
                 return False
         row.table += [self.blocks.take() for _ in range(missing)]
         return True
+
+    def release(self, row: Row) -> None:
+        """Nothing of the row is in the cache any more."""
+        self.blocks.give_back(row.table)
+        row.table, row.cached, row.keys = [], 0, []
 
     def read(self, rows: list[Row], counts: list[int]):
         """The residual stream (B, T, C) of the next counts[i] ids of each row, which are in the cache from then on."""
@@ -350,13 +341,17 @@ class Engine:
         """One pass of the model; rows that have read all they have get their next token."""
         hidden, ready = self.read(rows, counts), []
         for place, (row, n) in enumerate(zip(rows, counts)):
-            if row.score and row.cached < row.n_prompt - 1:
-                begin, targets = row.cached + 1, row.ids[row.cached + 1:min(row.cached + n + 1, row.n_prompt)]
-                logits = self.model.head(hidden[place, :len(targets)])
-                row.prompt_entries[begin:begin + len(targets)] = describe(logits, targets, [row.n_top] * len(targets),
-                                                                          self.vocab_limit)
+            targets = row.ids[row.cached + 1:min(row.cached + n + 1, row.n_prompt)] if row.score else []
+            if targets:
+                scores = describe(self.model.head(hidden[place, :len(targets)]), targets, [row.n_top] * len(targets),
+                                  self.vocab_limit)
+                for entry, score in zip(row.entries[row.cached + 1:], scores):
+                    entry.update(score)
             self.advance(row, n)
-            if row.left == 0:
+            row.drafter = None                             # what its cache holds is not this text any more
+            if row.left == 0 and row.max_new == 0:         # only the prompt was to be read
+                self.end(row, "length")
+            elif row.left == 0:
                 ready.append((place, n - 1))
         if ready:
             # The head is the largest matrix of a small model: only last tokens go through it.
@@ -367,22 +362,18 @@ class Engine:
         """n more tokens of a row are in the cache; blocks that are full from now on may be shared."""
         row.cached += n
         size = self.blocks.size
-        while len(row.keys) < row.cached // size:
-            i = len(row.keys)
-            row.keys.append(next_key(row.keys[-1] if row.keys else b"", row.ids[i * size:(i + 1) * size]))
+        for i in range(len(row.keys), row.cached // size):
+            row.keys.append(next_key(row.keys, row.ids[i * size:(i + 1) * size]))
             self.blocks.remember(row.table[i], row.keys[i])
 
     def accept(self, rows: list[Row], logits) -> None:
         """Draw the next token of each row, (B, V) logits, and see which rows end with it."""
-        ids = draw(logits, rows, self.vocab_limit)
-        told = [place for place, row in enumerate(rows) if row.n_top is not None and row.max_new]
-        entries = dict(zip(told, describe(logits[told], [ids[place] for place in told],
-                                          [rows[place].n_top for place in told], self.vocab_limit) if told else []))
-        now = time.perf_counter()
+        ids, entries, now = draw(logits, rows, self.vocab_limit), {}, time.perf_counter()
+        told = [place for place, row in enumerate(rows) if row.n_top is not None]
+        if told:
+            n_tops = [rows[place].n_top for place in told]
+            entries = dict(zip(told, describe(logits[told], [ids[place] for place in told], n_tops, self.vocab_limit)))
         for place, (row, token) in enumerate(zip(rows, ids)):
-            if row.max_new == 0:                           # only the prompt was to be scored
-                self.end(row, "length")
-                continue
             row.ids.append(token)
             if row.began is None:
                 row.began = now
@@ -402,13 +393,11 @@ class Engine:
 
     def end(self, row: Row, finish: str, error: str | None = None) -> None:
         """The row leaves; its blocks are free at once."""
-        self.blocks.give_back(row.table)
-        row.rest()
+        self.release(row)
         (self.running if row in self.running else self.waiting).remove(row)
         n_new, now = len(row.ids) - row.n_prompt, time.perf_counter()
         if n_new > 1:
             self.observe("time_per_token", (now - row.began) / (n_new - 1))
-        self.counts[f"ended_{finish}"] += 1
         row.text.feed(None)
         row.error, row.drafter = error, None
         row.finish = finish                                # last: whoever sees it may read the rest
@@ -420,30 +409,23 @@ class Engine:
             self.notify(self.told)
             self.told = []
 
-    # a row that is alone
-
     def guess(self, row: Row) -> None:
         """Let the draft guess k tokens, read them all in one pass, keep those that the row would have drawn.
 
         Unlike decoding.speculate this draws as without a draft: the text of a seed stays what it is, sampled too.
         """
+        if row.drafter is None:
+            row.drafter = LookupDraft(self.model) if self.draft == "ngram" else ModelDraft(self.draft, self.limit)
         k = min(self.k, row.n_prompt + row.max_new - len(row.ids) - 1)
-        guesses = self.propose(row, k) if k > 0 else []
+        how = dict(temperature=0, vocab_limit=self.vocab_limit)
+        guesses = row.drafter.propose(row.ids, k, how, None)[0] if k > 0 else []
         self.provide(row, 1 + len(guesses))                # the only row, and within the limit: there is always room
         row.ids += guesses
         logits = self.model.head(self.read([row], [1 + len(guesses)])[0])        # (1 + k, V)
         del row.ids[len(row.ids) - len(guesses):]
-        self.counts["guessed_tokens"] += len(guesses)
         for place in range(len(logits)):
             self.advance(row, 1)
             self.accept([row], logits[place:place + 1])
             if row.finish or place == len(guesses) or row.ids[-1] != guesses[place]:
                 break
-            self.counts["guessed_right"] += 1
-        row.drafted_to = len(row.ids)
-
-    def propose(self, row: Row, k: int) -> list[int]:
-        """At most k ids that the draft holds for likeliest after the row's."""
-        if row.drafter is None or row.drafted_to != len(row.ids):      # its cache is of a text that went on elsewhere
-            row.drafter = LookupDraft(self.model) if self.draft == "ngram" else ModelDraft(self.draft, self.limit)
-        return row.drafter.propose(row.ids, k, dict(temperature=0, vocab_limit=self.vocab_limit), None)[0]
+            self.counts["guessed_tokens"] += 1

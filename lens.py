@@ -1,11 +1,9 @@
 """What there is to see of a model: what it thought of a token, where it looked, how a text was cut, how it learnt.
 
-    batching.py   `describe`, for the log probabilities of what is written
-    serve.py      all of it, for the page
-
 A model gives each token a probability. The others are compared with it: the rank (1 = it was the likeliest) and the
 entropy of the whole distribution, in bits: 0 = the model was sure, 1 = as open as a coin, 11 = all of 2,048 tokens
 alike. Attention says which earlier tokens a head took something from; it does not say what it took.
+batching.py asks `describe` for the log probabilities of what is written, serve.py all of it for the page.
 """
 import math
 import re
@@ -22,13 +20,17 @@ from words import compile_pattern, pieces
 
 # --- tokens ---
 
-def token_text(tokenizer, token: int) -> str:
-    """A token as text; one that is no whole characters as "bytes:\\xe2\\x82", which is how OpenAI writes it."""
-    raw = tokenizer.vocab.get(token, b"")
+def readable(raw: bytes) -> str:
+    """Bytes as text; where they are no whole characters as "bytes:\\xe2\\x82", which is how OpenAI writes it."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def token_text(tokenizer, token: int) -> str:
+    """A token as readable text."""
+    return readable(tokenizer.vocab.get(token, b""))
 
 
 def describe(logits, ids: list[int], n_tops: list[int], vocab_limit: int) -> list[dict]:
@@ -37,7 +39,7 @@ def describe(logits, ids: list[int], n_tops: list[int], vocab_limit: int) -> lis
     chosen = log_p.gather(1, torch.tensor(ids, device=log_p.device)[:, None])
     ranks = (log_p > chosen).sum(dim=-1).add(1).tolist()
     entropies = (torch.special.entr(log_p.exp()).sum(dim=-1) / math.log(2)).tolist()
-    values, indices = (t.tolist() for t in log_p.topk(min(max(max(n_tops), 1), log_p.shape[-1])))
+    values, indices = (t.tolist() for t in log_p.topk(min(max(*n_tops, 1), log_p.shape[-1])))
     return [dict(token=token, logprob=p, rank=rank, entropy=entropy, top=list(zip(best, logprobs))[:n])
             for token, (p,), rank, entropy, best, logprobs, n
             in zip(ids, chosen.tolist(), ranks, entropies, indices, values, n_tops)]
@@ -47,10 +49,8 @@ def feed(text, token: int) -> int:
     """Add an id to a decoding.Text; returns the character that it begins at."""
     before = len(text.text) + len(text.pending)
     text.feed(token)
-    try:                                         # half a character that was held back may come out before it
-        length = len(text.tokenizer.decode_bytes([token]).decode("utf-8"))
-    except UnicodeDecodeError:
-        length = 0
+    # Counted from the end: half a character that was held back may come out before it.
+    length = len(text.tokenizer.decode_bytes([token]).decode("utf-8", errors="ignore"))
     return before if text.ended or not length else len(text.text) + len(text.pending) - length
 
 
@@ -58,8 +58,7 @@ def likeliest(logits, how: tuple, n: int, tokenizer, vocab_limit: int) -> dict:
     """The n likeliest tokens by logits (1, V), and what `how` (temperature, top_k, top_p, min_p) makes of each."""
     plain, cut = distribution(logits, vocab_limit=vocab_limit)[0], distribution(logits, *how, vocab_limit)[0]
     top = plain.topk(min(n, len(plain))).indices
-    tokens = [{"id": i, "token": token_text(tokenizer, i), "p": p, "cut": q}
-              for i, p, q in zip(top.tolist(), plain[top].tolist(), cut[top].tolist())]
+    tokens = [dict(id=i, token=token_text(tokenizer, i), p=plain[i].item(), cut=cut[i].item()) for i in top.tolist()]
     return {"tokens": tokens, "entropy": (torch.special.entr(plain).sum() / math.log(2)).item(),
             "kept": int((cut > 0).sum()), "of": len(plain)}
 
@@ -84,25 +83,16 @@ def attention_weights(model, ids, layer: int, head: int):
     return torch.softmax((q @ k.T / math.sqrt(q.shape[-1])).masked_fill(~mask, -torch.inf), dim=-1)
 
 
-# --- the tokenizer, and the run ---
+# --- the tokenizer, and the runs ---
 
 def cuts_of(tokenizer, text: str) -> dict:
-    """The tokens of a text, and for its first words the merges that make tokens of their bytes."""
-    ids = tokenizer.encode(text)
+    """The tokens of a text, and for each of its words the merges that make tokens of its bytes."""
     specials = "|".join(map(re.escape, tokenizer.special_tokens)) or "(?!)"
     words = [word for part in re.split(specials, text) for word in pieces(compile_pattern(tokenizer.pattern), part)]
-    steps = [{"word": word, "steps": [{"rank": rank, "parts": [shown(part) for part in parts]}
-                                      for rank, parts in merge_steps(tokenizer, word.encode())]}
-             for word in dict.fromkeys(word for word in words if len(word) > 1)]
-    return {"tokens": [{"id": i, "token": token_text(tokenizer, i)} for i in ids], "words": steps}
-
-
-def shown(part: bytes) -> str:
-    """Bytes as text, a part of a character as its numbers."""
-    try:
-        return part.decode("utf-8")
-    except UnicodeDecodeError:
-        return "".join(f"<{byte:02x}>" for byte in part)
+    return {"tokens": [{"id": i, "token": token_text(tokenizer, i)} for i in tokenizer.encode(text)],
+            "words": [{"word": word, "steps": [{"rank": rank, "parts": list(map(readable, parts))}
+                                               for rank, parts in merge_steps(tokenizer, word.encode())]}
+                      for word in dict.fromkeys(words) if len(word) > 1]}
 
 
 def curves_beside(folder: Path) -> list[dict]:

@@ -17,8 +17,7 @@ silently ignored is another experiment. An answer is one JSON object when all is
     an error                 {"error": {"message": "temperature=-1.0 must be …", "type": "invalid_request_error",
                                         "param": "temperature", "code": null}}
 
-/v1/chat/completions differs in its fields (messages for prompt, a message or a delta for text) and in the form of its
-log probabilities. Ours besides: `top_k` and `min_p`; `details` in the log probabilities of completions.
+/v1/chat/completions takes messages for a prompt and gives a message or a delta for text.
 """
 import asyncio
 import json
@@ -29,8 +28,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
 from batching import Row
-from decoding import Text, check_sampling
-from lens import feed, token_text
+from decoding import check_sampling
+from lens import token_text
 
 MAX_BODY_BYTES = 2 ** 20             # of a request; more is 413
 DRAINED_BYTES = 2 ** 26              # read and thrown away before saying so: a client that still sends would miss it
@@ -56,13 +55,13 @@ class ApiError(Exception):
 
 async def read_json(request: Request) -> dict:
     """The JSON object that a request carries. Raises ApiError: too large, too slow, not JSON."""
-    size, parts = 0, []
+    size, body = 0, b""
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
                 size += len(part)
                 if size <= MAX_BODY_BYTES:
-                    parts.append(part)
+                    body += part
                 elif size > DRAINED_BYTES:
                     break
     except TimeoutError:
@@ -72,7 +71,7 @@ async def read_json(request: Request) -> dict:
     if size > MAX_BODY_BYTES:
         raise ApiError(413, f"the request has more than {MAX_BODY_BYTES:,} bytes")
     try:
-        body = json.loads(b"".join(parts))
+        body = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the request is not JSON: {str(error)[:100]}") from None
     if not isinstance(body, dict):
@@ -94,10 +93,11 @@ class Fields:
         """The value of a field, which must be of these types; True is no number."""
         value = self.body.pop(name, default)
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        if value is not default and not (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))):
-            names = " or ".join({str: "a string", int: "a whole number", float: "a number", bool: "true or false",
-                                 list: "a list", dict: "an object"}[kind] for kind in kinds)
-            raise ApiError(400, f"{name} must be {names}, not {type(value).__name__}", name)
+        if value is not default and type(value) not in kinds:
+            names = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
+                     dict: "an object"}
+            allowed = " or ".join(names[kind] for kind in kinds)
+            raise ApiError(400, f"{name} must be {allowed}, not {type(value).__name__}", name)
         return value
 
     def whole(self, name: str, default: int | None, low: int, high: int):
@@ -109,16 +109,15 @@ class Fields:
 
     def sampling(self) -> tuple:
         """(temperature, top_k, top_p, min_p), checked."""
-        how = {}
-        for name, default in (("temperature", 1.0), ("top_p", None), ("min_p", None)):
-            value = self.take(name, (float, int), default)
+        how = [self.take("temperature", (float, int), 1.0), self.whole("top_k", None, 1, 2 ** 31),
+               self.take("top_p", (float, int)), self.take("min_p", (float, int))]
+        for name, value in zip(("temperature", "top_k", "top_p", "min_p"), how):
             try:
-                how[name] = None if value is None else float(value)
-                check_sampling(**{name: how[name]})
+                check_sampling(**{name: value})
+                float(value or 0)                          # a whole number of 400 digits is none
             except (ValueError, OverflowError) as error:
                 raise ApiError(400, str(error), name) from None
-        top_k = self.whole("top_k", None, 1, 2 ** 31)
-        return how["temperature"], top_k, how["top_p"], how["min_p"]
+        return tuple(how)
 
     def stops(self) -> list[str]:
         """The stop strings."""
@@ -140,11 +139,11 @@ class Fields:
 
 
 def turns_of(messages) -> list[str]:
-    """What was said, user and assistant in turns, the last one the user's."""
+    """What was said, user and assistant in turns, the last one the user's; a system message goes before the first."""
     turns, system = [], ""
     for message in messages or [None]:
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if isinstance(content, list):                  # of parts, of which text is the one kind that is understood
+        if isinstance(content, list):                      # of parts, of which text is the one kind that is understood
             parts = [part.get("text") if isinstance(part, dict) else None for part in content]
             content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
         if not isinstance(content, str):
@@ -164,16 +163,18 @@ def turns_of(messages) -> list[str]:
 # --- what an answer looks like ---
 
 def completion_logprobs(entries: list[dict], tokenizer) -> dict:
-    """Entries of batching.describe in the form of /v1/completions; `details` is ours."""
-    def tops(entry):
-        return {token_text(tokenizer, token): p for token, p in entry["top"]} if entry.get("top") else None
+    """Entries of lens.describe in the form of /v1/completions; the first token of an echo has no probability.
+
+    `details` is ours: id, rank, entropy, and the alternatives with their ids.
+    """
+    tops = [[{"id": token, "token": token_text(tokenizer, token), "logprob": p} for token, p in entry.get("top", ())]
+            for entry in entries]
     return {"tokens": [token_text(tokenizer, entry["token"]) for entry in entries],
             "token_logprobs": [entry.get("logprob") for entry in entries],
-            "top_logprobs": [tops(entry) for entry in entries],
+            "top_logprobs": [{one["token"]: one["logprob"] for one in top} or None for top in tops],
             "text_offset": [entry["offset"] for entry in entries],
-            "details": [{"id": entry["token"], "rank": entry.get("rank"), "entropy": entry.get("entropy"),
-                         "top": [{"id": token, "token": token_text(tokenizer, token), "logprob": p}
-                                 for token, p in entry.get("top", ())]} for entry in entries]}
+            "details": [{"id": entry["token"], "rank": entry.get("rank"), "entropy": entry.get("entropy"), "top": top}
+                        for entry, top in zip(entries, tops)]}
 
 
 def chat_logprobs(entries: list[dict], tokenizer) -> dict:
@@ -184,35 +185,23 @@ def chat_logprobs(entries: list[dict], tokenizer) -> dict:
                         for entry in entries]}
 
 
-def prompt_of(row: Row, tokenizer) -> tuple[str, list[dict]]:
-    """The prompt of a row as text, and where in it each token begins."""
-    text, tokens = Text(tokenizer), []
-    for token in row.ids[:row.n_prompt]:
-        tokens.append({"token": token, "offset": feed(text, token)})
-    text.feed(None)
-    return text.text, tokens
-
-
 class Answer:
     """The answer to one request, an ASGI application: its rows, and how what they have come to is told.
 
-    n: rows of one prompt. logprobs, echo, usage: whether the client wants them.
+    n: rows of one prompt. usage, logprobs: whether the client wants them.
     """
     status_code = 200
 
-    def __init__(self, server, rows: list[Row], *, chat: bool, n: int, stream: bool, usage: bool, echo: bool,
-                 logprobs: bool):
+    def __init__(self, server, rows: list[Row], *, chat: bool, n: int, stream: bool, usage: bool, logprobs: bool):
         self.server, self.rows, self.chat, self.n, self.stream, self.usage = server, rows, chat, n, stream, usage
         self.logprobs, self.event = logprobs, asyncio.Event()
         self.shown = [(0, 0) for _ in rows]                # characters and tokens of each row that were told
-        self.echoes = [prompt_of(row, server.tokenizer) if echo else ("", []) for row in rows]
-        self.untold = set(range(len(rows))) if echo else set()                   # rows whose prompt is still to be told
         kind = "chat.completion" if chat else "text_completion"
         self.head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()),
                      "object": f"{kind}.chunk" if chat and stream else kind, "model": server.name}
         for row in rows:
             row.wake = self.event
-            server.engine.submit(row)
+            server.engine.inbox.put(row)
 
     async def __call__(self, scope, receive, send):
         async def until_gone():
@@ -231,29 +220,25 @@ class Answer:
         for row in self.rows:
             row.cancelled = True
 
-    def choice(self, place: int, whole: bool):
+    def choice(self, place: int):
         """What there is to tell of a row since the last time, or None."""
         row, (chars, told) = self.rows[place], self.shown[place]
         finish, text = row.finish, row.text.text           # in this order: the engine sets finish last
-        # Of tokens whose text is shown: what may still become a stop string is held back.
-        entries = [entry for entry in row.entries[told:] if entry["offset"] < len(text)] if self.logprobs else []
-        self.shown[place] = len(text), told + len(entries)
-        text, (prompt, tokens) = text[chars:], self.echoes[place]
-        entries = [entry | {"offset": entry["offset"] + len(prompt)} for entry in entries]
-        if place in self.untold and (finish or row.began):             # once the prompt has been read, and scored
-            self.untold.remove(place)
-            text = prompt + text
-            if self.logprobs:
-                entries = [token | (scores or {}) for token, scores in zip(tokens, row.prompt_entries)] + entries
-        if not (text or entries or finish):
-            return None
         if finish == "error":
             raise ApiError(503 if self.server.draining else 500, row.error)
+        if not (finish or row.began):                      # an echo waits until the prompt has been read, and scored
+            return None
+        # Of tokens whose text is shown: what may still become a stop string is held back.
+        entries = [entry for entry in row.entries[told:] if entry["offset"] < len(text)] if self.logprobs else []
+        self.shown[place], text = (len(text), told + len(entries)), text[chars:]
+        if not (text or entries or finish):
+            return None
         logprobs = (chat_logprobs if self.chat else completion_logprobs)(entries, self.server.tokenizer)
         choice = {"index": place, "logprobs": logprobs if self.logprobs else None, "finish_reason": finish}
         if not self.chat:
             return choice | {"text": text}
-        return choice | ({"message": {"role": "assistant", "content": text}} if whole else {"delta": {"content": text}})
+        role = {} if chars or told else {"role": "assistant"}                    # said once
+        return choice | {"delta" if self.stream else "message": role | {"content": text}}
 
     def count(self) -> dict:
         """Tokens read and written; a prompt counts once however many answers it gets."""
@@ -269,7 +254,7 @@ class Answer:
             await self.event.wait()
             self.event.clear()
         try:
-            choices = [self.choice(place, True) for place in range(len(self.rows))]
+            choices = [self.choice(place) for place in range(len(self.rows))]
             response = JSONResponse(self.head | {"choices": choices} | self.count())
         except ApiError as error:
             response = error.response()
@@ -278,24 +263,20 @@ class Answer:
     async def send_stream(self, send) -> None:
         """Server-sent events, one for each row that has got on."""
         async def tell(events, last=False):
-            data = "".join(f"data: {json.dumps(e, ensure_ascii=False) if e else '[DONE]'}\n\n" for e in events)
+            data = "".join(f"data: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events)
+            data += "data: [DONE]\n\n" if last else ""
             await send({"type": "http.response.body", "body": data.encode(), "more_body": not last})
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        unfinished, events = list(range(len(self.rows))), []
-        if self.chat:
-            events = [self.head | {"choices": [{"index": place, "delta": {"role": "assistant", "content": ""},
-                                                "logprobs": None, "finish_reason": None}]} for place in unfinished]
+        unfinished = range(len(self.rows))
         try:
             while unfinished:
-                await tell(events)
                 await self.event.wait()
                 self.event.clear()
-                choices = [choice for choice in (self.choice(place, False) for place in unfinished) if choice]
+                choices = [choice for choice in map(self.choice, unfinished) if choice is not None]
+                await tell(self.head | {"choices": [choice]} for choice in choices)
                 ended = {choice["index"] for choice in choices if choice["finish_reason"]}
                 unfinished = [place for place in unfinished if place not in ended]
-                events = [self.head | {"choices": [choice]} for choice in choices]
-            events += [self.head | {"choices": []} | self.count()] if self.usage else []
+            await tell([self.head | {"choices": []} | self.count()] if self.usage else [], last=True)
         except ApiError as error:
-            events = [error.content]
-        await tell([*events, None], last=True)
+            await tell([error.content], last=True)

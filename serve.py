@@ -22,22 +22,20 @@ Any client of OpenAI's works: `openai.OpenAI(base_url="http://127.0.0.1:8000/v1"
 waits 1.5 to 2.4 times as long as alone (default model, two busy CPU cores; results/serve.md). protocol.py reads
 requests and forms answers, lens.py works out what the page draws.
 
-What differs from OpenAI's: `top_k` and `min_p` are understood; logprobs of completions carry `details` (id, rank,
-entropy, alternatives with ids); choice j of a seed is the text that seed + j alone gives; `max_tokens` is cut to the
-room in the context; a setting that would have no effect is refused and not ignored. Log probabilities are the model's
-own, before temperature and cuts. Left out: penalties, tools, images, several models, TLS (put a proxy before it).
+What differs from OpenAI's: `top_k` and `min_p` are understood; choice j of a seed is the text that seed + j alone
+gives; `max_tokens` is cut to the room in the context; a setting that would have no effect is refused. Log probabilities
+are the model's own, before temperature and cuts. Left out: penalties, tools, images, TLS (put a proxy before it).
 """
 import asyncio
-import bisect
 import contextlib
-import errno
+import functools
 import hmac
-import itertools
+import math
 import signal
 import socket
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +56,7 @@ from sample import END_OF_TEXT, chat_ids, load, load_draft
 
 END_SECONDS = 7                      # for what is being written when the server is told to end
 MAX_ROWS, MAX_TOP = 128, 20          # texts of one request; alternatives of each token
-SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30)        # bounds of the histograms
+SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, math.inf)   # bounds of the histograms
 
 
 @dataclass
@@ -70,12 +68,9 @@ class ServeConfig:
     max_batch: int = 16                  # texts written at once
     max_queue: int = 512                 # texts that may wait; beyond them 429
     cache_blocks: int | None = None      # blocks of the cache; none = what max_batch texts of the whole context need
-    block_size: int = 16                 # positions in a block
     prefill: int = 64                    # tokens of prompts read in one step, so that long ones do not hold up others
     quantize: str | None = None          # int8 | int4: smaller weights
     draft: str | None = None             # guesses while one text is written alone: ngram | folder of a smaller model
-    k: int = 4                           # tokens guessed at once
-    threads: int | None = None           # of the CPU for the model; none = all but one, which HTTP needs
     device: str | None = None            # cpu, cuda, mps; none = the best there is
     dtype: str | None = None             # float32, bfloat16, float16; none = the fastest on a GPU, as stored elsewhere
     checkpoint: str = "ckpt.pt"          # ckpt.pt = the last state, best.pt = the best on validation
@@ -83,7 +78,7 @@ class ServeConfig:
     def __post_init__(self):
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port={self.port} must be 0 … 65535")
-        for name in ("max_batch", "cache_blocks", "block_size", "prefill", "k", "threads"):
+        for name in ("max_batch", "cache_blocks", "prefill"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_queue < 0:
@@ -96,35 +91,21 @@ class ServeConfig:
 
 # --- what is served ---
 
-METRICS = (("requests_total", "counter", "requests by address and status"),
-           ("prompt_tokens_total", "counter", "tokens of prompts that were read"),
-           ("shared_tokens_total", "counter", "of them, found in blocks of earlier texts"),
-           ("generated_tokens_total", "counter", "tokens written"),
-           ("texts_total", "counter", "texts that have ended"),
-           ("preemptions_total", "counter", "texts sent back to the queue for want of blocks"),
-           ("steps_total", "counter", "steps of the engine"),
-           ("queue_length", "gauge", "texts that wait"),
-           ("batch_size", "gauge", "texts that are being written"),
-           ("cache_blocks_used", "gauge", "blocks of the cache in use"),
-           ("cache_blocks", "gauge", "blocks of the cache"),
-           ("time_to_first_token_seconds", "histogram", "from a text's arrival to its first token"),
-           ("time_per_token_seconds", "histogram", "of each text, mean time of the tokens after the first"))
-
-
 class Histogram:
-    """Times in seconds, counted in buckets as Prometheus wants them."""
+    """Times in seconds, counted as Prometheus wants them: how many were at most each bound."""
 
     def __init__(self):
-        self.buckets, self.sum = [0] * (len(SECONDS) + 1), 0.0
+        self.counts, self.sum = dict.fromkeys(SECONDS, 0), 0.0
 
     def add(self, seconds: float) -> None:
-        self.buckets[bisect.bisect_left(SECONDS, seconds)] += 1
         self.sum += seconds
+        for bound in SECONDS:
+            self.counts[bound] += seconds <= bound
 
     def lines(self, name: str) -> list[str]:
-        sums = list(itertools.accumulate(self.buckets))
-        return [*(f'{name}_bucket{{le="{bound}"}} {n}' for bound, n in zip((*SECONDS, "+Inf"), sums)),
-                f"{name}_sum {self.sum:.6f}", f"{name}_count {sums[-1]}"]
+        bounds = [str(bound).replace("inf", "+Inf") for bound in SECONDS]
+        return [*(f'{name}_bucket{{le="{bound}"}} {n}' for bound, n in zip(bounds, self.counts.values())),
+                f"{name}_sum {self.sum:.6f}", f"{name}_count {self.counts[math.inf]}"]
 
 
 class Server:
@@ -135,14 +116,15 @@ class Server:
         self.model, self.tokenizer = load(folder, config)
         draft = load_draft(config.draft, self.tokenizer, config) if config.draft else None
         self.times = {"time_to_first_token": Histogram(), "time_per_token": Histogram()}
-        self.engine = Engine(self.model, self.tokenizer, max_batch=config.max_batch, n_blocks=config.cache_blocks,
-                             block_size=config.block_size, budget=config.prefill, draft=draft, k=config.k,
-                             notify=self.notify, observe=lambda name, seconds: self.times[name].add(seconds))
+        self.engine = Engine(self.model, self.tokenizer, self.notify, max_batch=config.max_batch,
+                             n_blocks=config.cache_blocks, budget=config.prefill, draft=draft,
+                             observe=lambda name, seconds: self.times[name].add(seconds))
         self.device, self.requests, self.draining, self.loop = self.engine.cache.device, Counter(), False, None
         self.stop_ids = [i for i in (self.tokenizer.special_tokens.get(END_OF_TEXT),) if i is not None]
         self.longest_token = max(map(len, self.tokenizer.vocab.values()))
         self.n_parameters = sum(p.numel() for p in (*self.model.parameters(), *self.model.buffers()))
-        self.created, self.known_logits = int(time.time()), OrderedDict()
+        self.created = int(time.time())
+        self.logits_after = functools.lru_cache(maxsize=8)(self.logits_after)    # a slider asks for the same again
 
     def notify(self, rows) -> None:
         """On the engine's thread: wake those who wait for these rows."""
@@ -203,10 +185,9 @@ class Server:
         if waiting > self.config.max_queue:
             raise ApiError(429, f"{self.config.max_queue} texts are waiting already; try again later")
         rows = [Row(ids, min(max_new, self.engine.limit - len(ids)), self.tokenizer, how=how, stops=stops,
-                    stop_ids=stop_ids, seed=None if seed is None else seed + j, n_top=n_top,
-                    score=echo and n_top is not None, streams=stream, device=self.device)
-                for ids in prompts for j in range(n)]
-        return Answer(self, rows, chat=chat, n=n, stream=stream, usage=usage, echo=echo, logprobs=n_top is not None)
+                    stop_ids=stop_ids, seed=None if seed is None else seed + j, n_top=n_top, echo=echo, streams=stream,
+                    device=self.device) for ids in prompts for j in range(n)]
+        return Answer(self, rows, chat=chat, n=n, stream=stream, usage=usage, logprobs=n_top is not None)
 
     # /v1
 
@@ -224,7 +205,7 @@ class Server:
                            echo=echo, n_top=n_top)
 
     async def chat_completions(self, request: Request) -> Answer:
-        """Answer in a conversation; a system message is put before the user's first one."""
+        """Answer in a conversation."""
         fields = await self.fields(request)
         turns = turns_of(fields.take("messages", list))
         try:
@@ -259,22 +240,17 @@ class Server:
 
     async def metrics(self, request: Request) -> PlainTextResponse:
         """What happened so far and how things stand, in Prometheus' text form."""
-        engine, lines = self.engine, []
-        values = {f"{name}_total": engine.counts[name]
-                  for name in ("prompt_tokens", "shared_tokens", "generated_tokens", "preemptions", "steps")}
-        values |= {"texts_total": sum(n for name, n in engine.counts.items() if name.startswith("ended_")),
-                   "batch_size": len(engine.running), "queue_length": engine.n_open() - len(engine.running),
-                   "cache_blocks": engine.blocks.n_blocks,
-                   "cache_blocks_used": engine.blocks.n_blocks - len(engine.blocks.free)}
-        for name, kind, help_text in METRICS:
-            lines += [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}"]
-            if name == "requests_total":
-                lines += [f'{name}{{path="{path}",status="{status}"}} {n}'
-                          for (path, status), n in self.requests.items()]
-            elif kind == "histogram":
-                lines += self.times[name.removesuffix("_seconds")].lines(name)
-            else:
-                lines.append(f"{name} {values[name]}")
+        engine, lines = self.engine, ["# TYPE requests_total counter"]
+        lines += [f'requests_total{{path="{path}",status="{status}"}} {n}'
+                  for (path, status), n in self.requests.items()]
+        for name in ("prompt_tokens", "generated_tokens", "guessed_tokens", "preemptions"):
+            lines += [f"# TYPE {name}_total counter", f"{name}_total {engine.counts[name]}"]
+        for name, value in (("batch_size", len(engine.running)), ("queue_length", engine.n_open() - len(engine.running)),
+                            ("cache_blocks_used", engine.blocks.n_blocks - len(engine.blocks.free)),
+                            ("cache_blocks", engine.blocks.n_blocks)):
+            lines += [f"# TYPE {name} gauge", f"{name} {value}"]
+        for name, times in self.times.items():
+            lines += [f"# TYPE {name}_seconds histogram", *times.lines(f"{name}_seconds")]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8")
 
     # what the page draws
@@ -305,13 +281,8 @@ class Server:
         return JSONResponse(likeliest(logits, how, 24, self.tokenizer, self.engine.vocab_limit))
 
     def logits_after(self, ids: tuple):
-        """Logits (1, V) of the token after ids; the last ones are kept, as a slider asks for the same again."""
-        if ids not in self.known_logits:
-            if len(self.known_logits) >= 8:
-                self.known_logits.popitem(last=False)
-            tokens = torch.tensor([ids], device=self.device)
-            self.known_logits[ids] = self.model.head(self.model.hidden(tokens)[:, -1])
-        return self.known_logits[ids]
+        """Logits (1, V) of the token after ids."""
+        return self.model.head(self.model.hidden(torch.tensor([ids], device=self.device))[:, -1])
 
     async def attention_map(self, request: Request) -> JSONResponse:
         """For every token of a prompt, how much one head of one layer looks at it and at each before it."""
@@ -410,23 +381,25 @@ def main(argv: list[str]) -> None:
     if len(files) != 1:
         fail(f"give one folder of a training run. {USAGE}")
     # Threads that wait for a core which HTTP has taken would hold up every product.
-    torch.set_num_threads(config.threads or max(1, torch.get_num_threads() - 1))
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     keep_freed_memory()
     try:
         server = Server(files[0], config)
         server.engine.warm_up()
-        listener = socket.create_server((config.host, config.port), family=socket.AF_INET6 if ":" in config.host else
-                                        socket.AF_INET, backlog=2048)
     except (ValueError, OSError, RuntimeError) as error:
-        fail(f"{config.host}:{config.port}: {error.strerror}; give another --port" if isinstance(error, OSError) and
-             error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL) else error)
-    if config.host not in ("127.0.0.1", "localhost", "::1") and not config.api_key:
+        fail(error)
+    try:
+        listener = socket.create_server((config.host, config.port), backlog=2048)
+    except OSError as error:
+        fail(f"{config.host}:{config.port}: {error.strerror}; give another --host or --port")
+    if config.host not in ("127.0.0.1", "localhost") and not config.api_key:
         print(f"warning: host={config.host} and no --api_key: whoever reaches this machine may use it", file=sys.stderr)
     blocks = server.engine.blocks
     print(f"{server.name}: {server.n_parameters:,} parameters on {server.device}; {config.max_batch} texts at once, "
           f"a cache of {blocks.n_blocks} blocks of {blocks.size} tokens")
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"ready at http://{host}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
+    if server.model.token_embeddings.weight.dtype != torch.float32:
+        print("note: rounded to 16 bits, a text may differ from the one written alone; --dtype=float32 prevents it")
+    print(f"ready at http://{config.host}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
     asyncio.run(server.serve(listener))
 
 
