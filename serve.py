@@ -78,11 +78,9 @@ class ServeConfig:
     def __post_init__(self):
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port={self.port} must be 0 … 65535")
-        for name in ("max_batch", "cache_blocks", "prefill"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.max_queue < 0:
-            raise ValueError(f"max_queue={self.max_queue} must be at least 0")
+        for name, least in (("max_batch", 1), ("max_queue", 0), ("cache_blocks", 1), ("prefill", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.draft == "mtp":
             raise ValueError("draft=mtp is not served: give ngram, or the folder of a smaller model")
         if self.api_key == "":
@@ -152,8 +150,7 @@ class Server:
         limit, size = self.engine.limit, self.engine.vocab_limit
         if isinstance(prompt, str):
             if len(prompt) > limit * self.longest_token:   # without encoding a megabyte to find out
-                raise ApiError(400, f"the prompt of {len(prompt):,} characters is past the context of {limit} tokens",
-                               "prompt", "context_length_exceeded")
+                raise ApiError(400, f"the prompt is past the context of {limit}", "prompt", "context_length_exceeded")
             try:
                 prompt = self.tokenizer.encode(prompt)
             except ValueError as error:                    # half a surrogate pair
@@ -179,10 +176,9 @@ class Server:
         usage = options.take("include_usage", bool, False)
         options.end()
         fields.end()
-        if len(prompts) * n > min(MAX_ROWS, self.config.max_queue + self.config.max_batch):
+        if len(prompts) * n > MAX_ROWS:
             raise ApiError(400, f"{len(prompts)} prompts × n={n} are more than {MAX_ROWS} texts; ask twice", "n")
-        waiting = self.engine.n_open() + len(prompts) * n - self.config.max_batch
-        if waiting > self.config.max_queue:
+        if self.engine.n_open() + len(prompts) * n > self.config.max_batch + self.config.max_queue:
             raise ApiError(429, f"{self.config.max_queue} texts are waiting already; try again later")
         rows = [Row(ids, min(max_new, self.engine.limit - len(ids)), self.tokenizer, how=how, stops=stops,
                     stop_ids=stop_ids, seed=None if seed is None else seed + j, n_top=n_top, echo=echo, streams=stream,
@@ -261,20 +257,18 @@ class Server:
 
     async def about(self, request: Request) -> JSONResponse:
         """What the page has to know of the model."""
-        c = self.model.config
-        chats = {"<|user|>", "<|im_start|>"} & set(self.tokenizer.special_tokens)
+        c, chats = self.model.config, {"<|user|>", "<|im_start|>"} & set(self.tokenizer.special_tokens)
         return JSONResponse({"name": self.name, "parameters": self.n_parameters, "context": self.engine.limit,
                              "layers": c.n_layers, "heads": c.n_heads, "vocabulary": self.engine.vocab_limit,
                              "start": self.stop_ids[0] if self.stop_ids else None, "chat": bool(chats)})
 
     def page_ids(self, fields: Fields) -> list[int]:
         """The prompt of a request of the page; an empty text is the beginning of a document."""
-        prompt = fields.take("prompt", (str, list), "")
-        return self.prompt_ids(prompt or self.stop_ids)
+        return self.prompt_ids(fields.take("prompt", (str, list)) or self.stop_ids)
 
     async def next_token(self, request: Request) -> JSONResponse:
         """The likeliest next tokens, and what temperature and cuts make of them."""
-        fields = Fields(await read_json(request))
+        fields = await self.fields(request)
         ids, how = self.page_ids(fields), fields.sampling()
         fields.end()
         logits = await self.in_engine(self.logits_after, tuple(ids))
@@ -286,7 +280,7 @@ class Server:
 
     async def attention_map(self, request: Request) -> JSONResponse:
         """For every token of a prompt, how much one head of one layer looks at it and at each before it."""
-        fields, c = Fields(await read_json(request)), self.model.config
+        fields, c = await self.fields(request), self.model.config
         ids, layer = self.page_ids(fields), fields.whole("layer", 0, 0, c.n_layers - 1)
         head = fields.whole("head", 0, 0, c.n_heads - 1)
         fields.end()
@@ -295,8 +289,8 @@ class Server:
         return JSONResponse({"tokens": [token_text(self.tokenizer, i) for i in ids], "weights": rows})
 
     async def tokens(self, request: Request) -> JSONResponse:
-        """How the tokenizer cuts a text: its tokens, and the merges by which its first words come about."""
-        fields = Fields(await read_json(request))
+        """How the tokenizer cuts a text: its tokens, and the merges by which its words come about."""
+        fields = await self.fields(request)
         text = fields.take("text", str, "")
         fields.end()
         try:
@@ -314,19 +308,20 @@ class Server:
 
     # the application
 
+    def check_access(self, request: Request) -> None:
+        """Raise ApiError when the server is ending, or for /v1 and /api without the password there is."""
+        if self.draining:
+            raise ApiError(503, "the server is shutting down")
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
+        if (self.config.api_key and request.url.path.startswith(("/v1", "/api"))
+                and not hmac.compare_digest(given, self.config.api_key.encode())):
+            raise ApiError(401, "this server wants its api_key as Authorization: Bearer …", None, "invalid_api_key")
+
     def guarded(self, handler):
-        """The handler, with the password checked, errors told in OpenAI's form, and the request counted."""
+        """The handler, with errors told in OpenAI's form, and the request counted."""
         async def endpoint(request: Request):
-            """What Starlette calls."""
-            path = request.url.path
             try:
-                if self.draining:
-                    raise ApiError(503, "the server is shutting down")
-                if self.config.api_key and path.startswith(("/v1", "/api")):
-                    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
-                    if not hmac.compare_digest(given, self.config.api_key.encode()):
-                        raise ApiError(401, "this server wants its api_key as Authorization: Bearer …", None,
-                                       "invalid_api_key")
+                self.check_access(request)
                 response = await handler(request)
             except ApiError as error:
                 response = error.response()
@@ -336,12 +331,10 @@ class Server:
 
     def application(self) -> Starlette:
         """All addresses."""
-        addresses = (("GET", "/", self.page), ("GET", "/health", self.health), ("GET", "/metrics", self.metrics),
-                     ("GET", "/v1/models", self.models), ("GET", "/v1/models/{name:path}", self.models),
-                     ("POST", "/v1/completions", self.completions),
-                     ("POST", "/v1/chat/completions", self.chat_completions), ("GET", "/api/model", self.about),
-                     ("POST", "/api/next", self.next_token), ("POST", "/api/attention", self.attention_map),
-                     ("POST", "/api/tokens", self.tokens), ("GET", "/api/runs", self.runs))
+        get = {"/": self.page, "/health": self.health, "/metrics": self.metrics, "/v1/models": self.models,
+               "/v1/models/{name:path}": self.models, "/api/model": self.about, "/api/runs": self.runs}
+        post = {"/v1/completions": self.completions, "/v1/chat/completions": self.chat_completions,
+                "/api/next": self.next_token, "/api/attention": self.attention_map, "/api/tokens": self.tokens}
 
         async def no_address(request, error):
             return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
@@ -349,7 +342,8 @@ class Server:
         async def failed(request, error):                  # its traceback goes to standard error
             return ApiError(500, f"{type(error).__name__}: {error}").response()
         return Starlette(routes=[Route(path, self.guarded(handler), methods=[method])
-                                 for method, path, handler in addresses],
+                                 for method, handlers in (("GET", get), ("POST", post))
+                                 for path, handler in handlers.items()],
                          exception_handlers={HTTPException: no_address, Exception: failed})
 
     async def serve(self, listener: socket.socket) -> None:
