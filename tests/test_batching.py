@@ -16,10 +16,13 @@ class SixtyOne:
         return bytes(65 + i for i in ids)
 
 
-def run(engine, rows):
-    """Let the engine's thread write these rows; every block must be free afterwards."""
-    ended = threading.Event()
-    engine.notify = lambda _: all(row.finish for row in rows) and ended.set()
+def run(rows, model, meanwhile=lambda engine: None, **how):
+    """An engine after its thread has written these rows; every block must be free afterwards."""
+    def notify(_):
+        meanwhile(engine)
+        if all(row.finish for row in rows):
+            ended.set()
+    engine, ended = batching.Engine(model, SixtyOne(), notify, **how), threading.Event()
     for row in rows:
         engine.inbox.put(row)
     engine.thread.start()
@@ -27,14 +30,13 @@ def run(engine, rows):
     engine.stop()
     engine.thread.join(10)
     assert len(engine.blocks.free) == engine.blocks.n_blocks and not any(engine.blocks.users)
-    return rows
+    return engine
 
 
 @pytest.mark.parametrize("switch", ["plain", "gpt2", "smear window", "mla window", "moe", "window", "qwen3"])
 def test_each_text_is_what_generate_gives_alone_whatever_else_is_written(switch):
     """Greedy and sampled, long and short, over many blocks and over five, in pieces of seven tokens, with guesses."""
-    model, tokenizer = toy(switch).eval(), SixtyOne()
-    start = [7, 3, 9, 1, 1, 5]
+    model, start = toy(switch).eval(), [7, 3, 9, 1, 1, 5]
     prompts = [start + [i] for i in range(4)] + [[4], [2, 4] * 8, start * 3, [8, 9]]
     hows = [(0, None, None, None), (1.0, None, None, None), (0.7, 5, None, None), (1.3, None, 0.8, None)] * 2
     alone = []
@@ -43,16 +45,28 @@ def test_each_text_is_what_generate_gives_alone_whatever_else_is_written(switch)
         alone.append(decoding.generate(model, prompt, 24 - len(prompt), generator=rng(seed), stop_ids=[11], **how))
     for more in (dict(max_batch=3), dict(max_batch=8, n_blocks=5), dict(max_batch=1, draft="ngram"),
                  dict(max_batch=1, draft=model, k=3)):
-        engine = batching.Engine(model, tokenizer, None, **dict(block_size=5, budget=7) | more)
-        rows = run(engine, [batching.Row(prompt, 24 - len(prompt), tokenizer, how=how, seed=seed, stop_ids=[11])
-                            for seed, (prompt, how) in enumerate(zip(prompts, hows))])
+        rows = [batching.Row(prompt, 24 - len(prompt), SixtyOne(), how=how, seed=seed, stop_ids=[11])
+                for seed, (prompt, how) in enumerate(zip(prompts, hows))]
+        engine = run(rows, model, block_size=5, budget=7, **more)
         for row, ids in zip(rows, alone):
             assert row.ids[row.n_prompt:] == ids, (switch, more)
             assert row.finish == ("stop" if ids[-1] == 11 else "length")
-        if more.get("n_blocks"):
-            assert engine.counts["preemptions"] > 0, "five blocks are not enough for eight rows"
-        if more.get("draft") is model:
-            assert engine.counts["guessed_tokens"] > 0
+        assert engine.counts["preemptions"] > 0 or "n_blocks" not in more, "five blocks are not enough for eight rows"
+        assert engine.counts["guessed_tokens"] > 0 or more.get("draft") is not model
+
+
+def test_a_row_that_is_cancelled_while_it_waits_for_blocks_gives_none_back_twice():
+    model = toy().eval()
+    rows = [batching.Row([i, 5], 18, SixtyOne(), how=(0, None, None, None), streams=True) for i in range(3)]
+
+    def cancel(engine):
+        if engine.counts["preemptions"]:
+            rows[2].cancelled = True                       # the youngest: it was sent back
+    engine = run(rows, model, cancel, block_size=5, n_blocks=9)
+    assert [row.finish for row in rows] == ["length", "length", "cancelled"] and len(rows[2].ids) > 2
+    for row in rows[:2]:
+        assert row.ids[2:] == decoding.generate(model, row.ids[:2], 18, temperature=0)
+    assert engine.counts["preemptions"] == 1
 
 
 def test_equal_beginnings_are_read_once_and_the_block_left_first_goes_first():
@@ -68,17 +82,13 @@ def test_equal_beginnings_are_read_once_and_the_block_left_first_goes_first():
     blocks.give_back(table[:1])
     assert len(blocks.free) == 3 and first in blocks.by_key, "what is free is still remembered"
     assert [blocks.take() for _ in range(3)][1:] == [table[1], table[0]] and not blocks.by_key
-    model, tokenizer = toy().eval(), SixtyOne()
-    engine = batching.Engine(model, tokenizer, None, max_batch=1, block_size=4)
-    prompt = list(range(10, 23))
-    rows = run(engine, [batching.Row(prompt, 4, tokenizer, how=(0, None, None, None)) for _ in range(2)])
+    rows = [batching.Row(list(range(10, 23)), 4, SixtyOne(), how=(0, None, None, None)) for _ in range(2)]
+    run(rows, toy().eval(), max_batch=1, block_size=4)
     assert [row.shared_tokens for row in rows] == [0, 12] and rows[0].ids == rows[1].ids
 
 
 def test_a_step_that_fails_ends_its_rows_and_not_the_engine():
-    model, tokenizer = toy().eval(), SixtyOne()
-    engine = batching.Engine(model, tokenizer, None, max_batch=1)
-    bad, good = batching.Row([1, 2], 4, tokenizer), batching.Row([1, 2], 4, tokenizer)
+    bad, good = batching.Row([1, 2], 4, SixtyOne()), batching.Row([1, 2], 4, SixtyOne())
     bad.how = (1.0, "five", None, None)
-    run(engine, [bad, good])
+    run([bad, good], toy().eval(), max_batch=1)
     assert bad.finish == "error" and "TypeError" in bad.error and good.finish == "length"
