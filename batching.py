@@ -190,12 +190,12 @@ class Engine:
     """The scheduler: which rows read what in the next step, and what comes of it.
 
     n_blocks: none = as many as max_batch texts of the whole context need. budget: tokens of prompts read in one step.
-    draft: none, "ngram" or a smaller Transformer, with k guesses a step while a row is alone. notify: called with the
-    rows that have something to tell, once a step, and observe with each time measured, both on the engine's thread.
+    draft: none, "ngram" or a smaller Transformer, with k guesses a step while a row is alone. notify: called on the
+    engine's thread with the rows that have something to tell, once a step. counts: what /metrics shows.
     """
 
     def __init__(self, model, tokenizer, notify, *, max_batch: int = 16, n_blocks: int | None = None,
-                 block_size: int = 16, budget: int = 64, draft=None, k: int = 4, observe=lambda name, seconds: None):
+                 block_size: int = 16, budget: int = 64, draft=None, k: int = 4):
         context = model.config.context_length
         n_blocks = n_blocks or max_batch * -(-context // block_size)
         self.model, self.vocab_limit = model, min(tokenizer.vocab_size, model.config.vocab_size)
@@ -203,7 +203,7 @@ class Engine:
         self.limit = min(context, n_blocks * block_size)   # tokens of a text, prompt and all
         self.max_batch, self.budget, self.draft, self.k, self.notify = max_batch, budget, draft, k, notify
         self.inbox, self.waiting, self.running = queue.SimpleQueue(), deque(), []      # both lists: oldest first
-        self.counts, self.told, self.observe, self.stopped = Counter(), [], observe, False
+        self.counts, self.told, self.stopped = Counter(), [], False
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
     # What other threads may call, besides inbox.put(row).
@@ -377,8 +377,7 @@ class Engine:
             row.ids.append(token)
             if row.began is None:
                 row.began = now
-                self.counts["prompt_tokens"] += row.n_prompt
-                self.observe("time_to_first_token", now - row.arrived)
+                self.counts.update(prompt_tokens=row.n_prompt, first_token_seconds=now - row.arrived, first_tokens=1)
             self.counts["generated_tokens"] += 1
             ends = token in row.stop_ids
             if not ends:
@@ -395,9 +394,8 @@ class Engine:
         """The row leaves; its blocks are free at once."""
         self.release(row)
         (self.running if row in self.running else self.waiting).remove(row)
-        n_new, now = len(row.ids) - row.n_prompt, time.perf_counter()
-        if n_new > 1:
-            self.observe("time_per_token", (now - row.began) / (n_new - 1))
+        if row.began is not None:
+            self.counts.update(token_seconds=time.perf_counter() - row.began, tokens=len(row.ids) - row.n_prompt - 1)
         row.text.feed(None)
         row.error, row.drafter = error, None
         row.finish = finish                                # last: whoever sees it may read the rest

@@ -19,8 +19,9 @@ Any client of OpenAI's works: `openai.OpenAI(base_url="http://127.0.0.1:8000/v1"
     POST /api/next  /api/tokens  /api/attention, GET /api/runs  /api/model     what the page draws
 
 32 requests at once get 6 to 10 times the tokens per second of one after another, and a short prompt under a long one
-waits 1.5 to 2.4 times as long as alone (default model, two busy CPU cores; results/serve.md). protocol.py reads
-requests and forms answers, lens.py works out what the page draws.
+waits 1.5 to 2.4 times as long as alone (default model, two busy CPU cores; results/serve.md). In bfloat16, the default
+on a GPU, a text may differ from the one written alone. protocol.py reads requests and forms answers, lens.py works out
+what the page draws.
 
 What differs from OpenAI's: `top_k` and `min_p` are understood; choice j of a seed is the text that seed + j alone
 gives; `max_tokens` is cut to the room in the context; a setting that would have no effect is refused. Log probabilities
@@ -30,7 +31,6 @@ import asyncio
 import contextlib
 import functools
 import hmac
-import math
 import signal
 import socket
 import sys
@@ -56,7 +56,6 @@ from sample import END_OF_TEXT, chat_ids, load, load_draft
 
 END_SECONDS = 7                      # for what is being written when the server is told to end
 MAX_ROWS, MAX_TOP = 128, 20          # texts of one request; alternatives of each token
-SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, math.inf)   # bounds of the histograms
 
 
 @dataclass
@@ -89,23 +88,6 @@ class ServeConfig:
 
 # --- what is served ---
 
-class Histogram:
-    """Times in seconds, counted as Prometheus wants them: how many were at most each bound."""
-
-    def __init__(self):
-        self.counts, self.sum = dict.fromkeys(SECONDS, 0), 0.0
-
-    def add(self, seconds: float) -> None:
-        self.sum += seconds
-        for bound in SECONDS:
-            self.counts[bound] += seconds <= bound
-
-    def lines(self, name: str) -> list[str]:
-        bounds = [str(bound).replace("inf", "+Inf") for bound in SECONDS]
-        return [*(f'{name}_bucket{{le="{bound}"}} {n}' for bound, n in zip(bounds, self.counts.values())),
-                f"{name}_sum {self.sum:.6f}", f"{name}_count {self.counts[math.inf]}"]
-
-
 class Server:
     """A model, its engine, and the handlers of all addresses."""
 
@@ -113,10 +95,8 @@ class Server:
         self.folder, self.config, self.name = Path(folder), config, Path(folder).resolve().name
         self.model, self.tokenizer = load(folder, config)
         draft = load_draft(config.draft, self.tokenizer, config) if config.draft else None
-        self.times = {"time_to_first_token": Histogram(), "time_per_token": Histogram()}
         self.engine = Engine(self.model, self.tokenizer, self.notify, max_batch=config.max_batch,
-                             n_blocks=config.cache_blocks, budget=config.prefill, draft=draft,
-                             observe=lambda name, seconds: self.times[name].add(seconds))
+                             n_blocks=config.cache_blocks, budget=config.prefill, draft=draft)
         self.device, self.requests, self.draining, self.loop = self.engine.cache.device, Counter(), False, None
         self.stop_ids = [i for i in (self.tokenizer.special_tokens.get(END_OF_TEXT),) if i is not None]
         self.longest_token = max(map(len, self.tokenizer.vocab.values()))
@@ -236,17 +216,19 @@ class Server:
 
     async def metrics(self, request: Request) -> PlainTextResponse:
         """What happened so far and how things stand, in Prometheus' text form."""
-        engine, lines = self.engine, ["# TYPE requests_total counter"]
+        engine, counts, lines = self.engine, self.engine.counts, ["# TYPE requests_total counter"]
         lines += [f'requests_total{{path="{path}",status="{status}"}} {n}'
                   for (path, status), n in self.requests.items()]
         for name in ("prompt_tokens", "generated_tokens", "guessed_tokens", "preemptions"):
-            lines += [f"# TYPE {name}_total counter", f"{name}_total {engine.counts[name]}"]
+            lines += [f"# TYPE {name}_total counter", f"{name}_total {counts[name]}"]
         for name, value in (("batch_size", len(engine.running)), ("queue_length", engine.n_open() - len(engine.running)),
-                            ("cache_blocks_used", engine.blocks.n_blocks - len(engine.blocks.free)),
-                            ("cache_blocks", engine.blocks.n_blocks)):
+                            ("cache_blocks", engine.blocks.n_blocks),
+                            ("cache_blocks_used", engine.blocks.n_blocks - len(engine.blocks.free))):
             lines += [f"# TYPE {name} gauge", f"{name} {value}"]
-        for name, times in self.times.items():
-            lines += [f"# TYPE {name}_seconds histogram", *times.lines(f"{name}_seconds")]
+        # A summary: sum / count is the mean. The second one counts the tokens after the first of each text.
+        for name, seconds, n in (("time_to_first_token_seconds", "first_token_seconds", "first_tokens"),
+                                 ("time_per_token_seconds", "token_seconds", "tokens")):
+            lines += [f"# TYPE {name} summary", f"{name}_sum {counts[seconds]:.6f}", f"{name}_count {counts[n]}"]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8")
 
     # what the page draws

@@ -255,9 +255,8 @@ def test_who_hangs_up_frees_the_blocks_and_a_full_queue_says_so(base):
         many = {"prompt": ["a"] * 64, "max_tokens": 40}
         statuses = list(clients.map(lambda _: ask(base, "/v1/completions", many)[0], range(12)))
     assert set(statuses) == {200, 429} and statuses.count(200) >= 4, "a queue of 300 takes four times 64"
-    metrics = ask(base, "/metrics")[1]
-    assert re.search(r'time_to_first_token_seconds_bucket{le="\+Inf"} [1-9]', metrics)
-    assert 'requests_total{path="/v1/completions",status="429"}' in metrics
+    assert 'requests_total{path="/v1/completions",status="429"}' in ask(base, "/metrics")[1]
+    assert figure(base, "time_to_first_token_seconds_count") >= 256 and figure(base, "time_per_token_seconds_sum") > 0
 
 
 def test_what_the_page_draws(base, runs):
