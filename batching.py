@@ -55,11 +55,9 @@ class Blocks:
         self.by_key, self.key_of = {}, {}                            # what is in a block <-> the block
 
     def take(self) -> int:
-        """A free block for new contents."""
+        """A free block for new contents; what it held is forgotten."""
         block, _ = self.free.popitem(last=False)
-        key = self.key_of.pop(block, None)
-        if key is not None:
-            del self.by_key[key]
+        self.by_key.pop(self.key_of.pop(block, None), None)
         self.users[block] = 1
         return block
 
@@ -208,10 +206,10 @@ class Engine:
 
     # What other threads may call, besides inbox.put(row).
 
-    def between_steps(self, function) -> Future:
-        """Call `function()` on the engine's thread between two steps: the model is never run by two threads."""
+    def between_steps(self, function, *arguments) -> Future:
+        """Call a function on the engine's thread between two steps: the model is never run by two threads."""
         future = Future()
-        self.inbox.put((function, future))
+        self.inbox.put((function, arguments, future))
         return future
 
     def n_open(self) -> int:
@@ -258,10 +256,10 @@ class Engine:
             if isinstance(item, Row):
                 self.waiting.append(item)
                 continue
-            function, future = item
+            function, arguments, future = item
             if future.set_running_or_notify_cancel():      # False: who asked has gone
                 try:
-                    future.set_result(function())
+                    future.set_result(function(*arguments))
                 except Exception as error:
                     future.set_exception(error)
 
@@ -294,11 +292,10 @@ class Engine:
             missing = -(-len(row.ids) // size) - len(keys) + bool(self.running)      # one to grow, or it goes at once
             if len(blocks.free) - sum(blocks.by_key[key] in blocks.free for key in keys) < missing:
                 return
-            self.waiting.popleft()
             row.table, row.keys, row.cached = [blocks.share(key) for key in keys], keys, len(keys) * size
             if row.began is None:
                 row.shared_tokens = row.cached
-            self.running.append(row)
+            self.running.append(self.waiting.popleft())
 
     def plan(self) -> dict[Row, int]:
         """How many tokens each row reads now, with blocks to write them to; the oldest row is served first."""
@@ -368,7 +365,7 @@ class Engine:
 
     def accept(self, rows: list[Row], logits) -> None:
         """Draw the next token of each row, (B, V) logits, and see which rows end with it."""
-        ids, entries, now = draw(logits, rows, self.vocab_limit), {}, time.perf_counter()
+        ids, entries = draw(logits, rows, self.vocab_limit), {}
         told = [place for place, row in enumerate(rows) if row.n_top is not None]
         if told:
             n_tops = [rows[place].n_top for place in told]
@@ -376,8 +373,9 @@ class Engine:
         for place, (row, token) in enumerate(zip(rows, ids)):
             row.ids.append(token)
             if row.began is None:
-                row.began = now
-                self.counts.update(prompt_tokens=row.n_prompt, first_token_seconds=now - row.arrived, first_tokens=1)
+                row.began = time.perf_counter()
+                self.counts.update(prompt_tokens=row.n_prompt, first_tokens=1,
+                                   first_token_seconds=row.began - row.arrived)
             self.counts["generated_tokens"] += 1
             ends = token in row.stop_ids
             if not ends:

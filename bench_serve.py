@@ -46,12 +46,11 @@ class ServeBenchConfig:
 @contextlib.contextmanager
 def running(command: list[str], **how):
     """A process, ended afterwards."""
-    process = subprocess.Popen(command, text=True, **how)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait()
+    with subprocess.Popen(command, text=True, **how) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
 @contextlib.contextmanager
@@ -156,17 +155,6 @@ def soak(process, port: int, model, tokenizer, c: ServeBenchConfig) -> None:
           f"{results.count('wrong')} wrong; memory in MB by tenths: {' '.join(f'{m:.0f}' for m in memory)}", flush=True)
 
 
-def users(port: int, model: str, n_users: int, tokens: int) -> float:
-    """Tokens a second that n users get together, each asking three times."""
-    def user(i):
-        bodies = [{"model": model, "prompt": f"{PROMPTS[i % len(PROMPTS)]} {turn}", "max_tokens": tokens,
-                   "temperature": 0} for turn in range(3)]
-        return sum(json.loads(post(port, body)[0])["usage"]["completion_tokens"] for body in bodies)
-    began = time.perf_counter()
-    with ThreadPoolExecutor(n_users) as pool:
-        return sum(pool.map(user, range(n_users))) / (time.perf_counter() - began)
-
-
 # --- beside another server ---
 
 def same_weights(c: ServeBenchConfig, folder: Path) -> None:
@@ -183,17 +171,25 @@ def same_weights(c: ServeBenchConfig, folder: Path) -> None:
     (folder / "theirs" / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def row(name: str, port: int, model: str, c: ServeBenchConfig) -> None:
-    """A line of the table, once the server answers; the first request loads or measures what the others need."""
-    for _ in range(240):
+def row(name: str, port: int, model: str, tokens: int) -> None:
+    """A line of the table: tokens a second that 1, 8 and 32 users get together, each asking three times."""
+    def user(i):
+        body = {"model": model, "prompt": PROMPTS[i % len(PROMPTS)], "max_tokens": tokens, "temperature": 0}
+        answers = [post(port, body | {"prompt": f"{body['prompt']} {turn}"})[0] for turn in range(3)]
+        return sum(json.loads(answer)["usage"]["completion_tokens"] for answer in answers)
+
+    def rate(n_users):
+        began = time.perf_counter()
+        with ThreadPoolExecutor(n_users) as pool:
+            return sum(pool.map(user, range(n_users))) / (time.perf_counter() - began)
+    for _ in range(240):                         # the first answer loads or measures what the others need
         with contextlib.suppress(ConnectionError):
-            users(port, model, 1, 8)
+            user(0)
             break
         time.sleep(0.5)
     else:
         raise RuntimeError(f"{name} does not answer at port {port}; is it installed? pip install transformers[serving]")
-    rates = [users(port, model, n, c.tokens) for n in (1, 8, 32)]
-    print(f"{name:<42}" + "".join(f"{rate:>9,.0f}" for rate in rates), flush=True)
+    print(f"{name:<42}" + "".join(f"{rate(n):>9,.0f}" for n in (1, 8, 32)), flush=True)
 
 
 def beside(c: ServeBenchConfig) -> None:
@@ -202,11 +198,11 @@ def beside(c: ServeBenchConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         same_weights(c, Path(folder))
         with serving(f"{folder}/ours", c.flags) as (_, port):
-            row("serve.py", port, "ours", c)
+            row("serve.py", port, "ours", c.tokens)
         for flags in ([], ["--continuous-batching"]):
             command = ["transformers", "serve", f"{folder}/theirs", "--device=cpu", f"--port={c.port}", *flags]
             with running(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
-                row(" ".join(["transformers serve", *flags]), c.port, f"{folder}/theirs", c)
+                row(" ".join(["transformers serve", *flags]), c.port, f"{folder}/theirs", c.tokens)
 
 
 def serve(argv: list[str]) -> None:

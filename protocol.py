@@ -84,10 +84,9 @@ class Fields:
     def __init__(self, body: dict):
         self.body = {name: value for name, value in body.items() if value is not None}
 
-    def take(self, name: str, kinds, default=None):
+    def take(self, name: str, *kinds, default=None):
         """The value of a field, which must be of these types; True is no number."""
         value = self.body.pop(name, default)
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         if value is not default and type(value) not in kinds:
             names = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
                      dict: "an object"}
@@ -97,30 +96,29 @@ class Fields:
 
     def whole(self, name: str, default: int | None, low: int, high: int):
         """A whole number low … high."""
-        value = self.take(name, int, default)
+        value = self.take(name, int, default=default)
         if value is not None and not low <= value <= high:
             raise ApiError(400, f"{name}={value} must be {low} … {high}", name)
         return value
 
     def sampling(self) -> tuple:
         """(temperature, top_k, top_p, min_p), checked."""
-        how = [self.take("temperature", (float, int), 1.0), self.whole("top_k", None, 1, 2 ** 31),
-               self.take("top_p", (float, int)), self.take("min_p", (float, int))]
-        for name, value in zip(("temperature", "top_k", "top_p", "min_p"), how):
+        how = {"temperature": self.take("temperature", float, int, default=1.0),
+               "top_k": self.whole("top_k", None, 1, 2 ** 31),
+               "top_p": self.take("top_p", float, int), "min_p": self.take("min_p", float, int)}
+        for name, value in how.items():
             try:
                 check_sampling(**{name: value})
                 float(value or 0)                          # a whole number of 400 digits is none
             except (ValueError, OverflowError) as error:
                 raise ApiError(400, str(error), name) from None
-        return tuple(how)
+        return tuple(how.values())
 
     def stops(self) -> list[str]:
-        """The stop strings."""
-        stops = self.take("stop", (str, list), [])
+        stops = self.take("stop", str, list, default=[])
         stops = [stops] if isinstance(stops, str) else stops
         if len(stops) > MAX_STOPS or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_CHARS for s in stops):
-            raise ApiError(400, f"stop must be at most {MAX_STOPS} strings of 1 … {MAX_STOP_CHARS:,} characters",
-                           "stop")
+            raise ApiError(400, f"stop takes {MAX_STOPS} strings of 1 … {MAX_STOP_CHARS:,} characters at most", "stop")
         return stops
 
     def end(self) -> None:

@@ -98,7 +98,7 @@ class Server:
         self.engine = Engine(self.model, self.tokenizer, self.notify, max_batch=config.max_batch,
                              n_blocks=config.cache_blocks, budget=config.prefill, draft=draft)
         self.device, self.requests, self.draining, self.loop = self.engine.cache.device, Counter(), False, None
-        self.stop_ids = [i for i in (self.tokenizer.special_tokens.get(END_OF_TEXT),) if i is not None]
+        self.stop_ids = [i for text, i in self.tokenizer.special_tokens.items() if text == END_OF_TEXT]
         self.longest_token = max(map(len, self.tokenizer.vocab.values()))
         self.n_parameters = sum(p.numel() for p in (*self.model.parameters(), *self.model.buffers()))
         self.created = int(time.time())
@@ -122,7 +122,7 @@ class Server:
     async def fields(self, request: Request) -> Fields:
         """What the body says, for the model that there is."""
         fields = Fields(await read_json(request))
-        self.check_model(fields.take("model", str, self.name))
+        self.check_model(fields.take("model", str, default=self.name))
         return fields
 
     def prompt_ids(self, prompt) -> list[int]:
@@ -151,9 +151,9 @@ class Server:
         """Take the fields that both ways of asking share, and put the rows in the queue."""
         n, how, stops = fields.whole("n", 1, 1, MAX_ROWS), fields.sampling(), fields.stops()
         fields.whole("best_of", n, n, n)
-        seed, stream = fields.whole("seed", None, -2 ** 62, 2 ** 62), fields.take("stream", bool, False)
-        options = Fields(fields.take("stream_options", dict, {}))
-        usage = options.take("include_usage", bool, False)
+        seed, stream = fields.whole("seed", None, -2 ** 62, 2 ** 62), fields.take("stream", bool, default=False)
+        options = Fields(fields.take("stream_options", dict, default={}))
+        usage = options.take("include_usage", bool, default=False)
         options.end()
         fields.end()
         if len(prompts) * n > MAX_ROWS:
@@ -170,13 +170,13 @@ class Server:
     async def completions(self, request: Request) -> Answer:
         """Go on with texts."""
         fields = await self.fields(request)
-        prompt = fields.take("prompt", (str, list))
+        prompt = fields.take("prompt", str, list)
         if prompt is None:
             raise ApiError(400, "prompt is missing", "prompt")
         if isinstance(prompt, str) or not prompt or type(prompt[0]) is int:
             prompt = [prompt]
         n_top = fields.whole("logprobs", None, 0, MAX_TOP)
-        max_new, echo = fields.whole("max_tokens", 16, 0, 2 ** 31), fields.take("echo", bool, False)
+        max_new, echo = fields.whole("max_tokens", 16, 0, 2 ** 31), fields.take("echo", bool, default=False)
         return self.answer(fields, [self.prompt_ids(one) for one in prompt], max_new, self.stop_ids, chat=False,
                            echo=echo, n_top=n_top)
 
@@ -193,7 +193,7 @@ class Server:
                            f"for conversations: python align.py sft --base={self.folder} --data=FILE.jsonl "
                            "--out_dir=out/chat --template=chat", "model") from None
         n_top = fields.whole("top_logprobs", None, 0, MAX_TOP)
-        if fields.take("logprobs", bool, False):
+        if fields.take("logprobs", bool, default=False):
             n_top = n_top or 0
         elif n_top is not None:
             raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
@@ -221,9 +221,10 @@ class Server:
                   for (path, status), n in self.requests.items()]
         for name in ("prompt_tokens", "generated_tokens", "guessed_tokens", "preemptions"):
             lines += [f"# TYPE {name}_total counter", f"{name}_total {counts[name]}"]
-        for name, value in (("batch_size", len(engine.running)), ("queue_length", engine.n_open() - len(engine.running)),
-                            ("cache_blocks", engine.blocks.n_blocks),
-                            ("cache_blocks_used", engine.blocks.n_blocks - len(engine.blocks.free))):
+        gauges = {"batch_size": len(engine.running), "queue_length": engine.n_open() - len(engine.running),
+                  "cache_blocks": engine.blocks.n_blocks,
+                  "cache_blocks_used": engine.blocks.n_blocks - len(engine.blocks.free)}
+        for name, value in gauges.items():
             lines += [f"# TYPE {name} gauge", f"{name} {value}"]
         # A summary: sum / count is the mean. The second one counts the tokens after the first of each text.
         for name, seconds, n in (("time_to_first_token_seconds", "first_token_seconds", "first_tokens"),
@@ -246,14 +247,14 @@ class Server:
 
     def page_ids(self, fields: Fields) -> list[int]:
         """The prompt of a request of the page; an empty text is the beginning of a document."""
-        return self.prompt_ids(fields.take("prompt", (str, list)) or self.stop_ids)
+        return self.prompt_ids(fields.take("prompt", str, list) or self.stop_ids)
 
     async def next_token(self, request: Request) -> JSONResponse:
         """The likeliest next tokens, and what temperature and cuts make of them."""
         fields = await self.fields(request)
         ids, how = self.page_ids(fields), fields.sampling()
         fields.end()
-        logits = await self.in_engine(self.logits_after, tuple(ids))
+        logits = await asyncio.wrap_future(self.engine.between_steps(self.logits_after, tuple(ids)))
         return JSONResponse(likeliest(logits, how, 24, self.tokenizer, self.engine.vocab_limit))
 
     def logits_after(self, ids: tuple):
@@ -266,14 +267,14 @@ class Server:
         ids, layer = self.page_ids(fields), fields.whole("layer", 0, 0, c.n_layers - 1)
         head = fields.whole("head", 0, 0, c.n_heads - 1)
         fields.end()
-        weights = await self.in_engine(attention_weights, self.model, ids, layer, head)
+        weights = await asyncio.wrap_future(self.engine.between_steps(attention_weights, self.model, ids, layer, head))
         rows = [[round(w, 4) for w in row[:i + 1]] for i, row in enumerate(weights.tolist())]
         return JSONResponse({"tokens": [token_text(self.tokenizer, i) for i in ids], "weights": rows})
 
     async def tokens(self, request: Request) -> JSONResponse:
         """How the tokenizer cuts a text: its tokens, and the merges by which its words come about."""
         fields = await self.fields(request)
-        text = fields.take("text", str, "")
+        text = fields.take("text", str, default="")
         fields.end()
         try:
             return JSONResponse(await asyncio.to_thread(cuts_of, self.tokenizer, text[:20_000]))
@@ -283,10 +284,6 @@ class Server:
     async def runs(self, request: Request) -> JSONResponse:
         """The loss curves of this run and of those beside it."""
         return JSONResponse({"runs": await asyncio.to_thread(curves_beside, self.folder.resolve())})
-
-    def in_engine(self, function, *arguments):
-        """Await a function that runs the model: on the engine's thread, between two steps."""
-        return asyncio.wrap_future(self.engine.between_steps(lambda: function(*arguments)))
 
     # the application
 

@@ -141,7 +141,7 @@ def test_completions(base, runs):
     seed, long = next((seed, text) for seed, text in texts.items() if len(text) > 20)
     stop, before = long[10:13], long[:long.index(long[10:13])]
     for stream in (False, True):
-        answer = complete(base, prompt="hat", max_tokens=40, seed=seed, stop=[stop, "nowhere"], logprobs=0, stream=stream)
+        answer = complete(base, prompt="hat", max_tokens=40, seed=seed, stop=[stop, "-"], logprobs=0, stream=stream)
         choices = [part["choices"][0] for part in (events(answer) if stream else [answer])]
         assert "".join(c["text"] for c in choices) == before and choices[-1]["finish_reason"] == "stop"
         offsets = [offset for c in choices for offset in c["logprobs"]["text_offset"]]
