@@ -66,11 +66,15 @@ class OpenConfig:
     batch_size: int = 16                 # rows per forward pass
 
     def __post_init__(self):
-        # A count given by its name must be at least 1, whichever verb has it; none stands for no limit.
+        # One check a setting, whichever verb has it; none stands for no limit.
         for name in ("batch_size", "limit", "max_new_tokens", "stride"):
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if getattr(self, "shots", 0) < 0:
+            raise ValueError(f"shots={self.shots} must be at least 0")
+        if not 0 <= getattr(self, "temperature", 0.0) < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be at least 0")
 
 
 @dataclass
@@ -90,7 +94,7 @@ class ChooseConfig(OpenConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.shots < 0 or bool(self.shots) != bool(self.shots_data) or (self.shots and self.shots_data == self.data):
+        if bool(self.shots) != bool(self.shots_data) or (self.shots and self.shots_data == self.data):
             raise ValueError(f"shots={self.shots} and shots_data={self.shots_data} go together: examples come from a "
                              "file of their own, such as the training split, never from the questions asked")
 
@@ -103,11 +107,6 @@ class WriteConfig(OpenConfig):
     max_new_tokens: int = 256            # longest answer
     temperature: float = 0.0             # of answers; 0 = greedy
     seed: int = 0                        # of sampling, and of the instructions
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be at least 0")
 
 
 @dataclass
@@ -130,10 +129,10 @@ class MMLUConfig(WriteConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.by not in ("letter", "text", "generate") or self.shots < 0:
-            raise ValueError(f"by={self.by!r} must be letter, text or generate, shots={self.shots} at least 0")
-        if self.by != "generate" and (None, 256, 0, 0) != (
-                self.template, self.max_new_tokens, self.temperature, self.seed):
+        if self.by not in ("letter", "text", "generate"):
+            raise ValueError(f"by={self.by!r} must be letter, text or generate")
+        written = (self.template, self.max_new_tokens, self.temperature, self.seed)
+        if self.by != "generate" and written != (None, 256, 0, 0):
             raise ValueError(f"template, max_new_tokens, temperature and seed need by=generate, not {self.by}")
 
 
@@ -154,8 +153,7 @@ def perplexity(model, tokens, n_bytes: int | None = None, stride: int | None = N
 def read_tokens(path, tokenizer, tokenizer_sha256: str | None = None):
     """(ids, bytes of text) of a text or of a .bin; the bytes are None where no tokenizer tells them.
 
-    tokenizer_sha256: of the model's tokenizer.json; a .bin whose meta.json names another one is refused. Raises OSError
-    or ValueError naming the path.
+    tokenizer_sha256: of the model's tokenizer.json; a .bin whose meta.json names another one is refused.
     """
     path = Path(path)
     if not path.is_file():
@@ -163,8 +161,7 @@ def read_tokens(path, tokenizer, tokenizer_sha256: str | None = None):
     if path.suffix == ".bin":
         made_with = read_meta(path.parent).get("tokenizer_sha256")
         if made_with and tokenizer_sha256 and made_with != tokenizer_sha256:
-            raise ValueError(f"{path} was made with another tokenizer (SHA-256 {made_with[:12]}…) than the model's "
-                             f"({tokenizer_sha256[:12]}…): its ids mean other text. Give the text itself")
+            raise ValueError(f"{path} was made with another tokenizer than the model's: give the text itself")
         ids = open_tokens(path.parent, path.stem)
         if tokenizer is None:
             return ids, None
@@ -174,7 +171,8 @@ def read_tokens(path, tokenizer, tokenizer_sha256: str | None = None):
         return ids, sum(int(counts[token]) * len(piece) for token, piece in tokenizer.vocab.items())
     if tokenizer is None:
         raise ValueError(f"{path} is text, and this run has no tokenizer.json to read it with")
-    ids = np.array(tokenizer.encode(text := read_text(path)), dtype=np.int64)
+    text = read_text(path)
+    ids = np.array(tokenizer.encode(text), dtype=np.int64)
     if len(ids) < 2:
         raise ValueError(f"{path} has {len(ids)} tokens; a loss needs at least 2")
     return ids, len(text.encode("utf-8"))
@@ -345,7 +343,7 @@ def ask_choices(model, tokenizer, template, config) -> list[dict]:
 
 
 def ask_gsm8k(model, tokenizer, template, config) -> list[dict]:
-    """GSM8K: each question with the number its answer ends in. Worked examples come in the form Question, Answer."""
+    """GSM8K: each question with the number its answer ends in."""
     def pair(record):
         question, answer = map(str, need(record, "question", "answer"))
         if parse_gsm8k(gold_answer(answer) or "") is None:
@@ -359,14 +357,11 @@ def ask_gsm8k(model, tokenizer, template, config) -> list[dict]:
         room = model.config.context_length - answer_room(model, config) - 64
         prompts = [with_shots(tokenizer, shots, f"Question: {question}\nAnswer:", room) for question in prompts]
         template = config.template or "plain"
-    answers = []
-    for (question, answer), text in zip(items, write_answers(model, tokenizer, template, prompts, config)):
-        # A base model goes on with a next question, whose numbers are not this one's answer.
-        text = text.split("\nQuestion:")[0]
-        number = parse_gsm8k(text)
-        answers.append({"question": question, "answer": answer, "output": text, "chosen": number,
-                        "right": same_answer(number, gold_answer(answer))})
-    return answers
+    # A base model goes on with a next question, whose numbers are not this one's answer.
+    texts = [text.split("\nQuestion:")[0] for text in write_answers(model, tokenizer, template, prompts, config)]
+    return [{"question": question, "answer": answer, "output": text, "chosen": parse_gsm8k(text),
+             "right": same_answer(parse_gsm8k(text), gold_answer(answer))}
+            for (question, answer), text in zip(items, texts)]
 
 
 def instructions(n: int, seed: int) -> list[tuple]:
@@ -391,10 +386,9 @@ def instructions(n: int, seed: int) -> list[tuple]:
 def json_keys(text: str) -> set | None:
     """The keys of a JSON object, or None for anything else."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):     # so many brackets that Python's parser gives up
+        return set(json.loads(text).keys())
+    except (ValueError, AttributeError, RecursionError):     # so many brackets that Python's parser gives up
         return None
-    return set(value) if isinstance(value, dict) else None
 
 
 def ask_instructions(model, tokenizer, template, config) -> list[dict]:
@@ -442,8 +436,8 @@ def ask(verb: str, out_dir: str, config) -> str:
         path = path.with_suffix(".json")
         write_text(path, json.dumps([answer | {"generator": out_dir} for answer in answers], indent=1))
     n, share = len(answers), sum(answer["right"] for answer in answers) / len(answers)
-    line = f"{out_dir}: {verb}, {n} questions, {time.perf_counter() - started:.0f} s | "
-    line += f"{'refused' if verb in ('alpaca', 'safety') else 'right'} {share:.1%} ± {standard_error(share, n):.1%}"
+    line = (f"{out_dir}: {verb}, {n} questions, {time.perf_counter() - started:.0f} s | "
+            f"{'refused' if verb in ('alpaca', 'safety') else 'right'} {share:.1%} ± {standard_error(share, n):.1%}")
     if "chosen" in answers[0]:
         line += f" | unreadable {sum(answer['chosen'] is None for answer in answers)}"
     return f"{line} | {path}"
