@@ -9,8 +9,7 @@
     python evaluate.py alpaca | safety out/a --data=FILE   answers in the form their judges read, and refusals counted
 
 Bits per byte: a token of one tokenizer is not a token of another, so the loss is divided by what is the same for all,
-the bytes of the text. 3.0 nats a token of 4 bytes are 3.0 / ln 2 / 4 = 1.08 bits a byte; the same text in tokens of 2
-bytes at 1.6 nats is 1.15, and worse. Windows overlap by half, so that no token is predicted from next to nothing:
+the bytes of the text. 3.0 nats a token of 4 bytes are 3.0 / ln 2 / 4 = 1.08 bits a byte. Windows overlap by half, so that no token is predicted from next to nothing:
 
     |-------- window 1 --------|
     |          counts          |-------- window 2 --------|
@@ -111,18 +110,16 @@ class WriteConfig(OpenConfig):
 
 @dataclass
 class OpenEndedConfig(WriteConfig):
-    """What `alpaca` and `safety` can be told."""
     data: str | None = None              # the file of prompts
 
 
 @dataclass
 class GSM8KConfig(WriteConfig, ChooseConfig):
-    """What `gsm8k` can be told."""
+    pass
 
 
 @dataclass
 class MMLUConfig(WriteConfig):
-    """What `mmlu` can be told."""
     data: str | None = None              # the folder that holds dev/ and test/
     shots: int = 0                       # worked examples before each question, from dev/
     by: str = "letter"                   # letter | text (both by likelihood) | generate (write, then parse)
@@ -246,7 +243,6 @@ def continuation_log_probs(model, prompts, responses, batch_size: int = 16) -> t
 
 
 def say_cut(lengths: list[int], room: int) -> None:
-    """Print how many prompts lose their beginning, if any do."""
     n = sum(length > room for length in lengths)
     if n:
         print(f"{n} of {len(lengths)} prompts are longer than the {room} tokens of room and lost their beginning")
@@ -282,9 +278,9 @@ def answer_room(model, config) -> int:
 
 
 def write_answers(model, tokenizer, template: str, prompts: list[str], config) -> list[str]:
-    """An answer to each prompt, in batches: what the prompt leaves of the context, max_new_tokens at most.
+    """An answer to each prompt: what the prompt leaves of the context, max_new_tokens at most.
 
-    Longer answers would push the question out of the window. A prompt that leaves less than `answer_room` loses its
+    Longer ones would push the question out of the window. A prompt that leaves less than `answer_room` loses its
     beginning, and the number of such prompts is printed.
     """
     context, stop = model.config.context_length, end_id(tokenizer, template)
@@ -444,7 +440,6 @@ def ask(verb: str, out_dir: str, config) -> str:
 
 
 def standard_error(p: float, n: int) -> float:
-    """√(p(1-p)/n) of a share p found in n independent questions."""
     return math.sqrt(p * (1 - p) / n)
 
 
