@@ -154,8 +154,7 @@ align | {SFT}--base=W/base --out_dir=W/file/x | file/x
 align | {SFT}--base=W/base --out_dir=W/base | is read from
 align | {SFT}--base=W/base --template=zz | template='zz'
 align | {SFT}--base=W/base --device=xpu9 | device='xpu9'
-align | {SFT}--base=W/base --lr=nan | lr=nan
-align | {SFT}--base=W/base --context_length=999 | context_length=999""".strip().splitlines()]
+align | {SFT}--base=W/base --lr=nan | lr=nan""".strip().splitlines()]
 
 
 @pytest.mark.parametrize("script, words, message", WRONG)
