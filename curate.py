@@ -9,8 +9,7 @@ A line of a shard: {"id": "http://…", "language": "en", "score": 0.98, "text":
 
 An archive that has its counts is not read again, so a killed job goes on where it was; every executor gives the same
 bytes. Near duplicates go before lines: were equal lines taken out first, a page fetched twice would vanish from both
-places. Documents are held in memory for that (16,000 pages of 3 KB took 160 MB; the need is said before it starts); for
-more, run the archives in parts. Left out: dedup against an earlier job's documents.
+places. Documents are held in memory for that (16,000 pages of 3 KB took 160 MB); for more, run the archives in parts.
 """
 import concurrent.futures
 import contextlib
@@ -30,7 +29,7 @@ from tqdm import tqdm
 import clean
 from answers import read_text
 from archive import Extractor, expand, read_archive
-from checkpoint import only_writer, sha256, write_atomically, write_text
+from checkpoint import sha256, write_atomically, write_text
 from classify import SEPARATOR, load_classifier
 from clean import check_bands, hash_ngrams, hash_words, normalize
 
@@ -114,8 +113,7 @@ def rules_of(config: CurateConfig, out: Path, counts: dict) -> dict:
         return ""
 
     def evaluation(page: Page) -> str:
-        hashes = page.words[0]
-        grams = hash_ngrams(hashes, EVALUATION_WORDS) if len(hashes) >= EVALUATION_WORDS else hashes[:0]
+        grams = hash_ngrams(page.words[0], EVALUATION_WORDS)
         shared = np.flatnonzero(known[np.searchsorted(known[:-1], grams)] == grams)
         return f"words from the {shared[0] + 1}th on stand in the evaluation set" if len(shared) else ""
 
@@ -126,9 +124,7 @@ def rules_of(config: CurateConfig, out: Path, counts: dict) -> dict:
         rules["gopher"] = lambda page: clean.gopher_reason(page.text)
     if config.repetition:
         rules["repetition"] = lambda page: clean.repetition_reason(page.text, *page.words)
-    for name in MODELS:
-        if getattr(config, name):
-            rules[name] = model_rule(name, config)
+    rules |= {name: model_rule(name, config) for name in MODELS if getattr(config, name)}
     if config.evaluation:
         known = np.load(out / "evaluation.npy")  # hashes of its runs of 13 words, ascending
         rules["evaluation"] = evaluation
@@ -262,10 +258,11 @@ def run_archives(paths: list[Path], out: Path, config: CurateConfig, executor) -
         jobs = [executor.submit(curate_file, str(path.resolve()), str(out.resolve()), config) for path in todo]
         try:
             for job in tqdm(concurrent.futures.as_completed(jobs), total=len(jobs), unit="file", disable=None):
-                try:
-                    job.result()
-                except ValueError as error:
+                error = job.exception()
+                if isinstance(error, ValueError):
                     failures.append(str(error))
+                elif error:
+                    raise error
         finally:
             for job in jobs:
                 job.cancel()                     # after an error or Ctrl-C; finished ones do not mind
@@ -295,8 +292,7 @@ def merge(counts: list[dict], seed: int) -> dict:
 def curate_collection(shards: list[Path], out: Path, config: CurateConfig, report: dict) -> None:
     """Near duplicates, lines that occur again, order: what needs all documents at once. Fills `report`."""
     n, n_bytes = list(report["funnel"].values())[-1]
-    print(f"{out}: {n:,} documents, {n_bytes / 1e6:,.1f} MB of text, come into memory: about "
-          f"{(2.5 * n_bytes + n * (1000 + 8 * (config.num_hashes or 0))) / 1e6:,.0f} MB")
+    print(f"{out}: {n:,} documents come into memory: about {(2.5 * n_bytes + 2000 * n) / 1e6:,.0f} MB")
     documents = [json.loads(line) for shard in shards for line in shard.read_text(encoding="utf-8").split("\n") if line]
     if config.num_hashes:
         signatures = np.concatenate([np.load(shard.with_suffix(".npy")) for shard in shards])
@@ -306,8 +302,7 @@ def curate_collection(shards: list[Path], out: Path, config: CurateConfig, repor
             json.dumps([documents[i]["id"] for i in cluster], ensure_ascii=False) + "\n" for cluster in clusters))
         largest = sorted(clusters, key=lambda cluster: (-len(cluster), cluster))[:SAMPLES]
         report["clusters"] = {"number": len(clusters), "examples": [
-            [[documents[i]["id"], documents[i]["text"][:EXCERPT_CHARS]] for i in cluster[:SAMPLES]]
-            for cluster in largest]}
+            [[documents[i]["id"], documents[i]["text"][:EXCERPT_CHARS]] for i in cluster[:SAMPLES]] for cluster in largest]}
         dropped = {i for cluster in clusters for i in cluster[1:]}
         documents = [document for i, document in enumerate(documents) if i not in dropped]
         sizes = [len(document["text"].encode()) for document in documents]
