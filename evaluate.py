@@ -122,12 +122,12 @@ class GSM8KConfig(WriteConfig, ChooseConfig):
 class MMLUConfig(WriteConfig):
     data: str | None = None              # the folder that holds dev/ and test/
     shots: int = 0                       # worked examples before each question, from dev/
-    by: str = "letter"                   # letter | text (both by likelihood) | generate (write, then parse)
+    by: str = "letter"                   # letter (the likeliest) | generate (write, then parse)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.by not in ("letter", "text", "generate"):
-            raise ValueError(f"by={self.by!r} must be letter, text or generate")
+        if self.by not in ("letter", "generate"):
+            raise ValueError(f"by={self.by!r} must be letter or generate")
         written = (self.template, self.max_new_tokens, self.temperature, self.seed)
         if self.by != "generate" and written != (None, 256, 0, 0):
             raise ValueError(f"template, max_new_tokens, temperature and seed need by=generate, not {self.by}")
@@ -301,25 +301,21 @@ def write_answers(model, tokenizer, template: str, prompts: list[str], config) -
 
 
 def ask_mmlu(model, tokenizer, template, config) -> list[dict]:
-    """MMLU: options shown and the likeliest letter; or not shown and the likeliest option; or shown and written."""
-    items, letters = read_mmlu(config.data, "test")[:config.limit], config.by != "text"
-    examples = read_mmlu(config.data, "dev") if config.shots else []
-
+    """MMLU: the options are shown, and the likeliest letter is the answer, or the one that is written."""
     def ask(item):
         options = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, item["options"]))
-        return item["question"] + (options if letters else "") + "\nAnswer:"
+        return item["question"] + options + "\nAnswer:"
 
-    def answered(item):
-        return ask(item) + " " + (item["answer"] if letters else item["options"][LETTERS.index(item["answer"])])
-
-    # 64 tokens are enough for nearly all options, and for the template around the prompt.
+    items = read_mmlu(config.data, "test")[:config.limit]
+    examples = read_mmlu(config.data, "dev") if config.shots else []
+    # 64 tokens are enough for the header and the template around the prompt.
     room = model.config.context_length - (answer_room(model, config) if config.by == "generate" else 0) - 64
     for item in items:
         header = f"The following are multiple choice questions (with answers) about {item['subject']}.\n\n"
-        shots = [answered(shot) for shot in examples if shot["subject"] == item["subject"]][:config.shots]
-        item["prompt"] = header + with_shots(tokenizer, shots, ask(item), room)
+        shots = [f"{ask(shot)} {shot['answer']}" for shot in examples if shot["subject"] == item["subject"]]
+        item["prompt"] = header + with_shots(tokenizer, shots[:config.shots], ask(item), room)
     if config.by != "generate":
-        return choose(model, tokenizer, items, letters, config.batch_size)
+        return choose(model, tokenizer, items, True, config.batch_size)
     texts = write_answers(model, tokenizer, template, [item["prompt"] for item in items], config)
     for item, text in zip(items, texts):
         chosen = parse_mmlu(item, text)
@@ -331,8 +327,8 @@ def ask_choices(model, tokenizer, template, config) -> list[dict]:
     """HellaSwag and ARC: the option that is the likeliest, byte for byte, to follow the question."""
     items, shots = read_jsonl(config.data, read_choices)[0][:config.limit], []
     if config.shots:
-        for item in read_jsonl(config.shots_data, read_choices)[0][:config.shots]:
-            shots.append(item["question"] + " " + item["options"][LETTERS.index(item["answer"])].strip())
+        shots = [f"{item['question']} {item['options'][LETTERS.index(item['answer'])].strip()}"
+                 for item in read_jsonl(config.shots_data, read_choices)[0][:config.shots]]
     for item in items:
         item["prompt"] = with_shots(tokenizer, shots, item["question"], model.config.context_length - 64)
     return choose(model, tokenizer, items, False, config.batch_size)
@@ -446,12 +442,10 @@ def standard_error(p: float, n: int) -> float:
 def read(out_dir: str, config: ReadConfig) -> str:
     """The line that reports one model's loss on a text."""
     model, tokenizer, state = open_model(out_dir, config)
-    path = config.data
-    if path is None:
-        data_dir = (state.get("train_config") or {}).get("data_dir")
-        if data_dir is None:
-            raise ValueError(f"{out_dir} does not say what it was trained on; name a text with --data=FILE")
-        path = Path(data_dir) / "val.bin"
+    data_dir = (state.get("train_config") or {}).get("data_dir")
+    if config.data is None and data_dir is None:
+        raise ValueError(f"{out_dir} does not say what it was trained on; name a text with --data=FILE")
+    path = config.data or Path(data_dir) / "val.bin"
     file = Path(out_dir) / "tokenizer.json"
     tokens, n_bytes = read_tokens(path, tokenizer, sha256(file) if file.is_file() else state.get("tokenizer_sha256"))
     started = time.perf_counter()

@@ -32,7 +32,7 @@ def test_bytes_of_a_token_file_are_those_of_its_text(corpus):
 
 
 @pytest.mark.parametrize("verb, data, n, more", [
-    ("mmlu", "", 2, ["--shots=1"]), ("mmlu", "", 2, ["--by=text"]), ("mmlu", "", 2, ["--by=generate", "--max_new_tokens=8"]),
+    ("mmlu", "", 2, ["--shots=1"]), ("mmlu", "", 2, ["--by=generate", "--max_new_tokens=8"]),
     ("hellaswag", "hellaswag.jsonl", 1, []), ("arc", "arc.jsonl", 2, ["--shots=1", "--shots_data=hellaswag.jsonl"]),
     ("gsm8k", "gsm8k.jsonl", 2, ["--shots=1", "--shots_data=train.jsonl", "--quantize=int8"]),
     ("instructions", None, 6, []), ("alpaca", "alpaca.json", 1, []), ("safety", "sst.csv", 1, ["--temperature=1"])])
