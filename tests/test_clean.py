@@ -14,11 +14,7 @@ import data
 
 
 def test_text_and_language_of_pages_in_any_encoding():
-    page = "<html><title>t</title><body><p>Ein “Café” für 5 €</p><script>x()</script></body></html>"
-    texts = {data.extract_text(page.encode(code))[-18:] for code in ("utf-8", "utf-8-sig", "cp1252")}
-    assert texts == {"Ein “Café” für 5 €"}
     assert "Straße in Zürich" in data.extract_text(("<p>" + "Die Straße in Zürich ist schön. " * 9).encode() + b"\xe4")   # cut
-    assert data.extract_text("<p>привет мир, как дела".encode("koi8-r")) == "привет мир, как дела"
     for text, language in (("A short text in English.", "en"), ("欢迎来到\n我们的网站", "zh"), ("", "und"),
                            ("half a pair, \ud800, in a text", "en")):
         code, score = data.identify_language(text)
@@ -46,7 +42,9 @@ def test_a_declared_charset_is_read_where_utf_8_fails(text, charset, label):
     ("<meta charset=gb2312><body>" + "<div class=x></div>" * 2000 + "<p>新华社北京电", "gb2312", "新华社北京电"),     # trafilatura 541
     ('<meta content="text/html; charset=iso-8859&#8211;1"><body>Le café où naît', "latin-1", "Le café où naît"),  # warc2zim 417
     ('<?xml version="1.0" encoding="iso-8859-2"?><html><body>Zażółć gęślą', "iso-8859-2", "Zażółć gęślą"),
-    ("<meta charset=utf-8><body>Die Straße in Zürich", "cp1252", "Die Straße in Zürich"), ("<body>привет мир", "utf-16", "привет мир")])
+    ("<meta charset=utf-8><body>Die Straße in Zürich", "cp1252", "Die Straße in Zürich"), ("<body>привет мир", "utf-16", "привет мир"),
+    ("<p>" + "Die Straße in Zürich. " * 9, "cp1252", ("Die Straße in Zürich. " * 9).strip()), ("<p>привет мир, как дела", "koi8-r", "привет мир, как дела"),
+    ("<title>t</title><body><p>Ein “Café”, 5 €</p><script>x()</script>", "utf-8-sig", "Ein “Café”, 5 €")])
 def test_encodings_of_reported_pages(page, charset, text):
     assert data.extract_text(page.encode(charset)) == text
 

@@ -50,17 +50,6 @@ def test_every_kind_of_question_is_asked_and_its_answers_kept(little_base, quest
         assert {"instruction", "output", "generator", "dataset"} <= set(judged)
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["gsm8k", "--data=QA", "--shots=2"], "shots=2 and shots_data=None go together"), (["--batch_size=0"], "batch_size=0"),
-    (["arc", "--data=QA", "--shots=1", "--shots_data=QA"], "never from the questions asked"), ([], "--data=FILE"),
-    (["arc", "--data=QA", "--by=generate"], "--by is not a setting"), (["hellaswag", "--data=QA", "--limit=-3"], "limit=-3"),
-    (["mmlu", "--template=qa"], "need by=generate"), (["safety"], "needs --data")])
-def test_what_cannot_be_asked_is_refused(little_base, argv, words, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main([*argv[:1], str(little_base), *argv[1:]])
-    assert stopped.value.code == 2 and words in capsys.readouterr().err
-
-
 def test_a_table_with_bad_rows_names_them(tmp_path):
     (tmp_path / "dev").mkdir()
     path = tmp_path / "dev" / "a_dev.csv"
