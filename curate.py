@@ -272,13 +272,13 @@ def run_archives(paths: list[Path], out: Path, config: CurateConfig, executor) -
 
 def merge(counts: list[dict], seed: int) -> dict:
     """The sum of the counts of all archives, with a few samples of each kind."""
-    report = {"files": len(counts), "funnel": {step: [0, 0] for step in counts[0]["funnel"]}, "samples": {},
+    report = {"files": len(counts), "samples": {},
               "contaminated": [address for one in counts for address in one["contaminated"]]}
+    report["funnel"] = {step: np.sum([one["funnel"][step] for one in counts], axis=0).tolist()
+                        for step in counts[0]["funnel"]}
     for key in ("damage", "masked", "languages", "lengths"):
         report[key] = dict(sum((Counter(one[key]) for one in counts), Counter()))
     for one in counts:
-        for step, size in one["funnel"].items():
-            report["funnel"][step] = [a + b for a, b in zip(report["funnel"][step], size)]
         for kind, samples in one["samples"].items():
             report["samples"].setdefault(kind, []).extend(samples)
     rng = np.random.default_rng(seed)
@@ -337,30 +337,30 @@ def drop_lines(documents: list[dict], config: CurateConfig, report: dict) -> lis
 
 def write_report(report: dict, out: Path) -> None:
     """report.json, and report.html: funnel, samples of every rule, histograms and clusters, without an outside file."""
-    def table(rows, head=()) -> str:
+    def table(title: str, rows, head=()) -> str:
         cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}" for cell in row) for row in rows)
-        return "<table><tr>" + "".join(f"<th>{name}" for name in head) + cells + "</table>"
+        return f"<h2>{title}</h2><table><tr>" + "".join(f"<th>{name}" for name in head) + cells + "</table>"
 
-    def bars(counts: dict) -> str:
+    def bars(title: str, counts: dict) -> str:
         most = max(counts.values(), default=1)
-        return "<table>" + "".join(f"<tr><td>{html.escape(str(key))}<td>{n:,}<td><hr style='width:{300 * n // most}px'>"
-                                   for key, n in counts.items()) + "</table>"
+        return table(title, [(key, f"{n:,}", "█" * (40 * n // most)) for key, n in counts.items()])
+
     funnel, before = [], None
     for step, (documents, n_bytes) in report["funnel"].items():
         funnel.append((step, f"{documents:,}", f"{n_bytes:,}", f"{1 - documents / before:.1%}" if before else ""))
         before = documents
+    lengths = {key: report["lengths"][key] for key in sorted(report["lengths"], key=int)}
     parts = ["<!doctype html><meta charset=utf-8><title>report</title><style>body{font:15px sans-serif;margin:2em} "
-             "td{padding:2px 1em;vertical-align:top} hr{margin:0;border:4px solid #48c}</style>",
-             "<h2>Funnel</h2>", table(funnel, ("after", "documents", "bytes", "dropped here")),
-             "<h2>Damaged or unreadable</h2>", table(sorted(report["damage"].items())),
-             "<h2>Masked</h2>", table(sorted(report["masked"].items())),
-             "<h2>Languages</h2>", bars(dict(Counter(report["languages"]).most_common())),
-             "<h2>Words of the documents kept (at least)</h2>",
-             bars({key: report["lengths"][key] for key in sorted(report["lengths"], key=int)})]
+             "td{padding:2px 1em;vertical-align:top}</style>",
+             table("Funnel", funnel, ("after", "documents", "bytes", "dropped here")),
+             table("Damaged or unreadable", sorted(report["damage"].items())),
+             table("Masked", sorted(report["masked"].items())),
+             bars("Languages", dict(Counter(report["languages"]).most_common())),
+             bars("Words of the documents kept (at least)", lengths)]
     for kind, samples in report["samples"].items():
-        parts += [f"<h2>{kind}</h2>", table(samples, ("document", "reason", "beginning"))]
+        parts.append(table(kind, samples, ("document", "reason", "beginning")))
     for cluster in report.get("clusters", {}).get("examples", ()):
-        parts += ["<h2>Near duplicates (the first is kept)</h2>", table(cluster, ("document", "beginning"))]
+        parts.append(table("Near duplicates (the first is kept)", cluster, ("document", "beginning")))
     write_text(out / "report.html", "\n".join(parts))
     write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     print(f"{out}: {before:,} of {report['funnel']['archive'][0]:,} documents are left; {out / 'report.html'} says why")
