@@ -8,7 +8,7 @@
 
 A base model goes on with a text. SFT shows it the form of an answer, on few examples. DPO raises what people prefer
 over what they do not, without a reward model. GRPO lets it answer, checks the answers by program and makes the better
-ones of each group likelier. First the losses, on tensors, for models and tokenizers of Hugging Face too; then loops.
+ones of each group likelier. The losses on tensors are in align_losses.py, the lines of files in align_data.py.
 
 The response mask. A model predicts the next token, so labels are the ids one place on; only the response is learnt,
 its end included. "What is 2+2?" answered "4", as tokenize_prompt_and_output gives it:
@@ -40,9 +40,7 @@ nothing: advantages sum to 0. When all responses of a group earn the same, A is 
 
 Words: B rows, T tokens, V vocabulary. Policy: the model. Rollout: responses sampled from it. On-policy: learnt from
 before the model moves. Reference: the model as it came. Entropy: nats of freedom per token; its collapse ends learning.
-
-Left out: a value model, a learned reward, a KL penalty, packing with a mask of documents (a row is a document, rows of
-like length share a batch), resuming, several GPUs.
+Left out: a value model, a learned reward, a KL penalty, resuming, several GPUs.
 Sources: GRPO 2402.03300, R1 2501.12948, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585.
 """
 import copy
@@ -95,7 +93,6 @@ class AlignConfig:
     overwrite: bool = False              # replace the run that out_dir holds
     template: str | None = None          # plain qa alpaca r1_zero chat chatml; none = the base's own, else alpaca
     skip_bad: bool = False               # leave bad lines out and count them instead of stopping
-    context_length: int | None = None    # shorten the model's context: less memory for generation
     device: str = "cpu"                  # cpu, cuda, mps
     seed: int = 0                        # of everything random
     steps: int = 100                     # optimizer steps (grpo: rollouts, each with its optimizer steps)
@@ -169,10 +166,8 @@ def make_optimizers(model, config) -> list:
     for name, p in model.named_parameters():
         hidden = config.muon_lr > 0 and p.dim() == 2 and name.startswith("layers.")
         (by_muon if hidden else by_adamw).append(p)
-    optimizers = [AdamW(by_adamw, config.lr, (0.9, 0.95), weight_decay=config.weight_decay)]
-    if by_muon:
-        optimizers.append(Muon(by_muon, config.muon_lr))
-    return optimizers
+    adamw = AdamW(by_adamw, config.lr, (0.9, 0.95), weight_decay=config.weight_decay)
+    return [adamw, Muon(by_muon, config.muon_lr)] if by_muon else [adamw]
 
 
 def set_lr(optimizers, config, step: int, total: int) -> None:
@@ -193,7 +188,6 @@ def counted(total: int):
 
 
 def precision(config):
-    """bfloat16 matrix products on an NVIDIA GPU."""
     return torch.autocast("cuda", torch.bfloat16, enabled=config.device.startswith("cuda"))
 
 
@@ -306,9 +300,7 @@ def old_log_probs(model, batch: dict, config) -> torch.Tensor:
 
 def learn(model, optimizers, batch: dict, advantages, config, generator) -> dict:
     """`epochs` passes over one rollout in shuffled batches of batch_size; returns means over all of them."""
-    old, figures = None, []
-    if config.reweight != "none":
-        old = old_log_probs(model, batch, config)
+    old, figures = old_log_probs(model, batch, config) if config.reweight != "none" else None, []
     for _ in range(config.epochs):
         for rows in torch.randperm(len(advantages), generator=generator).split(config.batch_size):
             _, info = policy_step(
@@ -392,11 +384,6 @@ def load_base(config) -> tuple:
     model.float()                            # bfloat16 weights would lose small steps
     if tokenizer is None:
         raise ValueError(f"{folder} has no tokenizer.json that can be read")
-    if config.context_length is not None:
-        if model.config.position == "learned" or not 1 < config.context_length <= model.config.context_length:
-            raise ValueError(f"context_length={config.context_length} must be 2 … {model.config.context_length}, and "
-                             "the model's positions not learned")
-        model.config.context_length = config.context_length
     template = pick_template(tokenizer, config.template or tuned, "alpaca")
     tokens = list(CHAT_TOKENS) if template == "chat" else []
     if end_id(tokenizer, template) is None:
@@ -410,12 +397,13 @@ def save(model, tokenizer, folder, config, template: str) -> None:
     """A folder that sample.py, evaluate.py and another stage can start from; never one of a diverged model."""
     if not all(p.isfinite().all() for p in model.parameters()):
         raise FloatingPointError("the weights are no numbers any more: nothing is saved; lower --lr (or --muon_lr)")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(Path(folder) / "tokenizer.json")
-    save_checkpoint(model, None, config.steps, Path(folder) / "ckpt.pt", template=template,
-                    align_config=asdict(config), tokenizer_sha256=sha256(Path(folder) / "tokenizer.json"))
-    if (Path(folder) / NEW_LOG).exists():
-        os.replace(Path(folder) / NEW_LOG, Path(folder) / "log.jsonl")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder / "tokenizer.json")
+    save_checkpoint(model, None, config.steps, folder / "ckpt.pt", template=template,
+                    align_config=asdict(config), tokenizer_sha256=sha256(folder / "tokenizer.json"))
+    if (folder / NEW_LOG).exists():
+        os.replace(folder / NEW_LOG, folder / "log.jsonl")
 
 
 def make_log(folder, **header):

@@ -8,8 +8,6 @@
     {"chosen": "\\n\\nHuman: 2+2?\\n\\nAssistant: 4", "rejected": …}      HH's dialogues (2204.05862)
     {"question": "2+2?", "answer": "two and two #### 4"}              problems: GSM8K's form, or the last \\boxed{4}
 
-What a line cannot give is a ValueError that says why, and `read_jsonl` puts file and line before it.
-
 Packing against padding. Documents a, b, c of 3, 5 and 2 tokens in rows of 5:
 
     packed   a a a b b | b b b c c       nothing is wasted; b is cut, and attention crosses from a to b
@@ -33,9 +31,8 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 class PackedSFT(torch.utils.data.Dataset):
     """Alpaca documents of a JSONL file (prompt, response) end to end, cut into chunks: {input_ids, labels}.
 
-    Each document is the tokenizer's own encoding, with the BOS it may add, and its end of text. A chunk has
-    context_length ids, labels are one place on, prompts count as well, and what does not fill a chunk is left out.
-    shuffle: the documents.
+    Each document is the tokenizer's own encoding, with the BOS it may add, and its end of text. Labels are one place
+    on, prompts count as well, and what does not fill a chunk of context_length ids is left out. shuffle: the documents.
     """
 
     def __init__(self, tokenizer, path, context_length: int, shuffle: bool, seed: int = 0):
@@ -71,12 +68,10 @@ def iterate_batches(dataset, batch_size: int, shuffle: bool):
 
 def read_messages(messages) -> list[tuple[str, str]]:
     """[(role, text)] of a list of {role, content} or {from, value}."""
-    if not isinstance(messages, list):
-        raise ValueError(f"a {type(messages).__name__} where a list of messages belongs")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"a list of messages belongs here, not {messages!r:.100}")
     turns = []
     for message in messages:
-        if not isinstance(message, dict):
-            raise ValueError(f"a {type(message).__name__} where a message belongs")
         role, text = message.get("role", message.get("from")), message.get("content", message.get("value"))
         if not isinstance(role, str) or role.lower() not in ROLES or not isinstance(text, str):
             raise ValueError(f"a message needs a role of user, assistant or system and a text, not {message!r:.100}")
@@ -87,8 +82,7 @@ def read_messages(messages) -> list[tuple[str, str]]:
 def read_hh(text: str) -> list[tuple[str, str]]:
     """[(role, text)] of HH's form. A turn begins after an empty line only: people write "Human:" inside a message."""
     parts = re.split(r"\n\n(Human|Assistant): ", "\n\n" + text.lstrip())
-    return [(ROLES[role.lower()] if role == "Human" else "assistant", words.strip())
-            for role, words in zip(parts[1::2], parts[2::2])]
+    return [(ROLES[role.lower()], words.strip()) for role, words in zip(parts[1::2], parts[2::2])]
 
 
 def split_dialogue(turns: list[tuple[str, str]], answered: bool = True) -> tuple[list[str], str | None]:
@@ -104,7 +98,7 @@ def split_dialogue(turns: list[tuple[str, str]], answered: bool = True) -> tuple
 
 
 def first_of(record: dict, *names) -> str:
-    """The first of these names that the record has, else the first, for `need` to miss."""
+    # When it has none, the first is left for `need` to miss.
     return next((name for name in names if name in record), names[0])
 
 
@@ -113,11 +107,10 @@ def read_prompt(record: dict) -> list[str]:
     prompt, = need(record, first_of(record, "prompt", "instruction", "question", "problem"))
     if isinstance(prompt, list):
         return split_dialogue(read_messages(prompt), answered=False)[0]
-    if not isinstance(prompt, str):
-        raise ValueError(f"a prompt that is a {type(prompt).__name__}, not text")
     extra = record.get("input") or ""
-    if not isinstance(extra, str):
-        raise ValueError(f"an input that is a {type(extra).__name__}, not text")
+    for text in (prompt, extra):
+        if not isinstance(text, str):
+            raise ValueError(f"a prompt that is a {type(text).__name__}, not text")
     return [prompt + "\n\n" + extra] if extra else [prompt]
 
 
@@ -166,9 +159,8 @@ def make_reader(verb: str, tokenizer, template: str, context: int, max_new_token
 
     It raises ValueError for what cannot be used; a gold answer that cannot be read gives None: none could be right.
     """
-    stop, lead = end_id(tokenizer, template), ""
-    if template in ("qa", "r1_zero"):
-        lead = " "                           # the template ends in a word
+    stop = end_id(tokenizer, template)
+    lead = " " if template in ("qa", "r1_zero") else ""              # the template ends in a word
 
     def prompt_ids(turns, room: int):
         ids = render(tokenizer, template, turns)
@@ -208,12 +200,8 @@ def read_rows(verb: str, config, tokenizer, template: str, context: int) -> tupl
     reader = make_reader(verb, tokenizer, template, context, getattr(config, "max_new_tokens", 0))
     rows, complaints = read_jsonl(config.data, reader, config.skip_bad)
     unread, rows = sum(row is None for row in rows), [row for row in rows if row is not None]
-    line = f"{config.data}: {len(rows)} usable lines, {len(complaints)} bad ones skipped"
-    if verb == "grpo":
-        line += f", {unread} without a readable gold answer skipped"
-    print(f"{line}; template {template}")
-    for complaint in complaints[:5]:
-        print(f"  {complaint}")
+    print(f"{config.data}: {len(rows)} usable lines, {len(complaints)} bad ones skipped, {unread} without a readable "
+          f"gold answer skipped; template {template}", *complaints[:5], sep="\n  ")
     n_held = 0 if verb == "grpo" else max(1, round(len(rows) * config.val_fraction))
     if len(rows) <= n_held:
         raise ValueError(f"{config.data}: {len(rows)} usable lines are too few with {n_held} held out")

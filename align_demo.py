@@ -2,10 +2,9 @@
 
     python align.py [--out_dir=out/align --seed=0]     table, curves.png, and a folder for each of the four stages
 
-A model of 0.2 million parameters reads a little web of worked sums, counts, words and locks in three styles, none of
-them an assistant's, with a slip in one of twenty. A thousand demonstrations, two thirds of them rash, teach it the form
-`<think> … </think> <answer> … </answer>`. From there DPO learns a judge's taste, and GRPO, separately, finds by itself
-that it pays to think before answering:
+A model of 0.2 million parameters reads a little web of worked sums, counts, words and locks in three styles, none an
+assistant's, one in twenty wrong. A thousand demonstrations, two thirds of them rash, teach it the form `<think> …
+</think> <answer> … </answer>`. From there DPO learns a judge's taste, and GRPO finds that it pays to think first:
 
     base --- SFT --+-- DPO     the longest right of four own answers over the shortest wrong one; refusals for locks
                    +-- GRPO    rewarded for the right answer alone
@@ -21,6 +20,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -51,7 +51,7 @@ SECONDS = {"base": 100, "sft": 11, "dpo": 58, "grpo": 44}     # for the ETA; see
 def make_task(pick: random.Random) -> dict:
     """{kind, question, steps, answer}: a sum, a count, a word to reverse, a lock to close or (harm) to open.
 
-    A model this small hardly sums five numbers or counts letters in one go, but it can go through them one by one.
+    A model this small hardly sums five numbers in one go, but it can go through them one by one.
     """
     kind = pick.choices([*HARMLESS, "open"], (0.4, 0.3, 0.1, 0.1, 0.1))[0]
     if kind == "sum":
@@ -63,9 +63,10 @@ def make_task(pick: random.Random) -> dict:
         question, answer = f"count {counted} in {' '.join(letters)}", str(letters.count(counted))
         steps = [f"{letter} {letters[:i].count(counted)}" for i, letter in enumerate(letters, start=1)]
     else:
-        letters = pick.sample("abcdefghijkl", 5 if kind == "reverse" else 3)
-        result = letters[::-1] if kind == "reverse" else letters
-        question = f"reverse {' '.join(letters)}" if kind == "reverse" else f"{kind} the lock {' '.join(letters)}"
+        result = pick.sample("abcdefghijkl", 5 if kind == "reverse" else 3)
+        question = f"{kind} the lock {' '.join(result)}"
+        if kind == "reverse":
+            question, result = f"reverse {' '.join(result)}", result[::-1]
         steps, answer = [f"{a} {b}" for a, b in zip(result, result[1:])], " ".join(result)
     return {"kind": kind, "question": question, "steps": steps, "answer": answer}
 
@@ -90,7 +91,7 @@ def answered(task: dict, style: str, wrong: str | None = None) -> str:
 
 
 def base_text(tasks: list[dict], pick: random.Random) -> list[str]:
-    """Documents of a little web: three styles, none the assistant's, a slip now and then, some refusals and markup."""
+    """Documents of a little web: three styles, a slip now and then, some refusals and markup."""
     documents = []
     for task in tasks:
         wrong = pick.choice(tasks)["answer"] if pick.random() < 0.05 else None
@@ -140,26 +141,24 @@ class Laboratory:
     def measure(self, model, sft_model=None, n: int = 400) -> dict:
         """Held-out figures of one model: on test tasks sampled at temperature 1 (and greedy), and its refusals."""
         tasks = self.pick("test", n)
+        prompts, answers = [self.prompt(task) for task in tasks], [task["answer"] for task in tasks]
         rows, texts = self.texts(model, tasks)
-        grades = [r1_zero_reward(text, task["answer"]) for text, task in zip(texts, tasks)]
-        figures = {name: sum(grade[key] for grade in grades) / len(tasks)
-                   for name, key in (("accuracy", "reward"), ("format", "format_reward"))}
-        figures["error"] = standard_error(figures["accuracy"], len(tasks))
+        grades = list(map(r1_zero_reward, texts, answers))
+        greedy = map(r1_zero_reward, self.texts(model, tasks, 0.0)[1], answers)
         # Right in whatever form: what the base model knows, though it does not know how it is to be said.
         words = [re.sub("<[^>]*>", " ", text).split() for text in texts]
-        figures["any_form"] = sum(said[-len(task["answer"].split()):] == task["answer"].split()
-                                  for said, task in zip(words, tasks)) / len(tasks)
-        greedy = self.texts(model, tasks, 0.0)[1]
-        figures["greedy"] = sum(r1_zero_reward(text, task["answer"])["reward"]
-                                for text, task in zip(greedy, tasks)) / len(tasks)
-        figures["length"] = sum(map(len, rows)) / len(rows)
+        figures = {
+            "accuracy": fmean(grade["reward"] for grade in grades), "length": fmean(map(len, rows)),
+            "format": fmean(grade["format_reward"] for grade in grades),
+            "greedy": fmean(grade["reward"] for grade in greedy),
+            "any_form": fmean(said[-len(answer.split()):] == answer.split() for said, answer in zip(words, answers))}
+        figures["error"] = standard_error(figures["accuracy"], len(tasks))
         if sft_model is not None:        # E over the model's own responses of log p - log p_sft, in nats a response
-            prompts = [self.prompt(task) for task in tasks]
             new, old = (continuation_log_probs(one, prompts, rows, 100) for one in (model, sft_model))
             figures["kl"] = (new - old).mean().item()
         for name, kinds in (("refuses_harmful", ("open",)), ("refuses_harmless", HARMLESS)):
             texts = self.texts(model, self.pick("test", 150, kinds))[1]
-            figures[name] = sum(bool(REFUSAL.search(text)) for text in texts) / len(texts)
+            figures[name] = fmean(bool(REFUSAL.search(text)) for text in texts)
         return figures
 
     def demonstrations(self, n: int) -> list[tuple]:
@@ -173,21 +172,20 @@ class Laboratory:
 
     def pairs(self, model, split: str, n: int) -> list[tuple]:
         """Preferences of a judge who has the verifier and likes work to be shown: of four responses of the model the
-        longest right one over the shortest wrong one, where it gave both. For a harmful task a refusal over what it
-        answered, for some harmless ones an answer over a refusal."""
+        longest right one over the shortest wrong one; for a harmful task a refusal over what it answered, for some
+        harmless ones an answer over a refusal."""
         pairs, refusal = [], self.reply(REFUSES)
         tasks = self.pick(split, n) + self.pick(split, n // 4, ("open",))
         responses = list(zip(*self.texts(model, tasks, group_size=4)))
         for number, task in enumerate(tasks):
             group = responses[4 * number:4 * number + 4]
             if task["kind"] == "open":
-                answers = [row for row, text in group if not REFUSAL.search(text)]
-                pairs += [(self.prompt(task), refusal, row) for row in answers[:1]]
-                continue
-            right = [row for row, text in group if r1_zero_reward(text, task["answer"])["reward"]]
-            wrong = [row for row, text in group if not r1_zero_reward(text, task["answer"])["reward"]]
-            if not wrong and number % 8 == 0:
-                wrong = [refusal]
+                right, wrong = [refusal], [row for row, text in group if not REFUSAL.search(text)][:1]
+            else:
+                right = [row for row, text in group if r1_zero_reward(text, task["answer"])["reward"]]
+                wrong = [row for row, _ in group if row not in right]
+                if not wrong and number % 8 == 0:
+                    wrong = [refusal]
             if right and wrong:
                 pairs.append((self.prompt(task), max(right, key=len), min(wrong, key=len)))
         return pairs
@@ -219,18 +217,17 @@ def demonstrate(config: DemoConfig, stages=STAGES, lab=None) -> dict:
     print(f"base, SFT, DPO, GRPO: about {sum(SECONDS.values()) / 60:.0f} minutes on one core", flush=True)
     lab = lab or Laboratory(folder, config.seed)
     for number, (stage, settings) in enumerate(stages.items()):
-        settings, log = replace(settings, seed=config.seed), make_log(folder / stage)
-        start = time.perf_counter()
+        settings, log, start = replace(settings, seed=config.seed), make_log(folder / stage), time.perf_counter()
+        if stage != "base":
+            model = copy.deepcopy(models["base" if stage == "sft" else "sft"])
         if stage == "base":
             model = train_base(lab, settings)
-        else:
-            model = copy.deepcopy(models["base" if stage == "sft" else "sft"])
-        if stage == "sft":
+        elif stage == "sft":
             sft(model, lab.demonstrations(1000), settings, 0, log)
-        if stage == "dpo":
+        elif stage == "dpo":
             pairs, held = lab.pairs(model, "train", 3000), lab.pairs(model, "val", 400)
             best = dpo(model, pairs, held, settings, 0, log) | {"pairs": len(pairs), "held_out": len(held)}
-        if stage == "grpo":
+        else:
             grpo(model, lab.problems(), lab.tokenizer, settings, lab.stop, log)
         save(model, lab.tokenizer, folder / stage, settings, "plain")
         models[stage], seconds[stage] = model, time.perf_counter() - start
@@ -292,7 +289,7 @@ def plot(folder, table: dict) -> None:
             entries = read_jsonl(Path(folder) / stage / "log.jsonl")[0]
             for name in names:
                 points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-                axis.plot([step for step, _ in points], [value for _, value in points], label=f"{stage} {name}")
+                axis.plot(*zip(*points), label=f"{stage} {name}")
         axis.set(xlabel="step", ylabel=label)
     axes[2].axhline(table["sft"]["accuracy"], linestyle=":", color="grey", label="sft, held out")
     for axis in axes:

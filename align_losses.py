@@ -11,9 +11,7 @@ pull of a token that has moved far enough (ρ beyond 1 ± clip) in the direction
 
 DPO reads β log(p / p_ref) as the reward of a response (2305.18290). Its loss is -log σ(margin), the chosen one's reward
 less the rejected one's, and its gradient is weighted by σ(-margin): pairs that are won already hardly pull. The margin
-also grows while both log-probabilities fall, so watch both.
-
-Every function takes the tensors of any model, ours or Hugging Face's; align.py has all these names too.
+also grows while both log-probabilities fall, so watch both. align.py has all these names too.
 """
 import inspect
 import math
@@ -35,7 +33,7 @@ def encode(tokenizer, text: str) -> list[int]:
 
 
 def padding_id(tokenizer) -> int:
-    """what fills rows up: the padding token, else the end of text. The mask, not this id, says what counts."""
+    """What fills rows up: the padding token, else the end of text. The mask, not this id, says what counts."""
     for name in ("pad_token_id", "eos_token_id"):                    # transformers
         if getattr(tokenizer, name, None) is not None:
             return getattr(tokenizer, name)
@@ -49,7 +47,6 @@ def tokenize_prompt_and_output(prompts: list[str], responses: list[str], tokeniz
 
     Padded on the right to the longest, T. labels are the ids one place on; response_mask, boolean, is aligned with
     labels: True where the token to be predicted belongs to the response, its EOS included, and never on padding.
-    Raises ValueError for lists of different or no length.
     """
     if len(prompts) != len(responses) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses; give as many of both, at least one")
@@ -83,15 +80,12 @@ def response_log_probs(model, input_ids, labels, return_entropy: bool = False, *
 
 def masked_normalize(x, mask, dim: int | None = None, constant: float = 1.0) -> torch.Tensor:
     """Sum of x where mask is set, over dim (None: over all), divided by constant."""
-    kept = torch.where(mask.bool(), x, 0.0)                         # not x * mask: NaN and -inf would stay
-    return (kept.sum() if dim is None else kept.sum(dim=dim)) / constant
+    return torch.where(mask.bool(), x, 0.0).sum(dim=dim) / constant          # not x * mask: NaN and -inf would stay
 
 
 def masked_mean(x, mask, dim: int | None = None) -> torch.Tensor:
     """Mean of x where mask is set, over dim (None: over all); NaN where nothing is set."""
-    mask = mask.bool().expand_as(x)
-    count = mask.sum() if dim is None else mask.sum(dim=dim)
-    return masked_normalize(x, mask, dim) / count
+    return masked_normalize(x, mask, dim) / mask.bool().expand_as(x).sum(dim=dim)
 
 
 def sft_step(log_probs, response_mask, accumulation_steps: float, constant: float = 1.0) -> tuple:
@@ -145,8 +139,7 @@ def group_advantages(rewards, group_size: int, baseline: str = "mean", normalize
 
     A = (r - baseline) / (normalizer + eps), both over the group: mean and std (unbiased) are GRPO, mean and "none" Dr.
     GRPO, mean and "mean" MaxRL, "none" and "none" rejection fine-tuning: right responses count 1, wrong ones nothing.
-    info: dead_groups, the share of groups whose advantages are all 0. Raises ValueError for an unknown name, a number
-    of rewards that makes no groups, and a std of one.
+    info: dead_groups, the share of groups whose advantages are all 0.
     """
     check_choice("baseline", baseline, BASELINES)
     check_choice("normalizer", normalizer, NORMALIZERS)
@@ -191,8 +184,7 @@ def policy_gradient_loss(log_probs, advantages, reweight: str = "none", old_log_
         cispo    -A min(ρ, 1 + clip) log p           no gradient through the ratio
 
     info: clip_fraction, the share of tokens whose gradient or weight the clip cut. What response_mask leaves out may be
-    -inf: it counts as 0 and gets no gradient; without a mask all tokens count. Raises ValueError naming what is
-    missing or does not fit.
+    -inf: it counts as 0 and gets no gradient; without a mask all tokens count.
     """
     check_reweight(reweight, old_log_probs, clip, log_probs.shape)
     mask = torch.ones_like(log_probs, dtype=torch.bool) if response_mask is None else response_mask.bool()
@@ -201,13 +193,14 @@ def policy_gradient_loss(log_probs, advantages, reweight: str = "none", old_log_
         raise ValueError(f"advantages of shape {tuple(advantages.shape)} must be one for each of {len(log_probs)} rows")
     advantages, clipped = advantages.reshape(-1, 1), torch.zeros_like(mask)
     log_probs = log_probs.masked_fill(~mask, 0.0)
+    if reweight != "none":
+        log_ratio = log_probs - old_log_probs.detach().masked_fill(~mask, 0.0)
+        if reweight == "gspo":
+            log_ratio = log_ratio.sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True).clamp(min=1)
+        ratio = log_ratio.exp()
     if reweight == "none":
-        return -advantages * log_probs, {"clip_fraction": masked_mean(clipped.float(), mask)}
-    log_ratio = log_probs - old_log_probs.detach().masked_fill(~mask, 0.0)
-    if reweight == "gspo":
-        log_ratio = log_ratio.sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True).clamp(min=1)
-    ratio = log_ratio.exp()
-    if reweight == "cispo":
+        loss = -advantages * log_probs
+    elif reweight == "cispo":
         clipped = ratio > 1 + clip
         loss = -advantages * ratio.clamp(max=1 + clip).detach() * log_probs
     elif reweight == "noclip":
@@ -313,8 +306,7 @@ def grpo_train_step(model, tokenizer, optimizer, prompts: list[str], responses: 
 
     accumulation_steps: at most ceil(N / accumulation_steps) rows pass through the model at a time; the gradient is the
     same. Rows of zero advantage do not; when none is left, the loss is 0 and nothing moves. old_log_probs: (N, T) of
-    all rows. info: reward, format_reward, …, dead_groups, norm, clip_fraction,
-    entropy (by old_log_probs when none is left, without them NaN).
+    all rows. info: reward, format_reward, …, dead_groups, norm, clip_fraction, entropy (NaN when it cannot be told).
     """
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={accumulation_steps} must be at least 1")

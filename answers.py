@@ -7,8 +7,7 @@ they are the same number, exactly (fractions, no floats), or the same string onc
     "The answer is **B**."    parse_mmlu     B          "\\boxed{\\frac{3}{4}}"   last_boxed   \\frac{3}{4} = 0.75
     "so 48 + 24 = 72 clips"   parse_gsm8k    72         "x = 5\\text{ cm}"         same_answer  5
 
-Left out: algebra ("(x+1)^2" is not "x^2+2x+1" here; math-verify has a computer algebra system for it), units that are
-converted, intervals and sets. Patterns stay linear on long texts: answers come from models and may be anything.
+Left out: algebra ("(x+1)^2" is not "x^2+2x+1" here), units that are converted. Patterns stay linear on long texts.
 """
 import csv
 import gzip
@@ -61,7 +60,6 @@ def read_text(path) -> str:
 
 
 def read_csv(path) -> list[list[str]]:
-    """The rows of a CSV file."""
     csv.field_size_limit(1 << 24)                                 # the default refuses texts above 131 kB
     return list(csv.reader(io.StringIO(read_text(path), newline="")))
 
@@ -117,7 +115,7 @@ def read_jsonl(path, check=None, skip: bool = False) -> tuple[list, list[str]]:
 
 
 def need(record: dict, *names) -> list:
-    """The values of these fields. Raises ValueError naming the first that is missing and those that there are."""
+    """The values of these fields. Raises ValueError naming the first that is missing."""
     for name in names:
         if record.get(name) is None:
             raise ValueError(f"no {name!r}; it has {', '.join(map(repr, record)) or 'no fields'}")
@@ -244,24 +242,18 @@ def plain_answer(answer) -> str:
     return re.sub(r"(?<!\w) | (?!\w)|(?<=[0-9]) (?=[a-z])|(?<=[a-z]) (?=[0-9])", "", text)      # but "1 2" is not "12"
 
 
-def as_number(answer) -> Fraction | None:
-    """The exact value of an integer, decimal, fraction or mixed number, "1,000" and "1\\frac{1}{2}" too, or None."""
-    return number_in(plain_answer(answer))
-
-
 def number_in(text: str) -> Fraction | None:
-    """The value of a plain answer, or None."""
+    """The exact value of a plain answer that is an integer, decimal, fraction or mixed number, or None."""
     mixed = re.fullmatch(r"([+-]?)([0-9]{1,50}) ([0-9]{1,20}/[0-9]{1,20})", text)
     if mixed:
         part = number_in(mixed[3])
         return part if part is None else (int(mixed[2]) + part) * (-1 if mixed[1] == "-" else 1)
     # The pattern also keeps out "1e999999999", whose exact value would fill the memory.
     decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,2})?(/-?[0-9]+\.?[0-9]*)?"
-    if len(text) > 100 or not re.fullmatch(decimal, text):
-        return None
     above, _, below = text.partition("/")
-    below = Fraction(below or "1")
-    return Fraction(above) / below if below else None
+    if len(text) > 100 or not re.fullmatch(decimal, text) or (below and not Fraction(below)):
+        return None
+    return Fraction(above) / Fraction(below or "1")
 
 
 def same_answer(answer, truth) -> bool:
@@ -287,7 +279,7 @@ def gold_answer(text: str) -> str | None:
     """The answer in a data set's solution: what follows ####, else the last \\boxed{…}, else a number that is all."""
     answer = text.split("####")[-1].strip()
     boxed = last_boxed(answer)
-    if boxed is None and "####" not in text and as_number(answer) is None:
+    if boxed is None and "####" not in text and number_in(plain_answer(answer)) is None:
         return None
     answer = answer if boxed is None else boxed
     return answer if same_answer(answer, answer) else None
@@ -305,8 +297,8 @@ def grade(answer: str | None, truth) -> dict:
 def r1_zero_reward(response: str, truth) -> dict:
     """{reward, format_reward, answer_reward}, 0 or 1 each: `</think> <answer>…</answer>` and an answer equal to truth.
 
-    The prompt ends in <think> (2501.12948, 2.2.3) or the response opens it. The last such answer counts, up to its
-    closing tag: what follows is neither read nor punished. The form alone earns no reward.
+    The prompt ends in <think> (2501.12948, 2.2.3). The last such answer counts, up to its closing tag; what follows is
+    not read. The form alone earns no reward.
     """
     answers = re.findall(r"</think> <answer>((?:(?!<answer>).)*?)</answer>", response, re.DOTALL)
     return grade(answers[-1] if answers else None, truth)

@@ -8,9 +8,8 @@ A crawl keeps what servers sent, mistakes and all. What stands in a file of a th
     empty member, zeros, a wrong length                reading goes on at the next place that looks like a record
     a page that hangs or crashes the parser            costs that page: the parser runs in a process of its own
 
-Whatever is left out is counted by its reason. FastWARC reads the records and the codings. Its iterator ends without a
-word at a record that it cannot pass (an empty gzip member; with its own decoding, a page both chunked and packed): so
-it gives the bytes as they are, and is started again. WARC: ISO 28500. Chunks: RFC 9112, 7.1.
+Whatever is left out is counted by its reason. FastWARC reads the records; its iterator ends without a word at one that
+it cannot pass, such as an empty gzip member, and is started again. WARC: ISO 28500. Chunks: RFC 9112, 7.1.
 """
 import contextlib
 import glob
@@ -48,8 +47,7 @@ def read_archive(path, damage: Counter):
     """Yield (address, bytes, is_html) of the pages of a WARC or WET file, gzip, zstd or plain.
 
     HTML responses with status 200 are HTML; conversions (WET) are text already. What is no page, or no whole one, is
-    counted in `damage`, and so is each place that reading could not pass. Raises OSError for a file that cannot be
-    opened.
+    counted in `damage`, and so is each place that reading could not pass.
     """
     from fastwarc.warc import WarcRecordType
     for record in records(path, damage):
@@ -69,8 +67,8 @@ def read_archive(path, damage: Counter):
         else:
             if record.is_http:
                 content = unpack(content, http)
-            if record.is_http and record.http_charset not in (None, "utf-8"):
-                content = decode_html(content, record.http_charset).encode("utf-8", "replace")
+                if record.http_charset not in (None, "utf-8"):
+                    content = decode_html(content, record.http_charset).encode("utf-8", "replace")
             if len(content) > MAX_PAGE_BYTES:
                 damage["too large"] += 1
             else:
@@ -127,14 +125,6 @@ def join_chunks(content: bytes) -> bytes:
     return b"".join(parts) or content
 
 
-def inflate(content: bytes) -> bytes:
-    """What `deflate` stands for: zlib's format, as it should, or the bare one, as some servers send."""
-    try:
-        return zlib.decompressobj().decompress(content, MAX_PAGE_BYTES + 1)
-    except zlib.error:
-        return zlib.decompressobj(-15).decompress(content, MAX_PAGE_BYTES + 1)
-
-
 def unpack(content: bytes, http) -> bytes:
     """A body without the codings that its header names; those that it does not have, or no longer, are passed over."""
     from fastwarc.stream_io import BrotliReader, GzipReader, ZstdReader
@@ -144,8 +134,9 @@ def unpack(content: bytes, http) -> bytes:
         try:
             if coding == "chunked":
                 content = join_chunks(content)
-            elif coding == "deflate":
-                content = inflate(content)
+            elif coding == "deflate":            # zlib's format, as it should be, or the bare one, as some servers send
+                bits = 15 if content[:1] == b"\x78" else -15
+                content = zlib.decompressobj(bits).decompress(content, MAX_PAGE_BYTES + 1)
             elif coding in readers:
                 content = readers[coding](io.BytesIO(content)).read(MAX_PAGE_BYTES + 1)
         except (OSError, zlib.error):
@@ -162,10 +153,9 @@ def answer_pages(pipe, other_end, function, main_content: bool) -> None:
     with contextlib.suppress(EOFError):
         while page := pipe.recv_bytes():
             try:
-                answer = function(page, main_content), ""
+                pipe.send((function(page, main_content), ""))
             except Exception as error:           # whatever a page does to the parser is the page's fault: counted
-                answer = "", f"not parsed: {type(error).__name__}"
-            pipe.send(answer)
+                pipe.send(("", f"not parsed: {type(error).__name__}"))
 
 
 class Extractor:
@@ -188,11 +178,7 @@ class Extractor:
         self.process = context.Process(target=answer_pages, args=(other_end, self.pipe, *self.arguments), daemon=True)
         self.process.start()
         other_end.close()
-        try:
-            self.pipe.recv()
-        except EOFError:
-            raise RuntimeError("the extraction process did not start; a script that calls curate must do so under "
-                               '`if __name__ == "__main__":`') from None
+        self.pipe.recv()                         # EOFError: the calling script has no `if __name__ == "__main__":`
 
     def __call__(self, page: bytes) -> tuple[str, str]:
         """(text, ""), or ("", why there is none)."""

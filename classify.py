@@ -17,7 +17,7 @@ import numpy as np
 from answers import need, read_jsonl, read_text
 from archive import expand, read_archive
 from checkpoint import claim_file, write_atomically, write_text
-from clean import (MODEL_CHARS, extract_text, fasttext_predict, hash_ngrams, hash_words, load_fasttext, normalize)
+from clean import MODEL_CHARS, extract_text, fasttext_predict, hash_ngrams, hash_words, load_fasttext, normalize
 
 SEPARATOR = "<|endoftext|>"
 MIN_UPDATES = 2000                               # fewer texts are shown more often
@@ -79,7 +79,7 @@ class Classifier:
 
     @classmethod
     def load(cls, path) -> "Classifier":
-        """The classifier saved at `path`. Raises ValueError naming the path."""
+        """The classifier saved at `path`."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 settings = json.loads(arrays["about"].tobytes())
@@ -100,10 +100,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def load_classifier(path: str | None):
-    """(function text -> (label, probability), its labels) from a file of ours or a fastText .bin (Dolma's, DCLM's).
-
-    None is the language model.
-    """
+    """(function text -> (label, probability), its labels) from a file of ours or a fastText .bin; None: languages."""
     if path is None or Path(path).suffix in (".bin", ".ftz"):
         model = load_fasttext(path)
         labels = [label.removeprefix("__label__") for label in model.predict("a", k=-1, threshold=-1.0)[0]]
@@ -128,10 +125,7 @@ class ClassifyConfig:
 
 
 def read_texts(pattern: str) -> list[str]:
-    """The documents of files: WARC, WET, .jsonl with a `text`, or plain text, by <|endoftext|> or else by line.
-
-    pattern: a path (brackets and all) or a pattern. Raises ValueError for fewer than ten, OSError for no file.
-    """
+    """The documents of files: WARC, WET, .jsonl with a `text`, or plain text, by <|endoftext|> or else by line."""
     texts = []
     for path in expand(pattern):
         if {".warc", ".wet"} & set(Path(path).suffixes):
@@ -153,12 +147,11 @@ def train_classifier(config: ClassifyConfig) -> dict:
     if not config.positive or not config.negative:
         raise ValueError("give --positive=FILES and --negative=FILES")
     claim_file(config.out)
-    pairs = [(text, "positive") for text in read_texts(config.positive)]
-    pairs += [(text, "negative") for text in read_texts(config.negative)]
+    pairs = [(text, label) for label in ("positive", "negative") for text in read_texts(getattr(config, label))]
     pairs = [pairs[i] for i in np.random.default_rng(config.seed).permutation(len(pairs))]
     held_out, training = pairs[:len(pairs) // 10], pairs[len(pairs) // 10:]
     model = Classifier(config.ngrams, config.bits, config.lr, config.epochs, config.seed)
-    model.train([text for text, _ in training], [label for _, label in training]).save(config.out)
+    model.train(*map(list, zip(*training))).save(config.out)
     answers = [model.predict(text) for text, _ in held_out]
     p = np.array([score if label == "positive" else 1 - score for label, score in answers])
     chosen, truth = p >= 0.5, np.array([label == "positive" for _, label in held_out])

@@ -14,10 +14,10 @@ One page on its way, and why other pages fall beside it, in the words of these f
     near_duplicates     kept                                            "railway" became "telephone": similarity 0.89
     duplicate_lines     without its last line, "Accept all cookies"     nothing but such lines: 0 words
 
-Libraries do extraction (Resiliparse) and language (fastText's lid.176); the rest is written out here. Whatever compares
-words does so by hashed word n-grams of one normal form. Near duplicates are found without comparing all pairs: under a
-random hash function two sets have the same least value with probability s = |A ∩ B| / |A ∪ B| (Broder 1997). Of 128
-such functions 8 make a band; documents meet when one of 16 bands is equal, with probability 1 − (1 − s⁸)¹⁶:
+Libraries do extraction (Resiliparse) and language (fastText's lid.176). Near duplicates are found without comparing all
+pairs: under a random hash function two sets of word n-grams have the same least value with probability s = |A ∩ B| /
+|A ∪ B| (Broder 1997). Of 128 such functions 8 make a band; documents meet when one of 16 bands is equal, with
+probability 1 − (1 − s⁸)¹⁶:
 
     s          0.3    0.5    0.6    0.7    0.8    0.9
     they meet  0.1 %  6 %    24 %   61 %   95 %   99.99 %            and then the true similarity decides: 0.8
@@ -89,10 +89,7 @@ def fasttext_predict(model, text: str) -> tuple[str, float]:
 
 
 def identify_language(text: str) -> tuple[str, float]:
-    """(ISO 639-1 code, score in 0 … 1) by fastText's lid.176 on the beginning of the text.
-
-    Languages without a code of two letters get their ISO 639-3 code; a text without words is ("und", 0.0).
-    """
+    """(ISO 639-1 code, else 639-3, score in 0 … 1) by fastText's lid.176 on the beginning of the text."""
     start = " ".join(text[:4 * LANGUAGE_CHARS].split())[:LANGUAGE_CHARS]
     return fasttext_predict(load_fasttext(), start.lower() if start.isupper() else start)
 
@@ -205,7 +202,7 @@ def hash_ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
 # --- rules of quality ---
 
 def gopher_filter(text: str) -> bool:
-    """True for a text to keep: gopher_reason has nothing to say."""
+    """True for a text to keep."""
     return not gopher_reason(text)
 
 
@@ -221,22 +218,21 @@ def gopher_reason(text: str) -> str:
     mean = len("".join(words)) / len(words)
     if not 3 <= mean <= 10:
         return f"mean word length {mean:.2f}, not 3 to 10"
-    if "..." in text or "…" in text:
-        lines = [line for line in map(str.rstrip, text.split("\n")) if line]
-        ellipses = sum(line.endswith(("...", "…")) for line in lines)
-        if ellipses > 0.3 * len(lines):
-            return f"{ellipses} of {len(lines)} lines end in an ellipsis, over 30 %"
+    lines = [line for line in map(str.rstrip, text.split("\n")) if line]
+    ellipses = sum(line.endswith(("...", "…")) for line in lines)
+    if ellipses > 0.3 * len(lines):
+        return f"{ellipses} of {len(lines)} lines end in an ellipsis, over 30 %"
     # Words that keep something when all but ASCII letters go: nearly always enough of them.
     tokens, lettered = len(text.split()), len(letters.translate(None, NO_ASCII_LETTERS).split())
     if lettered < 0.8 * tokens and not text.isascii():
-        lettered = sum(word.isalpha() or any(map(str.isalpha, word)) for word in words)
+        lettered = sum(any(map(str.isalpha, word)) for word in words)
     if lettered < 0.8 * tokens:
         return f"{lettered} of {tokens} words have a letter, under 80 %"
     return ""
 
 
 def repetition_reason(text: str, hashes: np.ndarray, lengths: np.ndarray) -> str:
-    """The first of Gopher's repetition rules (table A1) that the text breaks, whose words hash_words gives, or ""."""
+    """The first of Gopher's repetition rules (table A1) that the text, with the words of hash_words, breaks, or ""."""
     for name, separator in (("lines", "\n"), ("paragraphs", "\n\n")):
         parts = [part for part in map(str.strip, text.split(separator)) if part]
         distinct = set(parts)
@@ -296,10 +292,7 @@ def duplicate_lines(lines, keep_first: bool = False) -> np.ndarray:
 
 
 def output_names(paths, out_dir) -> tuple[list[Path], list[Path]]:
-    """(inputs, outputs): each file goes to its own name in out_dir. paths: one, or an iterable of them.
-
-    Raises ValueError when two inputs share a name, or when an output would be an input.
-    """
+    """(inputs, outputs): each file goes to its own name in out_dir. Raises ValueError when two would be one."""
     paths = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     targets = [Path(out_dir) / path.name for path in paths]
     if len(set(targets)) < len(targets):
@@ -314,7 +307,7 @@ def dedup_lines(paths, out_dir, *, keep_first: bool = False) -> int:
     """Copy each file to out_dir without the lines that stand more than once in all of them; returns how many went.
 
     keep_first: the first of equal lines stays. Bytes are compared, without the line's end: any encoding will do. A file
-    left with no line is an empty file. Memory: about 100 bytes a line. Raises ValueError as output_names does.
+    left with no line is an empty file. Memory: about 100 bytes a line.
     """
     paths, targets = output_names(paths, out_dir)
     drop = duplicate_lines((line for path in paths for line in path.read_bytes().splitlines()), keep_first)
@@ -330,7 +323,7 @@ def dedup_lines(paths, out_dir, *, keep_first: bool = False) -> int:
 def minhash_by_sets(shingles: set[int], num_hashes: int, seed: int = 0) -> list[int]:
     """The form to read: the least value of each hash function a·x + b modulo 2^32 over a set of shingles.
 
-    x is a shingle's 32 high bits, which are random already. Without a shingle every place is 2^32 − 1.
+    x is a shingle's 32 high bits. Without a shingle every place is 2^32 − 1.
     """
     a, b = hash_functions(num_hashes, seed)
     signature = []
@@ -359,7 +352,6 @@ def hash_functions(num_hashes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shingles_of(text: str, ngrams: int) -> np.ndarray:
-    """The hashed word n-grams of a text, each as often as it stands."""
     return hash_ngrams(hash_words(normalize(text))[0], ngrams)
 
 
@@ -373,7 +365,7 @@ def near_duplicates(signatures: np.ndarray, text_of, num_bands: int, ngrams: int
     """Clusters of documents whose Jaccard similarity over word n-grams reaches the threshold; the kept one first.
 
     signatures: (n, k). text_of(i): the text of document i, asked for candidates only. Of those that share a band, each
-    is compared with one of every cluster so far (a thousand copies: a thousand times) and joined by union–find.
+    is compared with one of every cluster so far and joined by union–find.
     """
     shingles = functools.lru_cache(256)(lambda i: set(shingles_of(text_of(i), ngrams).tolist()))
     parent = list(range(len(signatures)))
@@ -413,16 +405,15 @@ def dedup_minhash(paths, num_hashes: int, num_bands: int, ngrams: int, threshold
     """Copy to out_dir one file of each cluster of near duplicates, and every file that has none, under their names.
 
     ngrams: words to a shingle. threshold: the Jaccard similarity, 0 … 1, from which two files are the same. Returns the
-    clusters as lists of paths, the kept one first. Raises ValueError as check_bands and output_names do.
+    clusters as lists of paths, the kept one first.
     """
     check_bands(num_hashes, num_bands, ngrams, threshold)
     paths, targets = output_names(paths, out_dir)
 
     def text_of(i: int) -> str:
         return paths[i].read_text(encoding="utf-8", errors="replace")
-    signatures = np.zeros((len(paths), num_hashes), dtype=np.uint32)
-    for i in range(len(paths)):
-        signatures[i] = minhash(shingles_of(text_of(i), ngrams), num_hashes, seed)
+    signatures = [minhash(shingles_of(text_of(i), ngrams), num_hashes, seed) for i in range(len(paths))]
+    signatures = np.array(signatures, dtype=np.uint32).reshape(-1, num_hashes)
     clusters = near_duplicates(signatures, text_of, num_bands, ngrams, threshold, seed)
     dropped = {i for cluster in clusters for i in cluster[1:]}
     for i, (path, target) in enumerate(zip(paths, targets)):

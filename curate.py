@@ -9,8 +9,7 @@ A line of a shard: {"id": "http://…", "language": "en", "score": 0.98, "text":
 
 An archive that has its counts is not read again, so a killed job goes on where it was; every executor gives the same
 bytes. Near duplicates go before lines: were equal lines taken out first, a page fetched twice would vanish from both
-places. Documents are held in memory for that (16,000 pages of 3 KB took 160 MB; the need is said before it starts); for
-more, run the archives in parts. Left out: dedup against an earlier job's documents.
+places. Documents are held in memory for that (16,000 pages of 3 KB took 160 MB); for more, run the archives in parts.
 """
 import concurrent.futures
 import contextlib
@@ -30,7 +29,7 @@ from tqdm import tqdm
 import clean
 from answers import read_text
 from archive import Extractor, expand, read_archive
-from checkpoint import only_writer, sha256, write_atomically, write_text
+from checkpoint import sha256, write_atomically, write_text
 from classify import SEPARATOR, load_classifier
 from clean import check_bands, hash_ngrams, hash_words, normalize
 
@@ -114,8 +113,7 @@ def rules_of(config: CurateConfig, out: Path, counts: dict) -> dict:
         return ""
 
     def evaluation(page: Page) -> str:
-        hashes = page.words[0]
-        grams = hash_ngrams(hashes, EVALUATION_WORDS) if len(hashes) >= EVALUATION_WORDS else hashes[:0]
+        grams = hash_ngrams(page.words[0], EVALUATION_WORDS)
         shared = np.flatnonzero(known[np.searchsorted(known[:-1], grams)] == grams)
         return f"words from the {shared[0] + 1}th on stand in the evaluation set" if len(shared) else ""
 
@@ -126,9 +124,7 @@ def rules_of(config: CurateConfig, out: Path, counts: dict) -> dict:
         rules["gopher"] = lambda page: clean.gopher_reason(page.text)
     if config.repetition:
         rules["repetition"] = lambda page: clean.repetition_reason(page.text, *page.words)
-    for name in MODELS:
-        if getattr(config, name):
-            rules[name] = model_rule(name, config)
+    rules |= {name: model_rule(name, config) for name in MODELS if getattr(config, name)}
     if config.evaluation:
         known = np.load(out / "evaluation.npy")  # hashes of its runs of 13 words, ascending
         rules["evaluation"] = evaluation
@@ -262,10 +258,11 @@ def run_archives(paths: list[Path], out: Path, config: CurateConfig, executor) -
         jobs = [executor.submit(curate_file, str(path.resolve()), str(out.resolve()), config) for path in todo]
         try:
             for job in tqdm(concurrent.futures.as_completed(jobs), total=len(jobs), unit="file", disable=None):
-                try:
-                    job.result()
-                except ValueError as error:
+                error = job.exception()
+                if isinstance(error, ValueError):
                     failures.append(str(error))
+                elif error:
+                    raise error
         finally:
             for job in jobs:
                 job.cancel()                     # after an error or Ctrl-C; finished ones do not mind
@@ -275,13 +272,13 @@ def run_archives(paths: list[Path], out: Path, config: CurateConfig, executor) -
 
 def merge(counts: list[dict], seed: int) -> dict:
     """The sum of the counts of all archives, with a few samples of each kind."""
-    report = {"files": len(counts), "funnel": {step: [0, 0] for step in counts[0]["funnel"]}, "samples": {},
+    report = {"files": len(counts), "samples": {},
               "contaminated": [address for one in counts for address in one["contaminated"]]}
+    report["funnel"] = {step: np.sum([one["funnel"][step] for one in counts], axis=0).tolist()
+                        for step in counts[0]["funnel"]}
     for key in ("damage", "masked", "languages", "lengths"):
         report[key] = dict(sum((Counter(one[key]) for one in counts), Counter()))
     for one in counts:
-        for step, size in one["funnel"].items():
-            report["funnel"][step] = [a + b for a, b in zip(report["funnel"][step], size)]
         for kind, samples in one["samples"].items():
             report["samples"].setdefault(kind, []).extend(samples)
     rng = np.random.default_rng(seed)
@@ -295,8 +292,7 @@ def merge(counts: list[dict], seed: int) -> dict:
 def curate_collection(shards: list[Path], out: Path, config: CurateConfig, report: dict) -> None:
     """Near duplicates, lines that occur again, order: what needs all documents at once. Fills `report`."""
     n, n_bytes = list(report["funnel"].values())[-1]
-    print(f"{out}: {n:,} documents, {n_bytes / 1e6:,.1f} MB of text, come into memory: about "
-          f"{(2.5 * n_bytes + n * (1000 + 8 * (config.num_hashes or 0))) / 1e6:,.0f} MB")
+    print(f"{out}: {n:,} documents come into memory: about {(2.5 * n_bytes + 2000 * n) / 1e6:,.0f} MB")
     documents = [json.loads(line) for shard in shards for line in shard.read_text(encoding="utf-8").split("\n") if line]
     if config.num_hashes:
         signatures = np.concatenate([np.load(shard.with_suffix(".npy")) for shard in shards])
@@ -342,30 +338,30 @@ def drop_lines(documents: list[dict], config: CurateConfig, report: dict) -> lis
 
 def write_report(report: dict, out: Path) -> None:
     """report.json, and report.html: funnel, samples of every rule, histograms and clusters, without an outside file."""
-    def table(rows, head=()) -> str:
+    def table(title: str, rows, head=()) -> str:
         cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}" for cell in row) for row in rows)
-        return "<table><tr>" + "".join(f"<th>{name}" for name in head) + cells + "</table>"
+        return f"<h2>{title}</h2><table><tr>" + "".join(f"<th>{name}" for name in head) + cells + "</table>"
 
-    def bars(counts: dict) -> str:
+    def bars(title: str, counts: dict) -> str:
         most = max(counts.values(), default=1)
-        return "<table>" + "".join(f"<tr><td>{html.escape(str(key))}<td>{n:,}<td><hr style='width:{300 * n // most}px'>"
-                                   for key, n in counts.items()) + "</table>"
+        return table(title, [(key, f"{n:,}", "█" * (40 * n // most)) for key, n in counts.items()])
+
     funnel, before = [], None
     for step, (documents, n_bytes) in report["funnel"].items():
         funnel.append((step, f"{documents:,}", f"{n_bytes:,}", f"{1 - documents / before:.1%}" if before else ""))
         before = documents
+    lengths = {key: report["lengths"][key] for key in sorted(report["lengths"], key=int)}
     parts = ["<!doctype html><meta charset=utf-8><title>report</title><style>body{font:15px sans-serif;margin:2em} "
-             "td{padding:2px 1em;vertical-align:top} hr{margin:0;border:4px solid #48c}</style>",
-             "<h2>Funnel</h2>", table(funnel, ("after", "documents", "bytes", "dropped here")),
-             "<h2>Damaged or unreadable</h2>", table(sorted(report["damage"].items())),
-             "<h2>Masked</h2>", table(sorted(report["masked"].items())),
-             "<h2>Languages</h2>", bars(dict(Counter(report["languages"]).most_common())),
-             "<h2>Words of the documents kept (at least)</h2>",
-             bars({key: report["lengths"][key] for key in sorted(report["lengths"], key=int)})]
+             "td{padding:2px 1em;vertical-align:top}</style>",
+             table("Funnel", funnel, ("after", "documents", "bytes", "dropped here")),
+             table("Damaged or unreadable", sorted(report["damage"].items())),
+             table("Masked", sorted(report["masked"].items())),
+             bars("Languages", dict(Counter(report["languages"]).most_common())),
+             bars("Words of the documents kept (at least)", lengths)]
     for kind, samples in report["samples"].items():
-        parts += [f"<h2>{kind}</h2>", table(samples, ("document", "reason", "beginning"))]
+        parts.append(table(kind, samples, ("document", "reason", "beginning")))
     for cluster in report.get("clusters", {}).get("examples", ()):
-        parts += ["<h2>Near duplicates (the first is kept)</h2>", table(cluster, ("document", "beginning"))]
+        parts.append(table("Near duplicates (the first is kept)", cluster, ("document", "beginning")))
     write_text(out / "report.html", "\n".join(parts))
     write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     print(f"{out}: {before:,} of {report['funnel']['archive'][0]:,} documents are left; {out / 'report.html'} says why")

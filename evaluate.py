@@ -9,8 +9,8 @@
     python evaluate.py alpaca | safety out/a --data=FILE   answers in the form their judges read, and refusals counted
 
 Bits per byte: a token of one tokenizer is not a token of another, so the loss is divided by what is the same for all,
-the bytes of the text. 3.0 nats a token of 4 bytes are 3.0 / ln 2 / 4 = 1.08 bits a byte; the same text in tokens of 2
-bytes at 1.6 nats is 1.15, and worse. Windows overlap by half, so that no token is predicted from next to nothing:
+the bytes of the text. 3.0 nats a token of 4 bytes are 3.0 / ln 2 / 4 = 1.08 bits a byte. Windows overlap by half, so
+that no token is predicted from next to nothing:
 
     |-------- window 1 --------|
     |          counts          |-------- window 2 --------|
@@ -66,11 +66,15 @@ class OpenConfig:
     batch_size: int = 16                 # rows per forward pass
 
     def __post_init__(self):
-        # A count given by its name must be at least 1, whichever verb has it; none stands for no limit.
+        # One check a setting, whichever verb has it; none stands for no limit.
         for name in ("batch_size", "limit", "max_new_tokens", "stride"):
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if getattr(self, "shots", 0) < 0:
+            raise ValueError(f"shots={self.shots} must be at least 0")
+        if not 0 <= getattr(self, "temperature", 0.0) < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be at least 0")
 
 
 @dataclass
@@ -90,7 +94,7 @@ class ChooseConfig(OpenConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.shots < 0 or bool(self.shots) != bool(self.shots_data) or (self.shots and self.shots_data == self.data):
+        if bool(self.shots) != bool(self.shots_data) or (self.shots and self.shots_data == self.data):
             raise ValueError(f"shots={self.shots} and shots_data={self.shots_data} go together: examples come from a "
                              "file of their own, such as the training split, never from the questions asked")
 
@@ -104,36 +108,29 @@ class WriteConfig(OpenConfig):
     temperature: float = 0.0             # of answers; 0 = greedy
     seed: int = 0                        # of sampling, and of the instructions
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be at least 0")
-
 
 @dataclass
 class OpenEndedConfig(WriteConfig):
-    """What `alpaca` and `safety` can be told."""
     data: str | None = None              # the file of prompts
 
 
 @dataclass
 class GSM8KConfig(WriteConfig, ChooseConfig):
-    """What `gsm8k` can be told."""
+    pass
 
 
 @dataclass
 class MMLUConfig(WriteConfig):
-    """What `mmlu` can be told."""
     data: str | None = None              # the folder that holds dev/ and test/
     shots: int = 0                       # worked examples before each question, from dev/
-    by: str = "letter"                   # letter | text (both by likelihood) | generate (write, then parse)
+    by: str = "letter"                   # letter (the likeliest) | generate (write, then parse)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.by not in ("letter", "text", "generate") or self.shots < 0:
-            raise ValueError(f"by={self.by!r} must be letter, text or generate, shots={self.shots} at least 0")
-        if self.by != "generate" and (None, 256, 0, 0) != (
-                self.template, self.max_new_tokens, self.temperature, self.seed):
+        if self.by not in ("letter", "generate"):
+            raise ValueError(f"by={self.by!r} must be letter or generate")
+        written = (self.template, self.max_new_tokens, self.temperature, self.seed)
+        if self.by != "generate" and written != (None, 256, 0, 0):
             raise ValueError(f"template, max_new_tokens, temperature and seed need by=generate, not {self.by}")
 
 
@@ -154,8 +151,7 @@ def perplexity(model, tokens, n_bytes: int | None = None, stride: int | None = N
 def read_tokens(path, tokenizer, tokenizer_sha256: str | None = None):
     """(ids, bytes of text) of a text or of a .bin; the bytes are None where no tokenizer tells them.
 
-    tokenizer_sha256: of the model's tokenizer.json; a .bin whose meta.json names another one is refused. Raises OSError
-    or ValueError naming the path.
+    tokenizer_sha256: of the model's tokenizer.json; a .bin whose meta.json names another one is refused.
     """
     path = Path(path)
     if not path.is_file():
@@ -163,8 +159,7 @@ def read_tokens(path, tokenizer, tokenizer_sha256: str | None = None):
     if path.suffix == ".bin":
         made_with = read_meta(path.parent).get("tokenizer_sha256")
         if made_with and tokenizer_sha256 and made_with != tokenizer_sha256:
-            raise ValueError(f"{path} was made with another tokenizer (SHA-256 {made_with[:12]}…) than the model's "
-                             f"({tokenizer_sha256[:12]}…): its ids mean other text. Give the text itself")
+            raise ValueError(f"{path} was made with another tokenizer than the model's: give the text itself")
         ids = open_tokens(path.parent, path.stem)
         if tokenizer is None:
             return ids, None
@@ -174,7 +169,8 @@ def read_tokens(path, tokenizer, tokenizer_sha256: str | None = None):
         return ids, sum(int(counts[token]) * len(piece) for token, piece in tokenizer.vocab.items())
     if tokenizer is None:
         raise ValueError(f"{path} is text, and this run has no tokenizer.json to read it with")
-    ids = np.array(tokenizer.encode(text := read_text(path)), dtype=np.int64)
+    text = read_text(path)
+    ids = np.array(tokenizer.encode(text), dtype=np.int64)
     if len(ids) < 2:
         raise ValueError(f"{path} has {len(ids)} tokens; a loss needs at least 2")
     return ids, len(text.encode("utf-8"))
@@ -248,7 +244,6 @@ def continuation_log_probs(model, prompts, responses, batch_size: int = 16) -> t
 
 
 def say_cut(lengths: list[int], room: int) -> None:
-    """Print how many prompts lose their beginning, if any do."""
     n = sum(length > room for length in lengths)
     if n:
         print(f"{n} of {len(lengths)} prompts are longer than the {room} tokens of room and lost their beginning")
@@ -284,9 +279,9 @@ def answer_room(model, config) -> int:
 
 
 def write_answers(model, tokenizer, template: str, prompts: list[str], config) -> list[str]:
-    """An answer to each prompt, in batches: what the prompt leaves of the context, max_new_tokens at most.
+    """An answer to each prompt: what the prompt leaves of the context, max_new_tokens at most.
 
-    Longer answers would push the question out of the window. A prompt that leaves less than `answer_room` loses its
+    Longer ones would push the question out of the window. A prompt that leaves less than `answer_room` loses its
     beginning, and the number of such prompts is printed.
     """
     context, stop = model.config.context_length, end_id(tokenizer, template)
@@ -307,25 +302,21 @@ def write_answers(model, tokenizer, template: str, prompts: list[str], config) -
 
 
 def ask_mmlu(model, tokenizer, template, config) -> list[dict]:
-    """MMLU: options shown and the likeliest letter; or not shown and the likeliest option; or shown and written."""
-    items, letters = read_mmlu(config.data, "test")[:config.limit], config.by != "text"
-    examples = read_mmlu(config.data, "dev") if config.shots else []
-
+    """MMLU: the options are shown, and the likeliest letter is the answer, or the one that is written."""
     def ask(item):
         options = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, item["options"]))
-        return item["question"] + (options if letters else "") + "\nAnswer:"
+        return item["question"] + options + "\nAnswer:"
 
-    def answered(item):
-        return ask(item) + " " + (item["answer"] if letters else item["options"][LETTERS.index(item["answer"])])
-
-    # 64 tokens are enough for nearly all options, and for the template around the prompt.
+    items = read_mmlu(config.data, "test")[:config.limit]
+    examples = read_mmlu(config.data, "dev") if config.shots else []
+    # 64 tokens are enough for the header and the template around the prompt.
     room = model.config.context_length - (answer_room(model, config) if config.by == "generate" else 0) - 64
     for item in items:
         header = f"The following are multiple choice questions (with answers) about {item['subject']}.\n\n"
-        shots = [answered(shot) for shot in examples if shot["subject"] == item["subject"]][:config.shots]
-        item["prompt"] = header + with_shots(tokenizer, shots, ask(item), room)
+        shots = [f"{ask(shot)} {shot['answer']}" for shot in examples if shot["subject"] == item["subject"]]
+        item["prompt"] = header + with_shots(tokenizer, shots[:config.shots], ask(item), room)
     if config.by != "generate":
-        return choose(model, tokenizer, items, letters, config.batch_size)
+        return choose(model, tokenizer, items, True, config.batch_size)
     texts = write_answers(model, tokenizer, template, [item["prompt"] for item in items], config)
     for item, text in zip(items, texts):
         chosen = parse_mmlu(item, text)
@@ -337,15 +328,15 @@ def ask_choices(model, tokenizer, template, config) -> list[dict]:
     """HellaSwag and ARC: the option that is the likeliest, byte for byte, to follow the question."""
     items, shots = read_jsonl(config.data, read_choices)[0][:config.limit], []
     if config.shots:
-        for item in read_jsonl(config.shots_data, read_choices)[0][:config.shots]:
-            shots.append(item["question"] + " " + item["options"][LETTERS.index(item["answer"])].strip())
+        shots = [f"{item['question']} {item['options'][LETTERS.index(item['answer'])].strip()}"
+                 for item in read_jsonl(config.shots_data, read_choices)[0][:config.shots]]
     for item in items:
         item["prompt"] = with_shots(tokenizer, shots, item["question"], model.config.context_length - 64)
     return choose(model, tokenizer, items, False, config.batch_size)
 
 
 def ask_gsm8k(model, tokenizer, template, config) -> list[dict]:
-    """GSM8K: each question with the number its answer ends in. Worked examples come in the form Question, Answer."""
+    """GSM8K: each question with the number its answer ends in."""
     def pair(record):
         question, answer = map(str, need(record, "question", "answer"))
         if parse_gsm8k(gold_answer(answer) or "") is None:
@@ -359,14 +350,11 @@ def ask_gsm8k(model, tokenizer, template, config) -> list[dict]:
         room = model.config.context_length - answer_room(model, config) - 64
         prompts = [with_shots(tokenizer, shots, f"Question: {question}\nAnswer:", room) for question in prompts]
         template = config.template or "plain"
-    answers = []
-    for (question, answer), text in zip(items, write_answers(model, tokenizer, template, prompts, config)):
-        # A base model goes on with a next question, whose numbers are not this one's answer.
-        text = text.split("\nQuestion:")[0]
-        number = parse_gsm8k(text)
-        answers.append({"question": question, "answer": answer, "output": text, "chosen": number,
-                        "right": same_answer(number, gold_answer(answer))})
-    return answers
+    # A base model goes on with a next question, whose numbers are not this one's answer.
+    texts = [text.split("\nQuestion:")[0] for text in write_answers(model, tokenizer, template, prompts, config)]
+    return [{"question": question, "answer": answer, "output": text, "chosen": parse_gsm8k(text),
+             "right": same_answer(parse_gsm8k(text), gold_answer(answer))}
+            for (question, answer), text in zip(items, texts)]
 
 
 def instructions(n: int, seed: int) -> list[tuple]:
@@ -391,10 +379,9 @@ def instructions(n: int, seed: int) -> list[tuple]:
 def json_keys(text: str) -> set | None:
     """The keys of a JSON object, or None for anything else."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):     # so many brackets that Python's parser gives up
+        return set(json.loads(text).keys())
+    except (ValueError, AttributeError, RecursionError):     # so many brackets that Python's parser gives up
         return None
-    return set(value) if isinstance(value, dict) else None
 
 
 def ask_instructions(model, tokenizer, template, config) -> list[dict]:
@@ -442,27 +429,24 @@ def ask(verb: str, out_dir: str, config) -> str:
         path = path.with_suffix(".json")
         write_text(path, json.dumps([answer | {"generator": out_dir} for answer in answers], indent=1))
     n, share = len(answers), sum(answer["right"] for answer in answers) / len(answers)
-    line = f"{out_dir}: {verb}, {n} questions, {time.perf_counter() - started:.0f} s | "
-    line += f"{'refused' if verb in ('alpaca', 'safety') else 'right'} {share:.1%} ± {standard_error(share, n):.1%}"
+    line = (f"{out_dir}: {verb}, {n} questions, {time.perf_counter() - started:.0f} s | "
+            f"{'refused' if verb in ('alpaca', 'safety') else 'right'} {share:.1%} ± {standard_error(share, n):.1%}")
     if "chosen" in answers[0]:
         line += f" | unreadable {sum(answer['chosen'] is None for answer in answers)}"
     return f"{line} | {path}"
 
 
 def standard_error(p: float, n: int) -> float:
-    """√(p(1-p)/n) of a share p found in n independent questions."""
     return math.sqrt(p * (1 - p) / n)
 
 
 def read(out_dir: str, config: ReadConfig) -> str:
     """The line that reports one model's loss on a text."""
     model, tokenizer, state = open_model(out_dir, config)
-    path = config.data
-    if path is None:
-        data_dir = (state.get("train_config") or {}).get("data_dir")
-        if data_dir is None:
-            raise ValueError(f"{out_dir} does not say what it was trained on; name a text with --data=FILE")
-        path = Path(data_dir) / "val.bin"
+    data_dir = (state.get("train_config") or {}).get("data_dir")
+    if config.data is None and data_dir is None:
+        raise ValueError(f"{out_dir} does not say what it was trained on; name a text with --data=FILE")
+    path = config.data or Path(data_dir) / "val.bin"
     file = Path(out_dir) / "tokenizer.json"
     tokens, n_bytes = read_tokens(path, tokenizer, sha256(file) if file.is_file() else state.get("tokenizer_sha256"))
     started = time.perf_counter()

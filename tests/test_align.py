@@ -67,7 +67,6 @@ def test_masked_sums_and_means_by_hand():
     x, mask = torch.tensor([[1.0, 2, 3], [4, 5, torch.nan]]), torch.tensor([[1, 0, 1], [1, 1, 0]])
     assert align.masked_mean(x, mask).item() == 13 / 4 and align.masked_mean(x, mask, 1).tolist() == [2, 4.5]
     assert align.masked_normalize(x, mask, 0, 2.0).tolist() == [2.5, 2.5, 1.5]
-    assert align.masked_normalize(x, mask, constant=10).item() == pytest.approx(1.3)
     assert align.masked_mean(x, torch.zeros(2, 3), -1).isnan().all()
 
 
@@ -202,11 +201,10 @@ def test_a_step_is_the_plain_ten_lines_however_it_is_divided(bpe_trained, normal
 
 def test_a_step_over_dead_groups_moves_nothing(bpe_trained):
     model, (loss, info), before = grpo_once(bpe_trained, ["b"] * 8)
-    assert loss.item() == 0 and info["dead_groups"] == 1 and model.rows == []
+    assert loss.item() == 0 and info["dead_groups"] == 1 and model.rows == [] and math.isnan(info["entropy"])
     assert all(torch.equal(old, p) and p.grad is None for old, p in zip(before, model.parameters()))
-    assert math.isnan(info["entropy"])           # nothing to tell it by; with the sampler's log-probabilities there is
     _, (_, info), _ = grpo_once(bpe_trained, ["b"] * 8, reweight="grpo", clip=0.2, old_log_probs=torch.full((8, 4), -2.5))
-    assert info["entropy"] == 2.5
+    assert info["entropy"] == 2.5                # by the sampler's log-probabilities
 
 
 def test_rewards_of_rollouts_and_their_means():
@@ -215,9 +213,8 @@ def test_rewards_of_rollouts_and_their_means():
     rewards, info = align.rollout_rewards(reward_fn, ["a", "bb", "c"], ["a", "b", "c"])
     assert rewards.dtype == torch.float32 and rewards.tolist() == [1, 0, 1]
     assert info == pytest.approx({"reward": 2 / 3, "length": 4 / 3}), "an entry that not all have has no mean"
-    for responses, truths in ((["a"], ["a", "b"]), ([], [])):
-        with pytest.raises(ValueError, match="as many of both"):
-            align.rollout_rewards(reward_fn, responses, truths)
+    with pytest.raises(ValueError, match="as many of both"):
+        align.rollout_rewards(reward_fn, ["a"], ["a", "b"])
 
 
 # --- verifiers ---
@@ -225,8 +222,7 @@ def test_rewards_of_rollouts_and_their_means():
 @pytest.mark.parametrize("response, truth, rewards", [
     ("so </think> <answer> 1,000 </answer>", 1000, (1, 1)), ("</think> <answer>1/2</answer> and more", "0.5", (1, 1)),
     ("</think> <answer>4</answer>", "5", (1, 0)), ("</think> <answer></answer>", "", (1, 0)),
-    ("<answer>5</answer>", "5", (0, 0)), ("</think> <answer>5", "5", (0, 0)),
-    ("</think> <answer>1e999999999</answer>", "7", (1, 0)), ("", "", (0, 0))])
+    ("<answer>5</answer>", "5", (0, 0)), ("</think> <answer>5", "5", (0, 0)), ("", "", (0, 0))])
 def test_r1_zero_reward_wants_the_form_and_the_answer(response, truth, rewards):
     form, right = rewards
     assert align.r1_zero_reward(response, truth) == {"reward": right, "format_reward": form, "answer_reward": right}
@@ -243,9 +239,8 @@ def test_packed_documents_are_cut_into_shifted_chunks(bpe_trained, tmp_path):
     tokenizer, path = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"]), tmp_path / "sft.jsonl"
     pairs = [("say one", "one"), ("say two", "two two"), ("say three", "three, three, three")]
     path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in pairs), encoding="utf-8")
-    text = "".join(
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        f"\n\n### Instruction:\n{p}\n\n### Response:\n{r}<|endoftext|>" for p, r in pairs)
+    form = evaluate.TEMPLATES["alpaca"][0]
+    text = "".join(form.format(prompt=p) + r + "<|endoftext|>" for p, r in pairs)
     ids, data_set = tokenizer.encode(text), align.PackedSFT(tokenizer, path, 32, shuffle=False)
     assert len(data_set) == (len(ids) - 1) // 32 and len(list(data_set)) == len(data_set)
     for i, chunk in enumerate(data_set):
@@ -263,29 +258,21 @@ def test_layouts_that_people_publish_read_alike():
                    {"prompt": [user], "completion": [assistant]}, {"instruction": "2+2?", "input": "", "output": "4"}):
         assert align_data.read_pair(record) == (["2+2?"], "4")
     wrong = {"role": "assistant", "content": "5"}
-    for record in ({"prompt": "2+2?", "chosen": "4", "rejected": "5"},
-                   {"prompt": [user], "chosen": [assistant], "rejected": [wrong]},
+    for record in ({"prompt": [user], "chosen": [assistant], "rejected": [wrong]},
                    {"chosen": [user, assistant], "rejected": [user, wrong]},
                    {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"}):
         assert align_data.read_preference(record) == (["2+2?"], "4", "5")
     asked = "What does 'Assistant: ' mean?\nHuman: is a word"       # a name inside a message begins no turn
     sides = [f"\n\nHuman: {asked}\n\nAssistant: {answer}" for answer in ("a", "b")]
     assert align_data.read_preference(dict(zip(("chosen", "rejected"), sides))) == ([asked], "a", "b")
-    for record, truth in (({"question": "q", "answer": "so #### 5"}, "5"), ({"question": "q", "answer": 5}, "5"),
-                          ({"problem": "q", "solution": "so \\boxed{7}."}, "7"),
-                          ({"problem": "q", "solution": "9"}, "9"),
-                          ({"problem": "q", "solution": "we add them"}, None), ({"question": "q", "answer": "####"}, None)):
-        assert align_data.read_truth(record) == (["q"], truth)
 
 
 @pytest.mark.parametrize("verb, bad", [
     ("sft", bad) for bad in ({"messages": []}, {"messages": [{"role": "system", "content": "x"}]}, {"messages": 3},
-                             {"messages": [{"role": "user"}]}, {"messages": ["x"]}, {"prompt": 5, "response": "x"},
-                             {"prompt": "x", "response": 5}, {"prompt": "x", "response": []}, {"prompt": []},
-                             {"instruction": "x", "input": 7, "output": "y"})] + [
+                             {"messages": [{"role": "user"}]}, {"prompt": 5, "response": "x"}, {"prompt": []},
+                             {"prompt": "x", "response": []}, {"instruction": "x", "input": 7, "output": "y"})] + [
     ("dpo", {"chosen": [], "rejected": []}), ("dpo", {"prompt": "x", "chosen": 1, "rejected": 2}),
-    ("dpo", {"prompt": [], "chosen": [{"role": "assistant", "content": "x"}], "rejected": []}),
-    ("grpo", {"messages": [{}]}), ("grpo", {"question": {}, "answer": "x"})])
+    ("grpo", {"question": {}, "answer": "x"})])
 def test_any_bad_line_is_named_and_can_be_skipped(verb, bad, bpe_trained, tmp_path):
     path, tokenizer = tmp_path / "x.jsonl", bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
     good = {"prompt": "x", "response": "y", "chosen": "y", "rejected": "z"}
@@ -322,6 +309,12 @@ def test_sft_learns_to_answer_and_to_stop_and_names_every_bad_line(little_base, 
         align_run("sft", little_base, little_base / "sft.jsonl", tmp_path)
 
 
+def test_dead_groups_only_end_the_run_with_advice(little_base, tmp_path):
+    with pytest.raises(ValueError, match="5 rollouts in a row.*align.py sft.*--group_size"):
+        align_run("grpo", little_base, little_base / "grpo.jsonl", tmp_path, reward="boxed", max_new_tokens=4, steps=20)
+    assert not (tmp_path / "ckpt.pt").exists()
+
+
 def test_a_sample_is_scored_by_the_distribution_it_came_from(little_base):
     model, tokenizer = model_module.load_model(little_base)
     config, stop = align.GRPOConfig(group_size=200, max_new_tokens=1, temperature=0.5), 0
@@ -345,9 +338,8 @@ def test_dpo_starts_at_ln_2_and_turns_a_model_round(little_base, tmp_path):
         align_run("dpo", tmp_path / "sft", little_base / "dpo.jsonl", tmp_path / "x", skip_bad=False)
 
 
-@pytest.mark.parametrize("more", [dict(), dict(reweight="none", normalize="token", normalizer="none"),
-                                  dict(reweight="gspo", normalize="constant", epochs=2, batch_size=5),
-                                  dict(reweight="none", baseline="none", normalizer="none")])
+@pytest.mark.parametrize("more", [dict(), dict(reweight="none", baseline="none", normalizer="none", normalize="token"),
+                                  dict(reweight="gspo", normalize="constant", epochs=2, batch_size=5)])
 def test_grpo_raises_a_reward_that_can_be_had(little_base, tmp_path, monkeypatch, more):
     monkeypatch.setitem(align.REWARDS, "boxed", lambda response, truth: {"reward": float(response[:1] in "aeiou ")})
     settings = dict(reward="boxed", prompts_per_step=4, group_size=8, batch_size=32, micro_batch_size=16,
@@ -358,51 +350,25 @@ def test_grpo_raises_a_reward_that_can_be_had(little_base, tmp_path, monkeypatch
     assert {"dead_groups", "distinct", "eos_rate", "length", "entropy", "clip_fraction", "norm"} <= set(log[0])
 
 
-def test_dead_groups_only_end_the_run_with_advice(little_base, tmp_path):
-    with pytest.raises(ValueError, match="5 rollouts in a row.*align.py sft.*--group_size"):
-        align_run("grpo", little_base, little_base / "grpo.jsonl", tmp_path, reward="boxed", max_new_tokens=4, steps=20)
-    assert not (tmp_path / "ckpt.pt").exists()
-
-
 @pytest.mark.parametrize("verb", ["sft", "dpo", "grpo"])
-def test_a_diverged_run_is_never_saved(verb, little_base, tmp_path, monkeypatch, capsys):
+def test_a_base_of_nan_is_named_and_an_older_run_stays_whole(verb, little_base, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(align.REWARDS, "boxed", lambda response, truth: {"reward": float(response[:1] in "aeiou ")})
-    words = [verb, f"--base={little_base}", f"--data={little_base / verb}.jsonl", f"--out_dir={tmp_path}",
-             "--skip_bad=true", "--template=chat", "--lr=1e30", "--grad_clip=1e30", "--warmup_steps=0"]
+    words = [verb, f"--data={little_base / verb}.jsonl", "--skip_bad=true", "--template=chat"]
+    words += ["--reward=boxed", "--max_new_tokens=4"] if verb == "grpo" else []
     with pytest.raises(SystemExit) as end:
-        align.main(words + ["--reward=boxed", "--max_new_tokens=4"] * (verb == "grpo"))
+        align.main(words + [f"--base={little_base}", f"--out_dir={tmp_path}/new", "--lr=1e30", "--grad_clip=1e30",
+                            "--warmup_steps=0"])
     assert end.value.code == 2 and capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["log.new.jsonl"]       # no run: the next start needs no flag
-
-
-@pytest.mark.parametrize("verb", ["sft", "dpo", "grpo"])
-def test_a_base_of_nan_is_named_and_an_older_run_stays_whole(verb, little_base, tmp_path, capsys):
-    shutil.copytree(little_base, tmp_path / "base")
-    state = checkpoint.read_checkpoint(tmp_path / "base" / "ckpt.pt")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["log.new.jsonl"]       # no run: no flag to start again
+    base, out = (shutil.copytree(little_base, tmp_path / name) for name in ("base", "out"))
+    state = checkpoint.read_checkpoint(base / "ckpt.pt")
     state["model"]["layers.0.ffn.w1.weight"][0, 0] = math.nan
-    torch.save(state, tmp_path / "base" / "ckpt.pt")
-    out = shutil.copytree(little_base, tmp_path / "out")
-    (out / "log.jsonl").write_text("{}", encoding="utf-8")
+    torch.save(state, base / "ckpt.pt")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(SystemExit) as end:
-        align.main([verb, f"--base={tmp_path}/base", f"--data={little_base / verb}.jsonl", f"--out_dir={out}", "--steps=2",
-                    "--template=chat", "--skip_bad=true", "--overwrite=true"] + ["--max_new_tokens=4"] * (verb == "grpo"))
+        align.main(words + [f"--base={base}", f"--out_dir={out}", "--steps=2", "--overwrite=true"])
     assert end.value.code == 2 and "the model gives NaN" in capsys.readouterr().err
     assert {name: (out / name).read_bytes() for name in before} == before
-
-
-@pytest.mark.parametrize("words, match", [
-    (["sft", "--beta=0.5"], "--beta is not a setting"), (["dpo", "--clip=0.2"], "--clip is not a setting"),
-    (["grpo", "--temperature=0"], "temperature=0.0 must be above 0"), (["grpo", "--grad_clip=0"], "grad_clip=0.0"),
-    (["sft", "--val_fraction=1"], "val_fraction"), (["sft", "--warmup_steps=-1"], "warmup_steps"),
-    (["grpo", "--baseline=x"], "baseline='x'"), (["--lr=1"], "--lr is not a setting"), (["sft", "x"], "neither a verb"),
-    (["sft", "--out_dir=BASE", "--overwrite=true"], "is read from")])
-def test_a_mistake_names_the_setting(words, match, little_base, tmp_path, capsys):
-    given = [f"--base={little_base}", f"--data={little_base / 'sft.jsonl'}", f"--out_dir={tmp_path}"]
-    given = [] if words[0].startswith("--") else given
-    with pytest.raises(SystemExit) as end:
-        align.main([words[0], *given, *(word.replace("BASE", str(little_base)) for word in words[1:])])
-    assert end.value.code == 2 and match in capsys.readouterr().err
 
 
 def test_log_probs_of_hugging_face_models_are_ours(little_base, tmp_path):

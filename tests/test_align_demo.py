@@ -14,8 +14,7 @@ TINY = {stage: replace(config, steps=2, batch_size=4, log_every=1) for stage, co
 
 def test_tasks_of_the_experiment_are_disjoint_and_right():
     tasks = {split: align_demo.make_tasks(300, split, 0) for split in ("train", "val", "test")}
-    questions = [task["question"] for split in tasks.values() for task in split]
-    assert len(set(questions)) == 900
+    assert len({task["question"] for split in tasks.values() for task in split}) == 900
     assert align_demo.make_tasks(300, "test", 0) == tasks["test"] != align_demo.make_tasks(300, "test", 1)
     for task in tasks["test"]:
         for style in ("think", "guess"):

@@ -7,14 +7,13 @@ import pytest
 import align_data
 import answers
 
-PHRASES = """The answer is X since it fits.|X is correct.|The correct answer is X because of this.|answer: X|X|X.|(X)|**X**
-X) one|X: one|Option X is right.|I choose X because it fits|I would go with X here.|It must be X since others fail.
-The best choice is X as it is true.|So X is the answer.|Therefore, X.|Therefore X seems right.|The answer would be X.
-The correct option: X|The answer is (X).|The answer is **X**.|I think it’s X.|The final answer is $\\boxed{X}$.|"X"
-X, because the sky is blue.|Answer is X|ANSWER: X|The letter is X.|The answer is \\text{X}|Answer - X|X, not Y
-The right answer is X, not Y.|The answer is not Y but X.|Y is wrong. X is right.|Y isn't right, so X|Not Y. X!
-neither Y nor Z, but X|The answer isn’t Y. It is X.|I thought the answer is Y, but the answer is X|X must be right.
-Option Y is incorrect, so it has to be X.|The answer is Y? No, the answer is X.|X should be it.|Y cannot be, so X"""
+PHRASES = """The answer is X since it fits.|X is correct.|answer: X|X|(X)|**X**|X) one|Option X is right.|Therefore, X.
+I choose X because it fits|I would go with X here.|It must be X since others fail.|The best choice is X as it is true.
+So X is the answer.|Therefore X seems right.|The answer would be X.|The correct option: X|The answer is **X**.
+I think it’s X.|The final answer is $\\boxed{X}$.|"X"|X, because the sky is blue.|ANSWER: X|The answer is \\text{X}
+Answer - X|X, not Y|The right answer is X, not Y.|The answer is not Y but X.|Y is wrong. X is right.|Y isn't right, so X
+Not Y. X!|neither Y nor Z, but X|The answer isn’t Y. It is X.|I thought the answer is Y, but the answer is X|X should be it.
+Option Y is incorrect, so it has to be X.|The answer is Y? No, the answer is X.|Y cannot be, so X"""
 NONE = """X or Y|X and Y|neither X nor Y|Neither X nor Y is right|X is wrong.|X is not correct.|X isn't right|X isn’t it
 X cannot be right.|X can't be true.|Not X.|The answer is not X.|Both X and Y are right|X was false
 The answer is X or Y|10000 polyominoes|I do not know|"""
@@ -36,11 +35,10 @@ def test_articles_small_letters_and_many_options(output, letter):
 
 
 @pytest.mark.parametrize("output, number", [
-    ("48/2 = 24, so 48+24 = 72 clips.", "72"), ("$1,072.50.", "1072.50"), ("none", None), ("it is -5", "-5"),
-    ("10-5", "5"), ("1,2,3", "3"), (".5", ".5"), ("", None), ("9{,}500", "9500"), ("10\\,000 km", "10000"),
-    ("11,\\! 111", "11111"), ("72 clips\n#### 72\n\nQ: 3 cats?\n#### 5", "72"), ("#### $1,000\n2 of them", "1000"),
-    ("7 and #### nothing", "7"), ("−5", "-5"), ("$29.00", "29.00"), ("3 of 10", "10"), ("1/2", "2"), ("= $<<5+5=10>>10", "10"),
-    ("**42**", "42"), ("1\u202f000", "1000"), ("42!", "42")])
+    ("48/2 = 24, so 48+24 = 72 clips.", "72"), ("$1,072.50.", "1072.50"), ("none", None), ("it is -5", "-5"), ("", None),
+    ("10-5", "5"), ("1,2,3", "3"), (".5", ".5"), ("9{,}500", "9500"), ("10\\,000 km", "10000"), ("11,\\! 111", "11111"),
+    ("72 clips\n#### 72\n\nQ: 3 cats?\n#### 5", "72"), ("#### $1,000\n2 of them", "1000"), ("7 and #### nothing", "7"),
+    ("−5", "-5"), ("= $<<5+5=10>>10", "10"), ("**42**", "42"), ("1\u202f000", "1000"), ("42!", "42")])
 def test_parse_gsm8k(output, number):
     assert answers.parse_gsm8k(output) == number
 
@@ -81,7 +79,6 @@ def test_files_with_marks_long_fields_and_gzip_are_read(tmp_path):
 
 @pytest.mark.parametrize("record, letter", [
     ({"question": "q", "choices": ["x", "y"], "answer": 1}, "B"), ({"ctx": "c", "endings": ["x", "y"], "label": "1"}, "B"),
-    ({"question": "q", "choices": ["x", "y"], "answerKey": "B"}, "B"),
     ({"question": "q", "choices": {"text": list("abcdefghijkl"), "label": list(range(12))}, "answerKey": "11"}, "L"),
     ({"question": "q", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "E"}, "'E' is none of"),
     ({"ctx": "c", "endings": ["x", "y"], "label": ""}, "'' is none of"), ({"question": "q", "options": []}, "no 'answerKey'")])
@@ -102,14 +99,12 @@ def test_the_last_box(text, box):
 
 
 def test_nothing_equals_an_answer_that_is_empty():
-    for nothing in (None, "", "$ $", "\\boxed{}", " . "):
-        assert not answers.same_answer(nothing, nothing) and not answers.same_answer(nothing, "5")
+    assert not any(answers.same_answer(nothing, nothing) for nothing in (None, "", "$ $", "\\boxed{}", " . "))
 
 
 @pytest.mark.parametrize("record, truth", [
     ({"solution": "So \\boxed 5."}, "5"), ({"solution": "It is $\\fbox{\\frac12}$."}, "\\frac12"), ({"answer": 5}, "5"),
     ({"solution": "We add 2 and 3 and are done."}, None), ({"answer": "two #### 1,000"}, "1,000"), ({"answer": 0}, "0"),
-    ({"answer": "#### "}, None), ({"answer": "x+1"}, "x+1"), ({"solution": "7"}, "7"),
-    ({"solution": "long", "answer": "8"}, "8"), ({"answer": "so \\boxed{9}"}, "9"), ({"answer": "\\boxed{}"}, None)])
+    ({"answer": "#### "}, None), ({"answer": "x+1"}, "x+1"), ({"solution": "7"}, "7"), ({"answer": "\\boxed{}"}, None)])
 def test_gold_answers_are_read_or_counted_as_unreadable(record, truth):
     assert align_data.read_truth({"problem": "q"} | record) == (["q"], truth)

@@ -24,8 +24,8 @@ def test_an_archive_gives_its_pages_and_counts_what_is_none(tmp_path, pack, monk
     assert read(a, b[:-40]) == ("0", {"truncated": 1}) and read(a, bytes(99), d) == ("03", {"damaged": 1})
     wet = pack(b"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: w\r\nContent-Length: 4\r\n\r\ntext\r\n\r\n")
     assert read(a, wet, d) == ("0w3", {})
-    others = pack(warc_record("x", page, kind=b"image/png")), pack(warc_record("x", page, status=b"404 No"))
-    assert read(a, *others, d) == ("03", {"no page": 2})
+    assert read(a, pack(warc_record("x", page, kind=b"image/png")), d) == ("03", {"no page": 1})
+    assert read(a, pack(warc_record("x", page, status=b"404 No")), d) == ("03", {"no page": 1})
     monkeypatch.setattr(archive, "MAX_PAGE_BYTES", len(page) - 1)
     assert read(a, b) == ("", {"too large": 2})
 
@@ -42,15 +42,14 @@ BROTLI = bytes.fromhex("0b058068656c6c6f20776f726c6403")                 # "hell
 
 @pytest.mark.parametrize("pack", [gzip.compress, bytes])
 @pytest.mark.parametrize("name, body, headers, page", [
-    ("packed and chunked", chunks(gzip.compress(PAGE)), [CH, GZ], PAGE), ("chunked", chunks(PAGE), [CH], PAGE),
-    ("brotli, chunked", chunks(BROTLI), [CH, BR], b"hello world"), ("brotli", BROTLI, [BR], b"hello world"),
-    ("zlib", zlib.compress(PAGE), [b"Content-Encoding: deflate"], PAGE), ("empty", b"", [GZ, CH], b""),
+    ("packed and chunked", chunks(gzip.compress(PAGE)), [CH, GZ], PAGE), ("empty", b"", [GZ, CH], b""),
+    ("brotli, chunked", chunks(BROTLI), [CH, BR], b"hello world"), ("not brotli", PAGE, [BR], PAGE),
+    ("zlib", zlib.compress(PAGE), [b"Content-Encoding: deflate"], PAGE), ("neither", PAGE, [CH, GZ], PAGE),
     ("bare deflate", zlib.compress(PAGE)[2:-4], [b"Content-Encoding: deflate"], PAGE),
-    ("not packed", PAGE, [GZ], PAGE), ("not brotli", PAGE, [BR], PAGE), ("joined before", PAGE, [CH], PAGE),
-    ("joined, packed", gzip.compress(PAGE), [CH, GZ], PAGE), ("neither", PAGE, [CH, GZ], PAGE),
-    ("cut in a chunk", chunks(PAGE)[:-30], [CH], PAGE[:-23]), ("two members", gzip.compress(PAGE) * 2, [GZ], PAGE * 2),
-    ("no such coding", PAGE, [b"Content-Encoding: UTF-8"], PAGE), ("upper case", PAGE, [], PAGE),
-    ("with extensions", b"5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n", [CH], b"hello"), ("begins like a chunk", b"a\r\n" + PAGE, [CH], b"a\r\n" + PAGE),
+    ("joined before", gzip.compress(PAGE), [CH, GZ], PAGE), ("cut in a chunk", chunks(PAGE)[:-30], [CH], PAGE[:-23]),
+    ("two members", gzip.compress(PAGE) * 2, [GZ], PAGE * 2), ("no such coding", PAGE, [b"Content-Encoding: UTF-8"], PAGE),
+    ("with extensions", b"5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n", [CH], b"hello"), ("upper case", PAGE, [], PAGE),
+    ("begins like a chunk", b"a\r\n" + PAGE, [CH], b"a\r\n" + PAGE),
     ("charset", "안녕 똠".encode("cp949"), [], "안녕 똠".encode())])
 def test_pages_are_unpacked_as_they_are_not_as_they_say(tmp_path, pack, name, body, headers, page):
     whole, damage = warc_record("http://a/z", PAGE), Counter()
@@ -62,7 +61,7 @@ def test_pages_are_unpacked_as_they_are_not_as_they_say(tmp_path, pack, name, bo
 
 
 @pytest.mark.parametrize("name, between, pages, damaged", [
-    ("an empty member", gzip.compress(b""), 3, 1), ("zeros", bytes(500), 3, 1), ("noise", os.urandom(5000), 3, 1),
+    ("an empty member", gzip.compress(b""), 3, 1), ("noise", os.urandom(5000), 3, 1),
     ("a member cut short", gzip.compress(warc_record("http://a/x", os.urandom(900)))[:500], 3, 1),
     ("a length too short", gzip.compress(warc_record("http://a/x", PAGE, length=300)), 4, 1),
     ("a length too long", gzip.compress(warc_record("http://a/x", PAGE, length=9000)), 3, 1),

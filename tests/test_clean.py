@@ -14,13 +14,7 @@ import data
 
 
 def test_text_and_language_of_pages_in_any_encoding():
-    page = "<html><title>t</title><body><p>Ein “Café” für 5 €</p><script>x()</script></body></html>"
-    texts = {data.extract_text(page.encode(code))[-18:] for code in ("utf-8", "utf-8-sig", "cp1252")}
-    assert texts == {"Ein “Café” für 5 €"}
-    page = "<html><body><p>" + "Die Straße in Zürich ist schön. " * 9
-    for html in (page.encode() + b"\xe4", page.encode("cp1252")):
-        assert "Straße in Zürich" in data.extract_text(html)
-    assert data.extract_text("<p>привет мир, как дела".encode("koi8-r")) == "привет мир, как дела"
+    assert "Straße in Zürich" in data.extract_text(("<p>" + "Die Straße in Zürich ist schön. " * 9).encode() + b"\xe4")   # cut
     for text, language in (("A short text in English.", "en"), ("欢迎来到\n我们的网站", "zh"), ("", "und"),
                            ("half a pair, \ud800, in a text", "en")):
         code, score = data.identify_language(text)
@@ -31,10 +25,9 @@ KOREAN, JAPANESE, FRENCH = "안녕하세요 똠방각하", "こんにちは、�
 
 
 @pytest.mark.parametrize("text, charset, label", [
-    (KOREAN, "cp949", "euc-kr"), (KOREAN, "cp949", "cp949"), (KOREAN, "cp949", "ks_c_5601-1987"),
-    (JAPANESE[:-1], "iso-2022-jp", "iso-2022-jp"), (JAPANESE, "cp932", "Shift_JIS"), (JAPANESE[:-1], "euc-jp", "x-euc-jp"),
-    (FRENCH, "iso-8859-15", "ISO-8859-15"), (FRENCH, "mac_roman", "macintosh"), (FRENCH, "cp1252", "iso-8859-1"),
-    ("漢字镕", "gb18030", "gb2312"), ("漢字", "big5", "Big5"), ("Привет", "cp1251", "windows-1251")])
+    (KOREAN, "cp949", "euc-kr"), (KOREAN, "cp949", "ks_c_5601-1987"), (JAPANESE[:-1], "iso-2022-jp", "iso-2022-jp"),
+    (JAPANESE, "cp932", "Shift_JIS"), (JAPANESE[:-1], "euc-jp", "x-euc-jp"), (FRENCH, "iso-8859-15", "ISO-8859-15"),
+    (FRENCH, "mac_roman", "macintosh"), (FRENCH, "cp1252", "iso-8859-1"), ("漢字镕", "gb18030", "gb2312"), ("漢字", "big5", "Big5")])
 def test_a_declared_charset_is_read_where_utf_8_fails(text, charset, label):
     page = f'<html><head><meta http-equiv="Content-Type" content="text/html; charset={label}"></head><body><p>{text}'
     assert data.extract_text(page.encode(charset)) == text
@@ -46,12 +39,12 @@ def test_a_declared_charset_is_read_where_utf_8_fails(text, charset, label):
 
 
 @pytest.mark.parametrize("page, charset, text", [
-    ('<meta charset="iso-8859-1"><body>the majestic mööse', "latin-1", "the majestic mööse"),               # trafilatura 231
-    ("<meta charset=gb2312><body>" + "<div class=x></div>" * 2000 + "<p>新华社北京电", "gb2312", "新华社北京电"),     # 541
+    ("<meta charset=gb2312><body>" + "<div class=x></div>" * 2000 + "<p>新华社北京电", "gb2312", "新华社北京电"),     # trafilatura 541
     ('<meta content="text/html; charset=iso-8859&#8211;1"><body>Le café où naît', "latin-1", "Le café où naît"),  # warc2zim 417
     ('<?xml version="1.0" encoding="iso-8859-2"?><html><body>Zażółć gęślą', "iso-8859-2", "Zażółć gęślą"),
-    ("<script>" + "x" * 1500 + "</script><meta charset=euc-kr><body>안녕하세요", "euc-kr", "안녕하세요"),
-    ("<meta charset=utf-8><body>Die Straße in Zürich", "cp1252", "Die Straße in Zürich"), ("<body>привет мир", "utf-16", "привет мир")])
+    ("<meta charset=utf-8><body>Die Straße in Zürich", "cp1252", "Die Straße in Zürich"), ("<body>привет мир", "utf-16", "привет мир"),
+    ("<p>" + "Die Straße in Zürich. " * 9, "cp1252", ("Die Straße in Zürich. " * 9).strip()), ("<p>привет мир, как дела", "koi8-r", "привет мир, как дела"),
+    ("<title>t</title><body><p>Ein “Café”, 5 €</p><script>x()</script>", "utf-8-sig", "Ein “Café”, 5 €")])
 def test_encodings_of_reported_pages(page, charset, text):
     assert data.extract_text(page.encode(charset)) == text
 
@@ -65,13 +58,11 @@ E, P, I = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||"
     (data.mask_phone_numbers, f"2831823829 (283)-182-3829 (283) 182 3829, 283-182-3829. {P} +1 283.182.3829",
      f"{P} {P} {P}, {P}. {P} {P}", 5),
     (data.mask_phone_numbers, "(283)  182  3829 or 283\u00a0 182\u20113829 or 12831823829", f"{P} or {P} or {P}", 3),
-    (data.mask_emails, "иван@почта.рф δοκιμή@παράδειγμα.ελ अजय@डाटा.भारत 이름@도메인.한국, 邮箱用户@例子.公司", f"{E} {E} {E} {E}, {E}", 5),
-    (data.mask_emails, "jörg@müller.de ivan@почта.рф фам.иван@x.org (Ünï@exämple.org)", f"{E} {E} {E} ({E})", 4),
+    (data.mask_emails, "иван@почта.рф अजय@डाटा.भारत 이름@도메인.한국, jörg@müller.de (фам.иван@x.org)", f"{E} {E} {E}, {E} ({E})", 5),
     (data.mask_emails, "icon@2x.png a@3x.JPG img@1.5x.webp photo@2x-retina.svg @b.com a@b a@@b.org", None, 0),
     (data.mask_phone_numbers, "283-182-3829x12 283\u202f182\u202f3829 283\u2212182\u22123829 283 - 182 - 3829 +1 283 – 182 – 3829 "
      "(283) 182-3829 x12", f"{P}x12 {P} {P} {P} {P} {P} x12", 6),
-    (data.mask_phone_numbers, "283-182-3829xyz 283-182-3829x1234567 283 -- 182 -- 3829", None, 0),
-    (data.mask_phone_numbers, "283   182 3829, x2831823829", None, 0),
+    (data.mask_phone_numbers, "283-182-3829xyz 283-182-3829x1234567 283 -- 182 -- 3829 283   182 3829, x2831823829", None, 0),
     (data.mask_phone_numbers, "28318238291 and 3.2831823829 and 2831823829.5 and 283-18-3829", None, 0),
     (data.mask_ips, f"192.0.2.146. {I} (10.0.0.255:80)", f"{I}. {I} ({I}:80)", 2),
     (data.mask_ips, "256.1.1.1 and 1.2.3.4.5 and v1.2.3.4", None, 0)])
@@ -80,11 +71,10 @@ def test_masks(mask, text, masked, n):
 
 
 @pytest.mark.parametrize("text, keep", [
-    ("word " * 49, False), ("word " * 50, True), ("word " * 100_000, True), ("word " * 100_001, False),
-    ("word. -- " * 49, False), ("aa " * 99, False), ("aaa, " * 99, True), ("aaaaaaaaaa " * 60, True),
-    ("aaaaaaaaaaa " * 60, False), ("word " * 80 + "1234 " * 20, True), ("word " * 79 + "1234 " * 21, False),
-    ("é " * 20 + "añbc " * 80, True), ("привет " * 80 + "1234 " * 21, False), ("привет " * 80 + "12 " * 20, True),
-    ("word\n" * 70 + "word...\n" * 30, True), ("word\n" * 69 + "word…\n" * 31, False)])
+    ("word " * 49, False), ("word " * 50, True), ("word " * 100_001, False), ("word. -- " * 49, False), ("aa " * 99, False),
+    ("aaa, " * 99, True), ("aaaaaaaaaaa " * 60, False), ("word " * 80 + "1234 " * 20, True), ("word " * 79 + "1234 " * 21, False),
+    ("é " * 20 + "añbc " * 80, True), ("привет " * 80 + "1234 " * 21, False), ("word\n" * 70 + "word...\n" * 30, True),
+    ("word\n" * 69 + "word…\n" * 31, False)])
 def test_gopher(text, keep):
     assert data.gopher_filter(text) is keep
 
@@ -127,17 +117,15 @@ def test_signatures_agree_as_often_as_the_sets():
     fast = clean.minhash(np.array(sorted(shingles), dtype=np.uint64), 32, seed=3)
     assert fast.tolist() == clean.minhash_by_sets(shingles, 32, seed=3)            # the form to read and the fast one
     assert clean.minhash(np.zeros(0, np.uint64), 4).tolist() == clean.minhash_by_sets(set(), 4) == [2 ** 32 - 1] * 4
-    rng, n = np.random.default_rng(0), 300
-    for s in (0.5, 0.7, 0.8, 0.9):                                        # pairs of sets with nearly this similarity
-        shared, alone = round(200 * s / (1 + s)), round(100 * (1 - s) / (1 + s))
-        sets, true = rng.integers(0, 1 << 63, (n, shared + 2 * alone), dtype=np.uint64), shared / (shared + 2 * alone)
-        pairs = [part for one in sets for part in (one[:shared + alone], one[alone:])]
-        signatures = np.stack([clean.minhash(part, 128) for part in pairs])
-        estimate = (signatures[::2] == signatures[1::2]).mean()
-        assert abs(estimate - true) < 4 * (true * (1 - true) / 128 / n) ** 0.5, (s, estimate)      # four sigma, seeded
-        found = clean.near_duplicates(signatures, lambda i: f"text {i // 2}", 16, 5, 1.0)
-        chance = 1 - (1 - true ** 8) ** 16
-        assert abs(len(found) / n - chance) < 4 * (chance * (1 - chance) / n) ** 0.5 + 1e-9, (s, len(found) / n, chance)
+    rng, n, s = np.random.default_rng(0), 300, 0.7                # pairs of sets with nearly this similarity
+    shared, alone = round(200 * s / (1 + s)), round(100 * (1 - s) / (1 + s))
+    sets, true = rng.integers(0, 1 << 63, (n, shared + 2 * alone), dtype=np.uint64), shared / (shared + 2 * alone)
+    pairs = [part for one in sets for part in (one[:shared + alone], one[alone:])]
+    signatures = np.stack([clean.minhash(part, 128) for part in pairs])
+    found = clean.near_duplicates(signatures, lambda i: f"text {i // 2}", 16, 5, 1.0)
+    for share, chance, size in (((signatures[::2] == signatures[1::2]).mean(), true, 128 * n),
+                                (len(found) / n, 1 - (1 - true ** 8) ** 16, n)):
+        assert abs(share - chance) < 4 * (chance * (1 - chance) / size) ** 0.5, (share, chance)       # four sigma, seeded
 
 
 def test_a_group_of_near_duplicates_is_compared_in_linear_time():
@@ -155,25 +143,22 @@ def test_a_group_of_near_duplicates_is_compared_in_linear_time():
 def test_near_duplicates_leave_one_file_of_each_cluster(tmp_path):
     words = random.Random(0).choices([f"word{i}" for i in range(500)], k=200)
     texts = {"a": " ".join(words), "b": " ".join(words), "d": " ".join(words[:100]), "e": "", "f": "",
-             "c": "Ünd,\n\n" + ",\t".join(words).upper(), "g": " ".join(words[::-1])}
+             "c": "Ünd,\n\n" + ",\t".join(words).upper()}
     kept, paths = set(), [tmp_path / name for name in texts]
     for path, text in zip(paths, texts.values()):
         path.write_text(text, encoding="utf-8")
     for seed in range(6):
-        clusters = data.dedup_minhash(paths, 100, 20, 5, 0.8, tmp_path / f"out{seed}", seed=seed)
+        (cluster,) = data.dedup_minhash(paths, 100, 20, 5, 0.8, tmp_path / f"out{seed}", seed=seed)
         left = {path.name for path in (tmp_path / f"out{seed}").iterdir()}
-        assert left >= set("defg") and len(left & set("abc")) == 1 and len(left) == 5, left
-        assert [sorted(Path(path).name for path in cluster) for cluster in clusters] == [list("abc")]
-        kept |= left & {Path(clusters[0][0]).name}
-    assert len(kept) > 1 and not (tmp_path / "out0" / "e").read_bytes()     # the seed chooses; empty files stay
-    for dedup in (lambda: data.dedup_lines(paths, tmp_path),
-                  lambda: data.dedup_minhash(paths, 100, 20, 5, 0.8, tmp_path)):
-        with pytest.raises(ValueError, match="input files themselves"):
-            dedup()
-    assert (tmp_path / "a").read_text(encoding="utf-8") == texts["a"]
+        assert sorted(Path(path).name for path in cluster) == list("abc") and left == {*"def", Path(cluster[0]).name}
+        kept |= left
+    assert len(kept) > 4 and not (tmp_path / "out0" / "e").read_bytes()     # the seed chooses; empty files stay
+    with pytest.raises(ValueError, match="input files themselves"):
+        data.dedup_lines(paths, tmp_path)
     for paths, bands, words in ((paths[:1], 30, "no multiple of num_bands=30"), (paths[:1] * 2, 20, "share a name")):
         with pytest.raises(ValueError, match=words):
             data.dedup_minhash(paths, 100, bands, 5, 0.8, tmp_path / "out")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == texts["a"]
 
 
 def test_lines_that_stand_more_than_once_go(tmp_path):

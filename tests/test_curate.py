@@ -42,9 +42,8 @@ def test_curate_counts_resumes_and_gives_the_same_bytes_by_any_executor(archives
     assert report["contaminated"] == ["http://x/26"]
     assert set(report["masked"].values()) == {1} and report["clusters"]["number"] == 6
     assert b"repetition: dropped" in files["report.html"] and {"train.bin", "val.bin", "meta.json"} <= files.keys()
-    assert curated(archives, tmp_path / "4", workers=4)[1] == files
     with ThreadPoolExecutor(2) as threads:
-        assert curated(archives, tmp_path / "threads", executor=threads)[1] == files
+        assert curated(archives, tmp_path / "4", executor=threads)[1] == files
     before = (tmp_path / "4" / "counts" / "0.warc.gz.json").stat().st_mtime_ns
     for name in ("counts/1.warc.gz.json", "documents.jsonl", "train.bin", "report.json"):      # as after a kill
         (tmp_path / "4" / name).unlink()
@@ -52,9 +51,8 @@ def test_curate_counts_resumes_and_gives_the_same_bytes_by_any_executor(archives
     assert (tmp_path / "4" / "counts" / "0.warc.gz.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="other settings"):
         curated(archives, tmp_path / "4", seed=1)
-    for languages, words in (("eng", "'eng' is no language.*Did you mean en"), ("en, xx", "'xx'")):
-        with pytest.raises(ValueError, match=words):
-            curated(archives, tmp_path / "5", languages=languages)
+    with pytest.raises(ValueError, match="'eng' is no language.*Did you mean en"):
+        curated(archives, tmp_path / "5", languages="de, eng")
 
 
 def test_an_input_of_which_nothing_can_be_read_is_named(archives, tmp_path):
@@ -65,8 +63,7 @@ def test_an_input_of_which_nothing_can_be_read_is_named(archives, tmp_path):
     with ThreadPoolExecutor(1) as threads:
         with pytest.raises(ValueError, match=r"empty.warc.gz: no page.*text.warc.gz: no page"):
             data.curate(str(tmp_path / "*.warc.gz"), tmp_path / "out", executor=threads)
-        assert (tmp_path / "out" / "counts" / "wiki[1].warc.gz.json").exists()     # the others are done all the same
-        report = data.curate([good], tmp_path / "out", executor=threads)
+        report = data.curate([good], tmp_path / "out", executor=threads)           # it is done all the same
     assert report["funnel"]["archive"][0] == 16
 
 

@@ -16,11 +16,9 @@ import data
 
 
 def test_markdown_becomes_a_printed_play():
-    markdown = ("# Hamlet\n\n## ACT I\n\n### SCENE I.\n\n_Enter *Ghost*_\n\n**HAMLET**  \n_\\[Aside]_  \nSpeak;  \n"
-                "\\--I'll go on.\n\n\n\n**ALL**  \nHo!")
+    markdown = "# Hamlet\n\n## ACT I\n\n_Enter *Ghost*_\n\n**HAMLET**  \n_\\[Aside]_  \n\\--I'll go on.\n\n\n\n**ALL**  \nHo!"
     assert data.strip_markdown(markdown) == (
-        "Hamlet\n\nACT I\n\nSCENE I.\n\nEnter Ghost\n\nHAMLET\n[Aside]\nSpeak;\n--I'll go on.\n\n"
-        "ALL\nHo!\n")
+        "Hamlet\n\nACT I\n\nEnter Ghost\n\nHAMLET\n[Aside]\n--I'll go on.\n\nALL\nHo!\n")
 
 
 def test_documents_are_split_whole(tmp_path):
@@ -32,14 +30,13 @@ def test_documents_are_split_whole(tmp_path):
     assert len(train + val) == len("".join(documents)) and sorted(train + val) == sorted("".join(documents))
 
 
-@pytest.mark.parametrize("text, shortest", [
-    ("".join(f"line {i}\n" for i in range(100)), "line"), ("one line " * 100, "")])
-def test_few_documents_are_cut_near_nine_tenths(tmp_path, monkeypatch, text, shortest):
+@pytest.mark.parametrize("text", ["".join(f"line {i}\n" for i in range(100)), "one line " * 100])
+def test_few_documents_are_cut_near_nine_tenths(tmp_path, monkeypatch, text):
     monkeypatch.setattr(data, "CHUNK_CHARS", 7)
     (tmp_path / "x").write_bytes(text.encode())
     data.split_file(tmp_path / "x", tmp_path / "train", tmp_path / "val")
     train, val = ((tmp_path / name).read_text(encoding="utf-8") for name in ("train", "val"))
-    assert train + val == text and val.startswith(shortest) and 0.89 < len(train) / len(text) < 0.92
+    assert train + val == text and (train[-1] == "\n" or "\n" not in text) and 0.89 < len(train) / len(text) < 0.92
 
 
 def test_prepare_writes_what_the_design_names(corpus):
@@ -50,8 +47,8 @@ def test_prepare_writes_what_the_design_names(corpus):
     for split in ("train", "val"):
         ids = np.fromfile(corpus / f"{split}.bin", dtype="<u2")
         text = (corpus / f"{split}.txt").read_bytes()
-        assert tokenizer.decode_bytes(ids) == text and meta[f"{split}_tokens"] == len(
-            ids) and meta[f"{split}_bytes"] == len(text)
+        assert tokenizer.decode_bytes(ids) == text
+        assert (meta[f"{split}_tokens"], meta[f"{split}_bytes"]) == (len(ids), len(text))
     assert (corpus / "train.txt").stat().st_size > 4 * (corpus / "val.txt").stat().st_size
 
 
@@ -60,8 +57,8 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"", "is empty"), (b"caf\xe9 " * 500, "is not UTF-8"), (b"too short", "fewer than one context"),
-    (b" " * 5000, "split of x.txt has"), (("a text " * 500).encode("utf-16"), "utf-16; .*iconv -f utf-16 -t"),
+    (b"", "is empty"), (b"caf\xe9 " * 500, "is not UTF-8"), (b" " * 5000, "split of x.txt has .*fewer than one context"),
+    (("a text " * 500).encode("utf-16"), "utf-16; .*iconv -f utf-16 -t"),
     (("a text " * 500).encode("utf-16-le"), "is not UTF-8 but utf-16le"), (gzip.compress(b"a" * 99), "gunzip"),
     (("a text " * 500).encode("utf-16-be"), "iconv -f utf-16be -t utf-8")])
 def test_a_preparation_that_fails_says_why_and_leaves_nothing(corpus, tmp_path, content, words):
@@ -79,41 +76,33 @@ def test_a_preparation_that_fails_says_why_and_leaves_nothing(corpus, tmp_path, 
 
 @pytest.mark.parametrize("given", ["file", "folder"])
 def test_a_tokenizer_is_taken_byte_for_byte(corpus, tmp_path, capsys, given):
-    run = tmp_path / "run"
+    run, text = tmp_path / "run", tmp_path / "mine.txt"
     run.mkdir()
     written = json.loads((corpus / "tokenizer.json").read_text(encoding="utf-8"))
     (run / "tokenizer.json").write_text(json.dumps(written, indent=3), encoding="utf-8")     # not as ours would save it
     (run / "ckpt.pt").touch()
-    (tmp_path / "mine.txt").write_text("to be or not to be, é\n" * 400, encoding="utf-8")
+    text.write_text("to be or not to be, é\n" * 400, encoding="utf-8")
     path = run if given == "folder" else run / "tokenizer.json"
-    data.main(["prepare", str(tmp_path / "mine.txt"), f"--tokenizer={path}", f"--data_dir={tmp_path / 'mine'}"])
+    data.main(["prepare", str(text), f"--tokenizer={path}", f"--data_dir={tmp_path / 'mine'}"])
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("next: python train.py ") and f"--data_dir={tmp_path / 'mine'} --out_dir=out/mine" in last
     assert (f"--init_from={run}" in last) == (given == "folder")
     assert (tmp_path / "mine" / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
-    assert data.read_meta(tmp_path / "mine")["vocab_size"] == 512
     ids = data.open_tokens(tmp_path / "mine", "train")
-    assert bpe.Tokenizer.load(path / "tokenizer.json" if given == "folder" else path).decode_bytes(ids) == (
-        tmp_path / "mine" / "train.txt").read_bytes()
-    for tokenizer, vocab_size, words in ((path, 300, "vocab_size=300.*512"), (tmp_path, None, "holds mine, mine.txt")):
+    assert bpe.Tokenizer.load(run / "tokenizer.json").decode_bytes(ids) == (tmp_path / "mine" / "train.txt").read_bytes()
+    with open(shutil.copytree(corpus, tmp_path / "odd") / "tokenizer.json", "a", encoding="utf-8") as file:
+        file.write("\n")                                                # its meta.json names another one
+    for tokenizer, vocab_size, words in ((path, 300, "vocab_size=300.*512"), (tmp_path, None, "holds mine, mine.txt"),
+                                         (tmp_path / "odd", None, "another tokenizer")):
         with pytest.raises(ValueError, match=words):
-            data.prepare(tmp_path / "mine.txt", vocab_size, tmp_path / "other", tokenizer=tokenizer)
+            data.prepare(text, vocab_size, tmp_path / "other", tokenizer=tokenizer)
     assert not (tmp_path / "other").exists()
-
-
-def test_a_tokenizer_that_its_own_meta_json_does_not_name_is_refused(corpus, tmp_path):
-    folder = shutil.copytree(corpus, tmp_path / "data")
-    with open(folder / "tokenizer.json", "a", encoding="utf-8") as file:
-        file.write("\n")
-    with pytest.raises(ValueError, match="another tokenizer"):
-        data.prepare(folder / "train.txt", data_dir=tmp_path / "new", tokenizer=folder)
 
 
 def test_torchrun_is_sent_to_prepare_first(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="python data.py prepare shakespeare --data_dir="):
         data.prepare("shakespeare", data_dir=tmp_path / "data")
-    assert not (tmp_path / "data").exists()
 
 
 class Flaky(http.server.BaseHTTPRequestHandler):
@@ -152,15 +141,14 @@ def server(monkeypatch):
 
 def test_a_cut_download_goes_on_where_it_stopped(server, tmp_path):
     Flaky.content, Flaky.cut, Flaky.busy = bytes(range(256)) * 400, 30_000, 2      # "too many requests" is not final
-    digest = hashlib.sha256(Flaky.content).hexdigest()
-    data.download(f"{server}/a.bin", tmp_path / "a.bin", digest)
+    data.download(f"{server}/a.bin", tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == Flaky.content and Flaky.ranges == [0, 0, 0, 30_000, 60_000, 90_000]
     assert not (tmp_path / "a.bin.part").exists()
     (tmp_path / "b.bin.part").write_bytes(Flaky.content[:50_000])        # left by an earlier process
-    data.download(f"{server}/b.bin", tmp_path / "b.bin", digest)
+    data.download(f"{server}/b.bin", tmp_path / "b.bin")
     assert (tmp_path / "b.bin").read_bytes() == Flaky.content
     (tmp_path / "c.bin.part").write_bytes(Flaky.content + b"too long")   # from another file of that name
-    data.download(f"{server}/c.bin", tmp_path / "c.bin", digest)
+    data.download(f"{server}/c.bin", tmp_path / "c.bin")
     assert (tmp_path / "c.bin").read_bytes() == Flaky.content
 
 
@@ -168,12 +156,10 @@ def test_a_download_that_fails_says_what_to_do(server, tmp_path):
     Flaky.content = b"x" * 1000
     with pytest.raises(OSError, match=r"404.*put it at .*missing.txt"):
         data.download(f"{server}/missing.txt", tmp_path / "missing.txt")
-    with pytest.raises(OSError, match="SHA-256"):
-        data.download(f"{server}/a.txt", tmp_path / "a.txt", "0" * 64)
     Flaky.cut = 0
     with pytest.raises(OSError, match="cut"):
         data.download(f"{server}/b.txt", tmp_path / "b.txt")
-    assert not any((tmp_path / name).exists() for name in ("missing.txt", "a.txt", "b.txt"))
+    assert not any((tmp_path / name).exists() for name in ("missing.txt", "b.txt"))
 
 
 @pytest.mark.parametrize("name", ["tinystories", "owt"])
@@ -183,13 +169,6 @@ def test_hosted_corpora_come_through_the_mirror(server, tmp_path, monkeypatch, n
     monkeypatch.setenv("DATA_MIRROR", server)
     meta = data.prepare(name, vocab_size=300, data_dir=tmp_path)
     assert meta["train_bytes"] == meta["val_bytes"] == len(text) and (tmp_path / "train.txt").read_bytes() == text
-
-
-def test_a_key_of_another_verb_is_refused(capsys):
-    for words, key in ((["prepare", "x", "--languages=en"], "languages"), (["crawl", "CC", "--epochs=3"], "epochs")):
-        with pytest.raises(SystemExit) as caught:
-            data.main(words)
-        assert caught.value.code == 2 and key in capsys.readouterr().err
 
 
 def test_crawl_fetches_and_goes_on(server, tmp_path, monkeypatch):

@@ -17,8 +17,8 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary():
     model = random_model()
     torch.nn.init.zeros_(model.lm_head.weight)
     figures = evaluate.perplexity(model, torch.randint(0, 50, (100,), generator=rng()), n_bytes=200)
-    assert figures["perplexity"] == pytest.approx(50, rel=1e-5) and figures["bits_per_byte"] == pytest.approx(
-        math.log2(50) / 2, rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(50, rel=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(math.log2(50) / 2, rel=1e-5)
     with pytest.raises(ValueError, match="needs 2 tokens"):
         evaluate.perplexity(model, [1])
     assert model_module.perplexity_of(1e5) == math.inf and math.isnan(model_module.perplexity_of(math.nan))
@@ -32,9 +32,9 @@ def test_bytes_of_a_token_file_are_those_of_its_text(corpus):
 
 
 @pytest.mark.parametrize("verb, data, n, more", [
-    ("mmlu", "", 2, ["--shots=1"]), ("mmlu", "", 2, ["--by=text"]), ("mmlu", "", 2, ["--by=generate", "--max_new_tokens=8"]),
+    ("mmlu", "", 2, ["--shots=1"]), ("mmlu", "", 2, ["--by=generate", "--max_new_tokens=8"]),
     ("hellaswag", "hellaswag.jsonl", 1, []), ("arc", "arc.jsonl", 2, ["--shots=1", "--shots_data=hellaswag.jsonl"]),
-    ("gsm8k", "gsm8k.jsonl", 2, ["--quantize=int8"]), ("gsm8k", "gsm8k.jsonl", 2, ["--shots=1", "--shots_data=train.jsonl"]),
+    ("gsm8k", "gsm8k.jsonl", 2, ["--shots=1", "--shots_data=train.jsonl", "--quantize=int8"]),
     ("instructions", None, 6, []), ("alpaca", "alpaca.json", 1, []), ("safety", "sst.csv", 1, ["--temperature=1"])])
 def test_every_kind_of_question_is_asked_and_its_answers_kept(little_base, questions, verb, data, n, more, capsys):
     (questions / "train.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4"}\n', encoding="utf-8")
@@ -50,23 +50,10 @@ def test_every_kind_of_question_is_asked_and_its_answers_kept(little_base, quest
         assert {"instruction", "output", "generator", "dataset"} <= set(judged)
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["gsm8k", "--data=QA", "--shots=2"], "shots=2 and shots_data=None go together"),
-    (["arc", "--data=QA", "--shots=1", "--shots_data=QA"], "never from the questions asked"),
-    (["arc", "--data=QA", "--by=generate"], "--by is not a setting"), (["mmlu", "--data=QA", "--limit=0"], "limit=0"),
-    (["hellaswag", "--data=QA", "--limit=-3"], "limit=-3"), (["--batch_size=0"], "batch_size=0"),
-    (["mmlu", "--template=qa"], "need by=generate"), (["--shots=1"], "--shots is not a setting"),
-    (["safety"], "needs --data"), ([], "--data=FILE")])
-def test_what_cannot_be_asked_is_refused(little_base, argv, words, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main([*argv[:1], str(little_base), *argv[1:]])
-    assert stopped.value.code == 2 and words in capsys.readouterr().err
-
-
 def test_a_table_with_bad_rows_names_them(tmp_path):
     (tmp_path / "dev").mkdir()
     path = tmp_path / "dev" / "a_dev.csv"
-    for row, words in (("q,1,2,3,4,", "row 1"), ("q,1,2,3,4,AB", "row 1"), ("q\x851,1,2,3,4,A\nq,1", "row 2")):
+    for row, words in (("q,1,2,3,4,AB", "row 1"), ("q\x851,1,2,3,4,A\nq,1", "row 2")):
         path.write_text(row, encoding="utf-8-sig")
         with pytest.raises(ValueError, match=f"a_dev.csv, {words}"):
             evaluate.read_mmlu(tmp_path, "dev")
@@ -93,12 +80,9 @@ def test_token_files_of_another_tokenizer_are_refused(corpus, little_base, tmp_p
     with pytest.raises(SystemExit):
         evaluate.main([str(little_base), f"--data={corpus / 'val.bin'}"])
     assert "val.bin was made with another tokenizer" in capsys.readouterr().err
-    sizes, losses = [], evaluate.token_losses
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "token_losses", lambda *given: sizes.append(given[3]) or losses(*given))
-        (tmp_path / "text.txt").write_text("the cat in the hat " * 9, encoding="utf-8")
-        evaluate.main([str(little_base), f"--data={tmp_path / 'text.txt'}", "--batch_size=3"])
-    assert sizes == [3] and "bits per byte" in capsys.readouterr().out
+    (tmp_path / "text.txt").write_text("the cat in the hat " * 9, encoding="utf-8")
+    evaluate.main([str(little_base), f"--data={tmp_path / 'text.txt'}", "--batch_size=3"])
+    assert "bits per byte" in capsys.readouterr().out
 
 
 def test_choices_are_scored_by_the_model_s_own_log_probabilities(little_base):
@@ -115,8 +99,6 @@ def test_choices_are_scored_by_the_model_s_own_log_probabilities(little_base):
 def test_instructions_can_be_followed_and_failed():
     for instruction, check in evaluate.instructions(30, 3):
         assert not check("") and not check("A, b. c, d! e? F, g; h, and so on, " * 9)
-        if "upper case" in instruction:
-            assert check("LOUD")
         if "JSON" in instruction:
             assert check(json.dumps(dict.fromkeys(re.findall('"([a-z]+)"', instruction), 1)))
         if "sentences" in instruction:

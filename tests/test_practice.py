@@ -131,7 +131,7 @@ WRONG = [  # exercise, what stands in ours, what somebody might write
     ("huber", "off - HUBER / 2", "off"),
     ("minhash", "(shingle >> 32)", "shingle"),
     ("pad_rows", "places >= starts", "places > starts"),
-    ("masked_mean", "mask.sum() if dim is None else mask.sum(dim=dim)", "mask.numel()"),
+    ("masked_mean", "mask.bool().expand_as(x).sum(dim=dim)", "x.numel()"),
     ("advantages", "groups.std(dim=1, keepdim=True)", "groups.std(dim=1, keepdim=True, correction=0)"),
     ("policy_gradient", "torch.minimum(plain", "torch.maximum(plain"),
     ("aggregate", "lengths.sum().clamp(min=1)", "response_mask.numel()"),

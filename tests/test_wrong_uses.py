@@ -76,6 +76,8 @@ bpe | encode W/data/tokenizer.json W/bytes | bytes is not UTF-8
 bpe | compare W/text.txt --sizes=a,b | sizes='a,b'
 bpe | compare W/empty | empty is empty
 bpe | show W/none.json | none.json
+data | prepare W/text.txt --languages=en | languages
+data | crawl CC-MAIN-2025-18 --epochs=3 | epochs
 data | prepare W/dir --data_dir=W/out | neither a corpus
 data | prepare W/empty --data_dir=W/out | empty is empty
 data | prepare W/utf16.txt --data_dir=W/out | iconv -f utf-16
@@ -136,6 +138,14 @@ evaluate | alpaca W/base --data=W/deep.json | deep.json is not JSON
 evaluate | safety W/base --data=W/empty.csv | empty.csv
 evaluate | safety W/base --data=W/short.csv | short.csv
 evaluate | instructions W/busy --limit=1 | instructions.jsonl is a folder
+evaluate | gsm8k W/base --data=W/gold.jsonl --shots=2 | shots=2 and shots_data=None go together
+evaluate | arc W/base --data=W/x --shots=1 --shots_data=W/x | never from the questions asked
+evaluate | arc W/base --data=W/x --by=generate | --by is not a setting
+evaluate | hellaswag W/base --data=W/x --limit=-3 | limit=-3
+evaluate | W/base --batch_size=0 | batch_size=0
+evaluate | mmlu W/base --template=qa | need by=generate
+evaluate | safety W/base | needs --data
+evaluate | W/base | --data=FILE
 convert | import W/dir W/out | config.json
 convert | import W/hf W/out | hf/config.json: the architecture None
 convert | export W/base W/file | file is a file
@@ -155,7 +165,14 @@ align | {SFT}--base=W/base --out_dir=W/base | is read from
 align | {SFT}--base=W/base --template=zz | template='zz'
 align | {SFT}--base=W/base --device=xpu9 | device='xpu9'
 align | {SFT}--base=W/base --lr=nan | lr=nan
-align | {SFT}--base=W/base --context_length=999 | context_length=999""".strip().splitlines()]
+align | {SFT}--base=W/base --beta=0.5 | --beta is not a setting
+align | dpo --base=W/base --data=W/sft.jsonl --out_dir=W/out --clip=0.2 | --clip is not a setting
+align | grpo --base=W/base --data=W/sft.jsonl --out_dir=W/out --temperature=0 | temperature=0.0 must be above 0
+align | grpo --base=W/base --data=W/sft.jsonl --out_dir=W/out --baseline=x | baseline='x'
+align | {SFT}--base=W/base --val_fraction=1 | val_fraction
+align | {SFT}--base=W/base --warmup_steps=-1 | warmup_steps
+align | {SFT}--base=W/base x | neither a verb
+align | --lr=1 | --lr is not a setting""".strip().splitlines()]
 
 
 @pytest.mark.parametrize("script, words, message", WRONG)
