@@ -51,8 +51,8 @@ def test_functions_follow_torch(name):
 
 
 def test_softmax_does_not_overflow():
-    logits = torch.tensor([[1e4, 1e4 - math.log(3), -1e4]])
-    close(layers.softmax(logits, -1), torch.tensor([[0.75, 0.25, 0]]), 1e-3)       # float32 keeps 3 digits of 1e4 - 1.1
+    logits = torch.tensor([[1e4, 1e4 - math.log(3), -1e4], [math.log(3), 0, -1e4]])       # each row less its own maximum
+    close(layers.softmax(logits, -1), torch.tensor([[0.75, 0.25, 0]] * 2), 1e-3)   # float32 keeps 3 digits of 1e4 - 1.1
     assert layers.softmax(torch.zeros(3, 0), -1).shape == (3, 0)
 
 
@@ -78,10 +78,12 @@ def test_attention_masks_leading_dimensions_and_hidden_rows():
     assert ours[..., ~rows, :].abs().max() == 0
     close(layers.attention(q[0, 0], k[0, 0], v[0, 0]), F.scaled_dot_product_attention(q, k, v)[0, 0], 1e-6)
     assert not layers.attention(*(torch.ones(2, n, 4) for n in (3, 0, 0))).any()
+    zeros = torch.zeros(70_000, 1).half()                          # in float16 the sum of 70,000 ones is infinite
+    assert layers.attention(zeros[:1], zeros, zeros + 1).item() == pytest.approx(1, rel=1e-2)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_what_a_cpu_runs_equals_the_simple_versions(dtype, monkeypatch):
+@pytest.mark.parametrize("name", ["norm", "swiglu", "attention", "loss"])
+def test_what_a_cpu_runs_equals_the_simple_versions(name, monkeypatch):
     """Values and gradients, at odd shapes; the loss also in pieces of two rows, of which the last is cut short."""
     def causal(q, k, v):
         k, v = (t.repeat_interleave(3, dim=1) for t in (k, v))
@@ -89,12 +91,13 @@ def test_what_a_cpu_runs_equals_the_simple_versions(dtype, monkeypatch):
     monkeypatch.setattr(machine.CrossEntropy, "PIECE", 1000)
     x, y = torch.randn(2, 5, 3, 8, generator=rng()), torch.randn(2, 5, 3, 8, generator=rng(1))
     heads = [torch.randn(2, n, 19, 8, generator=rng(n)) for n in (6, 2, 2)]
-    for fast, simple, tensors, more in (
-        (machine.FastRMSNorm.apply, layers.rms_norm, [x, torch.rand(8, generator=rng()) + 0.5], [1e-5]),
-        (machine.FastSwiGLU.apply, layers.swiglu, [x, y], []), (machine.short_attention, causal, heads, []),
-        (machine.CrossEntropy.apply, layers.simple_cross_entropy, [torch.randn(2, 5, 400, generator=rng()) * 4],
-         [torch.randint(0, 400, (2, 5), generator=rng())]),
-    ):
+    fast, simple, tensors, more = {
+        "norm": (machine.FastRMSNorm.apply, layers.rms_norm, [x, torch.rand(8, generator=rng()) + 0.5], [1e-5]),
+        "swiglu": (machine.FastSwiGLU.apply, layers.swiglu, [x, y], []),
+        "attention": (machine.short_attention, causal, heads, []),
+        "loss": (machine.CrossEntropy.apply, layers.simple_cross_entropy, [torch.randn(2, 5, 400, generator=rng()) * 4],
+                 [torch.randint(0, 400, (2, 5), generator=rng())])}[name]
+    for dtype in TOLERANCE:
         results = []
         for run, kind in ((fast, dtype), (simple, torch.float64)):
             inputs = [t.to(dtype).to(kind).clone().requires_grad_() for t in tensors]
@@ -124,29 +127,25 @@ def test_products_are_the_same_by_either_way(onednn, monkeypatch):
 
 # --- in float32, because … ---
 
-def test_norms_work_in_float32():
+@pytest.mark.parametrize("kind, reference", [(layers.RMSNorm, F.rms_norm), (layers.LayerNorm, F.layer_norm)],
+                         ids=["rms", "layer"])
+def test_norms_work_in_float32(kind, reference):
     """The mean of squares: of float16 numbers from 256 on it would overflow, of bfloat16 it would have two digits."""
     x = torch.randn(50, 768, generator=rng()).bfloat16()
-    norm, layer_norm = layers.RMSNorm(768), layers.LayerNorm(768)
-    exact = F.rms_norm(x.double(), (768,), eps=1e-5)
-    for ours, theirs in ((norm(x), exact), (layers.rms_norm(x, norm.weight, 1e-5), exact),
-                         (layer_norm(x), F.layer_norm(x.double(), (768,)))):
-        assert (ours == theirs.bfloat16()).float().mean() > 0.99 and ours.dtype == torch.bfloat16
-    large = torch.tensor([300.0, -300.0]).half().repeat(4)
-    for module in (layers.RMSNorm(8), layers.LayerNorm(8)):
-        close(module(large), torch.tensor([1.0, -1.0]).repeat(4), 1e-3)
-        with torch.no_grad():
-            close(module(large), torch.tensor([1.0, -1.0]).repeat(4), 1e-3)
+    large, exact = torch.tensor([300.0, -300.0]).half().repeat(4), reference(x.double(), (768,), eps=1e-5)
+    for training in (True, False):                                 # without gradients RMSNorm may take another way
+        with torch.set_grad_enabled(training):
+            ours = kind(768)(x)
+            assert (ours == exact.bfloat16()).float().mean() > 0.99 and ours.dtype == torch.bfloat16
+            close(kind(8)(large), torch.tensor([1.0, -1.0]).repeat(4), 1e-3)
 
 
-def test_losses_and_softmax_work_in_float32():
-    """In bfloat16 the sum of 20,000 exponentials has two digits; in float16 that of 70,000 ones is infinite."""
+def test_losses_work_in_float32():
+    """In bfloat16 the sum of 20,000 exponentials has two digits."""
     logits, targets = torch.randn(64, 20_000, generator=rng()).bfloat16(), torch.arange(64)
     exact = F.cross_entropy(logits.double(), targets, reduction="none")
     close(layers.token_cross_entropy(logits, targets), exact, 1e-5)
     close(layers.simple_cross_entropy(logits, targets), exact, 1e-5)
-    zeros = torch.zeros(70_000, 1).half()
-    assert layers.attention(zeros[:1], zeros, zeros + 1).item() == pytest.approx(1, rel=1e-2)
 
 
 def test_rope_angles_are_float32():
@@ -188,25 +187,28 @@ def test_rope_by_hand_and_by_distance():
         layers.rope(x[..., :3], torch.arange(9))
 
 
-def test_initial_weights_have_the_spread_of_the_handout():
+def test_linear_by_hand():
     weight = layers.Linear(300, 500).weight.detach()
-    assert weight.shape == (500, 300)
+    assert weight.shape == (500, 300) and weight.abs().max() <= 3 * math.sqrt(2 / 800)
     assert weight.std() == pytest.approx(0.9866 * math.sqrt(2 / 800), rel=0.01)             # cut at 3 sigma: 0.9866
-    assert weight.abs().max() <= 3 * math.sqrt(2 / 800) and layers.Embedding(500, 300).weight.abs().max() <= 3
     assert layers.Linear(3, 4).bias is None and torch.equal(layers.Linear(3, 4, bias=True).bias, torch.zeros(4))
-    with pytest.raises(IndexError):
-        layers.Embedding(5, 3)(torch.tensor([[-1]]))
-
-
-def test_linear_embedding_and_swiglu_by_hand():
-    x, ids = torch.randn(2, 5, 3, generator=rng()), torch.tensor([[4, 0, 4], [1, 2, 3]])
     for bias in (False, True):
-        linear = layers.Linear(3, 4, bias)
+        linear, x = layers.Linear(3, 4, bias), torch.randn(2, 5, 3, generator=rng())
         if bias:
             torch.nn.init.normal_(linear.bias)
         close(linear(x), F.linear(x, linear.weight, linear.bias), 1e-6)
-    table = layers.Embedding(5, 3)
-    assert torch.equal(table(ids), table.weight[ids])
+
+
+def test_embedding_by_hand():
+    table, ids = layers.Embedding(500, 300), torch.tensor([[4, 0, 4], [1, 2, 3]])
+    assert table.weight.shape == (500, 300) and table.weight.abs().max() <= 3
+    assert table.weight.detach().std() == pytest.approx(0.9866, rel=0.01) and torch.equal(table(ids), table.weight[ids])
+    with pytest.raises(IndexError):
+        table(torch.tensor([[-1]]))
+
+
+def test_swiglu_by_hand():
+    x = torch.randn(2, 5, 3, generator=rng())
     layer = layers.SwiGLU(3, 8)
     gate, up, down = (getattr(layer, name).weight for name in ("w1", "w3", "w2"))
     assert gate.shape == up.shape == (8, 3) and down.shape == (3, 8) and layer.w1.bias is None
