@@ -101,7 +101,9 @@ def test_group_advantages_by_hand(baseline, normalizer, expected):
     torch.testing.assert_close(advantages[:4], torch.tensor(expected).float(), atol=1e-4, rtol=0)
     assert advantages[4:].tolist() == [float(baseline == "none")] * 4       # equal rewards: exactly 0 with a baseline
     assert info["dead_groups"] == (0 if baseline == "none" else 0.5)
-    assert align.group_advantages(torch.full((3,), 0.1, dtype=torch.float64), 3)[0].tolist() == [0, 0, 0]
+    for same in (0.0, 0.1):                                                  # no 0 / 0, no rounding over eps
+        alike = torch.full((3,), same, dtype=torch.float64)
+        assert align.group_advantages(alike, 3, "mean", normalizer)[0].tolist() == [0, 0, 0]
 
 
 def test_policy_gradient_losses_by_hand():

@@ -66,6 +66,7 @@ def test_bpe_handout_example(tmp_path):
     words = [word.decode() for word, n in HANDOUT.items() for _ in range(n)]
     vocab, merges = bpe.train_bpe(bpe_write(tmp_path / "t", "<|x|>".join(words)), 257 + 12, ["<|x|>"])
     assert merges == bpe.learn_merges(HANDOUT, 12)
+    assert bpe.count_pairs({tuple("ababa"): 2, tuple("bb"): 1}) == {("a", "b"): 4, ("b", "a"): 4, ("b", "b"): 1}
     assert [(a + b" " + b).decode() for a, b in merges] == [
         "s t", "e st", "o w", "l ow", "w est", "n e", "ne west", "w i", "wi d", "wid est", "low e", "lowe r"]
     assert list(vocab) == list(range(269)) and vocab[97] == b"a" and vocab[256] == b"st" and vocab[268] == b"<|x|>"
@@ -410,6 +411,7 @@ def test_bpe_what_it_replaces(tmp_path):
         assert other.decode(np.array(other.encode(BPE_TEXT))) == BPE_TEXT and other.encode("") == []
         with pytest.raises(ValueError, match="0 to"):
             other.decode([other.vocab_size])
+    assert bpe.ByteTokenizer().decode([0xC3, 0x28]) == "\ufffd("            # 0xC3 begins a character, ( does not go on
     assert bpe.CharTokenizer("ab").encode("abc") == [0, 1, 2] and bpe.CharTokenizer("ab").decode([2]) == "\ufffd"
     with pytest.raises(ValueError, match="empty"):
         bpe.compression_ratio("", tok)

@@ -86,6 +86,7 @@ def test_distribution_by_hand():
     close(decoding.distribution(logits, temperature=1e-40), torch.tensor([[1.0, 0, 0, 0]]))
     close(decoding.distribution(logits, top_k=3, top_p=0.6), torch.tensor([[0.625, 0.375, 0, 0]]))
     close(decoding.distribution(logits, min_p=0.2), torch.tensor([[0.5, 0.3, 0.15, 0]]) / 0.95)
+    close(decoding.distribution(torch.zeros(1, 4), min_p=1.0), torch.full((1, 4), 0.25))        # just that share stays
 
 
 def test_top_p_needs_no_float64_which_mps_does_not_have():

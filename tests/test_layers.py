@@ -51,7 +51,7 @@ def test_functions_follow_torch(name):
 
 
 def test_softmax_does_not_overflow():
-    logits = torch.tensor([[1e4, 1e4 - math.log(3), -1e4], [math.log(3), 0, -1e4]])       # each row less its own maximum
+    logits = torch.tensor([[1e4, 1e4 - math.log(3), -1e4], [math.log(3), 0, -1e4]])  # less its own maximum
     close(layers.softmax(logits, -1), torch.tensor([[0.75, 0.25, 0]] * 2), 1e-3)   # float32 keeps 3 digits of 1e4 - 1.1
     assert layers.softmax(torch.zeros(3, 0), -1).shape == (3, 0)
 

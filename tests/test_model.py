@@ -132,6 +132,24 @@ def test_backends_agree(backend, switch):
         assert (ours - theirs).abs().max() <= 2e-5 * max(1, theirs.abs().max()), (ours - theirs).abs().max()  # float32
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_attention_in_ten_lines(interleaved):
+    """Normed and rotated queries and keys, two query heads to a key head, a window of four."""
+    c = ModelConfig(**TOY | dict(n_kv_heads=2, qk_norm=True, sliding_window=4, rope_interleaved=interleaved))
+    layer, x, scores = Attention(c).double(), torch.randn(2, 9, 48, dtype=torch.float64, generator=rng()), 1
+    turns = torch.polar(torch.ones(9, 6), torch.arange(9.)[:, None] * c.rope_theta ** (-torch.arange(0, 12, 2) / 12))
+    for project, norm in ((layer.q_proj, layer.q_norm), (layer.k_proj, layer.k_norm)):
+        t = project(x).view(2, 9, -1, 12).transpose(1, 2)
+        t = torch.nn.functional.rms_norm(t, (12,), torch.nn.init.normal_(norm.weight), c.norm_eps)
+        t = t.unflatten(-1, (6, 2)) if interleaved else t.unflatten(-1, (2, 6)).mT
+        t = torch.view_as_real(torch.view_as_complex(t.contiguous()) * turns).flatten(-2) # both alike: the same product
+        scores = scores * t if t.shape[1] == 4 else scores @ t.repeat_interleave(2, dim=1).mT / 12 ** 0.5
+    seen = torch.ones(9, 9, dtype=torch.bool).tril() & ~torch.ones(9, 9, dtype=torch.bool).tril(-4)
+    v = layer.v_proj(x).view(2, 9, 2, 12).transpose(1, 2).repeat_interleave(2, dim=1)
+    y = scores.masked_fill(~seen, -math.inf).softmax(dim=-1) @ v
+    assert (layer(x) - layer.o_proj(y.transpose(1, 2).reshape(2, 9, 48))).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_gradients_by_finite_differences(switch):
     """The derivative of the training loss along a random direction, in float64, at an odd shape."""

@@ -130,9 +130,10 @@ def test_wsd_schedule():
 
 def test_clipping_is_global_and_skips_missing_gradients():
     a, b, c = (torch.zeros(2, requires_grad=True) for _ in range(3))
-    a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
-    assert optim.clip_grad_norm([a, b, c], 1.0).item() == pytest.approx(5.0)
-    torch.testing.assert_close(torch.cat([a.grad, b.grad]), torch.tensor([3.0, 0.0, 0.0, 4.0]) / (5.0 + 1e-6))
+    for size, clipped in ((1.0, 1 / (5 + 1e-6)), (1e-6, 1 / 6)):             # eps counts where the norm is as small
+        a.grad, b.grad = torch.tensor([3.0, 0.0]) * size, torch.tensor([0.0, 4.0]) * size
+        assert optim.clip_grad_norm([a, b, c], size).item() == pytest.approx(5 * size)
+        torch.testing.assert_close(torch.cat([a.grad, b.grad]) / size, torch.tensor([3.0, 0.0, 0.0, 4.0]) * clipped)
     before = a.grad.clone()
     optim.clip_grad_norm([a, b, c], 10.0)
     assert torch.equal(a.grad, before) and c.grad is None
