@@ -31,7 +31,9 @@ def explain(excinfo) -> list[str]:
         folder = "practice" if frame in in_page else "tests"
         statement = " ".join(str(frame.statement).split())
         lines.append(f"{folder}/{Path(frame.path).name}:{frame.lineno + 1} in {frame.name}: {statement[:160]}")
-    why = excinfo.exconly(tryshort=True).splitlines()
+    # pytest's " + where tensor(…) = <built-in method …>": the shapes and first numbers below say more in less.
+    why = [line for line in excinfo.exconly(tryshort=True).splitlines()
+           if not (line.startswith(" + ") and re.search("tensor\\(|Tensor object|<built-in", line))]
     lines += why if len(why) <= 10 else why[:2] + ["…"] + why[-7:]
     if frames:
         words = set(re.findall(r"\w+", str(frames[-1].statement)))

@@ -142,12 +142,13 @@ def test_attention_in_ten_lines(interleaved):
         t = project(x).view(2, 9, -1, 12).transpose(1, 2)
         t = torch.nn.functional.rms_norm(t, (12,), torch.nn.init.normal_(norm.weight), c.norm_eps)
         t = t.unflatten(-1, (6, 2)) if interleaved else t.unflatten(-1, (2, 6)).mT
-        t = torch.view_as_real(torch.view_as_complex(t.contiguous()) * turns).flatten(-2) # both alike: the same product
+        t = torch.view_as_real(torch.view_as_complex(t.contiguous()) * turns).flatten(-2)  # the same product
         scores = scores * t if t.shape[1] == 4 else scores @ t.repeat_interleave(2, dim=1).mT / 12 ** 0.5
     seen = torch.ones(9, 9, dtype=torch.bool).tril() & ~torch.ones(9, 9, dtype=torch.bool).tril(-4)
     v = layer.v_proj(x).view(2, 9, 2, 12).transpose(1, 2).repeat_interleave(2, dim=1)
     y = scores.masked_fill(~seen, -math.inf).softmax(dim=-1) @ v
-    assert (layer(x) - layer.o_proj(y.transpose(1, 2).reshape(2, 9, 48))).abs().max() < 1e-5
+    ours, theirs = layer(x), layer.o_proj(y.transpose(1, 2).reshape(2, 9, 48))
+    assert (ours - theirs).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
