@@ -131,7 +131,7 @@ class AdamW(_Optimizer):
 # --- Muon ---
 
 JORDAN = (3.4445, -4.7750, 2.0315)
-# Chosen together they send [0.032, 1] to within 0.37 of 1 (2505.16932); two of Jordan's leave 0.032 at 0.37.
+# Together they send singular values of 0.032 … 1 to within 0.37 of 1 (2505.16932); two of Jordan's send 0.032 to 0.37.
 TWO_ROUNDS = ((7.3089, -20.5328, 14.9934), (2.8429, -2.0524, 0.4336))
 
 
