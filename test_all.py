@@ -13,7 +13,7 @@ OPTIONS = ["-q", "-rs", "-p", "no:cacheprovider"]
 
 
 def run_halves(files: list) -> int:
-    """All files in two processes of one thread each, of about equal length; returns an exit status, not 0 when one of them failed."""
+    """All files in two processes of one thread each; returns an exit status, not 0 when one of them failed."""
     halves = [[], []]
     for path in sorted(files, key=lambda path: -path.stat().st_size):
         min(halves, key=lambda half: sum(path.stat().st_size for path in half)).append(path)
