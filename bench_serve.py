@@ -9,6 +9,7 @@ import http.client
 import json
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -194,6 +195,8 @@ def row(name: str, port: int, model: str, tokens: int) -> None:
 
 def beside(c: ServeBenchConfig) -> None:
     """A table of tokens a second by users: serve.py, and `transformers serve` with and without continuous batching."""
+    if shutil.which("transformers") is None:
+        sys.exit("no command `transformers` to serve beside: pip install transformers[serving]")
     print(f"tokens/s by users{'':<25}" + "".join(f"{n:>9}" for n in (1, 8, 32)))
     with tempfile.TemporaryDirectory() as folder:
         same_weights(c, Path(folder))
