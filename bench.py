@@ -26,6 +26,7 @@ import bpe_fast
 import compress
 from accounting import PRESETS, kv_cache_bytes
 from bench_align import align_bench
+from bench_data import show
 from checkpoint import open_tokens, read_checkpoint, read_meta
 from configurator import command_line
 from convert import architecture_of, save_pretrained
@@ -132,13 +133,6 @@ def decode(argv: list[str]) -> None:
         lines.append(f"{label:<14}{len(rows):>5} | {read:>13,.0f} | {written:>12,.1f} | {limit:>10,.0f} | "
                      f"{written / limit:.2f}")
     show(lines, config.out)
-
-
-def show(lines: list[str], path: str | None) -> None:
-    """Print a table, and write it to a file where one is named."""
-    print("\n".join(lines))
-    if path is not None:
-        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
 # --- compression: bytes, speed, loss ---
@@ -308,7 +302,8 @@ VERBS = {"align": align_bench, "bpe": bench_bpe, "hf": hf, "decode": decode, "co
 
 def verbs() -> dict:
     """Name -> function of every verb."""
-    return VERBS | bench_data.VERBS | bench_course.VERBS | bench_serve.VERBS | bench_systems.VERBS | {"gpu": bench_gpu.gpu}
+    pages = (bench_data.VERBS, bench_course.VERBS, bench_serve.VERBS, bench_systems.VERBS)
+    return VERBS | {name: verb for page in pages for name, verb in page.items()} | {"gpu": bench_gpu.gpu}
 
 
 def main(argv: list[str]) -> None:

@@ -150,8 +150,8 @@ def ngrams(words: list[str]) -> None:
 def precision(words: list[str]) -> None:
     """A thousand times 0.01 summed in float32, float16 and mixed; dtypes of a small model under autocast."""
     hundredth = {dtype: torch.tensor(0.01, dtype=dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-    for total, part in ((torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16),
-                        (torch.float32, torch.float16), (torch.float32, torch.bfloat16)):
+    sums = [(dtype, dtype) for dtype in hundredth] + [(torch.float32, torch.float16), (torch.float32, torch.bfloat16)]
+    for total, part in sums:
         result = torch.tensor(0.0, dtype=total)
         for _ in range(1000):
             result += hundredth[part]
@@ -245,7 +245,7 @@ class AttentionConfig:
 
 
 def attention_bench(words: list[str]) -> None:
-    """ms forward and backward, and MB kept for backward, of causal attention: plain, compiled, in tiles, torch's own."""
+    """ms forward and backward, and MB kept for backward, of causal attention: plain, compiled, tiled, torch's own."""
     _, _, config, _ = command_line(AttentionConfig, words, "usage: python bench.py attention [--key=value …]")
     device = pick_device(config.device)
     gpu = device.startswith("cuda")
@@ -358,8 +358,8 @@ def intervals(words: list[str]) -> None:
     """Of 100 worlds, how many 90 % intervals of N, D and loss hold the truth, and how wide they are."""
     _, _, config, _ = command_line(IntervalsConfig, words, "usage: python bench.py intervals [--key=value …]")
     target, keys = config.beyond * 1e20, ("n_params", "n_tokens", "loss")
-    print(f"54 runs, six budgets up to 1e20, prediction at {target:.0e} FLOPs, {config.worlds} worlds; held, of them, and "
-          f"median high / low\n{'fit':<16}{'law':<11}{'noise':>7}" + "".join(f"{key:>16}" for key in keys))
+    print(f"54 runs, six budgets up to 1e20, prediction at {target:.0e} FLOPs, {config.worlds} worlds; held, of them, "
+          f"and median high / low\n{'fit':<16}{'law':<11}{'noise':>7}" + "".join(f"{key:>16}" for key in keys))
     for fit in (laws.fit_isoflop, laws.fit_parametric):
         for name, law in laws.PUBLISHED.items():
             truth = laws.predict(laws.published(name), target, warn=False)

@@ -59,7 +59,7 @@ print(json.dumps([seconds, sum(one.ru_utime + one.ru_stime for one in used), max
 
 
 def tokenizers(words: list[str]) -> None:
-    """BPE trained on two corpora: seconds, memory, longest tokens; then both on both: bytes per token, MB per second."""
+    """BPE trained on two corpora: seconds, memory, longest tokens; then both on both: bytes per token, MB a second."""
     usage = "usage: python bench.py tokenizers A.txt B.txt [--key=value …]"
     _, files, config, _ = command_line(TokenizersConfig, words, usage)
     if len(files) != 2:
@@ -75,10 +75,11 @@ def tokenizers(words: list[str]) -> None:
             tokenizer = bpe.Tokenizer.load(saved)
             longest = sorted(tokenizer.vocab.values(), key=len)[-3:]
             made.append((Path(path).stem, tokenizer))
-            lines.append(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB, vocabulary {tokenizer.vocab_size:,} trained in "
-                         f"{seconds:.2f} s ({cpu:.1f} s of CPU), peak {peak_kb / 1024:.0f} MB a process; longest tokens "
-                         + ", ".join(repr(token.decode("utf-8", "replace")) for token in reversed(longest)))
-        lines.append(f"\n{'text':<22}{'tokenizer':<22}{'bytes/token':>12}{'MB/CPU s':>10}{'hours for the Pile':>20}{'tokens':>12}")
+            lines.append(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB, vocabulary {tokenizer.vocab_size:,} trained "
+                         f"in {seconds:.2f} s ({cpu:.1f} s of CPU), peak {peak_kb / 1024:.0f} MB a process; longest "
+                         "tokens " + ", ".join(repr(token.decode("utf-8", "replace")) for token in reversed(longest)))
+        lines.append(f"\n{'text':<22}{'tokenizer':<22}{'bytes/token':>12}{'MB/CPU s':>10}{'hours for the Pile':>20}"
+                     f"{'tokens':>12}")
         for path in files:
             text = Path(path).read_bytes()[:int(config.megabytes * 1e6)].decode("utf-8", "ignore")
             sample = Path(folder) / "sample.txt"
@@ -89,8 +90,8 @@ def tokenizers(words: list[str]) -> None:
                 rate = sample.stat().st_size / (time.process_time() - began)
                 lines.append(f"{Path(path).stem:<22}{name:<22}{sample.stat().st_size / n:>12.3f}{rate / 1e6:>10.1f}"
                              f"{PILE_BYTES / rate / 3600:>20.1f}{n:>12,}")
-        lines.append(f"\nids are uint16: the largest is {max(t.vocab_size for _, t in made) - 1:,} of 65,535, half the bytes "
-                     "of int32; encoded by one process, a file read from disk and ids written")
+        lines.append(f"\nids are uint16: the largest is {max(t.vocab_size for _, t in made) - 1:,} of 65,535, half the "
+                     "bytes of int32; encoded by one process, a file read from disk and ids written")
     show(lines, config.out)
 
 
@@ -167,8 +168,8 @@ def web(words: list[str]) -> None:
     seconds = time.perf_counter() - began
     data.write_report(report, out / "kept")
     curate.curate_archives([held], out / "held" / "kept", workers=config.workers)
-    lines += [f"curation: {seconds:.1f} s, {len(paths) / seconds:.0f} documents per second; documents and MB after each "
-              "step:", *(f"  {step:<18}{n:>7,}{size / 1e6:>9.1f}" for step, (n, size) in report["funnel"].items()),
+    lines += [f"curation: {seconds:.1f} s, {len(paths) / seconds:.0f} documents per second; documents and MB after "
+              "each step:", *(f"  {step:<18}{n:>7,}{size / 1e6:>9.1f}" for step, (n, size) in report["funnel"].items()),
               "", *dropped_and_kept(report), ""]
     texts = {"raw": out / "raw.txt", "curated": out / "kept" / "corpus.txt"}
     with open(texts["raw"], "w", encoding="utf-8", errors="replace", newline="\n") as file:
@@ -179,7 +180,7 @@ def web(words: list[str]) -> None:
 
 
 def compare(texts: dict, validation: Path, config: WebConfig, out: Path) -> list[str]:
-    """The same model trained on each text with one tokenizer and as many tokens; lines of its loss on held-out pages."""
+    """The same model trained on each text, one tokenizer, as many tokens; lines of its loss on held-out pages."""
     lines, tokenizer = [], None
     clean_text = validation.read_text(encoding="utf-8").replace(curate.SEPARATOR, "\n\n")
     if not clean_text.strip() or not texts["curated"].stat().st_size:

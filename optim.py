@@ -7,7 +7,7 @@
     Adam(W)    p -= lr · m / √(mean of recent g²)  both; AdamW leaves weight decay out of the division
     Muon       P -= lr · U Vᵀ                      a matrix as a matrix: the gradient U S Vᵀ with all of S set to 1
 
-`python optim.py [--out=FILE.png]` lets five of them compete on one problem, 17 s on one core of an Intel Xeon, and draws
+`python optim.py [--out=FILE.png]` lets five of them compete on one problem, 17 s on one core of a Xeon, and draws
 the losses and a gradient's singular values before and after Muon.
 
 AdamW and Muon hand whole lists of tensors to one call of torch._foreach_*: 40 tensors would otherwise pay for some 400

@@ -102,7 +102,8 @@ def plot(out_dirs, folder=None) -> Path:
     from matplotlib.figure import Figure
     runs = [out_dir for out_dir in out_dirs if (Path(out_dir) / "log.jsonl").is_file()]
     if not runs:
-        raise ValueError(f"no log.jsonl in {', '.join(map(str, out_dirs)) or 'nothing'}; plot needs the folders of runs")
+        raise ValueError(f"no log.jsonl in {', '.join(map(str, out_dirs)) or 'nothing'}; "
+                         "plot needs the folders of runs")
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(3, 1))
     for color, out_dir in enumerate(runs):

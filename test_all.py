@@ -1,4 +1,4 @@
-"""One pass or fail line per claim: `python test_all.py` runs tests/ with pytest in two processes, one where cores are few.
+"""One pass or fail line per claim: `python test_all.py` runs tests/ in two pytest processes, one where cores are few.
 
 `python test_all.py bpe model` runs two pages' tests, and other arguments go to pytest: `python test_all.py -k resume`.
 CPU only, offline, no timing assertions.
