@@ -37,6 +37,13 @@ def test_no_circle_of_imports():
                    for page in imports_of(source)), "nobody imports the measurements"
 
 
+def test_the_map_in_the_readme_has_every_page_below_what_it_imports():
+    rows = re.findall(r"^\| \[`(\w+)\.py`\]", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(rows) == {page for page in PAGES if not page.startswith(("bench", "test_all"))}
+    wrong = [(page, other) for i, page in enumerate(rows) for other in imports_of(PAGES[page]) & set(rows[i + 1:])]
+    assert not wrong, wrong
+
+
 def test_pages_are_short():
     lengths = sorted(((source.count("\n"), page) for page, source in PAGES.items()), reverse=True)
     assert lengths[0][0] < 600 and [entry for entry in lengths if entry[0] > 500][3:] == [], lengths[:5]
