@@ -141,6 +141,7 @@ class KVCache:
         self.ids = torch.zeros(batch_size, max_length, dtype=torch.long, device=device) if config.smear else None
         self.rows = [[0] * batch_size for _ in range(n_layers)]    # positions of each row, layer by layer
         self.batch_size, self.max_length, self.device = batch_size, max_length, torch.device(device)
+        self.in_c = None                                           # the model's pass in C, see onetoken.py
 
     @property
     def lengths(self) -> list[int]:

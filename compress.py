@@ -38,15 +38,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import onetoken
 from checkpoint import claim_out_dir, multiplied_out, open_tokens, read_checkpoint, save_checkpoint
 from configurator import command_line, fail
 from machine import product
 from model import Linear, Transformer, load_model
 
 GROUP = 64                                   # weights of a row that share a scale and a shift in int4
-KERNEL_ROWS = 128                            # rows of x up to which the int8 kernel is the faster way
-# torch's own products of bfloat16 with 8 and 4 bits; their names are private, so they may be missing one day.
-INT8_KERNEL, INT4_KERNEL = (hasattr(torch, name) for name in ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu"))
 
 
 @dataclass
@@ -95,9 +93,9 @@ def round_weight(weight, kind: str) -> dict:
 
 
 class Int8Linear(torch.nn.Module):
-    """x @ weightᵀ + bias with weights from round_int8, by torch's kernel for few rows on a CPU.
+    """x @ weightᵀ + bias with weights from round_int8, which onetoken.c reads as they are for a few rows on a CPU.
 
-    Elsewhere the weights are multiplied out first: on a GPU this saves memory and no time.
+    Elsewhere they are multiplied out first: beside many rows that is little; on a GPU this saves memory and no time.
     """
 
     def __init__(self, parts: dict, bias=None):
@@ -106,36 +104,32 @@ class Int8Linear(torch.nn.Module):
         self.register_buffer("scale", parts["scale"])
         self.bias = bias
 
+    def parts(self) -> dict:
+        """As round_int8 gives them."""
+        return {"q": self.q, "scale": self.scale}
+
     def forward(self, x):                                                       # (..., C) -> (..., R)
         y = self.multiply(x.reshape(-1, x.shape[-1])).to(x.dtype)
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def multiply(self, x):                                                      # (N, C) -> (N, R)
-        if 0 < len(x) <= KERNEL_ROWS and x.device.type == "cpu" and INT8_KERNEL:
-            return torch._weight_int8pack_mm(x.bfloat16(), self.q, self.scale.flatten())
-        return product(x, multiplied_out({"q": self.q, "scale": self.scale}).to(x.dtype))
+        if 0 < len(x) <= onetoken.MAX_ROWS and x.device.type == "cpu" and onetoken.library() is not None:
+            return onetoken.linear(self, x.float())
+        return product(x, multiplied_out(self.parts()).to(x.dtype))
 
 
 class Int4Linear(Int8Linear):
-    """The same with weights from round_int4; torch's kernel for CPUs wants them in an order of its own."""
+    """The same with weights from round_int4; scale holds (scale, shift) of every group, (R, C / GROUP, 2)."""
 
     def __init__(self, parts: dict, bias=None):
-        q, scale = parts["q"], torch.stack((parts["scale"], parts["shift"]), dim=-1)     # scale: (R, C / GROUP, 2)
-        n_rows, packed = len(q), q.device.type == "cpu" and INT4_KERNEL
-        if packed:
-            fill = (0, 0, 0, -n_rows % 64)                                      # the kernel wants rows in 64s
-            numbers = torch.nn.functional.pad(torch.stack((q // 16, q % 16), dim=-1).flatten(1), fill)
-            q = torch._convert_weight_to_int4pack_for_cpu(numbers.int(), 1)
-            scale = torch.nn.functional.pad(scale, (0, 0) + fill).transpose(0, 1).contiguous()
-        super().__init__({"q": q, "scale": scale}, bias)
-        self.n_rows, self.packed = n_rows, packed
+        scale = torch.stack((parts["scale"], parts["shift"]), dim=-1)
+        super().__init__({"q": parts["q"], "scale": scale}, bias)
 
-    def multiply(self, x):
-        if self.packed:
-            return torch._weight_int4pack_mm_for_cpu(x.bfloat16(), self.q, GROUP, self.scale)[:, :self.n_rows]
+    def parts(self) -> dict:
+        """As round_int4 gives them."""
         scale, shift = self.scale.unbind(-1)
-        return product(x, multiplied_out({"q": self.q, "scale": scale, "shift": shift}).to(x.dtype))
+        return {"q": self.q, "scale": scale, "shift": shift}
 
 
 def matrices(model) -> dict:

@@ -11,7 +11,8 @@ do not change, so they are kept (KVCache in attention.py), and writing has two p
 
 What makes decoding faster reads fewer bytes for a token: a batch shares one reading among its rows, drafts share one
 among the tokens they get right, int8 and int4 shorten it (compress.py). `python bench.py decode` measures each beside
-this roof. Left out here: requests that come and go while others are written, see serve.py.
+this roof. A few rows on a CPU go through onetoken.c where a compiler is at hand. Left out here: requests that come and
+go while others are written, see serve.py.
 
 Top-k: Fan 2018 (1805.04833). Top-p (nucleus): Holtzman 2019 (1904.09751). Min-p: 2407.01082. Speculative decoding:
 Leviathan 2022 (2211.17192). The command that writes, chats and explains is sample.py.
@@ -23,6 +24,8 @@ import operator
 from collections import Counter
 
 import torch
+
+import onetoken
 
 
 # --- the loop everyone starts from ---
@@ -183,12 +186,15 @@ def prefill(model, windows: list[list[int]], cache: bool, n_new: int):
     hidden = model.hidden(tokens, memory)                                        # (B, T, C)
     if memory is not None:
         memory.set_lengths(lengths)
+        memory.in_c = onetoken.prepare(model, memory)
     # The head is the largest matrix of a small model: only the last token of each window goes through it.
     return model.head(hidden[torch.arange(len(windows)), torch.tensor(lengths) - 1]), memory
 
 
 def decode(model, last: list[int], memory):
     """Logits (B, V) after one more token of each row."""
+    if memory.in_c is not None:
+        return memory.in_c(last, memory)
     return model(torch.tensor(last, device=memory.device)[:, None], cache=memory)[:, -1]
 
 

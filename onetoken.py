@@ -1,0 +1,186 @@
+"""One token of each row through the model in C: what decoding a few texts on a CPU runs, where a compiler is at hand.
+
+Between two products of a pass stand sixty small operators a block. Alone each takes microseconds; here their code and
+Python's have to come back into the cache every time that a matrix has run through it, which took as long again as the
+reading of the weights. onetoken.c is the same pass as one C function; this page compiles it once (a second, kept in
+~/.cache), fills in its structures from a model's tensors without a copy, and says for which models it stands in:
+
+    decoding.decode ── can_run? ──> onetoken.Pass ─> onetoken.c        float32, bfloat16, int8, int4 weights
+                          └─ else ─> model(tokens, cache=cache)        post-norm, experts, MLA, GPUs, no compiler
+
+Both fill the same cache and differ by rounding alone. `python bench.py decode --reference=true` has the figures. The
+idea of one file of C for one pass is Karpathy's llama2.c.
+"""
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from layers import LayerNorm, RMSNorm, rope_tables
+
+MAX_ROWS = 32                        # more rows share a reading anyway, and large products are torch's
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+NORMS = {torch.nn.Identity: 0, RMSNorm: 1, LayerNorm: 2}
+FFNS = ("swiglu", "silu", "gelu", "relu2")
+P, I = ctypes.c_void_p, ctypes.c_int
+
+
+class Matrix(ctypes.Structure):      # these four as in onetoken.c
+    _fields_ = [("w", P), ("scale", P), ("bias", P), ("kind", I), ("d_out", I), ("d_in", I)]
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [("weight", P), ("bias", P), ("eps", ctypes.c_float), ("kind", I)]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [(name, Norm) for name in ("ln1", "ln2", "q_norm", "k_norm")] + [
+        (name, Matrix) for name in ("q", "k", "v", "o", "w1", "w2", "w3")] + [("window", I)]
+
+
+class Model(ctypes.Structure):
+    _fields_ = [(name, I) for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "ffn",
+                                       "rotate", "interleaved", "cache_kind", "max_length")] + [
+        ("cos", P), ("sin", P), ("layers", ctypes.POINTER(Layer)), ("last", Norm), ("head", Matrix)]
+
+
+# --- the compiler ---
+
+@functools.cache
+def library():
+    """onetoken.c compiled for this processor, or None: no compiler, or ONETOKEN=0 in the environment."""
+    source, compiler = Path(__file__).with_suffix(".c"), shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or os.environ.get("ONETOKEN") == "0" or os.name != "posix":
+        return None
+    # Sums in any order, as vectors need it, but NaN stays NaN. torch's own OpenMP runs the threads: one pool of them.
+    flags = ["-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
+             "-fno-math-errno", "-shared", "-fPIC", "-lm"]
+    flags += ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
+    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0] if platform.system() == "Linux" else ""
+    features = [line for line in cpu.splitlines() if line.startswith(("model", "flags", "Features"))]
+    name = hashlib.sha256(repr((source.read_bytes(), flags, features)).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onetoken"
+    path = folder / f"{name}.so"
+    try:
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:     # whole or not at all, for several processes
+                made = Path(scratch) / path.name
+                subprocess.run([compiler, str(source), "-o", str(made), *flags], check=True, capture_output=True)
+                os.replace(made, path)
+        for runtime in Path(torch.__file__).parent.glob("lib/libgomp*"):
+            ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+        made = ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError):
+        return None                  # a home that cannot be written, a compiler without OpenMP: torch does it
+    made.one_token.argtypes, made.linear.argtypes = (P, P, P, I, P, P, P, P), (P, P, P, I, P)
+    made.one_token.restype = made.linear.restype = None
+    return made
+
+
+# --- a model as the C page sees it ---
+
+def matrix(layer) -> Matrix:
+    """A Linear, or compress.py's Int8Linear or Int4Linear. TypeError for what C cannot read."""
+    weight, scale = getattr(layer, "weight", None), getattr(layer, "scale", None)
+    weight = layer.q if weight is None else weight
+    if weight.dtype not in KINDS or not weight.is_contiguous() or weight.device.type != "cpu":
+        raise TypeError(f"weights in {weight.dtype} on {weight.device}")
+    d_in = weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)           # int4: two in a byte
+    return Matrix(weight.data_ptr(), None if scale is None else scale.data_ptr(), None, KINDS[weight.dtype],
+                  len(weight), d_in)
+
+
+def linear(layer, x):
+    """x (rows, d_in) in float32 through one such layer without its bias, (rows, d_out)."""
+    m, rows = matrix(layer), len(x)
+    y, scratch = torch.empty(rows, m.d_out), torch.empty(rows * (m.d_in + m.d_in // 64))
+    library().linear(ctypes.byref(m), x.contiguous().data_ptr(), y.data_ptr(), rows, scratch.data_ptr())
+    return y
+
+
+class Pass:
+    """A model ready for onetoken.c, called as (ids of the last tokens, cache) -> logits (rows, V).
+
+    Raises TypeError for a model or cache that it cannot run. The tensors it points to are held until it goes.
+    """
+
+    def __init__(self, model, cache):
+        c, store = model.config, cache.k[0]
+        if (c.norm_position != "pre" or c.attention != "standard" or c.attention_backend == "naive" or c.n_experts
+                or store.device.type != "cpu" or store.dtype not in (torch.float32, torch.bfloat16)):
+            raise TypeError("onetoken.c has no such model or cache")
+        self.model, self.held = model, []
+        layers = [self.layer(block, window) for block, window in zip(model.layers, c.windows)]
+        self.layers = (Layer * c.n_layers)(*layers)
+        cos = sin = None
+        if c.position == "rope":
+            tables = rope_tables(torch.arange(cache.max_length), c.head_dim, c.rope_theta, c)
+            cos, sin = (self.floats(table) for table in tables)
+        d_ff = max(matrix(block.ffn.w1).d_out for block in model.layers)
+        self.c = Model(c.n_layers, c.d_model, c.n_heads, c.n_kv_heads, c.head_dim, d_ff, FFNS.index(c.ffn),
+                       c.position == "rope", c.rope_interleaved, KINDS[store.dtype], cache.max_length, cos, sin, self.layers,
+                       self.norm(model.ln_final), self.matrix(model.lm_head))
+        self.numbers = c.d_model + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * d_ff + c.n_heads * cache.max_length
+        self.numbers += 2 * max(c.d_model, d_ff, c.n_heads * c.head_dim)         # for int4
+        self.scratch = torch.empty(0)
+
+    def floats(self, tensor):
+        """The address of a float32 copy, None of None."""
+        if tensor is None:
+            return None
+        self.held.append(tensor.detach().float().contiguous())
+        return self.held[-1].data_ptr()
+
+    def norm(self, layer) -> Norm:
+        if layer is None:
+            return Norm(None, None, 0, 0)
+        return Norm(self.floats(getattr(layer, "weight", None)), self.floats(getattr(layer, "bias", None)),
+                    getattr(layer, "eps", 0), NORMS[type(layer)])
+
+    def matrix(self, layer) -> Matrix:
+        self.held += [*layer.parameters(), *layer.buffers()]
+        m = matrix(layer)
+        m.bias = self.floats(layer.bias)
+        return m
+
+    def layer(self, block, window) -> Layer:
+        attn, ffn = block.attn, block.ffn
+        norms = [block.ln1, block.ln2, getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)]
+        matrices = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, ffn.w1, ffn.w2, getattr(ffn, "w3", ffn.w1)]
+        return Layer(*(self.norm(one) for one in norms), *(self.matrix(one) for one in matrices), window or 0)
+
+    @torch.inference_mode()
+    def __call__(self, last: list[int], cache):
+        rows, lengths, model = len(last), cache.lengths, self.model
+        tokens, positions = torch.tensor(last)[:, None], torch.tensor(lengths, dtype=torch.int32)
+        if max(lengths) >= min(cache.max_length, self.c.max_length):
+            raise ValueError(f"{max(lengths) + 1} tokens pass the cache of {cache.max_length}")
+        slots = positions.long()[:, None]
+        x = model.embed(tokens, cache, SimpleNamespace(slots=slots, positions=slots)).float().contiguous()   # (B, 1, C)
+        if len(self.scratch) < rows * self.numbers:
+            self.scratch = torch.empty(rows * self.numbers)
+        logits = torch.empty(rows, model.config.vocab_size)
+        keys, values = ((P * len(stores))(*(store.data_ptr() for store in stores)) for stores in (cache.k, cache.v))
+        library().one_token(ctypes.byref(self.c), x.data_ptr(), positions.data_ptr(), rows, keys, values,
+                            logits.data_ptr(), self.scratch.data_ptr())
+        cache.rows = [[n + 1 for n in lengths] for _ in cache.rows]
+        cap = model.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def prepare(model, cache):
+    """A Pass for this model and cache, or None where only the model itself can do it."""
+    if cache is None or cache.batch_size > MAX_ROWS or library() is None:
+        return None
+    with contextlib.suppress(TypeError, KeyError, AttributeError):
+        return Pass(model, cache)
