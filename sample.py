@@ -22,7 +22,7 @@ from compress import quantize  # noqa: F401
 from configurator import command_line, fail
 from decoding import (Text, check_draft, check_numbers, decode, distribution, evaluating, generate,  # noqa: F401
                       prefill, rates, simple_generate, speculate, speculative_generate, stream)
-from machine import DTYPES, pick_device, pick_dtype
+from machine import DTYPES, Threads, pick_device, pick_dtype
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -198,14 +198,17 @@ class Writer:
         """Print what follows ids, after `before`: one text as it is made, several when done; returns the last."""
         stops, n = (self.config.stop,) if self.config.stop else (), self.config.num_samples
         texts, figures, shown, times = [Text(self.tokenizer, stops) for _ in range(n)], Counter(), 0, []
-        began = time.perf_counter()
         if n == 1:
             print(before, end="", flush=True)
-        for _ in self.passes(ids, end, texts, figures):
-            times.append(time.perf_counter())
-            if n == 1:
-                print(texts[0].text[shown:], end="", flush=True)
-                shown = len(texts[0].text)
+        with Threads() as threads:
+            began = time.perf_counter()
+            for _ in self.passes(ids, end, texts, figures):
+                times.append(time.perf_counter())
+                if n == 1:
+                    print(texts[0].text[shown:], end="", flush=True)
+                    shown = len(texts[0].text)
+                if len(times) > 2:               # between two passes of decoding
+                    threads.watch(times[-1] - times[-2])
         for number, text in enumerate(texts, start=1):
             text.feed(None)
             print(text.text[shown:] if n == 1 else f"--- sample {number} ---\n{before}{text.text}")
