@@ -164,6 +164,10 @@ class KVCache:
                              "positions; a row can only be cut")
         self.rows = [lengths for _ in self.rows]
 
+    def grow(self, n: int) -> None:
+        """Say that n more positions of every row are filled."""
+        self.rows = [[held + n for held in rows] for rows in self.rows]
+
     def select(self, rows) -> None:
         """Keep these rows, in this order; named twice it is copied: samples of one prompt share a prefill."""
         rows = torch.as_tensor(rows, dtype=torch.long, device=self.device)

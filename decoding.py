@@ -186,15 +186,17 @@ def prefill(model, windows: list[list[int]], cache: bool, n_new: int):
     hidden = model.hidden(tokens, memory)                                        # (B, T, C)
     if memory is not None:
         memory.set_lengths(lengths)
-        memory.in_c = onetoken.prepare(model, memory)
+        memory.in_c = onetoken.prepare(model, room)
     # The head is the largest matrix of a small model: only the last token of each window goes through it.
     return model.head(hidden[torch.arange(len(windows)), torch.tensor(lengths) - 1]), memory
 
 
 def decode(model, last: list[int], memory):
     """Logits (B, V) after one more token of each row."""
-    if memory.in_c is not None:
-        return memory.in_c(last, memory)
+    if memory.in_c is not None and len(last) <= onetoken.MAX_ROWS:
+        logits = memory.in_c(last, memory.lengths, memory, memory.k, memory.v)
+        memory.grow(1)
+        return logits
     return model(torch.tensor(last, device=memory.device)[:, None], cache=memory)[:, -1]
 
 

@@ -35,6 +35,7 @@ typedef struct {
 
 typedef struct {
     int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, ffn, rotate, interleaved, cache_kind, max_length;
+    int64_t next_row, next_head, next_slot;              // in the cache, in numbers
     const float *cos, *sin;                              // (max_length, D / 2)
     const Layer *layers;
     Norm last;
@@ -182,25 +183,28 @@ static inline float cached(const Model *m, const void *store, int64_t i) {
     return m->cache_kind == F32 ? ((const float *)store)[i] : from_bf16(((const uint16_t *)store)[i]);
 }
 
-// Scores of one head's query with the keys first … position, softmax, and the weighted sum of the values.
-static void attend(const Model *m, const float *q, const void *keys, const void *values, int first, int position,
-                   float *scores, float *y) {
+// Scores of one head's query with the keys first … position, softmax, and the weighted sum of the values. The key of
+// position s lies in slot s, or in slots[s]; `start` is where this row and head begin in the cache.
+static void attend(const Model *m, const float *q, const void *keys, const void *values, int64_t start,
+                   const int *slots, int first, int position, float *scores, float *y) {
     int D = m->head_dim;
     float most = -INFINITY, total = 0;
     for (int s = first; s <= position; s++) {
+        int64_t at = start + (slots ? slots[s] : s) * m->next_slot;
         float sum = 0;
         if (m->cache_kind == F32)
-            for (int i = 0; i < D; i++) sum += q[i] * ((const float *)keys)[(int64_t)s * D + i];
+            for (int i = 0; i < D; i++) sum += q[i] * ((const float *)keys)[at + i];
         else
-            for (int i = 0; i < D; i++) sum += q[i] * from_bf16(((const uint16_t *)keys)[(int64_t)s * D + i]);
+            for (int i = 0; i < D; i++) sum += q[i] * from_bf16(((const uint16_t *)keys)[at + i]);
         scores[s] = sum / sqrtf(D);
         if (scores[s] > most) most = scores[s];
     }
     for (int i = 0; i < D; i++) y[i] = 0;
     for (int s = first; s <= position; s++) {
+        int64_t at = start + (slots ? slots[s] : s) * m->next_slot;
         float p = expf(scores[s] - most);
         total += p;
-        for (int i = 0; i < D; i++) y[i] += p * cached(m, values, (int64_t)s * D + i);
+        for (int i = 0; i < D; i++) y[i] += p * cached(m, values, at + i);
     }
     for (int i = 0; i < D; i++) y[i] /= total;
 }
@@ -211,10 +215,11 @@ static float activation(int kind, float x) {
     return x / (1 + expf(-x));
 }
 
-// x (rows, C): embeddings in, overwritten. positions (rows): where each token stands. keys, values: for each layer a
-// pointer to (rows, K, max_length, D). logits (rows, V) out. scratch: as many numbers as onetoken.py counts.
-void one_token(const Model *m, float *x, const int *positions, int rows, void **keys, void **values, float *logits,
-               float *scratch) {
+// x (rows, C): embeddings in, overwritten. positions (rows): where each token stands. keys, values: a pointer for each
+// layer. slots: (rows, max_length), the slot of every position, or NULL: slot p for position p. logits (rows, V) out.
+// scratch: as many numbers as onetoken.py counts.
+void one_token(const Model *m, float *x, const int *positions, int rows, void **keys, void **values, const int *slots,
+               float *logits, float *scratch) {
     int C = m->d_model, H = m->n_heads, K = m->n_kv_heads, D = m->head_dim, S = m->max_length, F = m->d_ff;
     float *h = scratch, *q = h + (int64_t)rows * C, *k = q + (int64_t)rows * H * D, *v = k + (int64_t)rows * K * D;
     float *y = v + (int64_t)rows * K * D, *gate = y + (int64_t)rows * H * D, *up = gate + (int64_t)rows * F;
@@ -232,18 +237,19 @@ void one_token(const Model *m, float *x, const int *positions, int rows, void **
             if (m->rotate) rotate(m, head, positions[i < rows * H ? i / H : (i - rows * H) / K]);
         }
         for (int i = 0; i < rows * K * D; i++) {         // into the cache, in its dtype
-            int64_t slot = ((int64_t)(i / D) * S + positions[i / (K * D)]) * D + i % D;
+            int r = i / (K * D), slot = slots ? slots[(int64_t)r * S + positions[r]] : positions[r];
+            int64_t at = r * m->next_row + i / D % K * m->next_head + slot * m->next_slot + i % D;
             if (m->cache_kind == F32)
-                ((float *)keys[l])[slot] = k[i], ((float *)values[l])[slot] = v[i];
+                ((float *)keys[l])[at] = k[i], ((float *)values[l])[at] = v[i];
             else
-                ((uint16_t *)keys[l])[slot] = to_bf16(k[i]), ((uint16_t *)values[l])[slot] = to_bf16(v[i]);
+                ((uint16_t *)keys[l])[at] = to_bf16(k[i]), ((uint16_t *)values[l])[at] = to_bf16(v[i]);
         }
         #pragma omp parallel for schedule(static)
-        for (int i = 0; i < rows * H; i++) {
-            int position = positions[i / H], first = layer->window ? position - layer->window + 1 : 0;
-            int64_t start = ((int64_t)(i / H) * K + i % H / (H / K)) * S * D * (m->cache_kind == F32 ? 4 : 2);
-            attend(m, q + (int64_t)i * D, (char *)keys[l] + start, (char *)values[l] + start, first > 0 ? first : 0,
-                   position, scores + (int64_t)i * S, y + (int64_t)i * D);
+        for (int i = 0; i < rows * H; i++) {             // each row's heads; H / K of them share a key head
+            int r = i / H, first = layer->window ? positions[r] - layer->window + 1 : 0;
+            int64_t start = r * m->next_row + i % H / (H / K) * m->next_head;
+            attend(m, q + (int64_t)i * D, keys[l], values[l], start, slots ? slots + (int64_t)r * S : NULL,
+                   first > 0 ? first : 0, positions[r], scores + (int64_t)i * S, y + (int64_t)i * D);
         }
         linear(&layer->o, y, h, rows, more);
         for (int i = 0; i < rows * C; i++) x[i] += h[i];

@@ -27,7 +27,7 @@ import torch
 
 from layers import LayerNorm, RMSNorm, rope_tables
 
-MAX_ROWS = 32                        # more rows share a reading anyway, and large products are torch's
+MAX_ROWS = 64                        # about where a product of torch's, with its larger tiles, is as fast
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 NORMS = {torch.nn.Identity: 0, RMSNorm: 1, LayerNorm: 2}
 FFNS = ("swiglu", "silu", "gelu", "relu2")
@@ -50,6 +50,7 @@ class Layer(ctypes.Structure):
 class Model(ctypes.Structure):
     _fields_ = [(name, I) for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "ffn",
                                        "rotate", "interleaved", "cache_kind", "max_length")] + [
+        (name, ctypes.c_int64) for name in ("next_row", "next_head", "next_slot")] + [
         ("cos", P), ("sin", P), ("layers", ctypes.POINTER(Layer)), ("last", Norm), ("head", Matrix)]
 
 
@@ -82,7 +83,7 @@ def library():
         made = ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError):
         return None                  # a home that cannot be written, a compiler without OpenMP: torch does it
-    made.one_token.argtypes, made.linear.argtypes = (P, P, P, I, P, P, P, P), (P, P, P, I, P)
+    made.one_token.argtypes, made.linear.argtypes = (P, P, P, I, P, P, P, P, P), (P, P, P, I, P)
     made.one_token.restype = made.linear.restype = None
     return made
 
@@ -109,28 +110,28 @@ def linear(layer, x):
 
 
 class Pass:
-    """A model ready for onetoken.c, called as (ids of the last tokens, cache) -> logits (rows, V).
+    """A model ready for onetoken.c, with a cache of float32 or bfloat16 and texts of at most max_length tokens.
 
-    Raises TypeError for a model or cache that it cannot run. The tensors it points to are held until it goes.
+    Raises TypeError for a model that it cannot run. The tensors it points to are held until it goes.
     """
 
-    def __init__(self, model, cache):
-        c, store = model.config, cache.k[0]
+    def __init__(self, model, max_length: int, dtype):
+        c = model.config
         if (c.norm_position != "pre" or c.attention != "standard" or c.attention_backend == "naive" or c.n_experts
-                or store.device.type != "cpu" or store.dtype not in (torch.float32, torch.bfloat16)):
+                or dtype not in (torch.float32, torch.bfloat16)):
             raise TypeError("onetoken.c has no such model or cache")
         self.model, self.held = model, []
         layers = [self.layer(block, window) for block, window in zip(model.layers, c.windows)]
         self.layers = (Layer * c.n_layers)(*layers)
         cos = sin = None
         if c.position == "rope":
-            tables = rope_tables(torch.arange(cache.max_length), c.head_dim, c.rope_theta, c)
+            tables = rope_tables(torch.arange(max_length), c.head_dim, c.rope_theta, c)
             cos, sin = (self.floats(table) for table in tables)
         d_ff = max(matrix(block.ffn.w1).d_out for block in model.layers)
         self.c = Model(c.n_layers, c.d_model, c.n_heads, c.n_kv_heads, c.head_dim, d_ff, FFNS.index(c.ffn),
-                       c.position == "rope", c.rope_interleaved, KINDS[store.dtype], cache.max_length, cos, sin, self.layers,
-                       self.norm(model.ln_final), self.matrix(model.lm_head))
-        self.numbers = c.d_model + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * d_ff + c.n_heads * cache.max_length
+                       c.position == "rope", c.rope_interleaved, KINDS[dtype], max_length, 0, 0, 0, cos, sin,
+                       self.layers, self.norm(model.ln_final), self.matrix(model.lm_head))
+        self.numbers = c.d_model + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * d_ff + c.n_heads * max_length
         self.numbers += 2 * max(c.d_model, d_ff, c.n_heads * c.head_dim)         # for int4
         self.scratch = torch.empty(0)
 
@@ -160,27 +161,31 @@ class Pass:
         return Layer(*(self.norm(one) for one in norms), *(self.matrix(one) for one in matrices), window or 0)
 
     @torch.inference_mode()
-    def __call__(self, last: list[int], cache):
-        rows, lengths, model = len(last), cache.lengths, self.model
-        tokens, positions = torch.tensor(last)[:, None], torch.tensor(lengths, dtype=torch.int32)
-        if max(lengths) >= min(cache.max_length, self.c.max_length):
-            raise ValueError(f"{max(lengths) + 1} tokens pass the cache of {cache.max_length}")
-        slots = positions.long()[:, None]
-        x = model.embed(tokens, cache, SimpleNamespace(slots=slots, positions=slots)).float().contiguous()   # (B, 1, C)
+    def __call__(self, last: list[int], positions: list[int], cache, keys, values, slots=None):
+        """Logits (rows, V) after one more token of each row, whose key and value are added to the cache.
+
+        keys, values: a tensor (rows or 1, K, slots, D) for each layer, of any strides. slots: (rows, max_length) int32,
+        the slot of each position; none: its own number. cache: what the model's embedding asks for earlier ids.
+        """
+        if max(positions) >= self.c.max_length:
+            raise ValueError(f"{max(positions) + 1} tokens pass the cache of {self.c.max_length}")
+        at, rows, c = torch.tensor(positions)[:, None], len(last), self.model.config
+        x = self.model.embed(torch.tensor(last)[:, None], cache, SimpleNamespace(slots=at, positions=at))    # (B, 1, C)
+        x, at = x.float().contiguous(), at.int()
         if len(self.scratch) < rows * self.numbers:
             self.scratch = torch.empty(rows * self.numbers)
-        logits = torch.empty(rows, model.config.vocab_size)
-        keys, values = ((P * len(stores))(*(store.data_ptr() for store in stores)) for stores in (cache.k, cache.v))
-        library().one_token(ctypes.byref(self.c), x.data_ptr(), positions.data_ptr(), rows, keys, values,
-                            logits.data_ptr(), self.scratch.data_ptr())
-        cache.rows = [[n + 1 for n in lengths] for _ in cache.rows]
-        cap = model.config.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        logits = torch.empty(rows, c.vocab_size)
+        self.c.next_row, self.c.next_head, self.c.next_slot, _ = keys[0].stride()
+        pointers = [(P * len(stores))(*(store.data_ptr() for store in stores)) for stores in (keys, values)]
+        library().one_token(ctypes.byref(self.c), x.data_ptr(), at.data_ptr(), rows, *pointers,
+                            None if slots is None else slots.data_ptr(), logits.data_ptr(), self.scratch.data_ptr())
+        return logits if c.logit_softcap is None else c.logit_softcap * torch.tanh(logits / c.logit_softcap)
 
 
-def prepare(model, cache):
-    """A Pass for this model and cache, or None where only the model itself can do it."""
-    if cache is None or cache.batch_size > MAX_ROWS or library() is None:
+def prepare(model, max_length: int):
+    """A Pass for this model, or None where only the model itself can do it."""
+    weight = model.token_embeddings.weight
+    if weight.device.type != "cpu" or library() is None:
         return None
     with contextlib.suppress(TypeError, KeyError, AttributeError):
-        return Pass(model, cache)
+        return Pass(model, max_length, weight.dtype)

@@ -48,13 +48,13 @@ def test_logits_equal_the_models_own_in_float32(name, kind):
     prompts = [list(range(1, n)) for n in (5, 9, 14, 3, 20)]             # ragged, and not a multiple of four
     _, memory = decoding.prefill(plain, prompts, True, 20)
     _, cache = decoding.prefill(plain, prompts, True, 20)
-    one_pass = onetoken.Pass(small, cache)
+    cache.in_c = onetoken.Pass(small, cache.max_length, torch.float32)
     memory.in_c = None
     close = 3e-2 if kind == "bfloat16" else 1e-4         # embeddings are added and gated in bfloat16
     for step in range(8):
         ids = [(7 * step + i) % 301 for i in range(5)]
         expected = decoding.decode(plain, ids, memory)
-        torch.testing.assert_close(one_pass(ids, cache), expected, rtol=close, atol=close * expected.abs().max().item())
+        torch.testing.assert_close(decoding.decode(small, ids, cache), expected, rtol=close, atol=close * expected.abs().max().item())
     assert cache.lengths == memory.lengths == [n + 7 for n in (5, 9, 14, 3, 20)]
     torch.testing.assert_close(cache.k[1], memory.k[1], rtol=close, atol=close)
 
@@ -104,19 +104,17 @@ def test_a_layer_alone_equals_float64_at_any_size():
 def test_what_it_cannot_run_and_damaged_weights():
     for name, value in (("norm_position", "post"), ("attention", "mla"), ("n_experts", 4)):
         model = build(**{name: value})
-        assert onetoken.prepare(model, model.new_cache(1, 8)) is None, name
+        assert onetoken.prepare(model, 8) is None, name
     model = build()
-    assert onetoken.prepare(model, model.new_cache(onetoken.MAX_ROWS + 1, 8)) is None
-    assert onetoken.prepare(model.double(), model.new_cache(1, 8)) is None
+    assert onetoken.prepare(model, 8) and onetoken.prepare(model.double(), 8) is None
     model = build()
     model.layers[1].ffn.w2.weight.data[0, 0] = float("nan")
     _, cache = decoding.prefill(build(), [[1, 2]], True, 4)
+    cache.in_c = onetoken.prepare(model, 6)
     with torch.inference_mode(), pytest.raises(ValueError, match="NaN"):
-        decoding.pick(onetoken.Pass(model, cache)([3], cache), None, 0)
-    for _ in range(3):
-        cache.in_c([3], cache)
-    with pytest.raises(ValueError, match="cache of"):
-        [cache.in_c([3], cache) for _ in range(9)]
+        decoding.pick(decoding.decode(model, [3], cache), None, 0)
+    with torch.inference_mode(), pytest.raises(ValueError, match="cache of 6"):
+        [decoding.decode(model, [3], cache) for _ in range(9)]
 
 
 def test_no_compiler_or_a_broken_one_leaves_it_to_torch(monkeypatch, tmp_path):
