@@ -36,6 +36,7 @@ from concurrent.futures import Future
 
 import torch
 
+import onetoken
 from decoding import LookupDraft, ModelDraft, Text, distribution, pick
 from lens import describe, feed
 
@@ -102,6 +103,10 @@ class PagedCache:
         self.pool = [torch.zeros((n_blocks + 1) * size, self.heads, self.width, device=weight.device,
                                  dtype=weight.dtype) for _ in range(c.n_layers)]
         self.size, self.device, self.smear, self.max_length = size, weight.device, c.smear, c.context_length
+        # As onetoken.py wants them, (rows, K, slots, D): every row sees all slots.
+        keys, values = zip(*(pool.transpose(0, 1).expand(2, -1, -1, -1).tensor_split((self.key_width,), dim=-1)
+                             for pool in self.pool))
+        self.keys, self.values = keys, values
 
     def turn_to(self, rows: list, counts: list[int]) -> None:
         """The next pass reads counts[i] tokens of rows[i], padded to the largest count."""
@@ -118,6 +123,13 @@ class PagedCache:
             self.ids = torch.zeros(len(rows), end, dtype=torch.long, device=self.device)
             self.ids[range(len(rows)), before] = torch.tensor([row.ids[i] for row, i in zip(rows, before)],
                                                               device=self.device)
+
+    def one_token(self, in_c, rows: list):
+        """Logits (B, V) after the next token of each row, by onetoken.c, which finds the blocks where they lie."""
+        self.turn_to(rows, [1] * len(rows))
+        slots = self.tables.view(len(rows), -1, 1) * self.size + torch.arange(self.size)
+        return in_c([row.ids[row.cached] for row in rows], self.rows[0], self, self.keys, self.values,
+                    slots.flatten(1).int())
 
     def append(self, layer: int, k, v, plan, window: int | None):
         """Store k and v (B, K, T, D); return those that this layer reads, (B, K, S, D) each."""
@@ -198,6 +210,7 @@ class Engine:
         n_blocks = n_blocks or max_batch * -(-context // block_size)
         self.model, self.vocab_limit = model, min(tokenizer.vocab_size, model.config.vocab_size)
         self.blocks, self.cache = Blocks(n_blocks, block_size), PagedCache(model, n_blocks, block_size)
+        self.in_c = onetoken.prepare(model, context)
         self.limit = min(context, n_blocks * block_size)   # tokens of a text, prompt and all
         self.max_batch, self.budget, self.draft, self.k, self.notify = max_batch, budget, draft, k, notify
         self.inbox, self.waiting, self.running = queue.SimpleQueue(), deque(), []      # both lists: oldest first
@@ -273,9 +286,10 @@ class Engine:
         else:
             pieces = self.plan()
             writing, reading = [row for row in pieces if row.left == 1], [row for row in pieces if row.left > 1]
-            for rows in (writing, reading):                # two passes: padding those that write would cost more
-                if rows:
-                    self.forward(rows, [pieces[row] for row in rows])
+            if writing:                                    # two passes: padding those that write would cost more
+                self.write(writing)
+            if reading:
+                self.forward(reading, [pieces[row] for row in reading])
 
     def admit(self) -> None:
         """Rows from the queue join while there is a place in the batch, and blocks for the text they have."""
@@ -326,6 +340,17 @@ class Engine:
         """Nothing of the row is in the cache any more."""
         self.blocks.give_back(row.table)
         row.table, row.cached, row.keys = [], 0, []
+
+    def write(self, rows: list[Row]) -> None:
+        """One pass for rows that have one token left to read, by onetoken.c where it can."""
+        if self.in_c is None or len(rows) > onetoken.MAX_ROWS or not all(row.max_new for row in rows):
+            self.forward(rows, [1] * len(rows))
+            return
+        logits = self.cache.one_token(self.in_c, rows)
+        for row in rows:
+            self.advance(row, 1)
+            row.drafter = None                             # what its cache holds is not this text any more
+        self.accept(rows, logits)
 
     def read(self, rows: list[Row], counts: list[int]):
         """The residual stream (B, T, C) of the next counts[i] ids of each row, which are in the cache from then on."""

@@ -49,7 +49,7 @@ class Layer(ctypes.Structure):
 
 class Model(ctypes.Structure):
     _fields_ = [(name, I) for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "ffn",
-                                       "rotate", "interleaved", "cache_kind", "max_length")] + [
+                                       "rotate", "interleaved", "cache_kind", "max_length", "n_slots")] + [
         (name, ctypes.c_int64) for name in ("next_row", "next_head", "next_slot")] + [
         ("cos", P), ("sin", P), ("layers", ctypes.POINTER(Layer)), ("last", Norm), ("head", Matrix)]
 
@@ -129,7 +129,7 @@ class Pass:
             cos, sin = (self.floats(table) for table in tables)
         d_ff = max(matrix(block.ffn.w1).d_out for block in model.layers)
         self.c = Model(c.n_layers, c.d_model, c.n_heads, c.n_kv_heads, c.head_dim, d_ff, FFNS.index(c.ffn),
-                       c.position == "rope", c.rope_interleaved, KINDS[dtype], max_length, 0, 0, 0, cos, sin,
+                       c.position == "rope", c.rope_interleaved, KINDS[dtype], max_length, 0, 0, 0, 0, cos, sin,
                        self.layers, self.norm(model.ln_final), self.matrix(model.lm_head))
         self.numbers = c.d_model + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * d_ff + c.n_heads * max_length
         self.numbers += 2 * max(c.d_model, d_ff, c.n_heads * c.head_dim)         # for int4
@@ -164,7 +164,7 @@ class Pass:
     def __call__(self, last: list[int], positions: list[int], cache, keys, values, slots=None):
         """Logits (rows, V) after one more token of each row, whose key and value are added to the cache.
 
-        keys, values: a tensor (rows or 1, K, slots, D) for each layer, of any strides. slots: (rows, max_length) int32,
+        keys, values: a tensor (rows, K, slots, D) for each layer, of any strides but the last. slots: (rows, …) int32,
         the slot of each position; none: its own number. cache: what the model's embedding asks for earlier ids.
         """
         if max(positions) >= self.c.max_length:
@@ -175,6 +175,7 @@ class Pass:
         if len(self.scratch) < rows * self.numbers:
             self.scratch = torch.empty(rows * self.numbers)
         logits = torch.empty(rows, c.vocab_size)
+        self.c.n_slots = 0 if slots is None else slots.shape[1]
         self.c.next_row, self.c.next_head, self.c.next_slot, _ = keys[0].stride()
         pointers = [(P * len(stores))(*(store.data_ptr() for store in stores)) for stores in (keys, values)]
         library().one_token(ctypes.byref(self.c), x.data_ptr(), at.data_ptr(), rows, *pointers,

@@ -135,7 +135,7 @@ def test_completions(base, runs):
     choices = [part["choices"][0] for part in parts[:-1]]
     assert texts == ["".join(choice["text"] for choice in choices if choice["index"] == place) for place in range(4)]
     assert sorted(choice["index"] for choice in choices if choice["finish_reason"]) == [0, 1, 2, 3]
-    assert parts[-1]["usage"]["completion_tokens"] == 36 and len(parts) > 12, "it comes in pieces"
+    assert parts[-1]["usage"]["completion_tokens"] == 36 and len(parts) > 5, "it comes in pieces"
     # A stop string of the middle ends the text before it, also in a stream, where none of it is shown.
     texts = {seed: alone(runs, "hat", 40, generator=rng(seed))[0] for seed in range(1, 9)}
     seed, long = next((seed, text) for seed, text in texts.items() if len(text) > 20)
