@@ -199,7 +199,7 @@ def draw(logits, rows: list, vocab_limit: int) -> list[int]:
 class Engine:
     """The scheduler: which rows read what in the next step, and what comes of it.
 
-    n_blocks: none = as many as max_batch texts of the whole context need. budget: tokens of prompts read in one step.
+    n_blocks: none = what half of max_batch texts of the whole context need. budget: prompts' tokens read in one step.
     draft: none, "ngram" or a smaller Transformer, with k guesses a step while a row is alone. notify: called on the
     engine's thread with the rows that have something to tell, once a step. counts: what /metrics shows.
     """
@@ -207,7 +207,7 @@ class Engine:
     def __init__(self, model, tokenizer, notify, *, max_batch: int = 16, n_blocks: int | None = None,
                  block_size: int = 16, budget: int = 64, draft=None, k: int = 4):
         context = model.config.context_length
-        n_blocks = n_blocks or max_batch * -(-context // block_size)
+        n_blocks = n_blocks or -(-max_batch // 2) * -(-context // block_size)
         self.model, self.vocab_limit = model, min(tokenizer.vocab_size, model.config.vocab_size)
         self.blocks, self.cache = Blocks(n_blocks, block_size), PagedCache(model, n_blocks, block_size)
         self.in_c = onetoken.prepare(model, context)
@@ -428,6 +428,8 @@ class Engine:
         """Wake those who wait for what this step brought."""
         if self.told:
             self.notify(self.told)
+            if any(row.streams for row in self.told):
+                time.sleep(1e-4)                           # whoever sends the pieces gets a turn before the next step
             self.told = []
 
     def guess(self, row: Row) -> None:

@@ -1,7 +1,7 @@
 """One model for many users: OpenAI's protocol over HTTP, and a page to look through the model while it writes.
 
     python serve.py out/shakespeare                        then open http://127.0.0.1:8000
-    python serve.py out/shakespeare --port=9000 --max_batch=32 --quantize=int8
+    python serve.py out/shakespeare --port=9000 --max_batch=64 --quantize=int8
     python serve.py out/shakespeare --host=0.0.0.0 --api_key=SECRET        for other machines too
     python bench.py serve                                  its figures: results/serve.md
 
@@ -64,9 +64,9 @@ class ServeConfig:
     host: str = "127.0.0.1"              # address to listen at; 0.0.0.0 = from every machine that can reach this one
     port: int = 8000                     # 0 = any that is free
     api_key: str | None = None           # password that requests must bring as "Authorization: Bearer …"
-    max_batch: int = 16                  # texts written at once
+    max_batch: int = 32                  # texts written at once
     max_queue: int = 512                 # texts that may wait; beyond them 429
-    cache_blocks: int | None = None      # blocks of the cache; none = what max_batch texts of the whole context need
+    cache_blocks: int | None = None      # blocks of the cache; none = for half of max_batch texts of a whole context
     prefill: int = 64                    # tokens of prompts read in one step, so that long ones do not hold up others
     quantize: str | None = None          # int8 | int4: smaller weights
     draft: str | None = None             # guesses while one text is written alone: ngram | folder of a smaller model
