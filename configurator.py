@@ -20,7 +20,7 @@ import typing
 
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
               ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
-WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+SWITCH = {"true": True, "1": True, "false": False, "0": False}
 
 
 class ConfigError(ValueError):
@@ -41,15 +41,13 @@ def coerce(key: str, value, annotation):
         return str(value)
     try:
         if bool in types:
-            return WORDS[word]
-        if int in types and word.lstrip("+-").isdigit():             # beyond 2^53 a float would lose digits
-            return int(word)
-        number = float(word)
+            return SWITCH[word]
+        number = int(word) if word.lstrip("+-").isdigit() else float(word)       # a float loses digits beyond 2^53
         if int not in types:
-            return number
-        if number.is_integer():
+            return float(number)
+        if number == int(number):
             return int(number)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         pass
     names = " or ".join(one.__name__.replace("NoneType", "none") for one in types)
     raise ConfigError(f"{key}={value!r} is not a {names}; give a value of that type")
@@ -89,8 +87,8 @@ def read_config_file(path: str) -> dict:
 
 def resolve(config_class: type, flags: dict, config_file: str | None = None):
     """(the dataclass filled from its defaults, then the file, then the flags; {key: "default", the file or "flag"})."""
-    hints = typing.get_type_hints(config_class)
-    sources, values = {field.name: "default" for field in dataclasses.fields(config_class)}, {}
+    hints, values = typing.get_type_hints(config_class), {}
+    sources = {field.name: "default" for field in dataclasses.fields(config_class)}
     in_file = read_config_file(config_file) if config_file else {}
     for origin, settings in ((config_file, in_file), ("flag", flags)):
         for key, value in settings.items():
@@ -107,11 +105,11 @@ def nearest(word: str, allowed) -> str:
     return f" Did you mean {names[0]}?" if names else ""
 
 
-def format_help(config, usage: str = "") -> str:
-    """Usage, then `--key=value  comment` a line. config: a dataclass (defaults), or one filled with what applies."""
+def format_help(config) -> str:
+    """`--key=value  comment` a line. config: a dataclass (defaults), or one filled with what applies."""
     bases = (config if isinstance(config, type) else type(config)).__mro__[-2::-1]                # but `object`
     comments = dict(re.findall(r"^ +(\w+):[^#\n]*# *(.*)", "\n".join(map(inspect.getsource, bases)), re.MULTILINE))
-    lines = [usage.strip(), "", "settings (a config file changes defaults, a flag wins over both):"] if usage else []
+    lines = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name, "")                      # of a class: the default
         setting = f"{field.name}={value if isinstance(value, str) else str(value).lower()}"
@@ -127,40 +125,29 @@ def print_config(config, sources: dict) -> None:
             print(f"  {name:<20} = {getattr(config, name)!s:<24} {origin}")
 
 
-def parse_flags(argv) -> tuple[dict, list[str]]:
-    """["out/x", "--top-k=5"] as ({"top_k": "5"}, ["out/x"])."""
-    flags, words = {}, []
-    for argument in argv:
-        key, equals, value = argument[2:].partition("=")
-        if not argument.startswith("--"):
-            words.append(argument)
-        elif not equals:
-            raise ConfigError(f"{argument} has no value; write {argument}=VALUE (for a switch, {argument}=true)")
-        else:
-            flags[key.replace("-", "_")] = value
-    return flags, words
-
-
-def command_line(config, argv: list[str], usage: str, verbs: tuple = (), config_file: str | None = None,
-                 reads_scripts: bool = False):
+def command_line(config, argv: list[str], usage: str, reads_scripts: bool = False):
     """Read a command line of the form `[VERB] [FILE…] [--key=value …]`: (verb or None, files, config, sources).
 
-    config: {verb: its dataclass}, with a key None where the script also runs without a verb; or one dataclass for all
-    `verbs`. A word that ends in .py is the config file; config_file: the one when none is named, for the dataclass that
-    goes with None. reads_scripts: FILE may be a script. `--help` prints the settings that apply and exits with 0; a
-    mistake prints its message, status 2.
+    config: a dataclass, or {verb: its dataclass}, with a key None where the script also runs without a verb. The first
+    word that ends in .py is the config file, unless reads_scripts: FILE may be one. `--help` prints the settings that
+    apply and exits with 0; a mistake prints its message and exits with 2.
     """
-    classes = config if isinstance(config, dict) else dict.fromkeys((None, *verbs), config)
-    wants_help, settings, sources = "--help" in argv or "-h" in argv, None, {}
+    classes, wants_help = config if isinstance(config, dict) else {None: config}, "--help" in argv or "-h" in argv
+    flags, words, settings, sources = {}, [], None, {}
     try:
-        flags, words = parse_flags(word for word in argv if word not in ("--help", "-h"))
+        for argument in argv:
+            if argument in ("--help", "-h"):
+                continue
+            key, equals, value = argument[2:].partition("=")
+            if not argument.startswith("--"):
+                words.append(argument)
+            elif equals:
+                flags[key.replace("-", "_")] = value
+            else:
+                raise ConfigError(f"{argument} has no value; write {argument}=VALUE (for a switch, {argument}=true)")
         verb = words.pop(0) if words and words[0] in classes else None
-        configs = [word for word in words if word.endswith(".py") and not reads_scripts]
-        if len(configs) > 1:
-            raise ConfigError(f"{len(configs)} config files given ({', '.join(configs)}); give one")
+        configs = [word for word in words if word.endswith(".py") and not reads_scripts][:1]
         if verb in classes:
-            if config_file and not configs and classes[verb] is classes.get(None):
-                configs = [config_file]
             settings, sources = resolve(classes[verb], flags, *configs)
         elif not wants_help:
             mistake = f"{words[0]!r} is no verb.{nearest(words[0], classes)}" if words else "a verb is missing."
@@ -168,7 +155,9 @@ def command_line(config, argv: list[str], usage: str, verbs: tuple = (), config_
     except (ValueError, OSError) as error:
         fail(error)
     if wants_help:
-        print(format_help(settings, usage) if settings else usage.strip())
+        print(usage.strip())
+        if settings:
+            print("\nsettings (a config file changes defaults, a flag wins over both):\n" + format_help(settings))
         for kind in dict.fromkeys(classes.values()) if verb is None else ():
             if kind is not type(settings):
                 print(f"\n{', '.join(name for name in classes if classes[name] is kind)}:\n{format_help(kind)}")

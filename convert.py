@@ -311,8 +311,13 @@ def save_pretrained(model, folder, tokenizer=None) -> None:
 # --- commands ---
 
 @dataclass
-class ConvertConfig:
-    overwrite: bool = False          # import: replace the run in OUT_DIR
+class ExportConfig:
+    """export has no settings."""
+
+
+@dataclass
+class ImportConfig(ExportConfig):
+    overwrite: bool = False          # replace the run in OUT_DIR
 
 
 def import_folder(folder, out_dir, overwrite: bool = False) -> None:
@@ -333,9 +338,9 @@ def import_folder(folder, out_dir, overwrite: bool = False) -> None:
 def main(argv: list[str]) -> None:
     """Run one verb of the command line."""
     usage = "python convert.py import FOLDER OUT_DIR [--overwrite=true] | export OUT_DIR FOLDER"
-    verb, folders, config, _ = command_line(ConvertConfig, argv, usage, ("import", "export"))
+    verb, folders, config, _ = command_line({"import": ImportConfig, "export": ExportConfig}, argv, usage)
     try:
-        if len(folders) != 2 or (verb == "export" and config.overwrite):
+        if len(folders) != 2:
             raise ValueError(f"{' '.join(argv)!r} is not: {usage}")
         if verb == "import":
             import_folder(*folders, config.overwrite)

@@ -259,7 +259,7 @@ USAGE = """usage: python sample.py OUT_DIR [--prompt=TEXT] [--key=value …]
 
 def main(argv: list[str]) -> None:
     """Do what the command line says; a mistake exits with status 2."""
-    verb, files, config, _ = command_line({None: SampleConfig, "explain": ExplainConfig}, argv, USAGE, ("explain",))
+    verb, files, config, _ = command_line({None: SampleConfig, "explain": ExplainConfig}, argv, USAGE)
     if len(files) != 1:
         fail(f"give one folder of a training run. {USAGE}")
     try:

@@ -441,7 +441,9 @@ def run_command_line(argv: list[str]) -> None:
     """What `python train.py ARGV` does. A mistake exits with 2, a full disk with 1, a signal with 128 + its number."""
     verbs = {None: TrainConfig, "sweep": TrainConfig, "plot": PlotConfig}
     default = str(Path(__file__).with_name(DEFAULT_CONFIG))
-    verb, files, config, sources = command_line(verbs, argv, USAGE, config_file=default)
+    if argv[:1] != ["plot"] and not any(word.endswith(".py") and not word.startswith("--") for word in argv):
+        argv = [*argv, default]
+    verb, files, config, sources = command_line(verbs, argv, USAGE)
     if verb is None and files:
         fail(f"{files[0]!r} is neither a setting (--key=value), a config_*.py nor a verb. {USAGE}")
     interrupted = None
