@@ -24,7 +24,7 @@ import numpy as np
 RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl")
 
 
-# --- files ---
+# --- files and folders ---
 
 def write_atomically(path, write) -> None:
     """Call `write(file)` on a temporary file beside `path`, flush it to the disk, rename it over `path`.
@@ -46,10 +46,6 @@ def write_atomically(path, write) -> None:
         if not isinstance(cause, OSError):
             raise
         raise OSError(cause.errno, f"{path} could not be written and is unchanged: {cause.strerror}") from error
-    if os.name == "posix":               # the rename itself survives a power cut only once the folder is flushed too
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 def write_text(path, *parts: str) -> None:
@@ -58,8 +54,8 @@ def write_text(path, *parts: str) -> None:
 
 
 def claim_file(path) -> Path:
-    """The path of a file to write. Raises OSError for a folder or device, which a rename would replace, and for a place
-    in no folder: known before the hours spent on what shall go there."""
+    """The path of a file to write. Raises OSError, before the hours spent on what shall go there, for a folder, a
+    device, which a rename would replace, and a place in no folder."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; give the name of a file")
@@ -72,19 +68,17 @@ def claim_file(path) -> Path:
 def only_writer(folder):
     """Make `folder` and hold it for this process: two that write there spoil both results. An empty one goes again.
 
-    Raises ValueError when another holds it, OSError when it cannot be made. The lock leaves no file and ends with the
-    process; on Windows nothing is held.
+    Raises ValueError when another process holds it. The lock leaves no file; on Windows nothing is held.
     """
-    folder = Path(folder)
+    folder, lock = Path(folder), None
     if folder.is_file():
         raise OSError(f"{folder} is a file; give the name of a folder")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as at_end:
+    try:
         if os.name == "posix":
             import fcntl
             lock = os.open(folder, os.O_RDONLY)
-            at_end.callback(os.close, lock)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -92,11 +86,12 @@ def only_writer(folder):
                                  "folder") from None
             except OSError:
                 pass                     # some network disks have no locks
-        try:
-            yield folder
-        finally:
-            if is_new and not any(folder.iterdir()):
-                folder.rmdir()
+        yield folder
+    finally:
+        if lock is not None:
+            os.close(lock)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def sha256(path) -> str:
@@ -116,9 +111,9 @@ def claim_out_dir(out_dir, overwrite: bool = False, inputs=(), resume: bool = Fa
     """Raises ValueError for an output folder that holds a run, unless `overwrite`, or that is one of `inputs`. resume:
     whether the command could go on with that run."""
     out_dir = Path(out_dir)
-    if out_dir.exists() and not out_dir.is_dir():
+    if out_dir.is_file():
         raise ValueError(f"{out_dir} is a file; give the name of a folder (--out_dir=…)")
-    if out_dir.resolve() in [Path(folder).resolve() for folder in inputs if folder is not None]:
+    if out_dir.resolve() in [Path(folder).resolve() for folder in inputs if folder]:
         raise ValueError(f"{out_dir} is read from and would be overwritten; give another folder (--out_dir=…)")
     files = [name for name in RUN_FILES if (out_dir / name).exists()]
     if files and not overwrite:
@@ -137,14 +132,12 @@ def read_meta(folder) -> dict:
         return {"dtype": "uint16"}
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:        # of the text, its encoding or its brackets
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(meta, dict):
-        raise ValueError(f"{path} must be a JSON object, not {type(meta).__name__}")
-    if meta.get("dtype") not in ("uint16", "uint32"):
-        raise ValueError(f"{path}: dtype {meta.get('dtype')!r} must be uint16 or uint32")
-    if type(meta.get("vocab_size")) is not int or meta["vocab_size"] < 1:
-        raise ValueError(f"{path}: vocab_size {meta.get('vocab_size')!r} must be a whole number of at least 1; add it")
+        dtype, vocab_size = meta["dtype"], meta["vocab_size"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a JSON object with dtype and vocab_size: {error}") from error
+    if dtype not in ("uint16", "uint32") or type(vocab_size) is not int or vocab_size < 1:
+        raise ValueError(f"{path}: dtype {dtype!r} must be uint16 or uint32, vocab_size {vocab_size!r} a whole number "
+                         "from 1 on")
     if meta.get("tokenizer_sha256") and tokenizer.is_file() and sha256(tokenizer) != meta["tokenizer_sha256"]:
         raise ValueError(f"{path} is of another tokenizer than {tokenizer} (SHA-256 {meta['tokenizer_sha256'][:9]}, "
                          f"not {sha256(tokenizer)[:9]}); run data.py prepare again")
@@ -185,8 +178,7 @@ def plain(thing, name: str):
         return thing.item()
     if isinstance(thing, np.ndarray):
         return torch.from_numpy(thing.copy())
-    if not isinstance(thing, (torch.Tensor, torch.dtype, torch.device, bool, int, float, complex, str, bytes, set,
-                              type(None))):
+    if not isinstance(thing, (torch.Tensor, torch.dtype, torch.device, bool, int, float, str, bytes, type(None))):
         raise ValueError(f"{name} is a {type(thing).__name__}; a checkpoint holds tensors, numbers, strings, None, and "
                          "dicts and lists of them: anything else is code that reading would refuse")
     return thing
@@ -196,8 +188,7 @@ def save_checkpoint(model, optimizer, step: int, path, **more) -> None:
     """Write model, optimizer, step and what else must survive to `path`, atomically, or to a binary file object.
 
     model: a module (compiled or wrapped is fine) or a state dict. optimizer: one, a list, their state dicts, or None.
-    Raises OSError naming the path, and ValueError before the old file is touched for an entry that could not be read
-    again and for a model that sharded.py has divided.
+    Raises OSError naming the path, ValueError for an entry that could not be read again and for a divided model.
     """
     import torch
     model = bare(model)
@@ -214,36 +205,31 @@ def save_checkpoint(model, optimizer, step: int, path, **more) -> None:
 
 
 def read_checkpoint(path, map_location="cpu") -> dict:
-    """The dict stored at `path` or in a binary file object. Raises FileNotFoundError saying what lies there instead;
-    ValueError naming the path when it is cut short, holds code, is no checkpoint, or has a newer format."""
+    """The dict stored at `path` or in a binary file object. Raises FileNotFoundError, ValueError naming the path."""
     import torch
-    if not hasattr(path, "read"):
-        path = Path(path)
-        folder = path if path.is_dir() else path.parent
-        if not path.is_file():
-            raise FileNotFoundError(f"no checkpoint at {path} ({contents(folder)}); "
-                                    f"train one first: python train.py --out_dir={folder}")
-        open(path, "rb").close()         # a file that may not be read raises its own error
-    if not zipfile.is_zipfile(path):     # the directory of a zip archive stands at its end, so a part of one is none
-        raise ValueError(f"{path} is cut short, or is no file of torch.save's at all")
-    if hasattr(path, "seek"):
-        path.seek(0)
+    is_file = hasattr(path, "read")
+    if not is_file and not Path(path).is_file():
+        folder = path if Path(path).is_dir() else Path(path).parent
+        raise FileNotFoundError(f"no checkpoint at {path} ({contents(folder)}); "
+                                f"train one first: python train.py --out_dir={folder}")
     try:
-        entries = torch.load(path, map_location=map_location, weights_only=True)
+        with contextlib.nullcontext(path) if is_file else open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):         # a zip archive's directory stands at its end, so a part has none
+                raise ValueError(f"{path} is cut short, or is no file of torch.save's at all")
+            file.seek(0)
+            entries = torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)|$", str(error))[1]
         raise ValueError(f"{path} holds pickled code ({code}), which is refused") from error
     except RuntimeError as error:
-        if "inline_container" not in str(error) and "PytorchStreamReader" not in str(error):
+        if "PytorchStreamReader" not in str(error):  # out of memory, for one
             raise
         raise ValueError(f"{path} is damaged, or not of torch.save: {str(error).splitlines()[0]}") from error
-    weights = entries.get("model") if isinstance(entries, dict) else None
-    if not isinstance(weights, dict) or any(not hasattr(tensor, "shape") for tensor in weights.values()):
+    if not isinstance(entries, dict) or not isinstance(entries.get("model"), dict) or "step" not in entries:
         raise ValueError(f"{path} is not a checkpoint: it must hold a dict with 'model', tensors by name, and 'step'")
-    step, version = entries.get("step"), entries.get("format_version", 1)
-    if not isinstance(step, int) or version not in (0, 1):
-        raise ValueError(f"{path} has step {step!r}, format_version {version!r}; this code reads whole steps and "
-                         "versions up to 1")
+    if entries.get("format_version", 1) not in (0, 1):
+        raise ValueError(f"{path} has format_version {entries['format_version']!r}; this code reads versions up to 1")
+    weights = entries["model"]
     if "quantized" in entries:           # what compress.py wrote: every page gets the rounded weights
         for name, parts in entries["quantized"]["weights"].items():
             weights[name] = multiplied_out(parts).to(next(iter(weights.values())).dtype)
@@ -263,8 +249,7 @@ def multiplied_out(parts: dict):
 
 def load_weights(model, weights: dict, path) -> None:
     """Copy `weights` into `model`, names and shapes exactly. Raises ValueError naming path and what does not fit."""
-    try:
-        # Of a model that torch.compile has wrapped, nanoGPT saved the names with this in front.
+    try:         # torch.compile puts _orig_mod. in front of a module's names
         bare(model).load_state_dict({name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()})
     except RuntimeError as error:
         reasons = str(error).partition("\n")[2].split()              # after "Error(s) in loading …", a line a reason
@@ -275,15 +260,14 @@ def load_optimizer(optimizer, state, path) -> None:
     """Copy a saved optimizer state into one optimizer or a list of them. Raises ValueError naming the path."""
     optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     states = state if isinstance(state, list) else [state]
-    if state is None or len(states) != len(optimizers):
-        number = "no" if state is None else len(states)
-        raise ValueError(f"{path} holds {number} optimizer states, not {len(optimizers)}; go on with the optimizer it "
-                         "was trained with")
-    for one, saved in zip(optimizers, states):
-        try:
+    try:
+        if len(states) != len(optimizers) or state is None:
+            raise ValueError(f"{0 if state is None else len(states)} states for {len(optimizers)} optimizers")
+        for one, saved in zip(optimizers, states):
             one.load_state_dict(saved)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: the optimizer state does not fit this {type(one).__name__}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no state of this {type(optimizers[0]).__name__} ({error}); go on with the "
+                         "optimizer it was trained with") from error
 
 
 def load_checkpoint(path, model=None, optimizer=None) -> int:

@@ -335,8 +335,7 @@ def main(config: TrainConfig) -> dict:
     head, out = strategy.rank == 0, Path(config.out_dir)     # head: who prepares, logs, draws and writes
     pick_device(strategy.device)                             # a mistake is known before hours of preparing
     if head and not config.resume:
-        inputs = [folder for folder in (config.init_from, config.teacher, config.data_dir) if folder]
-        claim_out_dir(out, config.overwrite, inputs, resume=True)
+        claim_out_dir(out, config.overwrite, (config.init_from, config.teacher, config.data_dir), resume=True)
     if head:
         prepare_data(config)
     strategy.same(None)                                      # nobody goes on before the files are there
