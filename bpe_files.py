@@ -23,14 +23,12 @@ _TO_BYTE = {c: b for b, c in _TO_CHAR.items()}
 
 
 def to_text(token):
+    """Bytes in GPT-2's alphabet."""
     return "".join(map(_TO_CHAR.__getitem__, token))
 
 
-def to_bytes(text):
-    return bytes(map(_TO_BYTE.__getitem__, text))
-
-
 def read_json(path):
+    """The content of a JSON file."""
     text = check_utf8(Path(path).read_bytes(), path)
     try:
         return json.loads(text)
@@ -41,13 +39,11 @@ def read_json(path):
 def vocab_from_text(vocab, added):
     """{text in GPT-2's alphabet: id} -> {id: bytes}; the texts in `added` are written plainly."""
     tokens = {}
-    if not isinstance(vocab, dict):
-        raise ValueError(f"the vocabulary is a {type(vocab).__name__}, not an object of text and id")
     for text, i in vocab.items():
-        if isinstance(i, bool) or not isinstance(i, int) or i < 0 or i in tokens:
+        if not isinstance(i, int) or i < 0 or i in tokens:
             raise ValueError(f"vocabulary entry {text!r} has the id {i!r}: ids are integers from 0, each given once")
         try:
-            tokens[i] = utf8(text) if text in added else to_bytes(text)
+            tokens[i] = utf8(text) if text in added else bytes(map(_TO_BYTE.__getitem__, text))
         except KeyError as error:
             raise ValueError(f"vocabulary entry {text!r} (id {i}) holds {error.args[0]!r}, which is no byte in "
                              "GPT-2's alphabet: not a byte-level vocabulary") from None
@@ -58,12 +54,11 @@ def merges_from_text(merges):
     """["a b", …] or [["a", "b"], …] -> pairs of bytes."""
     pairs = []
     for merge in merges:
-        pair = merge.split(" ") if isinstance(merge, str) else merge
         try:
-            a, b = map(to_bytes, pair)
+            a, b = merge.split(" ") if isinstance(merge, str) else merge
+            pairs.append((bytes(map(_TO_BYTE.__getitem__, a)), bytes(map(_TO_BYTE.__getitem__, b))))
         except (KeyError, ValueError, TypeError):
             raise ValueError(f"merge {len(pairs)} is {merge!r}; it must be two tokens in GPT-2's alphabet") from None
-        pairs.append((a, b))
     return pairs
 
 
@@ -95,10 +90,10 @@ def _split_pattern(step):
     text = text["Regex"] if "Regex" in text else regex.escape(text["String"])
     if step.get("behavior") == "Removed" and step.get("invert"):
         # What does not match is removed: nothing, where a match can begin at any character, whatever follows.
-        compiled = regex.compile(text)
-        for code in (code for code in range(0x20000) if not 0xD800 <= code < 0xE000):
-            if not all(compiled.match(chr(code) + following) for following in ("", "a", " ")):
-                raise ValueError(f"pre_tokenizer's Split removes what its pattern leaves, such as {chr(code)!r}")
+        match, codes = regex.compile(text).match, [code for code in range(0x20000) if not 0xD800 <= code < 0xE000]
+        left = [chr(code) for code in codes if not all(match(chr(code) + following) for following in ("", "a", " "))]
+        if left:
+            raise ValueError(f"pre_tokenizer's Split removes what its pattern leaves, such as {left[0]!r}")
         return text
     _only("pre_tokenizer's Split behavior", step["behavior"], "Isolated")
     return text
@@ -120,20 +115,16 @@ def read_tokenizer_json(path, make):
     layout = read_json(path)
     try:
         return _from_layout(make, layout)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, regex.error) as error:
         what = f"there is no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is no tokenizer.json that this tokenizer understands: {what}") from None
 
 
 def _from_layout(make, layout):
     """The parsed file's parts, each checked, handed to `make`."""
-    if not isinstance(layout, dict):
-        raise ValueError(f"a JSON {type(layout).__name__} where an object is wanted")
-    model, added = layout["model"], layout.get("added_tokens") or []
+    model, added, normalizer = layout["model"], layout.get("added_tokens") or [], layout.get("normalizer")
     _only("model's type", model.get("type", "BPE"), "BPE")
-    for key in ("byte_fallback", "dropout"):
-        _only(f"model's {key}", model.get(key) or None, None)
-    normalizer = layout.get("normalizer")
+    _only("model's byte_fallback", model.get("byte_fallback") or None, None)
     if normalizer and normalizer["type"] == "Sequence" and len(normalizer["normalizers"]) < 2:
         normalizer = (normalizer["normalizers"] or [None])[0]
     if normalizer:
@@ -149,19 +140,15 @@ def _from_layout(make, layout):
         _only(f"id {token['id']}, which added_tokens give to {token['content']!r}, in the vocabulary",
               vocab.setdefault(token["id"], utf8(token["content"])), utf8(token["content"]))
     return make(vocab, merges_from_text(model["merges"]), [t["content"] for t in added if t.get("special")],
-               pattern=_layout_pattern(layout["pre_tokenizer"]), normalizer=normalizer,
-               added={t["content"]: t["id"] for t in added if not t.get("special")},
-               ignore_merges=bool(model.get("ignore_merges")), post_processor=layout.get("post_processor"))
+                pattern=_layout_pattern(layout["pre_tokenizer"]), normalizer=normalizer,
+                added={t["content"]: t["id"] for t in added if not t.get("special")},
+                ignore_merges=bool(model.get("ignore_merges")), post_processor=layout.get("post_processor"))
 
 
 def tokenizer_json(tokenizer):
     """The text of a tokenizer.json, from which Hugging Face's library gives the same ids as `tokenizer`."""
-    names, vocab = {i: text for text, i in (tokenizer.special_tokens | tokenizer.added).items()}, {}
-    for i, token in sorted(tokenizer.vocab.items()):
-        name = names.get(i) or to_text(token)
-        if name in vocab:
-            raise ValueError(f"tokens {vocab[name]} and {i} are both {name!r}; tokenizer.json can hold it once")
-        vocab[name] = i
+    names = {i: text for text, i in (tokenizer.special_tokens | tokenizer.added).items()}
+    vocab = {names.get(i) or to_text(token): i for i, token in sorted(tokenizer.vocab.items())}
     added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
               "special": text in tokenizer.special_tokens} for i, text in sorted(names.items())]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -169,12 +156,10 @@ def tokenizer_json(tokenizer):
     splits = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
               for pattern in patterns]
     steps = {"type": "Sequence", "pretokenizers": [*splits, {**level, "use_regex": False}]}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-             "ignore_merges": tokenizer.ignore_merges, "vocab": vocab,
+    model = {"type": "BPE", "byte_fallback": False, "ignore_merges": tokenizer.ignore_merges, "vocab": vocab,
              "merges": [f"{to_text(a)} {to_text(b)}" for a, b in tokenizer.merges]}
-    layout = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+    layout = {"version": "1.0", "added_tokens": added, "model": model, "decoder": level,
               "normalizer": {"type": tokenizer.normalizer} if tokenizer.normalizer else None,
               "pre_tokenizer": level if tokenizer.pattern in GPT2_PATTERNS else steps,
-              "post_processor": tokenizer.post_processor, "decoder": level, "model": model}
+              "post_processor": tokenizer.post_processor}
     return json.dumps(layout, ensure_ascii=False, indent=1)

@@ -1,13 +1,11 @@
 """Claims about bpe.py and bpe_fast.py."""
 import concurrent.futures
 import json
-import os
 import pickle
 import random
 import subprocess
 import sys
 import tracemalloc
-import warnings
 from collections import Counter
 
 import numpy as np
@@ -72,7 +70,7 @@ def test_bpe_handout_example(tmp_path):
     assert list(vocab) == list(range(269)) and vocab[97] == b"a" and vocab[256] == b"st" and vocab[268] == b"<|x|>"
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.filterwarnings("ignore:no pair is left")
 def test_bpe_trains_as_the_naive_trainer_does(seed, tmp_path, small_blocks):
     rng = random.Random(seed)
@@ -84,20 +82,22 @@ def test_bpe_trains_as_the_naive_trainer_does(seed, tmp_path, small_blocks):
         for pattern in bpe.GPT2_PATTERN, f"(?:{bpe.GPT2_PATTERN})":    # the fast path, and not
             vocab, merges = bpe.train_bpe(path, 257 + n, ["<|e|>"], pattern=pattern, workers=1)
             assert merges == bpe.learn_merges(counts, n)
-            assert bpe.Tokenizer(vocab, merges, ["<|e|>"], pattern=pattern).decode(range(len(vocab)))
+    merger = bpe_fast.Merger([b"ab", b"cd", b"xy"], [2 ** 40, 2 ** 40 + 1, 2 ** 31])
+    assert [count for _, _, count in merger.run(3)] == [2 ** 40 + 1, 2 ** 40, 2 ** 31], "counts beyond 32 bits"
 
 
 def test_bpe_workers_and_hash_seeds_change_nothing(tmp_path, monkeypatch, bpe_trained):
     path, specials = bpe_write(tmp_path / "t", BPE_TEXT), ["<|endoftext|>"]
     tok, out = bpe.Tokenizer(*bpe_trained, specials), tmp_path / "x.bin"
+    with monkeypatch.context() as patched:
+        patched.setattr(concurrent.futures, "ProcessPoolExecutor", lambda *a, **k: pytest.fail("a process was started"))
+        assert bpe.train_bpe(path, 340) == bpe.train_bpe(path, 340, workers=8) == bpe_trained, "a small file"
+        assert len(tok.encode(BPE_TEXT * 500)) > 5000
     monkeypatch.setattr(bpe, "BLOCK_BYTES", 100)
     monkeypatch.setenv("PYTHONHASHSEED", "1")    # of the workers
     assert bpe.train_bpe(path, 340, specials, workers=2) == bpe_trained
     assert tok.encode_file(path, out, workers=2) == len(tok.encode(BPE_TEXT))
     assert np.fromfile(out, "<u2").tolist() == tok.encode(BPE_TEXT)
-    (tmp_path / "bad").write_bytes(b"ok " * 200 + b"\xff")
-    with pytest.raises(ValueError, match=r"bad is not UTF-8: byte 0xff at offset 600"):    # from a worker
-        bpe.train_bpe(tmp_path / "bad", 300, specials, workers=2)
 
 
 def test_bpe_script_without_a_main_guard_is_told_so(tmp_path):
@@ -109,40 +109,6 @@ def test_bpe_script_without_a_main_guard_is_told_so(tmp_path):
     assert done.returncode == 1 and "workers=1" in done.stderr.strip().splitlines()[-1]
 
 
-def test_bpe_small_files_and_encode_start_no_process(tmp_path, monkeypatch, bpe_trained):
-    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda *a, **k: pytest.fail("a process was started"))
-    path = bpe_write(tmp_path / "t", BPE_TEXT)
-    assert bpe.train_bpe(path, 340) == bpe.train_bpe(path, 340, workers=8) == bpe_trained
-    tok = bpe.Tokenizer(*bpe_trained)
-    assert tok.encode_file(path, tmp_path / "b") == len(tok.encode(BPE_TEXT)) and len(tok.encode(BPE_TEXT * 500)) > 5000
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not say which CPUs one may use")
-def test_bpe_uses_the_cpus_that_it_may_use(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
-    assert bpe_fast.cpus() == 1
-
-
-def test_bpe_counts_do_not_overflow():
-    merger = bpe_fast.Merger([b"ab", b"cd", b"xy"], [2 ** 40, 2 ** 40 + 1, 2 ** 31])
-    assert [count for _, _, count in merger.run(3)] == [2 ** 40 + 1, 2 ** 40, 2 ** 31]
-
-
-@pytest.mark.parametrize("content, arguments, error, words",
-                         [("", {}, ValueError, "empty"), ("abc", {"vocab_size": 256}, ValueError, "at least 257"),
-                          ("abc", {"vocab_size": "9"}, TypeError, "'9'"),
-                          ("abc", {"special_tokens": "<|x|>"}, TypeError, "list"),
-                          ("abc", {"special_tokens": ["a", "a"]}, ValueError, "twice"),
-                          ("abc", {"special_tokens": [""]}, ValueError, "empty"),
-                          ("abc", {"special_tokens": ["\ud800"]}, ValueError, "surrogate"),
-                          ("abc", {"pattern": "("}, ValueError, "regular expression"),
-                          ("abc", {"workers": 0}, ValueError, "workers"), (None, {}, OSError, "nowhere")])
-def test_bpe_training_refuses(content, arguments, error, words, tmp_path):
-    path = tmp_path / "nowhere" if content is None else bpe_write(tmp_path / "t", content)
-    with pytest.raises(error, match=words):
-        bpe.train_bpe(path, **{"vocab_size": 300, **arguments})
-
-
 def test_bpe_stops_when_no_pair_is_left(tmp_path):
     with pytest.warns(UserWarning, match="no pair is left .* 259 entries, not the 400"):
         vocab, merges = bpe.train_bpe(bpe_write(tmp_path / "t", "abc"), 400)
@@ -151,17 +117,16 @@ def test_bpe_stops_when_no_pair_is_left(tmp_path):
 
 # --- encoding ---
 
-@pytest.mark.parametrize("seed", range(4))
-def test_bpe_numpy_boundaries_are_the_pattern_s(seed):
-    rng, special = random.Random(seed), ["<|e|>", "'", "s ", "\u00a0a"]
-    for _ in range(2000):
-        text, tokens = random_text(rng, rng.randrange(1, 40)), rng.sample(special, rng.randrange(3))
+def test_bpe_numpy_boundaries_are_the_pattern_s():
+    rng, special = random.Random(0), ["<|e|>", "'", "s ", "\u00a0a"]
+    for _ in range(4000):
+        text, tokens = random_text(rng, rng.randrange(1, 40)) + ".", rng.sample(special, rng.randrange(3))
         block, expected, spans, end = text.encode(), [], [], 0
         for i, part in enumerate(regex.split("(" + "|".join(tokens) + ")", text) if tokens else [text]):
             expected += [part] if i % 2 else regex.findall(bpe.GPT2_PATTERN, part)
             spans += [(end, end + len(part.encode()))] if i % 2 else []
             end += len(part.encode())
-        starts = bpe_fast.boundaries(block, spans).tolist() if block else []
+        starts = bpe_fast.boundaries(block, spans).tolist()
         assert [block[a:b].decode() for a, b in zip(starts, [*starts[1:], len(block)])] == expected, (text, tokens)
 
 
@@ -180,13 +145,13 @@ def test_bpe_ids_are_tiktokens(fast_bytes, bpe_trained, small_blocks):
     assert tok.encode("") == [] and tok.decode([]) == ""
 
 
-@pytest.mark.parametrize("run", ["a", " ", "7", "\n", "日", "ab", "'s"])
+@pytest.mark.parametrize("run", ["a", " ", "日", "'s"])
 @pytest.mark.filterwarnings("ignore:no pair is left")
 def test_bpe_long_runs_cost_n_log_n(run, tmp_path, monkeypatch):
     tok = bpe.Tokenizer(*bpe.train_bpe(bpe_write(tmp_path / "t", run * 999), 300, []))
     pops, pop = [], bpe_fast.heapq.heappop
     monkeypatch.setattr(bpe_fast.heapq, "heappop", lambda heap: pops.append(1) or pop(heap))
-    text = run * 20_000
+    text = run * 5_000
     assert tok.encode(text) == reference(tok).encode_ordinary(text)
     assert len(pops) <= 3 * len(text.encode())    # a pair of bytes each, and two new pairs a merge
 
@@ -204,12 +169,12 @@ def test_bpe_stream_gives_the_same_ids(bpe_trained, monkeypatch):
 
 def test_bpe_stream_memory_is_constant(bpe_trained):
     tok, rng = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"]), random.Random(0)
-    lines = ("".join(rng.choices("abcdefghij    ", k=60)) + ".\n" for _ in range(6000))
+    lines = ("".join(rng.choices("abcdefghij    ", k=60)) + ".\n" for _ in range(4000))
     tracemalloc.start()
     n = sum(1 for _ in tok.encode_iterable(lines))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert n > 60_000 and peak < 1_000_000, peak
+    assert n > 40_000 and peak < 1_000_000, peak
 
 
 def test_bpe_encode_file(tmp_path, bpe_trained):
@@ -228,7 +193,7 @@ def test_bpe_encode_file(tmp_path, bpe_trained):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "t", "x.bin", "y.bin"]
 
 
-def test_bpe_decode_and_bad_arguments(bpe_trained):
+def test_bpe_decode_and_bad_arguments(bpe_trained, tmp_path):
     tok = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
     ids = tok.encode(BPE_TEXT * 9)
     for kind in np.array, np.uint16, torch.tensor, iter, lambda x: list(torch.tensor(x)):
@@ -238,11 +203,16 @@ def test_bpe_decode_and_bad_arguments(bpe_trained):
     for bad in [340], [-1], np.array([7, 340]):
         with pytest.raises(ValueError, match=f"id {bad[-1]} .* 0 to 339"):
             tok.decode(bad)
+    path = bpe_write(tmp_path / "t", "abc")
     for call, error, words in (
             (lambda: tok.decode([1.0]), TypeError, "float"), (lambda: tok.encode(b"x"), TypeError, "bytes"),
             (lambda: tok.encode("x", {"<|no|>"}), ValueError, "endoftext"),
             (lambda: bpe.Tokenizer({0: b"a"}, []).encode("b"), ValueError, "no token for the byte b'b'"),
-            (lambda: bpe.Tokenizer({0: b"a"}, [(b"a", b"a")]), ValueError, "merge 0.*b'aa' is not in")):
+            (lambda: bpe.Tokenizer({0: b"a"}, [(b"a", b"a")]), ValueError, "merge 0.*b'aa' is not in"),
+            (lambda: bpe.train_bpe(path, 256), ValueError, "at least 257"),
+            (lambda: bpe.train_bpe(path, 300, "<|x|>"), TypeError, "list"),
+            (lambda: bpe.train_bpe(path, 300, ["a", "a"]), ValueError, "twice"),
+            (lambda: bpe.train_bpe(bpe_write(tmp_path / "e", ""), 300), ValueError, "e is empty")):
         with pytest.raises(error, match=words):
             call()
 
@@ -250,8 +220,7 @@ def test_bpe_decode_and_bad_arguments(bpe_trained):
 def test_bpe_half_a_surrogate_pair_is_explained_everywhere(bpe_trained):
     tok = bpe.Tokenizer(*bpe_trained)
     for call in (tok.encode, lambda x: list(tok.encode_iterable([x])), bpe.ByteTokenizer().encode,
-                 lambda x: bpe.Tokenizer({}, [], [x]), lambda x: tok.with_special([x]),
-                 lambda x: bpe.compression_ratio(x, bpe.CharTokenizer())):
+                 lambda x: bpe.Tokenizer({}, [], [x]), lambda x: bpe.compression_ratio(x, bpe.CharTokenizer())):
         with pytest.raises(ValueError, match="half a surrogate pair.*character 1"):
             call("a\ud800")
 
@@ -351,21 +320,15 @@ def test_bpe_pre_tokenizers_in_a_row_are_hugging_faces(steps, use_regex, tmp_pat
         assert list(tok.encode_iterable(text)) == tok.encode(text)
 
 
-@pytest.mark.parametrize("where, value, words",
-                         [("model type", "WordPiece", "model's type is 'WordPiece'"),
-                          ("model byte_fallback", True, "byte_fallback"), ("model vocab zebra", 3, "id 3"),
-                          ("model vocab a&b", 77777, "'a&b' .id 77777"), ("model merges 0", "a", "merge 0 is 'a'"),
-                          ("normalizer type", "Lowercase", "normalizer is 'Lowercase'"),
-                          ("decoder type", "Metaspace", "decoder is 'Metaspace'"), ("model", None, "no tokenizer.json"),
-                          ("pre_tokenizer", {"type": "Metaspace"}, "last pre_tokenizer is 'Metaspace'"),
-                          ("pre_tokenizer pretokenizers 0", split({"Regex": r"\p{L}+"}, "Removed", True), "removes what"),
-                          ("pre_tokenizer pretokenizers 0", split({"Regex": LLAMA}, "Removed"), "behavior is 'Removed'"),
-                          ("pre_tokenizer pretokenizers 0", {"type": "Punctuation"}, "'Punctuation'"),
-                          ("pre_tokenizer pretokenizers", [LEVEL | {"use_regex": False}], "use_regex is False"),
-                          ("pre_tokenizer pretokenizers 1 add_prefix_space", True, "add_prefix_space"),
-                          ("pre_tokenizer pretokenizers 0 behavior", "Removed", "Removed"),
-                          ("added_tokens 0 lstrip", True, "lstrip"), ("added_tokens 0 normalized", True, "normalized"),
-                          ("added_tokens 0 id", 0, "id 0")])
+@pytest.mark.parametrize("where, value, words", [
+    ("model type", "WordPiece", "model's type is 'WordPiece'"), ("model byte_fallback", True, "byte_fallback"),
+    ("model vocab zebra", 3, "id 3"), ("model vocab a&b", 77777, "'a&b' .id 77777"), ("model", None, "no tokenizer.json"),
+    ("model merges 0", "a", "merge 0 is 'a'"), ("normalizer type", "Lowercase", "normalizer is 'Lowercase'"),
+    ("pre_tokenizer", {"type": "Metaspace"}, "last pre_tokenizer is 'Metaspace'"),
+    ("pre_tokenizer pretokenizers 0", split({"Regex": r"\p{L}+"}, "Removed", True), "removes what"),
+    ("pre_tokenizer pretokenizers 0", {"type": "Punctuation"}, "'Punctuation'"),
+    ("pre_tokenizer pretokenizers", [LEVEL | {"use_regex": False}], "use_regex is False"),
+    ("added_tokens 0 lstrip", True, "lstrip"), ("added_tokens 0 id", 0, "id 0")])
 def test_bpe_foreign_files_are_refused_by_name(where, value, words, tmp_path, bpe_trained):
     path = tmp_path / "tokenizer.json"
     part = layout = foreign(path, bpe_trained)
@@ -376,13 +339,6 @@ def test_bpe_foreign_files_are_refused_by_name(where, value, words, tmp_path, bp
     path.write_text(json.dumps(layout), encoding="utf-8")
     with pytest.raises(ValueError, match=f"(?s)tokenizer.json.*({words.replace('&', ' ')})"):
         bpe.Tokenizer.load(path)
-
-
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe{}", b"{}"])
-def test_bpe_broken_files_are_refused(content, tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(ValueError, match="tokenizer.json"):
-        bpe.Tokenizer.load(tmp_path / "tokenizer.json")
 
 
 def test_bpe_merges_step_by_step_give_the_ids(bpe_trained):
@@ -427,23 +383,8 @@ def test_bpe_commands(tmp_path, capsys):
     run("encode", out, text, f"--out={tmp_path / 'x.bin'}")
     assert bpe.Tokenizer.load(out).decode(np.fromfile(tmp_path / "x.bin", "<u2")) == BPE_TEXT
     shown = run("show", out, "the cat")
-    assert "t h e" in shown and "merge" in shown and "\x1b" not in shown    # colours are for terminals
-    longest = run("show", out, "--merges=1")
-    assert "'<|endoftext|>'" in longest and longest.count("\n") == 1
+    assert "t h e" in shown and "merge" in shown
     words = " ".join(word.decode() + "\n" for word, n in HANDOUT.items() for _ in range(n)).replace("\n ", "\n")
     steps = run("show", bpe_write(tmp_path / "handout.txt", words), "--merges=3")
     assert "merge 0    s t 9; then e s 9" in steps and "6 times  n e w e st" in steps
     assert "BPE 300" in run("compare", text, "--sizes=300")
-    with pytest.raises(SystemExit, match="0"):
-        bpe.main(["train", "--help"])
-    assert "--vocab_size=32000" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["train", "t", "--vocab_sise=9"], "vocab_size"), (["encode", "t", "t", "--sizes=9"], "sizes"),
-    (["trian"], "train"), (["train", "nothing"], "nothing"), (["encode", "t"], "does not take 1 files"),
-    (["show", "x.json"], "x.json"), ([], "compare")])
-def test_bpe_bad_command_lines_say_what_is_wrong(arguments, words, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        bpe.main(arguments)
-    assert words in capsys.readouterr().err
