@@ -22,7 +22,7 @@ import typing
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from checkpoint import write_atomically
+from checkpoint import write_text
 from configurator import ConfigError, coerce, nearest
 
 PER_START = ("resume", "overwrite")      # settings that say how a run is started, not what it is
@@ -32,10 +32,11 @@ PER_START = ("resume", "overwrite")      # settings that say how a run is starte
 
 def header(**settings) -> dict:
     """What a reader needs to repeat a run: `settings`, and the commit of this program."""
-    commit, command = None, ["git", "rev-parse", "HEAD"]
+    commit = None
     if shutil.which("git"):
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    return {"commit": commit or None, "python": platform.python_version()} | settings
+        command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {"commit": commit, "python": platform.python_version()} | settings
 
 
 class Log:
@@ -56,8 +57,7 @@ class Log:
                     lines.append({"step": resume_step} | header)
             elif resume_step is None and any(self.path.with_name(name).exists() for name in ("ckpt.pt", "best.pt")):
                 self.writing = self.path.with_name("log.new.jsonl")
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            write_atomically(self.writing, lambda file: file.write(text.encode()))
+            write_text(self.writing, *(json.dumps(line) + "\n" for line in lines))
         self.file = open(self.writing, "a", encoding="utf-8", buffering=1)            # a line at a time
 
     def write(self, **entry) -> None:
@@ -144,24 +144,26 @@ def points(config, words: list[str]) -> list:
         folder = Path(config.out_dir) / name
         saved, log = (folder / "ckpt.pt").exists(), read_log(folder / "log.jsonl")
         one = replace(config, **point, out_dir=folder.as_posix(), num_samples=0, resume=saved, overwrite=not saved)
-        for key, value in asdict(one).items() if log else ():
-            before = log[0]["config"].get(key, value)
-            if key not in ("out_dir", *PER_START) and before != value:
-                raise ValueError(f"{folder} holds a run with {key}={before}, now it is {value}; give another --out_dir")
+        before = log[0]["config"] if log else {}
+        changed = [key for key, value in asdict(one).items() if before.get(key, value) != value
+                   and key not in ("out_dir", *PER_START)]
+        if changed:
+            raise ValueError(f"{folder} holds a run with another {', '.join(changed)}; give another --out_dir")
         configs.append(one)
     return configs
 
 
-def has_ended(folder) -> bool:
-    """Whether a folder's run has come to an end, be it a score or a divergence."""
-    return any("split" in line or "diverged" in line for line in read_log(Path(folder) / "log.jsonl")[-1:])
+def last_line(folder) -> dict:
+    """The line that ends the log of a run that has come to an end, be it a score or a divergence; else an empty one."""
+    log = read_log(Path(folder) / "log.jsonl")
+    return log[-1] if log and ("split" in log[-1] or "diverged" in log[-1]) else {}
 
 
 def sweep(config, words: list[str], main) -> int | None:
     """Train the points that have not ended one by one with main(config); then draw up all runs below config.out_dir
-    (without words only that). Returns the signal that stopped it, or None."""
+    in sweep.txt and sweep.png (without words only that). Returns the signal that stopped it, or None."""
     for one in points(config, words):
-        ended = has_ended(one.out_dir)
+        ended = last_line(one.out_dir)
         print(f"\n{one.out_dir}:", "done before" if ended else "")
         try:
             interrupted = None if ended else main(one)["interrupted"]
@@ -170,62 +172,52 @@ def sweep(config, words: list[str], main) -> int | None:
             continue
         if interrupted is not None:
             return interrupted
-    if os.environ.get("RANK", "0") != "0":
-        return None                        # one of torchrun's ranks draws up for all
-    target, rows = Path(config.out_dir) / "sweep.json", sweep_rows(config.out_dir)
-    target.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    target.with_suffix(".txt").write_text(sweep_table(rows) + "\n", encoding="utf-8")
+    rows, table = sweep_rows(config.out_dir), Path(config.out_dir) / "sweep.txt"
+    write_text(table, sweep_table(rows) + "\n")
     print(sweep_table(rows))
-    if all(row["mean"] is None for row in rows):
-        print("every run has diverged, so there is nothing to draw; try smaller learning rates")
-    else:
-        plot_sweep(rows, target.with_suffix(".png"))
+    if any(row["scores"] for row in rows):
+        plot_sweep(rows, table.with_suffix(".png"))
 
 
 def sweep_rows(out_dir) -> list[dict]:
     """One dict for each setting among the runs below out_dir, its seeds side by side; best first, diverged last."""
     rows = {}
     for path in sorted(Path(out_dir).glob("*/log.jsonl")):
-        if not has_ended(path.parent):
-            continue
-        log, parts = read_log(path), path.parent.name.split(",")
-        setting = ",".join(part for part in parts if not part.startswith("seed=")) or "as configured"
-        row = rows.setdefault(setting, {"setting": setting, "measure": "bits per byte", "scores": {}, "diverged": {}})
-        last, seed, config = log[-1], log[0]["seed"], log[0]["config"]
-        step_tokens = config["batch_tokens"] // config["context_length"] * config["context_length"]
-        row |= {"steps": last["step"], "tokens": last["step"] * step_tokens, "seconds": last["seconds"]}
-        if "diverged" in last:
-            row["diverged"][seed] = last["step"]
-        else:
-            row["scores"][seed] = last["val_bits_per_byte"] or last["val_loss"]
-            row["measure"] = "bits per byte" if last["val_bits_per_byte"] else "nats per token"
+        last = last_line(path.parent)
+        if last:
+            setting = ",".join(part for part in path.parent.name.split(",") if not part.startswith("seed="))
+            row = rows.setdefault(setting, {"setting": setting or "as configured", "scores": {}, "diverged": {}})
+            row |= {"steps": last["step"], "seconds": last["seconds"]}
+            if "diverged" in last:
+                row["diverged"][read_log(path)[0]["seed"]] = last["step"]
+            else:
+                row["scores"][read_log(path)[0]["seed"]] = last["val_bits_per_byte"] or last["val_loss"]
+                row["measure"] = "bits per byte" if last["val_bits_per_byte"] else "nats per token"
     if not rows:
         raise ValueError(f"no run below {out_dir} has ended; give the axes of a sweep, such as lr=1e-3,3e-3")
     for row in rows.values():
         scores = list(row["scores"].values())
-        row["mean"] = statistics.mean(scores) if scores else None
-        row["spread"] = statistics.stdev(scores) if len(scores) > 1 else None
-    return sorted(rows.values(), key=lambda row: math.inf if row["mean"] is None else row["mean"])
+        row["mean"] = statistics.mean(scores) if scores else math.inf
+        row["spread"] = statistics.stdev(scores) if len(scores) > 1 else math.nan
+    return sorted(rows.values(), key=lambda row: row["mean"])
 
 
 def sweep_table(rows: list[dict]) -> str:
     """The rows as text in columns, under what they are and what the spread is."""
-    cells = [["setting", rows[0]["measure"], "spread", "seeds", "steps", "tokens", "seconds", ""]]
+    cells = [["setting", rows[0].get("measure", ""), "spread", "seeds", "steps", "seconds", ""]]
     for row in rows:
-        numbers = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("mean", "spread")]
         lost = ", ".join(f"seed {seed} diverged at step {step}" for seed, step in row["diverged"].items())
-        cells.append([row["setting"], *numbers, str(len(row["scores"])), f"{row['steps']:,}", f"{row['tokens']:,}",
-                      f"{row['seconds']:.0f}", lost])
+        cells.append([row["setting"], f"{row['mean']:.4f}", f"{row['spread']:.4f}", str(len(row["scores"])),
+                      f"{row['steps']:,}", f"{row['seconds']:.0f}", lost])
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
     return "\n".join(["spread: standard deviation over the seeds", *lines])
 
 
 def plot_sweep(rows: list[dict], path) -> None:
-    """Every run's score as a dot and each setting's mean as a bar, in the order of the settings' numbers."""
+    """Every run's score as a dot and each setting's mean as a bar, the best below."""
     from matplotlib.figure import Figure
-    rows = sorted((row for row in rows if row["scores"]), reverse=True,
-                  key=lambda row: [float(number) for number in re.findall(r"=([-+.\de]+)(?=,|$)", row["setting"])])
+    rows = [row for row in rows if row["scores"]]
     axis = Figure(figsize=(7.5, 1.5 + 0.35 * len(rows)), layout="constrained").subplots()
     for y, row in enumerate(rows):
         axis.plot(list(row["scores"].values()), [y] * len(row["scores"]), "o", alpha=0.5, color="C0")

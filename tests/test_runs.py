@@ -1,7 +1,6 @@
 """Claims about runs.py: logs, pictures, grids."""
 import dataclasses
 import errno
-import json
 import types
 
 import pytest
@@ -23,20 +22,16 @@ def test_a_resumed_log_has_each_step_once_and_records_changed_settings(tmp_path)
     assert [line.get("step") for line in runs.read_log(path)] == [None, 1, 2], "nothing has changed"
     log = runs.Log(tmp_path, {**first, "config": {"lr": 0.2, "resume": True}}, resume_step=2)
     log.write(step=3, loss=1.5)
-    log.close()
     lines = runs.read_log(path)
     assert [line.get("step") for line in lines] == [None, 1, 2, 2, 3] and lines[3]["config"]["lr"] == 0.2
     assert lines[-1]["loss"] == 1.5
+    log.close()
 
-
-def test_a_full_disk_is_said_with_the_name_of_the_log(tmp_path):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
-    log = runs.Log(tmp_path, {})
     log.file = types.SimpleNamespace(write=full)
-    with pytest.raises(OSError, match="log.jsonl") as caught:
+    with pytest.raises(OSError, match="log.jsonl"):
         log.write(step=1)
-    assert caught.value.errno == errno.ENOSPC
 
 
 def test_plot_skips_what_is_no_run(tmp_path):
@@ -45,10 +40,7 @@ def test_plot_skips_what_is_no_run(tmp_path):
         if name != "empty":
             log = runs.Log(tmp_path / name, {"config": {}})
             log.write(step=1, seconds=0.5, loss=2.0, lr=0.1)
-            log.write(step=2, seconds=1.0, val_loss=1.9)
             log.close()
-    (tmp_path / "sweep.json").write_text("[]", encoding="utf-8")
-    assert runs.plot(sorted(tmp_path.iterdir())) == tmp_path / "a" / "loss.png"
     train.run_command_line(["plot", *map(str, sorted(tmp_path.iterdir())), f"--out_dir={tmp_path}"])
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="no log.jsonl in .*empty"):
@@ -58,32 +50,29 @@ def test_plot_skips_what_is_no_run(tmp_path):
 def test_a_grid_spans_its_points_last_word_fastest():
     assert runs.grid(train.TrainConfig, ["lr=1e-3,2e-3", "n_heads=1,2"]) == [
         {"lr": lr, "n_heads": heads} for lr in (1e-3, 2e-3) for heads in (1, 2)]
-    for word, message in (("sede=1", "Did you mean seed"), ("lr", "spans no axis"), ("resume=true", "spans no axis"),
-                          ("lr=fast", "lr='fast'")):
+    for word, message in (("sede=1", "Did you mean seed"), ("resume=true", "spans no axis"), ("lr=fast", "lr='fast'")):
         with pytest.raises(ValueError, match=message):
             runs.grid(train.TrainConfig, [word])
 
 
 def test_a_sweep_draws_up_seeds_survives_divergence_and_goes_on(corpus, tmp_path, capsys):
     config = train.TrainConfig(**TINY | dict(data_dir=str(corpus), out_dir=str(tmp_path), max_steps=6, grad_clip=1e9))
-    words = ["lr=1e-3,1e6", "n_layers=1,2", "seed=1,2"]
+    words = ["lr=1e-3,1e6", "seed=1,2"]
     runs.sweep(config, words, train.main)
-    assert capsys.readouterr().out.count("val perplexity") == 4
-    rows = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
-    assert {row["setting"] for row in rows[:2]} == {"lr=0.001,n_layers=1", "lr=0.001,n_layers=2"}
-    for row in rows[:2]:
-        a, b = row["scores"]["1"], row["scores"]["2"]
-        assert row["mean"] == pytest.approx((a + b) / 2) and row["spread"] == pytest.approx(abs(a - b) / 2 ** 0.5)
-    assert rows[0]["mean"] < rows[1]["mean"] and rows[2]["diverged"].keys() == {"1", "2"}
-    assert "seed 1 diverged at step" in (tmp_path / "sweep.txt").read_text(encoding="utf-8")
-    log = tmp_path / "lr=0.001,n_layers=1,seed=1" / "log.jsonl"
+    assert capsys.readouterr().out.count("val perplexity") == 2
+    best, lost = runs.sweep_rows(tmp_path)
+    a, b = best["scores"][1], best["scores"][2]
+    assert best["mean"] == pytest.approx((a + b) / 2) and best["spread"] == pytest.approx(abs(a - b) / 2 ** 0.5)
+    assert best["setting"] == "lr=0.001" and lost["diverged"].keys() == {1, 2}
+    table = (tmp_path / "sweep.txt").read_text(encoding="utf-8")
+    log = tmp_path / "lr=0.001,seed=1" / "log.jsonl"
     log.write_text(log.read_text(encoding="utf-8").rpartition('{"step"')[0], encoding="utf-8")      # killed at the end
     runs.sweep(config, words, train.main)
-    assert (out := capsys.readouterr().out).count("done before") == 7 and "resumed" in out
-    assert json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8")) == rows
+    assert (out := capsys.readouterr().out).count("done before") == 3 and "resumed" in out
+    assert (tmp_path / "sweep.txt").read_text(encoding="utf-8").split() == table.split() and "diverged at" in table
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     for changes, words, message in (({}, ["seed=7", "n_heads=1,3"], "not a multiple of n_heads=3"),
-                                    ({"n_heads": 1}, words, "holds a run with n_heads=2, now it is 1")):
+                                    ({"n_heads": 1}, words, "holds a run with another n_heads")):
         with pytest.raises(ValueError, match=message):
             runs.sweep(dataclasses.replace(config, **changes), words, train.main)
     assert not list(tmp_path.glob("seed=7*")), "no point is trained before all are known to be possible"
@@ -98,8 +87,4 @@ def test_a_sweep_in_which_everything_diverges_still_ends_in_its_table(tmp_path, 
         raise FloatingPointError("step 3: loss nan")
     config = train.TrainConfig(**TINY | dict(out_dir=str(tmp_path), max_steps=6))
     assert runs.sweep(config, ["lr=1e6,1e7"], diverge) is None
-    said = capsys.readouterr().out
-    assert said.count("diverged at step 3") == 2 and "every run has diverged" in said
-    assert not (tmp_path / "sweep.png").exists()
-    with pytest.raises(ValueError, match="has ended; give the axes"):
-        runs.sweep(dataclasses.replace(config, out_dir=str(tmp_path / "none")), [], diverge)
+    assert capsys.readouterr().out.count("diverged at step 3") == 2 and not (tmp_path / "sweep.png").exists()
