@@ -1,7 +1,7 @@
-"""The bill before the run: parameters, FLOPs, bytes, seconds and money of a model, each by part.
+"""The bill before the run: parameters, FLOPs, bytes and seconds of a model, each by part.
 
     python accounting.py gpt2-xl                              a preset (below), a config_x.py, or --d_model=… alone
-    python accounting.py config_owt.py --vocab_size=32000 --tokens=3e9 --n_devices=8 --dollars_per_hour=2.5
+    python accounting.py config_owt.py --vocab_size=32000 --tokens=3e9 --n_devices=8
 
 Where 6 N D comes from. A product of (m, k) with (k, n) takes 2 m n k FLOPs, so a matrix of n numbers costs a token 2 n.
 A block of GPT-2 has four projections of C x C and a feed-forward of C x 4C and 4C x C, 12 C² numbers: forward 24 C² a
@@ -133,7 +133,7 @@ def memory_bytes(config: ModelConfig, batch_size: int = 1, context_length: int |
     """Bytes of a training step by part, and their "total". dtype: of the activations, by autocast; all else is float32.
     Muon keeps one moment of the blocks' matrices; the embedding, the head and vectors run AdamW and keep two."""
     if dtype not in BYTES or optimizer not in STATES:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(BYTES)}, optimizer={optimizer!r} one of "
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(BYTES)}, optimizer={optimizer!r} of "
                          f"{', '.join(STATES)}")
     c, n = config, count_params(config)["total"]
     moments = n * STATES[optimizer]
@@ -240,7 +240,7 @@ def tensor_parallel_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_
 
 def _step_cost(work, batch, dp, tp, flops_per_s, link_bytes_per_s, dtype, rounds) -> dict:
     """rounds: how often all weights (or gradients) go round the ring of dp ranks in forward and in backward."""
-    if min(batch, dp, tp) < 1 or min(flops_per_s, link_bytes_per_s) <= 0:
+    if min(batch, dp, tp, flops_per_s, link_bytes_per_s) <= 0:
         raise ValueError(f"batch_tokens={batch}, ranks {dp} x {tp}, FLOP/s {flops_per_s}, bytes/s {link_bytes_per_s}: "
                          "all must be above 0")
     if isinstance(work, ModelConfig):
@@ -297,7 +297,6 @@ class Bill(ModelConfig):
     n_devices: int = 1               # how many of it
     tokens: float | None = None      # to train on; none = 20 a parameter (2203.15556)
     mfu: float = 0.4                 # share of the peak that goes into the model's FLOPs
-    dollars_per_hour: float = 0.0    # of one device
     batch_tokens: int = 524_288      # of one training step over all devices
     link_gb_per_s: float = 450.0     # what a device can send: NVLink 4 (H100 data sheet) 450, InfiniBand NDR 50
 
@@ -314,7 +313,7 @@ def table(title: str, header: list[str], rows: list[list]) -> None:
     """Print right-aligned columns under a title."""
     rows = [[cell if isinstance(cell, str) else f"{cell:,.4g}" if isinstance(cell, float) else f"{cell:,}"
              for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     print(f"\n{title}")
     for name, *cells in rows:
         print(f"  {name:<{widths[0]}}", *(f" {cell:>{width}}" for cell, width in zip(cells, widths[1:])))
@@ -335,34 +334,31 @@ def print_model(bill: Bill) -> None:
     print_parts(f"TFLOP of a forward pass over {T:,} tokens (backward: 2 x)", flops_per_token(bill, T), 1e12 / T)
     print_parts(f"GB of a training step at batch {bill.batch_size}, {bill.dtype}, {bill.optimizer}; one {bill.device} "
                 f"fits {fits}; cache of one sequence {kv_cache_bytes(bill, T, bill.dtype) / 1e6:,.4g} MB", memory, 1e9)
-    rows, tokens = [], bill.batch_size * T
-    for levels in range(2 + int(math.log2(bill.n_layers))):
-        block = tokens * _block_bytes(bill, BYTES[bill.dtype])
-        plan = checkpoint_plan(bill.n_layers, levels, block, tokens * 4 * bill.d_model)
-        row = [" > ".join(map(str, plan["sizes"])), plan["bytes"] / 1e9, plan["flops"]]
-        if row not in rows:                        # a deeper nesting that saves nothing is the one before again
-            rows.append(row)
+    tokens = bill.batch_size * T
+    block, one_input = tokens * _block_bytes(bill, BYTES[bill.dtype]), tokens * 4 * bill.d_model
+    levels = range(2 + int(math.log2(bill.n_layers)))
+    plans = {plan["sizes"]: plan for plan in (checkpoint_plan(bill.n_layers, n, block, one_input) for n in levels)}
     table("activations of the blocks, with groups of blocks computed again in backward",
-          ["groups of", "GB", "FLOPs, times"], rows)
+          ["groups of", "GB", "FLOPs, times"],
+          [[" > ".join(map(str, sizes)), plan["bytes"] / 1e9, plan["flops"]] for sizes, plan in plans.items()])
 
 
 def print_speed(bill: Bill) -> None:
     """What the strategies of parallel.py and sharded.py send beside their arithmetic; hours and dollars."""
-    ranks, rows = max(2, bill.n_devices), []
+    ranks = max(2, bill.n_devices)
     rates = bill.batch_tokens, ranks, find_device(bill.device).flops * bill.mfu, bill.link_gb_per_s * 1e9
     fsdp, tp, mixed = best_mix(bill, *rates, bill.dtype)
     costs = {"DDP, float32": data_parallel_cost(bill, *rates, "float32"), "FSDP": fsdp_cost(bill, *rates, bill.dtype),
              "tensor parallel": tensor_parallel_cost(bill, *rates, bill.dtype), f"best: fsdp {fsdp} x tp {tp}": mixed}
-    for name, cost in costs.items():
-        step = cost["step"]
-        rows.append([name, step["bytes"] / 1e6, 1e3 * step["communication_s"], 1e3 * step["compute_s"],
-                     step["smallest_batch"], step["most_ranks"]])
+    steps = {name: cost["step"] for name, cost in costs.items()}
+    rows = [[name, step["bytes"] / 1e6, 1e3 * step["communication_s"], 1e3 * step["compute_s"], step["smallest_batch"],
+             step["most_ranks"]] for name, step in steps.items()]
     table(f"one of {ranks} ranks in a step of {bill.batch_tokens:,} tokens, {bill.link_gb_per_s:g} GB/s, and where its "
           "messages hide", ["", "MB sent", "ms", "ms of arithmetic", "from tokens", "up to ranks"], rows)
     tokens = bill.tokens or 20 * count_params(bill)["total"]
     hours = training_hours(bill, tokens, bill.device, bill.mfu, bill.n_devices)
     print(f"\ntraining on {tokens:.4g} tokens: {hours:,.2f} hours on {bill.n_devices} {bill.device} at "
-          f"{100 * bill.mfu:.0f} % MFU, {hours * bill.n_devices * bill.dollars_per_hour:,.0f} dollars")
+          f"{100 * bill.mfu:.0f} % MFU")
 
 
 def main(argv: list[str]) -> None:
