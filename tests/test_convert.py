@@ -89,27 +89,19 @@ def test_rope_is_transformers_rope_or_refused(settings, refused, tmp_path):
 
 
 def test_of_several_weights_in_a_folder_transformers_takes_the_same(tmp_path):
-    transformers = reference()
-    model = hugging_face_model("llama2")
+    transformers, model = reference(), hugging_face_model("llama2")
     model.save_pretrained(tmp_path, max_shard_size="60KB")
-    parts = sorted(tmp_path.glob("model-*"))
-    (tmp_path / "model-00009-of-00009.safetensors").write_bytes(parts[0].read_bytes())       # not in the index
-
-    def same():
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-        return (from_pretrained(tmp_path)[0](ids(1, 9)) - theirs(ids(1, 9)).logits).abs().max() < 1e-4
-    assert same()
+    kept = {path: path.read_bytes() for path in (*tmp_path.glob("model-*"), tmp_path / "model.safetensors.index.json")}
     torch.nn.init.zeros_(model.model.norm.weight)
-    kept = {path: path.read_bytes() for path in [*parts, tmp_path / "model.safetensors.index.json"]}
     model.save_pretrained(tmp_path)
     for path, content in kept.items():           # left from before, beside the whole file
         path.write_bytes(content)
-    assert same() and from_pretrained(tmp_path)[0](ids(1, 9)).abs().max() == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert theirs(ids(1, 9)).logits.abs().max() == from_pretrained(tmp_path)[0](ids(1, 9)).abs().max() == 0
     (tmp_path / "model.safetensors").unlink()
-    for content in ("{}", "["):
-        (tmp_path / "model.safetensors.index.json").write_text(content, encoding="utf-8")
-        with pytest.raises(ValueError, match="index.json names no files"):
-            from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="index.json names no files"):
+        from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("switch, architecture", [("qwen3", "Qwen3"), ("tied", "Llama"), ("moe", "Mixtral"),
@@ -119,7 +111,6 @@ def test_models_of_ours_go_out_and_come_back_in_bfloat16(switch, architecture, t
     save_pretrained(model, tmp_path)
     written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert written["architectures"][0].startswith(architecture)
-    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
     for left_out in (("torch_dtype", "rope_theta", "rope_scaling"), ("dtype", "rope_parameters")):
         # config.json as transformers 5 and as 4 writes it
         spelled = {key: value for key, value in written.items() if key not in left_out}
@@ -128,14 +119,11 @@ def test_models_of_ours_go_out_and_come_back_in_bfloat16(switch, architecture, t
         assert {p.dtype for p in back.parameters()} == {torch.bfloat16}
         assert torch.equal(back(ids(2, 9)), model(ids(2, 9)))
         assert (back.lm_head.weight is back.token_embeddings.weight) == (switch == "tied")
-        assert not any(buffer.is_meta for buffer in back.buffers())
-    assert torch.equal(from_pretrained(tmp_path, torch.float32)[0].lm_head.weight, model.lm_head.weight.float())
     save_pretrained(back, tmp_path)                # over the files that it was read from
     assert torch.equal(from_pretrained(tmp_path)[0](ids(2, 9)), model(ids(2, 9)))
 
 
 @pytest.mark.parametrize("switch, words", [("window", "window_pattern=SSL"), ("mla", "attention=mla"),
-                                           ("mtp", "mtp_depth=2"), ("2017", "norm_position=post"),
                                            ("smear", "--smear=false"), ("moe bias", "balance=bias")])
 def test_what_no_architecture_computes_is_refused_by_name(switch, words, tmp_path):
     with pytest.raises(ValueError, match=words):
@@ -143,53 +131,43 @@ def test_what_no_architecture_computes_is_refused_by_name(switch, words, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def write(folder, tensors, config):
-    """The folder with these tensors and this config.json, read."""
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return from_pretrained(folder)[0]
-
-
-def saved(switch, folder, **more):
-    """(model, its tensors, its config.json) after writing it."""
-    model = toy(switch, **more).eval()
-    save_pretrained(model, folder)
-    return model, load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text("utf-8"))
-
-
 def test_gpt2_files_of_any_age_are_read_and_what_our_layers_lack_is_refused_by_name(tmp_path):
-    model, tensors, config = saved("gpt2", tmp_path, tie_embeddings=True)
+    def write(tensors, config):
+        save_file(tensors, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return from_pretrained(tmp_path)[0]
+
+    def saved(switch, **more):
+        model = toy(switch, **more).eval()
+        save_pretrained(model, tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+        return model, load_file(tmp_path / "model.safetensors"), config
+
+    model, tensors, config = saved("gpt2", tie_embeddings=True)
     old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     old["h.0.attn.bias"] = torch.ones(1, 1, 24, 24)              # the causal mask, a tensor in the first files
-    head = {"lm_head.weight": tensors["transformer.wte.weight"].clone()}
-    for stored in (old, tensors | head):
-        assert torch.equal(write(tmp_path, stored, config)(ids(1, 9)), model(ids(1, 9)))
+    assert torch.equal(write(old, config)(ids(1, 9)), model(ids(1, 9)))
     bias = "transformer.ln_f.bias"
     without = {name: tensor for name, tensor in tensors.items() if name != bias}
-    _, qwen_tensors, qwen = saved("qwen3", tmp_path)
-    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    _, qwen_tensors, qwen = saved("qwen3")
     for stored, settings, words in (
             (tensors | {"transformer.h.0.odd.weight": torch.ones(2)}, config, "no tensor 'transformer.h.0.odd.weight'"),
-            (without, config, f"'{bias}' is missing"),
-            (tensors | {bias: torch.ones(3)}, config, "ln_f.bias has shape"),
-            (tensors | {bias: torch.ones(48, dtype=torch.int8)}, config, "stored as torch.int8"),
-            (tensors | {"lm_head.weight": torch.ones(61, 48)}, config, "not the embedding"),
+            (without, config, f"'{bias}' is missing"), (tensors | {bias: torch.ones(3)}, config, "ln_f.bias is"),
+            (tensors | {bias: torch.ones(48, dtype=torch.int8)}, config, "torch.int8"),
             (tensors, config | {"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM"),
-            (tensors, config | {"activation_function": "relu"}, "activation_function='relu'"),
-            (qwen_tensors, qwen | {"rope_parameters": linear}, "'linear'"),
             (qwen_tensors, qwen | {"attention_bias": True}, "attention_bias=True"),
             (qwen_tensors, qwen | {"use_sliding_window": True, "sliding_window": 5}, "sliding_window=5"),
             (qwen_tensors, qwen | {"quantization_config": {"bits": 4}}, "quantization_config")):
         with pytest.raises(ValueError, match=words) as error:
-            write(tmp_path, stored, settings)
+            write(stored, settings)
         assert str(tmp_path) in str(error.value)
-    write(tmp_path, tensors, config)
-    (tmp_path / "model.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(ValueError, match="cannot be read as safetensors"):
-        from_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="only safetensors are read"):
-        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for content, error in ((b"not tensors", ValueError), (None, FileNotFoundError)):
+        (tmp_path / "model.safetensors").unlink()
+        if content:
+            (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(error, match="safetensors"):
+            from_pretrained(tmp_path)
 
 
 def test_folders_by_command_with_their_tokenizer(tmp_path, capsys):
@@ -207,15 +185,12 @@ def test_folders_by_command_with_their_tokenizer(tmp_path, capsys):
     assert its_tokenizer.encode("the end") == tokenizer.encode("the end")
     kept = (tmp_path / "run" / "ckpt.pt").read_bytes()
     for words, message in ((["import", folder, run], "--overwrite=true"), (["import", folder, folder], folder),
-                           (["export", run, run], run), (["import", "x"], "import FOLDER OUT_DIR"),
-                           (["import", str(tmp_path / "nowhere"), "b"], "nowhere")):
+                           (["export", run, run], run), (["import", "x"], "import FOLDER OUT_DIR")):
         with pytest.raises(SystemExit) as error:
             convert.main(words)
         assert error.value.code == 2 and message in capsys.readouterr().err
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == kept
     convert.main(["import", folder, run, "--overwrite=true"])
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() != kept
-    transformers = reference()
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    text = "the end<|endoftext|>"
-    assert theirs(text)["input_ids"] == tokenizer.encode(text) and theirs.eos_token == "<|endoftext|>"
+    theirs = reference().AutoTokenizer.from_pretrained(folder)
+    assert theirs("the<|endoftext|>")["input_ids"] == tokenizer.encode("the<|endoftext|>")
