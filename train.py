@@ -19,8 +19,8 @@ the three means, 4, would give the last two rows more weight than the others.
 Three departures. The step is configured in tokens. A run may be limited by the clock, and the learning rate then
 follows the clock. And no run is lost: a signal saves before it stops, a folder that holds a run is not overwritten, and
 a run that was killed and resumed equals one that was not, bit for bit, as every random draw has its own generator in
-the checkpoint. Besides, only the number of CPU threads changes bits: machine.Threads lowers it while another program
-keeps a core busy, and --threads=N fixes it.
+the checkpoint. Only the number of CPU threads changes bits: machine.Threads lowers it while another program keeps a
+core busy, and --threads=N fixes it.
 
 Papers: Kaplan 2020 (2001.08361) for the shape of it, Micikevicius 2017 (1710.03740) for float16, Hinton 2015
 (1503.02531) for learning from a teacher, Chowdhery 2022 (PaLM, 2204.02311, appendix B) for the MFU.
@@ -267,9 +267,6 @@ def train(run: Run, stop: Stop, threads: Threads) -> float | None:
     """Step until the run is done or a signal comes; returns the last logged loss."""
     config, last_loss, since, saved_at = run.config, None, (run.step, run.seconds, run.tokens), None
     peak = peak_flops(run.device, run.dtype)
-    if peak:
-        source = "measured just now on a matrix product" if run.device == "cpu" else "by the data sheet"
-        print(f"mfu is of {peak / 1e12:.3g} TFLOP/s a rank, {source}")
     while run.progress() < 1 and stop.agreed is None:
         began, before = time.perf_counter(), run.progress()
         loss, norm, lr = run.train_step()
@@ -399,11 +396,6 @@ def print_start(run: Run) -> None:
           f"device: {run.device}, {run.dtype}; {run.strategy.size} ranks = dp {ranks}, tp {config.tp}, pp {config.pp}\n"
           f"step: {run.sequences * c.context_length:,} tokens = {run.sequences} sequences of {c.context_length}, "
           f"{math.ceil(rows / micro)} micro-batches of up to {micro} a rank")
-    for optimizer in run.optimizers:
-        kind = type(getattr(optimizer, "local", optimizer)).__name__               # local: what ZeRO-1 divides
-        for group in optimizer.param_groups:
-            print(f"{kind}: {len(group['params'])} tensors of {sum(p.numel() for p in group['params']):,} numbers, "
-                  f"peak learning rate {group['peak_lr']:g}, weight decay {group['weight_decay']:g}")
     if config.resume:
         print(f"resumed {config.start} at step {run.step}, {run.seconds:.1f} s")
         if run.progress() >= 1:

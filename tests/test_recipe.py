@@ -7,22 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-import optim
 import recipe
 import train
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"optimizer": "adam"}, "optimizer='adam' must be one of adamw, muon"), ({"schedule": "constant"}, "schedule='con"),
-    ({"batch_tokens": 16}, "batch_tokens=16 is less"), ({"seed": -5}, "seed=-5 must be at least 0"),
-    ({"max_minutes": 0.0}, "max_minutes=0.0 must be above 0"), ({"max_minutes": -1.0}, "max_minutes=-1.0"),
-    ({"vocab_size": 0}, "vocab_size=0 must be at least 1"), ({"threads": 0}, "threads=0"), ({"lr": -1.0}, "lr=-1.0"),
-    ({"lr": math.nan}, "lr=nan"), ({"embedding_lr": 0.0}, "embedding_lr=0.0"), ({"beta1": 1.5}, "beta1=1.5"),
-    ({"n_heads": 5}, "not a multiple of n_heads=5"), ({"log_every": 0}, "log_every=0"),
-    ({"teacher": "out/a", "teacher_temperature": 0.0}, "teacher_temperature=0.0"),
-    ({"teacher": "out/a", "fused_loss": True}, "teacher=out/a needs logits"),
-    ({"parallel": "fsdp", "optimizer": "muon"}, "parallel=fsdp cuts matrices and optimizer=muon needs whole ones"),
-    ({"tp": 2, "compile": True}, "tp=2 sends")], ids=str)
+    ({"optimizer": "adam"}, "optimizer='adam' must be one of adamw"), ({"batch_tokens": 16}, "batch_tokens=16 is less"),
+    ({"seed": -5}, "seed=-5 must be at least 0"), ({"max_minutes": 0.0}, "max_minutes=0.0 must be above 0"),
+    ({"vocab_size": 0}, "vocab_size=0 must be at least 1"), ({"lr": math.nan}, "lr=nan"), ({"beta1": 1.5}, "beta1=1.5"),
+    ({"n_heads": 5}, "not a multiple of n_heads=5"), ({"teacher": "out/a", "fused_loss": True}, "teacher=out/a needs"),
+    ({"parallel": "fsdp", "optimizer": "muon"}, "parallel=fsdp.* optimizer=muon needs whole ones"),
+    ({"tp": 2, "compile": True}, "tp=2.* sends")], ids=str)
 def test_settings_that_cannot_be_are_refused_by_name(settings, words):
     with pytest.raises(ValueError, match=words):
         recipe.TrainConfig(**settings)
@@ -102,15 +97,6 @@ def test_each_kind_of_parameter_gets_its_own_rate_decay_and_optimizer():
             assert treatment == ("Muon", 0.03, 0.0), name
     plain = recipe.make_optimizers(model, recipe.TrainConfig(context_length=8, lr=0.01))
     assert {group["peak_lr"] for optimizer in plain for group in optimizer.param_groups} == {0.01}
-
-
-def test_a_new_optimizer_is_a_class_and_a_line_of_the_table(monkeypatch):
-    class Sign(optim.SGD):
-        """Not in optim.py."""
-    monkeypatch.setitem(recipe.OPTIMIZERS, "sign", (Sign, {"momentum": "beta2"}, "for this test"))
-    model = train.Transformer(train.ModelConfig(vocab_size=64, context_length=8, d_model=16, n_layers=1, n_heads=2))
-    made, = recipe.make_optimizers(model, recipe.TrainConfig(context_length=8, optimizer="sign", beta2=0.4))
-    assert isinstance(made, Sign) and made.param_groups[0]["momentum"] == 0.4
 
 
 def test_the_rate_rises_stays_falls_and_needs_no_warmup():
