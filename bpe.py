@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from bpe_files import read_gpt2_files, read_tokenizer_json, to_text, tokenizer_json
 from bpe_fast import GPT2_CUT, GPT4_CUT, Cutter, Encoder, Merger, count_words, cpus, merge_ids, share
-from checkpoint import claim_file, write_atomically
+from checkpoint import claim_file, write_atomically, write_text
 from configurator import command_line, fail
 from words import GPT2_PATTERN, GPT2_PATTERNS, GPT4_PATTERNS, check_specials, check_utf8, compile_pattern
 from words import Remembered, pieces, read_range, splitter_of, utf8
@@ -141,7 +141,7 @@ def train_bpe(input_path, vocab_size, special_tokens=("<|endoftext|>",), *, patt
     for more in share(_count_ranges, jobs, workers, input_path, specials, pattern):
         counts.update(more)
     merger = Merger(list(counts), list(counts.values()))
-    del counts, more
+    del counts, more                # the largest thing in memory
     vocab, merges = {i: bytes([i]) for i in range(256)}, []
     steps = merger.run(n_merges)
     for a, b, _ in tqdm(steps, total=n_merges, desc="merging", unit=" merges", disable=None, leave=False):
@@ -189,16 +189,14 @@ class Tokenizer:
     vocab: {id: bytes}; merges: pairs of bytes, first learnt first. Special tokens that the vocabulary lacks are
     appended; of those that overlap in a text the longest wins. What files of others may have besides:
     added: {text: id} of tokens that are found in any text, whatever encode allows;
-    normalizer: None or "NFC"; ignore_merges: a word that is in the vocabulary is one token (Llama 3);
-    post_processor: only kept for `save`. A tuple of patterns: each cuts the pieces that the one before has left.
-    Raises ValueError for a special token that is empty or given twice, and for merges that the vocabulary lacks.
+    normalizer: None or "NFC"; ignore_merges: a word that is in the vocabulary is one token (Llama 3). A tuple of
+    patterns: each cuts the pieces that the one before has left.
     """
 
     def __init__(self, vocab, merges, special_tokens=None, *, pattern=GPT2_PATTERN, added=None, normalizer=None,
-                 ignore_merges=False, post_processor=None):
+                 ignore_merges=False):
         self.vocab, self.merges, self.pattern = dict(vocab), [tuple(pair) for pair in merges], pattern
-        self.added, self.normalizer = dict(added or {}), normalizer
-        self.ignore_merges, self.post_processor = ignore_merges, post_processor
+        self.added, self.normalizer, self.ignore_merges = dict(added or {}), normalizer, ignore_merges
         self._id = {}                  # of two ids for the same bytes merges mean the first, special tokens the last
         for i, token in self.vocab.items():
             self._id.setdefault(token, int(i))
@@ -229,8 +227,7 @@ class Tokenizer:
         """A tokenizer with these special tokens besides its own; those it lacks get the next ids."""
         new = [token for token in check_specials(tokens) if token not in self.special_tokens]
         return Tokenizer(self.vocab, self.merges, [*self.special_tokens, *new], pattern=self.pattern, added=self.added,
-                         normalizer=self.normalizer, ignore_merges=self.ignore_merges,
-                         post_processor=self.post_processor)
+                         normalizer=self.normalizer, ignore_merges=self.ignore_merges)
 
     def encode(self, text, allowed_special="all"):
         """The ids of `text`, a list. allowed_special: "all", or the set of special tokens that may become control ids;
@@ -288,9 +285,8 @@ class Tokenizer:
     def encode_iterable(self, chunks):
         """Yield the ids of the joined strings, holding back only what a later chunk could change.
 
-        Memory does not grow with the text (test: under 1 MB for 5 MB), so this takes the small regex path; `encode` is
-        faster. A word is held whole, and with a pattern that is neither GPT-2's nor GPT-4's everything up to the next
-        special token is.
+        Memory does not grow with the text, so this takes the small regex path; `encode` is faster. A word is held
+        whole, and with a pattern that is neither GPT-2's nor GPT-4's everything up to the next special token is.
         """
         held, enough, allowed = "", STREAM_CHARS, frozenset(self.special_tokens)
         for chunk in chunks:
@@ -309,8 +305,8 @@ class Tokenizer:
     def encode_file(self, text_path, bin_path, *, workers=None):
         """Write the ids of a UTF-8 file as raw little-endian uint16, or uint32 above 65,536 ids; returns their number.
 
-        The same ids as encode of the whole text, its line ends kept. Streamed, by every CPU when the file has four
-        blocks or more and workers is None; bin_path appears whole or not at all. Raises ValueError if it is not UTF-8.
+        The same ids as encode of the whole text, its line ends kept; streamed, by every CPU for a file of four blocks
+        and more unless workers is given. bin_path appears whole or not at all.
         """
         dtype, total = np.dtype("<u2" if self.vocab_size <= 65536 else "<u4"), 0
         ranges, workers = _plan(text_path, self._cutter, workers)
@@ -348,15 +344,14 @@ class Tokenizer:
     def load(cls, path):
         """From a tokenizer.json in Hugging Face's layout: byte-level BPE as GPT-2, Llama 3 or Qwen 2 have it.
 
-        A post_processor is kept but not applied: the ids are those of encode(..., add_special_tokens=False).
-        Raises ValueError naming the path and the part that would change ids and is not understood.
+        The ids are those of encode(..., add_special_tokens=False): a post_processor is left out. Raises ValueError
+        naming the path and the part that would change ids and is not understood.
         """
         return read_tokenizer_json(path, cls)
 
     def save(self, path):
         """Write tokenizer.json, which Hugging Face's tokenizers reads and gives the same ids."""
-        text = tokenizer_json(self)
-        write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+        write_text(path, tokenizer_json(self))
 
 
 def _encode_range(span, path, tokenizer, dtype):
@@ -388,7 +383,7 @@ class ShowConfig:
 
 @dataclasses.dataclass
 class CompareConfig:
-    sizes: str = "300,1000,4000,16000"         # vocabulary sizes of BPE, with commas between them
+    """compare has no settings."""
 
 
 def train(config, path):
@@ -425,15 +420,13 @@ def show(config, path, text=None):
 
 
 def show_training(text, n_merges):
-    """Print each merge that wins, how often its pair occurs, the runner-up, and words that it changes."""
+    """Print each merge that wins, how often its pair occurs, and words that it changes."""
     counts = Counter(word.encode("utf-8") for word in pieces(compile_pattern(GPT2_PATTERN), text))
     words = {tuple(bytes([byte]) for byte in word): n for word, n in counts.items()}
     for step, best in enumerate(learn_merges(counts, n_merges)):
-        ranking = sorted(((n, pair) for pair, n in count_pairs(words).items()), reverse=True)[:2]
-        second = "".join(f"; then {to_text(a)} {to_text(b)} {n}" for n, (a, b) in ranking[1:])
+        print(f"merge {step:<4} {to_text(best[0])} {to_text(best[1])}   {count_pairs(words)[best]} times")
         merged = {word: merge_pair(word, best) for word in words}
         changed = sorted((word for word in words if merged[word] != word), key=words.get, reverse=True)
-        print(f"merge {step:<4} {to_text(best[0])} {to_text(best[1])} {ranking[0][0]}{second}")
         for word in changed[:2]:
             print(f"      {words[word]:>8} times  {' '.join(map(to_text, merged[word]))}")
         words = {merged[word]: n for word, n in words.items()}
@@ -445,39 +438,36 @@ def compare(config, path):
     known, held_out = text[:len(text) * 9 // 10], text[len(text) * 9 // 10:]
     if not held_out:
         raise ValueError(f"{path} is empty: give a text to compare on")
-    if not all(size.isdecimal() for size in config.sizes.split(",")):
-        raise ValueError(f"sizes={config.sizes!r} must be whole numbers with commas between them")
     rows = [("characters", CharTokenizer(known)), ("bytes", ByteTokenizer()), ("words", WordTokenizer(known))]
     with tempfile.TemporaryDirectory() as folder:
         known_path = Path(folder) / "known.txt"
         known_path.write_bytes(known.encode("utf-8"))
-        rows += [(f"BPE {n}", Tokenizer(*train_bpe(known_path, int(n), []))) for n in config.sizes.split(",")]
+        rows += [(f"BPE {n}", Tokenizer(*train_bpe(known_path, n, []))) for n in (300, 1000, 4000, 16000)]
     size = len(held_out.encode("utf-8"))
-    print(f"{'tokenizer':18}{'vocabulary':>11}{'tokens':>12}{'bytes/token':>13}{'unknown':>9}{'encode MB/s':>13}")
+    print(f"{'tokenizer':18}{'vocabulary':>11}{'tokens':>12}{'bytes/token':>13}{'unknown':>9}")
     for name, tok in rows:
-        begin = time.perf_counter()
         ids = tok.encode(held_out)
-        speed = size / (time.perf_counter() - begin) / 1e6
         unknown = sum(i == getattr(tok, "unknown_id", None) for i in ids) / len(ids)
-        print(f"{name:18}{tok.vocab_size:11,}{len(ids):12,}{size / len(ids):13.2f}{unknown:9.2%}{speed:13.1f}")
+        print(f"{name:18}{tok.vocab_size:11,}{len(ids):12,}{size / len(ids):13.2f}{unknown:9.2%}")
 
 
 USAGE = __doc__[__doc__.index("    python bpe.py train"):]
-CONFIGS = {"train": TrainConfig, "encode": EncodeConfig, "show": ShowConfig, "compare": CompareConfig}
+VERBS = {"train": (TrainConfig, train, (1,)), "encode": (EncodeConfig, encode, (2,)),
+         "show": (ShowConfig, show, (1, 2)), "compare": (CompareConfig, compare, (1,))}    # settings, what runs, files
 
 
 def main(argv: list[str]) -> None:
     """Run one verb. A bad command line, value or file exits with status 2."""
-    verb, files, config, _ = command_line(CONFIGS, argv, USAGE, reads_scripts=True)
+    verb, files, config, _ = command_line({verb: kind for verb, (kind, _, _) in VERBS.items()}, argv, USAGE,
+                                          reads_scripts=True)
+    _, run, n_files = VERBS[verb]
     try:
-        if len(files) not in {"encode": (2,), "show": (1, 2)}.get(verb, (1,)):
+        if len(files) not in n_files:
             raise ValueError(f"{verb} does not take {len(files)} files: {' '.join(files)}\n{USAGE}")
-        {"train": train, "encode": encode, "show": show, "compare": compare}[verb](config, *files)
+        run(config, *files)
     except (ValueError, TypeError, OSError) as error:
         fail(error)
 
 
 if __name__ == "__main__":
-    for stream in sys.stdout, sys.stderr:    # what a terminal cannot show becomes a question mark
-        stream.reconfigure(errors="replace")
     main(sys.argv[1:])

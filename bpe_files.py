@@ -101,12 +101,11 @@ def _split_pattern(step):
 
 def read_gpt2_files(vocab_path, merges_path, special_tokens):
     """(vocab, merges) of GPT-2's two files. Raises ValueError naming them."""
-    vocab = read_json(vocab_path)
     lines = check_utf8(Path(merges_path).read_bytes(), merges_path).splitlines()
     try:
         merges = merges_from_text([line for line in lines if line and not line.startswith("#version")])
-        return vocab_from_text(vocab, special_tokens), merges
-    except ValueError as error:
+        return vocab_from_text(read_json(vocab_path), special_tokens), merges
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{vocab_path} and {merges_path} are no vocab.json and merges.txt: {error}") from None
 
 
@@ -142,7 +141,7 @@ def _from_layout(make, layout):
     return make(vocab, merges_from_text(model["merges"]), [t["content"] for t in added if t.get("special")],
                 pattern=_layout_pattern(layout["pre_tokenizer"]), normalizer=normalizer,
                 added={t["content"]: t["id"] for t in added if not t.get("special")},
-                ignore_merges=bool(model.get("ignore_merges")), post_processor=layout.get("post_processor"))
+                ignore_merges=bool(model.get("ignore_merges")))
 
 
 def tokenizer_json(tokenizer):
@@ -160,6 +159,5 @@ def tokenizer_json(tokenizer):
              "merges": [f"{to_text(a)} {to_text(b)}" for a, b in tokenizer.merges]}
     layout = {"version": "1.0", "added_tokens": added, "model": model, "decoder": level,
               "normalizer": {"type": tokenizer.normalizer} if tokenizer.normalizer else None,
-              "pre_tokenizer": level if tokenizer.pattern in GPT2_PATTERNS else steps,
-              "post_processor": tokenizer.post_processor}
+              "pre_tokenizer": level if tokenizer.pattern in GPT2_PATTERNS else steps}
     return json.dumps(layout, ensure_ascii=False, indent=1)

@@ -84,20 +84,6 @@ def test_final_loss_is_that_of_the_whole_split_token_by_token(trained, corpus):
                                                          rel=1e-4)
 
 
-def test_recomputed_activations_change_no_bit(corpus, tmp_path):
-    grads = []
-    for switch in (False, True):
-        run = train.Run(train.TrainConfig(**TINY, data_dir=str(corpus), out_dir=str(tmp_path), max_steps=1,
-                                          activation_checkpointing=switch))
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
-            logits, loss = run.model(*run.loader.next())
-        loss.backward()
-        grads.append([loss, sum(kept), *(p.grad for p in run.model.parameters())])
-    assert grads[1].pop(1) < grads[0].pop(1) / 2
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
-
-
 def test_neither_micro_batches_nor_evaluations_change_what_is_trained(corpus, tmp_path):
     for name, more in (("whole", {}), ("ragged", {"micro_batch_size": 3}), ("seldom", {"eval_every": 0})):
         tiny_run(corpus, tmp_path / name, max_steps=6, **{"eval_every": 2} | more)
@@ -236,8 +222,7 @@ def seen_by_main(monkeypatch):
 
 @pytest.mark.parametrize("flags, minutes", [
     ("--max_steps=9", None), ("--max_steps=9 --max-minutes=3", 3.0), ("", 2.4), ("--max_steps=none", 2.4),
-    ("--max_steps=9 --max_minutes=none", None), ("sweep max_steps=3,4", None),
-    ("sweep max_steps=3 --max_minutes=1", 1.0)])
+    ("sweep max_steps=3,4", None), ("sweep max_steps=3 --max_minutes=1", 1.0)])
 def test_a_time_limit_is_dropped_for_steps_and_only_when_it_was_not_asked_for(flags, minutes, monkeypatch, capsys):
     seen = seen_by_main(monkeypatch)
     train.run_command_line(flags.split())
@@ -296,14 +281,11 @@ def test_the_clock_ends_a_run_and_its_schedule(corpus, tmp_path, monkeypatch):
     assert max(rates) > 2.5e-3 and rates[-1] < 4e-4, "up to the peak of 3e-3 and down to a tenth"
 
 
-def test_settings_and_data_that_do_not_fit_are_refused(corpus, tmp_path, trained, monkeypatch):
-    for more, words in (({"vocab_size": 100}, "holds id"), ({"device": "cuda:99"}, "cuda:99")):
-        with pytest.raises(ValueError, match=words):
+def test_settings_and_data_that_do_not_fit_are_refused(corpus, tmp_path, monkeypatch):
+    for more, words in (({"vocab_size": 100}, "holds id"), ({"device": "cuda:99"}, "cuda:99"),
+                        ({"resume": True}, "no checkpoint at")):
+        with pytest.raises((ValueError, OSError), match=words):
             tiny_run(corpus, tmp_path / "never", **more)
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        tiny_run(corpus, tmp_path / "never", resume=True)
-    with pytest.raises(ValueError, match="n_layers=3 does not fit this model"):
-        tiny_run(corpus, trained[0], resume=True, n_layers=3, optimizer="muon")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="python data.py prepare shakespeare"):
         train.prepare_data(tiny(tmp_path / "shakespeare", tmp_path / "out"))
