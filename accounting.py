@@ -302,8 +302,6 @@ class Bill(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        memory_bytes(self, 1, None, self.dtype, self.optimizer)    # refuses dtypes and optimizers it does not know,
-        find_device(self.device)                                   # and devices
         if not 0 < self.mfu <= 1 or min(self.n_devices, self.batch_size) < 1:
             raise ValueError(f"mfu={self.mfu} must be above 0, up to 1, n_devices={self.n_devices} and "
                              f"batch_size={self.batch_size} at least 1")

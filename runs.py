@@ -61,11 +61,8 @@ class Log:
         self.file = open(self.writing, "a", encoding="utf-8", buffering=1)            # a line at a time
 
     def write(self, **entry) -> None:
-        """Add a line. Raises OSError naming the file, as when the disk is full."""
-        try:
-            print(json.dumps(entry), file=self.file)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.writing)) from error
+        """Add a line."""
+        print(json.dumps(entry), file=self.file)
 
     def replace_former(self) -> None:
         """Take the place of the former run's log."""

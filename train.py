@@ -307,9 +307,7 @@ def log_step(run: Run, since: tuple, peak: float | None, loss: float, lr: float,
     steps, seconds, tokens = run.step - since[0], run.seconds - since[1], run.tokens - since[2]
     ms, rate = 1000 * seconds / steps, tokens / seconds
     mfu = run.flops_per_token / run.strategy.size * rate / peak if peak else None
-    more = {"loss_scale": run.loss_scale.scale} if run.loss_scale.on else {}
-    run.log.write(step=run.step, seconds=run.seconds, loss=loss, lr=lr, norm=norm, ms=ms, tokens_per_s=rate, mfu=mfu,
-                  **more)
+    run.log.write(step=run.step, seconds=run.seconds, loss=loss, lr=lr, norm=norm, ms=ms, tokens_per_s=rate, mfu=mfu)
     end = run.config.max_steps or max(round(run.total_steps()), run.step)
     print(f"{run.step:>6}/{end} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {ms:.0f} ms | {rate:,.0f} tok/s | "
           f"mfu {'n/a' if mfu is None else f'{100 * mfu:.1f} %'} | "
