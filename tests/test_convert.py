@@ -65,11 +65,9 @@ SCALED = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
 
 
 @pytest.mark.parametrize("settings, refused", [
-    ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, ""), ({"rope_parameters": {}}, ""),
-    ({"rope_parameters": {"rope_theta": 777.0}, "rope_theta": 5e5}, ""),
+    ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, ""),
     ({"rope_parameters": {"rope_theta": 777.0}, "rope_scaling": SCALED, "rope_theta": 5e5}, ""),
     ({"rope_parameters": LLAMA3, "rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
-    ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
     ({"rope_scaling": None, "rope_theta": 9e3}, ""),
     ({"rope_parameters": {"full_attention": LLAMA3}}, "one for all"),
     ({"rope_scaling": {key: value for key, value in SCALED.items() if key[0] != "o"}, "rope_theta": 1e4}, "")])
