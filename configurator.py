@@ -159,7 +159,7 @@ def command_line(config, argv: list[str], usage: str, reads_scripts: bool = Fals
         if settings:
             print("\nsettings (a config file changes defaults, a flag wins over both):\n" + format_help(settings))
         for kind in dict.fromkeys(classes.values()) if verb is None else ():
-            if kind is not type(settings):
+            if kind is not type(settings) and dataclasses.fields(kind):
                 print(f"\n{', '.join(name for name in classes if classes[name] is kind)}:\n{format_help(kind)}")
         sys.exit(0)
     return verb, [word for word in words if word not in configs], settings, sources

@@ -156,14 +156,12 @@ def architecture_of(config: ModelConfig) -> str:
             free -= {"head_dim"}
         if config.n_experts and config.balance == "bias":        # sigmoid scores: none of them routes so
             free -= {"balance"}
-        fixed = asdict(plain).keys() - free
-        lacking[name] = [key for key in sorted(fixed) if getattr(config, key) != getattr(plain, key)]
+        lacking[name] = [f"{key}={getattr(config, key)}" for key in sorted(asdict(plain).keys() - free)
+                         if getattr(config, key) != getattr(plain, key)]
         if not lacking[name]:
             return name
-    name = min(lacking, key=lambda name: len(lacking[name]))
-    values = ", ".join(f"{key}={getattr(config, key)}" for key in lacking[name])
     hint = "; train with --smear=false for a model that can be exported" if config.smear else ""
-    raise ValueError(f"{name}, the nearest of {', '.join(ARCHITECTURES)}, has no {values}{hint}")
+    raise ValueError(f"none of {', '.join(ARCHITECTURES)} has {', '.join(min(lacking.values(), key=len))}{hint}")
 
 
 def their_config(config: ModelConfig, dtype: torch.dtype, tokenizer=None) -> dict:

@@ -74,7 +74,6 @@ class TrainConfig(ModelConfig):
     log_every: int | None = None             # steps between log lines; none = about a hundred lines in all
     checkpoint_every: int | None = None      # steps between checkpoints; none = at every evaluation
     teacher: str | None = None               # OUT_DIR of a trained model to learn from besides the text (distillation)
-    teacher_weight: float = 1.0              # weight of the divergence from the teacher in the training loss
     teacher_temperature: float = 2.0         # logits of both are divided by this for it
     num_samples: int = 0                     # texts that sample.py writes at the end
     seed: int = 1337                         # of weights and batches
@@ -101,7 +100,7 @@ class TrainConfig(ModelConfig):
         for name in ("seed", "warmup_steps", "eval_every", "num_samples", "lr", "muon_lr", "weight_decay"):
             if not 0 <= given[name] < math.inf:
                 raise ValueError(f"{name}={given[name]} must be at least 0")
-        for name in ("max_minutes", "embedding_lr", "grad_clip", "teacher_weight", "teacher_temperature"):
+        for name in ("max_minutes", "embedding_lr", "grad_clip", "teacher_temperature"):
             if not given.get(name, 1) > 0:
                 raise ValueError(f"{name}={given[name]} must be above 0")
         for name in ("beta1", "beta2", "momentum", "min_lr_factor", "decay_fraction"):

@@ -172,8 +172,7 @@ class Run:
             return loss
         with torch.no_grad():
             teacher_logits = self.teacher(inputs)
-        divergence = distillation_loss(logits, teacher_logits, self.config.teacher_temperature)
-        return loss + self.config.teacher_weight * divergence
+        return loss + distillation_loss(logits, teacher_logits, self.config.teacher_temperature)
 
     def diverged(self, what: str) -> None:
         """Raises FloatingPointError, before a bad number gets into a weight or a file."""
@@ -320,9 +319,8 @@ def main(config: TrainConfig) -> dict:
     """Train as `config` says and return the final figures.
 
     Returns step, tokens, seconds (of training), loss (the last logged), val_loss (nats per token), val_bits_per_byte
-    (None without meta.json), out_dir, and interrupted (the signal's number, or None).
-    Raises ValueError or OSError for settings, data or a checkpoint that cannot be used, FloatingPointError when the
-    loss is no longer a number.
+    (None without meta.json), out_dir, and interrupted (the signal's number, or None). Raises ValueError or OSError for
+    what cannot be used, FloatingPointError when the loss is no longer a number.
     """
     if config.max_steps is None and config.max_minutes is None:
         config = replace(config, max_minutes=DEFAULT_MINUTES)

@@ -293,7 +293,7 @@ def test_settings_and_data_that_do_not_fit_are_refused(corpus, tmp_path, monkeyp
 
 def test_distillation_moves_the_student_and_not_the_teacher(corpus, tmp_path, trained):
     common = dict(max_steps=3, d_model=16, micro_batch_size=3)
-    run = train.Run(tiny(corpus, tmp_path, **common, teacher=str(trained[0]), teacher_weight=2.0))
+    run = train.Run(tiny(corpus, tmp_path, **common, teacher=str(trained[0])))
     before = copy.deepcopy(run.teacher.state_dict())
     run.train_step()
     assert all(map(torch.equal, run.teacher.state_dict().values(), before.values()))
