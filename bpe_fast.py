@@ -463,10 +463,7 @@ class Merger:
         starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
         counts = np.add.reduceat(self.counts[places], starts)
         table = np.stack([counts, keys[starts], starts, np.append(starts[1:], len(places))])
-        self._push_batch(len(self.order), places, table)
-
-    def _push_batch(self, n_symbols, places, table):
-        heapq.heappush(self.heap, (-int(table[0].max()), "", n_symbols, places, table))
+        heapq.heappush(self.heap, (-int(counts.max()), "", len(self.order), places, table))
 
     def _open_batch(self, n_symbols, places, table):
         """Put the pairs that have half the largest count into the heap by themselves; the others wait on."""
@@ -475,4 +472,5 @@ class Merger:
             a, b = divmod(key, n_symbols)
             heapq.heappush(self.heap, (-count, self.order[a] + self.order[b], (a, b), places[start:end]))
         if not often.all():
-            self._push_batch(n_symbols, places, table[:, ~often])
+            table = table[:, ~often]
+            heapq.heappush(self.heap, (-int(table[0].max()), "", n_symbols, places, table))

@@ -136,9 +136,6 @@ def test_clipping_is_global_and_skips_missing_gradients():
     half.grad = torch.full_like(half, 300.0)
     for clip, norm in ((optim.clip_grad_norm, 94_868), (parallel.clip_grad_norm, 1000)):     # float16 ends at 65,504
         assert clip([half], 1000.0).item() == pytest.approx(norm, rel=2e-3)
-    live = (c * torch.ones(2, requires_grad=True)).sum()                     # a gradient with a graph of its own
-    c.grad, = torch.autograd.grad((live ** 2).sum() + c.sum(), c, create_graph=True)
-    assert c.grad.requires_grad and not optim.clip_grad_norm([c], 0.1).requires_grad
 
 
 def test_wrong_settings_are_refused_and_the_comparison_prints_and_draws(tmp_path, monkeypatch, capsys):
