@@ -222,7 +222,7 @@ def read_checkpoint(path, map_location="cpu") -> dict:
         code = re.search(r"GLOBAL (\S+)|$", str(error))[1]
         raise ValueError(f"{path} holds pickled code ({code}), which is refused") from error
     except RuntimeError as error:
-        if "PytorchStreamReader" not in str(error):  # out of memory, for one
+        if not re.search("PytorchStreamReader|inline_container", str(error)):        # out of memory, for one
             raise
         raise ValueError(f"{path} is damaged, or not of torch.save: {str(error).splitlines()[0]}") from error
     if not isinstance(entries, dict) or not isinstance(entries.get("model"), dict) or "step" not in entries:
