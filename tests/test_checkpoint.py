@@ -98,8 +98,9 @@ def test_bad_checkpoints_are_told_apart_and_named(tmp_path, monkeypatch):
             checkpoint.load_checkpoint(path, toy_model(**shape))
     with pytest.raises(ValueError, match="ckpt.pt holds no state of this SGD"):
         checkpoint.load_checkpoint(path, None, optim.SGD(toy_model().parameters()))
-    whole = path.read_bytes()
-    for entries, words in ((whole[:-30], "is cut short"), (whole[:-200] + bytes(1) + whole[-199:], "is damaged"),
+    whole, other = path.read_bytes(), io.BytesIO()
+    np.savez(other, w=np.ones(3))                                        # a zip archive as well
+    for entries, words in ((whole[:-30], "is cut short"), (other.getvalue(), "is damaged"),
                            ({"model": {}, "step": Evil()}, "pickled code .*system"), ([1], "is not a checkpoint"),
                            ({"model": {}, "step": 1, "format_version": 9}, "version 9")):
         if isinstance(entries, bytes):
