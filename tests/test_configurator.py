@@ -49,7 +49,8 @@ def test_config_files_cannot_run_code_or_hang(tmp_path, text, words):
 
 def test_defaults_then_file_then_flags_and_what_applies_in_the_help(tmp_path, capsys):
     path = str(tmp_path / "config_toy.py")
-    (tmp_path / "config_toy.py").write_text('"""Text."""\nwidth = 2**3 * 3 - -1\nrate = width * 0.5\nname = "a"\n')
+    text = '"""Text."""\nwidth = 2**3 * 3 - -1\nrate = width * 0.5\nname = "a"\n'
+    (tmp_path / "config_toy.py").write_text(text, encoding="utf-8")
     verbs = {None: Toy, "sing": Loud}
     verb, files, config, sources = configurator.command_line(verbs, ["a.txt", "--rate=1e-2", "--name=b.py", path], "")
     assert (verb, files, config) == (None, ["a.txt"], Toy(25, 0.01, "b.py")), "a flag's value is no config file"

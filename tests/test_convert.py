@@ -138,7 +138,7 @@ def test_gpt2_files_of_any_age_are_read_and_what_our_layers_lack_is_refused_by_n
     def saved(switch, **more):
         model = toy(switch, **more).eval()
         save_pretrained(model, tmp_path)
-        config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+        config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
         return model, load_file(tmp_path / "model.safetensors"), config
 
     model, tensors, config = saved("gpt2", tie_embeddings=True)
