@@ -43,12 +43,8 @@ def test_from_a_text_file_to_samples_by_commands(tmp_path):
     done = python("evaluate.py", "out/notes", cwd=tmp_path)
     again = float(done.stdout.split("bits per byte")[1])
     assert again == pytest.approx(float(bits[1]), abs=2e-3), done.stdout + done.stderr
-    one, two = (python("sample.py", "out/notes", "--prompt=def é", "--seed=5", "--max_new_tokens=30", cwd=tmp_path)
-                for _ in range(2))
-    assert one.stdout.startswith("def é") and "decode 29 tokens" in one.stdout
-    assert one.stdout.split("---")[0] == two.stdout.split("---")[0]
-    done = python("train.py", "plot", "out/notes", "out/notes", "--out_dir=.", cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG", done.stderr
+    done = python("sample.py", "out/notes", "--prompt=def é", "--seed=5", "--max_new_tokens=30", cwd=tmp_path)
+    assert done.stdout.startswith("def é") and "decode 29 tokens" in done.stdout, done.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals as a terminal and a scheduler do")
