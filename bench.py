@@ -1,32 +1,31 @@
-"""Every measured figure of the README, one verb each: `python bench.py VERB [--key=value …]`.
+"""Every measured figure of the README, one verb each: `python bench.py VERB [--key=value …]`; --help lists them.
 
-Verbs for machines stand in bench_systems.py, for a GPU in bench_gpu.py, for data in bench_data.py, for the course's
-smaller experiments in bench_course.py, for alignment in bench_align.py, for the server in bench_serve.py; all are
-reached from here.
+Models that write stand here. One training step: bench_step.py; kernels, attention and ranks: bench_systems.py; a GPU:
+bench_gpu.py; data and tokenizers: bench_data.py; the course's smaller experiments: bench_course.py; alignment:
+bench_align.py; the server: bench_serve.py.
 """
 import copy
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+import bench_align
 import bench_course
 import bench_data
 import bench_gpu
 import bench_serve
+import bench_step
 import bench_systems
-import bpe
-import bpe_fast
 import compress
-from accounting import PRESETS, kv_cache_bytes
-from bench_align import align_bench
-from bench_data import show
+from accounting import PRESETS, kv_cache_bytes, table
+from bench_step import alternate, on, seconds_of
 from checkpoint import open_tokens, read_checkpoint, read_meta
 from configurator import command_line
 from convert import architecture_of, save_pretrained
@@ -52,37 +51,30 @@ class DecodeConfig:
     new_tokens: int = 64                 # tokens to write after it; the first of them is prefill's
     batch: int = 16                      # prompts at once, beside one alone
     rounds: int = 3                      # every case once a round; the median counts
-    k: int = 4                           # drafts for each pass
     reference: bool = False              # also transformers' generate with the same weights
     device: str | None = None            # cpu, cuda, mps; none = the best there is
     dtype: str = "float32"               # float32, bfloat16, float16
-    out: str | None = None               # file that gets the table too
 
 
-def time_stream(model, prompts, n: int, **how) -> tuple[float, float]:
-    """(tokens read, tokens written) per second by `stream`; the first token of each row counts as read."""
+def rates(pieces, prompts, n: int) -> tuple[float, float]:
+    """(tokens read, tokens written) per second by a generator of n tokens a prompt; its first piece counts as read."""
     clock = [time.perf_counter()]
-    for _ in stream(model, prompts, n, temperature=0, **how):
+    for _ in pieces:
         clock.append(time.perf_counter())
     return len(prompts) * len(prompts[0]) / (clock[1] - clock[0]), len(prompts) * (n - 1) / (clock[-1] - clock[1])
 
 
-def time_drafts(model, draft, prompt, n: int, k: int) -> tuple[float, float]:
-    """The same by `speculate`."""
-    clock = [time.perf_counter()]
-    for _ in speculate(model, draft, prompt, n, k=k, temperature=0):
-        clock.append(time.perf_counter())
-    return len(prompt) / (clock[1] - clock[0]), (n - 1) / (clock[-1] - clock[1])
+def time_stream(model, prompts, n: int, **how) -> tuple[float, float]:
+    """The same of `stream`."""
+    return rates(stream(model, prompts, n, temperature=0, **how), prompts, n)
 
 
 def time_transformers(model, prompts, n: int) -> tuple[float, float]:
-    """The same by transformers' generate: once for one token, once for n."""
-    tokens, seconds = torch.tensor(prompts, device=model.device), []
-    for length in (1, n):
-        began = time.perf_counter()
-        model.generate(tokens, do_sample=False, min_new_tokens=length, max_new_tokens=length).tolist()     # a GPU's too
-        seconds.append(time.perf_counter() - began)
-    return tokens.numel() / seconds[0], len(prompts) * (n - 1) / (seconds[1] - seconds[0])
+    """The same of transformers' generate: once for one token, once for n."""
+    tokens = torch.tensor(prompts, device=model.device)
+    first, all_of_them = (seconds_of(lambda: model.generate(tokens, do_sample=False, min_new_tokens=length,
+                                                            max_new_tokens=length), model.device) for length in (1, n))
+    return tokens.numel() / first, len(prompts) * (n - 1) / (all_of_them - first)
 
 
 def as_transformers(model):
@@ -105,34 +97,27 @@ def decode(argv: list[str]) -> None:
     model = Transformer(ModelConfig(**SHAPES[name])) if name in SHAPES else compress.load(name)[0]
     model = model.to(device, DTYPES[config.dtype]).eval()
     n, many = config.new_tokens, torch.randint(model.config.vocab_size, (config.batch, config.prompt_tokens)).tolist()
-    int8, int4 = (compress.quantize(copy.deepcopy(model), kind) for kind in ("int8", "int4"))
-    cases = [(label, one, rows, lambda one=one, rows=rows: time_stream(one, rows, n))
-             for label, one in (("plain", model), ("int8", int8), ("int4", int4)) for rows in (many[:1], many)]
-    cases.append(("no cache", model, many[:1], lambda: time_stream(model, many[:1], max(2, n // 8), cache=False)))
-    cases.append(("n-grams", model, many[:1], lambda: time_drafts(model, "ngram", many[0], n, config.k)))
+    one = many[:1]
+    models = {"plain": model} | {kind: compress.quantize(copy.deepcopy(model), kind) for kind in ("int8", "int4")}
+    runs = {(label, len(rows)): partial(time_stream, narrow, rows, n)
+            for label, narrow in models.items() for rows in (one, many)}
+    runs["no cache", 1] = partial(time_stream, model, one, max(2, n // 8), cache=False)
+    runs["n-grams", 1] = lambda: rates(speculate(model, "ngram", many[0], n, temperature=0), one, n)
     if model.config.mtp_depth:
-        cases.append(("own head", model, many[:1], lambda: time_drafts(model, "mtp", many[0], n, config.k)))
+        runs["own head", 1] = lambda: rates(speculate(model, "mtp", many[0], n, temperature=0), one, n)
     if config.reference:
         theirs = as_transformers(model)
-        cases += [("transformers", model, rows, lambda rows=rows: time_transformers(theirs, rows, n))
-                  for rows in (many[:1], many)]
-    rounds, roofs = [], []
-    for _ in range(config.rounds):                   # in turn: what slows the machine down slows all of them
-        roofs.append(bandwidth(device))
-        rounds.append([run() for *_, run in cases])
-    roof = statistics.median(roofs)
-    lines = [f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.dtype}, prompt "
-             f"{config.prompt_tokens}, {n} new; medians of {config.rounds} rounds, {torch.get_num_threads()} threads, "
-             f"memory {roof / 1e9:.1f} GB/s",
-             f"{'':<14}{'rows':>5} | {'prefill tok/s':>13} | {'decode tok/s':>12} | {'roof tok/s':>10} | share"]
-    length = config.prompt_tokens + n // 2
-    for i, (label, one, rows, _) in enumerate(cases):
-        read, written = (statistics.median(results[i][phase] for results in rounds) for phase in (0, 1))
-        cache = len(rows) * kv_cache_bytes(model.config, length, config.dtype)
-        limit = len(rows) * roof / (compress.weight_bytes(one) + cache)
-        lines.append(f"{label:<14}{len(rows):>5} | {read:>13,.0f} | {written:>12,.1f} | {limit:>10,.0f} | "
-                     f"{written / limit:.2f}")
-    show(lines, config.out)
+        runs |= {("transformers", len(rows)): partial(time_transformers, theirs, rows, n) for rows in (one, many)}
+    results = alternate(runs | {"roof": partial(bandwidth, device)}, config.rounds)
+    roof, lines = statistics.median(results.pop("roof")), []
+    for (label, rows), measured in results.items():
+        read, written = map(statistics.median, zip(*measured))
+        cache = rows * kv_cache_bytes(model.config, config.prompt_tokens + n // 2, config.dtype)
+        limit = rows * roof / (compress.weight_bytes(models.get(label, model)) + cache)
+        lines.append([label, rows, read, written, limit, f"{written / limit:.2f}"])
+    table(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.dtype}, prompt "
+          f"{config.prompt_tokens}, {n} new; medians of {config.rounds} rounds; {on(device)}, {roof / 1e9:.1f} GB/s",
+          ["", "rows", "prefill tok/s", "decode tok/s", "roof tok/s", "share"], lines)
 
 
 # --- compression: bytes, speed, loss ---
@@ -142,10 +127,6 @@ class CompressConfig:
     """What `python bench.py compress OUT_DIR` can be told."""
     share: float = 0.5                   # what pruning takes away
     minutes: float = 2.4                 # of training, for the pruned model and for the small one from scratch alike
-    lr_factor: float = 0.1               # the pruned model's learning rates, as a share of those it was trained with
-    new_tokens: int = 128                # tokens to write when speed is measured
-    rounds: int = 3                      # of that, in turn
-    out: str | None = None               # file that gets the table too
 
 
 def train(out_dir, minutes: float, *flags: str) -> Path:
@@ -163,99 +144,32 @@ def compress_table(argv: list[str]) -> None:
     _, files, config, _ = command_line(CompressConfig, argv, usage)
     full = Path(files[0] if files else "out/shakespeare")
     made = {"full": full}
-    for label, *words in (("int8", "quantize", "--kind=int8"), ("int4", "quantize", "--kind=int4"),
-                          ("zeros", "prune", "--kind=magnitude", f"--share={config.share}"),
-                          ("pruned", "prune", "--kind=width", f"--share={config.share}")):
+    for label, verb, kind in (("int8", "quantize", "int8"), ("int4", "quantize", "int4"),
+                              ("zeros", "prune", "magnitude"), ("pruned", "prune", "width")):
         made[label] = full.with_name(f"{full.name}-{label}")
-        compress.main([words[0], str(full), str(made[label]), *words[1:], "--overwrite=true"])
+        flags = [f"--share={config.share}"] if verb == "prune" else []
+        compress.main([verb, str(full), str(made[label]), f"--kind={kind}", "--overwrite=true", *flags])
     entries = read_checkpoint(made["pruned"] / "ckpt.pt", map_location="meta")
     shape, trained = entries["model_config"], entries["train_config"]
     data_dir = trained["data_dir"]
+    # The pruned model learns on at a tenth of the rates that it was trained with.
     repair = [f"--init_from={made['pruned']}", f"--data_dir={data_dir}"]
-    repair += [f"--{key}={trained[key] * config.lr_factor}" for key in ("lr", "muon_lr", "embedding_lr")
-               if trained.get(key) is not None]
-    made["pruned, trained"] = train(full.with_name(f"{full.name}-trained"), config.minutes, *repair)
-    made["pruned, distilled"] = train(full.with_name(f"{full.name}-distilled"), config.minutes, *repair,
-                                      f"--teacher={full}")
-    made["from scratch"] = train(full.with_name(f"{full.name}-scratch"), config.minutes, f"--data_dir={data_dir}",
-                                 *(f"--{key}={shape[key]}" for key in ("n_heads", "n_kv_heads", "head_dim", "d_ff")))
+    repair += [f"--{key}={trained[key] / 10}" for key in ("lr", "muon_lr", "embedding_lr") if trained.get(key)]
+    small = [f"--data_dir={data_dir}"]
+    small += [f"--{key}={shape[key]}" for key in ("n_heads", "n_kv_heads", "head_dim", "d_ff")]
+    for label, name, flags in (("pruned, trained", "trained", repair), ("from scratch", "scratch", small),
+                               ("pruned, distilled", "distilled", [*repair, f"--teacher={full}"])):
+        made[label] = train(full.with_name(f"{full.name}-{name}"), config.minutes, *flags)
     models = {label: compress.load(folder)[0] for label, folder in made.items()}
-    rates = [[time_stream(model, [[1]], config.new_tokens)[1] for model in models.values()]
-             for _ in range(config.rounds)]
-    tokens, n_bytes = open_tokens(data_dir, "val"), read_meta(data_dir).get("val_bytes")
-    lines = [f"{full}: share {config.share}, {config.minutes} minutes of training each, {torch.get_num_threads()} "
-             f"threads; speed is the median of {config.rounds} rounds of {config.new_tokens} tokens",
-             f"{'':<20}{'weights, MB':>12}{'read a token, MB':>18}{'tok/s':>9}{'bits per byte':>15}"]
-    for i, (label, model) in enumerate(models.items()):
+    speeds = alternate({label: partial(time_stream, model, [[1]], 128) for label, model in models.items()}, rounds=3)
+    tokens, n_bytes, lines = open_tokens(data_dir, "val"), read_meta(data_dir).get("val_bytes"), []
+    for label, model in models.items():
         size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
         bits = perplexity(model, tokens, n_bytes)["bits_per_byte"]
-        lines.append(f"{label:<20}{size / 1e6:>12.2f}{compress.weight_bytes(model) / 1e6:>18.2f}"
-                     f"{statistics.median(round_[i] for round_ in rates):>9,.0f}{bits:>15.4f}")
-    show(lines, config.out)
-
-
-# --- the tokenizer beside others ---
-
-@dataclass
-class BpeConfig:
-    """What `python bench.py bpe FILE` can be told."""
-    vocab_size: int = 32000            # of the vocabulary that is trained
-    tokenizer: str = ""                # a tokenizer.json with GPT-2's pattern, to encode with instead of training
-    megabytes: float = 10.0            # how much of FILE is encoded
-    repeats: int = 5                   # how often, in turns
-
-
-def bench_bpe(words: list[str]) -> None:
-    """Training and encoding of FILE beside Hugging Face's tokenizers and tiktoken; ids must agree."""
-    _, files, config, _ = command_line(BpeConfig, words, "python bench.py bpe FILE [--key=value ...]")
-    if len(files) != 1:
-        sys.exit("usage: python bench.py bpe FILE [--key=value ...]")
-    import tiktoken
-    import tokenizers
-    path, seconds = files[0], {}
-
-    def clock(name, run):
-        begin = time.perf_counter(), time.process_time()
-        result = run()
-        seconds.setdefault(name, []).append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
-        return result
-
-    print(f"tiktoken {tiktoken.__version__}, tokenizers {tokenizers.__version__}, {bpe_fast.cpus()} CPUs, {path}: "
-          f"{os.path.getsize(path) / 1e6:.1f} MB")
-    special = ["<|endoftext|>"]
-    if config.tokenizer:
-        tok = bpe.Tokenizer.load(config.tokenizer)
-    else:
-        tok = bpe.Tokenizer(*clock("ours", lambda: bpe.train_bpe(path, config.vocab_size, special)), special)
-        level = tokenizers.pre_tokenizers.ByteLevel
-        trainer = tokenizers.trainers.BpeTrainer(vocab_size=config.vocab_size, special_tokens=special,
-                                                 show_progress=False, initial_alphabet=level.alphabet())
-        rival = tokenizers.Tokenizer(tokenizers.models.BPE())
-        rival.pre_tokenizer = level(add_prefix_space=False)
-        clock("Hugging Face", lambda: rival.train([path], trainer))
-        print(f"training, vocabulary {config.vocab_size:,}: " +
-              ", ".join(f"{name} {times[0][0]:.2f} s" for name, times in seconds.items()))
-        seconds.clear()
-    text = Path(path).read_bytes()[:int(config.megabytes * 1e6)].decode("utf-8", errors="ignore")
-    with tempfile.TemporaryDirectory() as folder:
-        tok.save(f"{folder}/tokenizer.json")
-        theirs = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
-        theirs.encode_special_tokens = True              # as plain text, like encode_ordinary
-        tok = bpe.Tokenizer.load(f"{folder}/tokenizer.json")
-    plain = {token: i for i, token in tok.vocab.items() if i not in tok.special_tokens.values()}
-    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-    tik = tiktoken.Encoding("bench", pat_str=pattern, mergeable_ranks=plain, special_tokens=tok.special_tokens)
-    for _ in range(config.repeats):
-        ids = clock("ours", lambda: tok.encode(text, set()))
-        if ids != clock("tiktoken", lambda: tik.encode_ordinary(text)):
-            raise ValueError("tiktoken's ids differ from ours")
-        if ids != clock("Hugging Face", lambda: theirs.encode_batch_fast([text], add_special_tokens=False)[0].ids):
-            raise ValueError("Hugging Face's ids differ from ours")
-    size = len(text.encode("utf-8")) / 1e6
-    print(f"encoding {size:.1f} MB, vocabulary {tok.vocab_size:,}, one process, {len(ids):,} equal ids, MB per CPU s")
-    for name, times in seconds.items():
-        cpu = [size / used for _, used in times]
-        print(f"  {name:14} first {cpu[0]:6.1f}   median {sorted(cpu)[len(cpu) // 2]:6.1f}   best {max(cpu):6.1f}")
+        lines.append([label, size / 1e6, compress.weight_bytes(model) / 1e6,
+                      statistics.median(written for _, written in speeds[label]), f"{bits:.4f}"])
+    table(f"{full}: share {config.share}, {config.minutes} minutes of training each; speed: median of 3 rounds of 128 "
+          f"tokens; {on('cpu')}", ["", "weights, MB", "read a token, MB", "tok/s", "bits per byte"], lines)
 
 
 # --- beside transformers ---
@@ -264,56 +178,50 @@ def hf(words: list[str]) -> None:
     """Forward and backward of a trained model beside transformers' own on the same weights: hf OUT_DIR."""
     if len(words) != 1 or words[0].startswith("-"):
         sys.exit("usage: python bench.py hf OUT_DIR")
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        sys.exit("hf compares with transformers, which is not installed: pip install transformers")
-    repeats, (ours, _) = 15, load_model(words[0])
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(ours, folder)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
-    ours, theirs, T = ours.float().train(), theirs.train(), ours.config.context_length
+    ours = load_model(words[0])[0].float()
+    theirs, T = as_transformers(ours).train(), ours.train().config.context_length
     x, y = torch.randint(0, ours.config.vocab_size, (2, max(1, 2048 // T), T))
 
     def their_loss():
         logits = theirs(input_ids=x, use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
 
-    print(f"{architecture_of(ours.config)}, {x.shape[0]} x {T} tokens, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}; ms of forward and backward, median of {repeats} in turns (fastest)")
+    def ms(loss, dtype) -> float:
+        def both():
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                value = loss()
+            value.backward()
+        return 1e3 * seconds_of(both)
+
+    print(f"{architecture_of(ours.config)}, {x.shape[0]} x {T} tokens, {on('cpu')}; ms of forward and backward, median "
+          "of 15 in turns (fastest)")
     for dtype in (torch.float32, torch.bfloat16):
-        ms = {"ours": [], "transformers": []}
-        for turn in range(repeats + 2):
-            for name, loss in (("ours", lambda: ours(x, y)[1]), ("transformers", their_loss)):
-                began = time.perf_counter()
-                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    value = loss()
-                value.backward()
-                if turn > 1:                      # the first two warm up
-                    ms[name].append(1000 * (time.perf_counter() - began))
-        print(f"{str(dtype)[6:]:<9}", *(f"{name} {statistics.median(times):.1f} ({min(times):.1f})"
-                                        for name, times in ms.items()))
+        times = alternate({"ours": partial(ms, lambda: ours(x, y)[1], dtype),
+                           "transformers": partial(ms, their_loss, dtype)}, rounds=17)         # two warm up
+        print(f"{str(dtype)[6:]:<9}", *(f"{name} {statistics.median(one[2:]):.1f} ({min(one[2:]):.1f})"
+                                        for name, one in times.items()))
 
 
 # --- the verbs: each takes the words after it ---
 
-VERBS = {"align": align_bench, "bpe": bench_bpe, "hf": hf, "decode": decode, "compress": compress_table}
-
-
-def verbs() -> dict:
-    """Name -> function of every verb."""
-    pages = (bench_data.VERBS, bench_course.VERBS, bench_serve.VERBS, bench_systems.VERBS)
-    return VERBS | {name: verb for page in pages for name, verb in page.items()} | {"gpu": bench_gpu.gpu}
+VERBS = {
+    "decode": decode, "compress": compress_table, "hf": hf, "profile": bench_step.profile, "memory": bench_step.memory,
+    "sizes": bench_step.sizes, "checkpoints": bench_step.checkpoints, "kernels": bench_systems.kernels,
+    "attention": bench_systems.attention, "parallel": bench_systems.bench_parallel, "gpu": bench_gpu.gpu,
+    "bpe": bench_data.bench_bpe, "tokenizers": bench_data.tokenizers, "web": bench_data.web, "pages": bench_data.pages,
+    "minhash": bench_data.minhash, "toy": bench_course.toy, "sweeps": bench_course.sweeps,
+    "ngrams": bench_course.ngrams, "precision": bench_course.precision, "intervals": bench_course.intervals,
+    "align": bench_align.align_bench, "serve": bench_serve.serve}
 
 
 def main(argv: list[str]) -> None:
     """Run one verb, or list them all with the first line of what each says of itself."""
-    if not argv or argv[0] not in verbs():
+    if not argv or argv[0] not in VERBS:
         print("usage: python bench.py VERB [--key=value ...]; VERB is one of")
-        for name, function in verbs().items():
+        for name, function in VERBS.items():
             print(f"  {name:<12} {(function.__doc__ or '').strip().splitlines()[0]}")
         sys.exit(0 if argv and argv[0] in ("--help", "-h") else 2)
-    verbs()[argv[0]](argv[1:])
+    VERBS[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":

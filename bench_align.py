@@ -7,7 +7,7 @@ One base model and one SFT model of align_demo.py serve all runs; a run changes 
     prompts      a base model asked in four ways                           math_baseline, prompting_baselines
     sft          fine-tuning on 32 … 1,000 demonstrations                  sft_experiment
     expert       expert iteration over rollouts and epochs                 expert_iteration_experiment
-    on_policy    GRPO, Dr. GRPO, RFT, MaxRL and our own, 4 seeds        grpo_experiments_variants_on_policy, try_your_own
+    on_policy    GRPO, Dr. GRPO, RFT, MaxRL, our own, 4 seeds              grpo_experiments_variants_on_policy, …
     off_policy   no ratio, no clip, clip, GSPO, 4 seeds                    grpo_experiments_off_policy, …_clip_ablation
     rates        learning rates                                            grpo_learning_rate
     parts        baseline, deviation, length normalization, group size     grpo_baselines, grpo_length_normalization, …

@@ -5,54 +5,23 @@
     python bench.py ngrams data/shakespeare   what models reach that only count: is my loss normal?
     python bench.py intervals                 how often intervals of scaling predictions hold the truth
     python bench.py precision                 sums in half precision; which tensor has which dtype under autocast
-    python bench.py sizes                     forward, backward and step over sizes, in float32, bfloat16, compiled
-    python bench.py attention                 plain, compiled, tiled and torch's attention over lengths and widths
-    python bench.py checkpoints               which nesting of activation checkpoints needs least memory
-
-On a machine with a GPU the last four measure there, with larger sizes.
 """
-import functools
-import shutil
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import laws
-from accounting import preset
-from bench_step import MemoryTracker
 from checkpoint import open_tokens, read_meta
 from configurator import command_line
-from layers import LayerNorm, Linear, attention, cross_entropy
+from layers import LayerNorm, Linear, cross_entropy
 from machine import pick_device
-from model import Transformer, bits_per_byte
-from optim import SGD, AdamW
-
-
-def on(device: str) -> str:
-    """One line that says what was measured on."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    return f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-
-
-def timed(device: str, run) -> float:
-    """ms of run(), the GPU's queue waited for."""
-    began = time.perf_counter()
-    run()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - began)
-
-
-def can_compile(device: str) -> bool:
-    """Whether torch.compile finds what it needs: a C++ compiler on the CPU, Triton on a GPU."""
-    return device.startswith("cuda") or shutil.which("g++") is not None or shutil.which("clang++") is not None
+from model import bits_per_byte
+from optim import SGD
 
 
 # --- learning rates on a toy, and grids of real runs ---
@@ -171,169 +140,6 @@ def precision(words: list[str]) -> None:
           + ", ".join(f"{name} {str(tensor.dtype)[6:]}" for name, tensor in seen.items()))
 
 
-# --- a step over sizes ---
-
-@dataclass
-class SizesConfig:
-    """What `python bench.py sizes` can be told."""
-    shapes: str = ""                          # d_model x n_layers with commas between, or presets; none = by device
-    context_length: int = 256                 # tokens a sequence
-    batch_size: int = 4                       # sequences
-    vocab_size: int = 10_000                  # ids
-    warmup: int = 5                           # steps before the clock starts
-    steps: int = 10                           # timed steps
-    compile: bool = True                      # a third row with torch.compile, where a compiler is found
-    device: str | None = None                 # cpu, cuda, mps; none = the best there is
-
-
-def sizes(words: list[str]) -> None:
-    """ms of forward, backward and optimizer step, mean ± deviation, over model sizes, dtypes and with torch.compile."""
-    _, _, config, _ = command_line(SizesConfig, words, "usage: python bench.py sizes [--key=value …]")
-    device = pick_device(config.device)
-    gpu = device.startswith("cuda")
-    names = config.shapes or ("small,medium,large,xl" if gpu else "128x4,256x6,512x8")
-    print(f"{on(device)}; {config.batch_size} x {config.context_length} tokens, vocabulary {config.vocab_size:,}, "
-          f"{config.steps} steps after {config.warmup}; the first step without warm-up last")
-    print(f"{'model':<12}{'params':>10}  {'':<18}{'forward':>16}{'backward':>16}{'optimizer':>16}{'first step':>12}")
-    for name in names.split(","):
-        changes = dict(vocab_size=config.vocab_size, context_length=config.context_length)
-        if "x" in name and name[0].isdecimal():
-            d_model, n_layers = map(int, name.split("x"))
-            changes |= dict(d_model=d_model, n_layers=n_layers, n_heads=max(1, d_model // 64), d_ff=None)
-        shape = preset("small" if "x" in name and name[0].isdecimal() else name, **changes)
-        rows = [(torch.float32, False), (torch.bfloat16, False)]
-        if config.compile and can_compile(device):
-            rows.append((torch.bfloat16, True))
-        for dtype, compiled in rows:
-            times = step_times(shape, dtype, compiled, device, config)
-            cells = [f"{statistics.mean(column):9.1f} ± {statistics.stdev(column):<4.1f}" for column in zip(*times[1:])]
-            label = str(dtype)[6:] + (" compiled" if compiled else "")
-            count = sum(p.numel() for p in Transformer(shape).parameters())
-            print(f"{name:<12}{count:>10,}  {label:<18}" + "".join(f"{cell:>16}" for cell in cells)
-                  + f"{sum(times[0]):>12.1f}", flush=True)
-
-
-def step_times(shape, dtype, compiled: bool, device: str, config) -> list:
-    """[(forward, backward, optimizer) ms of the first step], then of the timed ones after the warm-up."""
-    torch.manual_seed(0)
-    model = Transformer(shape).to(device)
-    optimizer, forward = AdamW(model.parameters(), lr=1e-4), torch.compile(model) if compiled else model
-    ids, times = torch.randint(shape.vocab_size, (config.batch_size, shape.context_length), device=device), []
-    for _ in range(1 + config.warmup + config.steps):
-        kept = {}
-
-        def run_forward():
-            with torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32):
-                kept["loss"] = forward(ids, ids)[1]
-        times.append((timed(device, run_forward), timed(device, lambda: kept["loss"].backward()),
-                      timed(device, optimizer.step)))
-        optimizer.zero_grad()
-    return [times[0], *times[1 + config.warmup:]]
-
-
-# --- attention over lengths and widths ---
-
-@dataclass
-class AttentionConfig:
-    """What `python bench.py attention` can be told."""
-    widths: str = "16,64,128"                 # of the one head
-    lengths: str = ""                         # with commas between; none = by device
-    batch_size: int = 8                       # as the course asks
-    repeats: int = 5                          # timed passes after two
-    dtype: str = "float32"                    # float32, bfloat16
-    device: str | None = None                 # cpu, cuda; none = the best there is
-
-
-def attention_bench(words: list[str]) -> None:
-    """ms forward and backward, and MB kept for backward, of causal attention: plain, compiled, tiled, torch's own."""
-    _, _, config, _ = command_line(AttentionConfig, words, "usage: python bench.py attention [--key=value …]")
-    device = pick_device(config.device)
-    gpu = device.startswith("cuda")
-    from flash import FlashAttentionPyTorch, flash_attention
-
-    def plain(q, k, v):
-        return attention(q, k, v, torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril())
-
-    kinds = {"plain": plain, "tiles in PyTorch": lambda q, k, v: FlashAttentionPyTorch.apply(q, k, v, True),
-             "torch's sdpa": lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)}
-    if can_compile(device):
-        kinds["plain, compiled"] = torch.compile(plain)
-    if gpu:
-        kinds["Triton"] = lambda q, k, v: flash_attention(q, k, v, True)
-    print(f"{on(device)}; batch {config.batch_size}, one head, {config.dtype}, causal; ms, medians of {config.repeats}")
-    print(f"{'width':>6}{'length':>8}  {'':<18}{'forward':>10}{'backward':>10}{'MB kept':>10}")
-    for D in map(int, config.widths.split(",")):
-        for T in map(int, (config.lengths or ("256,1024,4096,8192,16384" if gpu else "128,512,2048")).split(",")):
-            q, k, v = (torch.randn(config.batch_size, T, D, device=device, dtype=getattr(torch, config.dtype))
-                       .requires_grad_() for _ in range(3))
-            for name, function in kinds.items():
-                try:
-                    row = attention_row(function, q, k, v, device, config.repeats)
-                except RuntimeError as error:                                       # out of memory is one
-                    row = f"  {str(error).splitlines()[0][:60]}"
-                print(f"{D:>6}{T:>8}  {name:<18}{row}", flush=True)
-
-
-def attention_row(function, q, k, v, device: str, repeats: int) -> str:
-    """Forward and backward ms and what is saved between them, formatted."""
-    kept, times = {}, []
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function(q, k, v)
-    for _ in range(repeats + 2):
-        result = {}
-        forward = timed(device, lambda: result.update(y=function(q, k, v)))
-        times.append((forward, timed(device, lambda: result["y"].backward(torch.ones_like(result["y"])))))
-    forward, backward = (statistics.median(column) for column in zip(*times[2:]))
-    return f"{forward:>10.2f}{backward:>10.2f}{sum(kept.values()) / 1e6:>10.1f}"
-
-
-# --- activation checkpoints ---
-
-def checkpoints(words: list[str]) -> None:
-    """Peak of activations and time of a step with a checkpoint every 1, 2, 4, … blocks, and nested two deep."""
-    device, layers = pick_device(None), 16
-    shape = preset("small", vocab_size=1000, context_length=256, d_model=256, n_layers=layers, n_heads=4, d_ff=None)
-    ids = torch.randint(1000, (4, 256), device=device)
-    print(f"{on(device)}; {layers} blocks of width 256, 4 x 256 tokens, float32\n{'':<34}{'peak MB':>9}{'step ms':>9}")
-
-    def run_blocks(blocks, x, nesting: tuple, positions):
-        """Blocks one after another, in segments of nesting[0] blocks that are computed again, themselves divided."""
-        if not nesting:
-            for block in blocks:
-                x = block(x, positions)
-            return x
-        for start in range(0, len(blocks), nesting[0]):
-            segment = blocks[start:start + nesting[0]]
-            x = checkpoint(functools.partial(run_blocks, segment, nesting=nesting[1:], positions=positions), x,
-                           use_reentrant=False)
-        return x
-
-    cases = {"none": (), **{f"every {n}": (n,) for n in (1, 2, 4, 8)}, "every 4, nested every 1": (4, 1),
-             "every 8, nested every 2": (8, 2)}
-    for name, nesting in cases.items():
-        torch.manual_seed(0)
-        model = Transformer(shape).to(device)
-        positions, tracker = torch.arange(256, device=device), MemoryTracker()
-
-        def step():
-            x = run_blocks(list(model.layers), model.token_embeddings(ids), nesting, positions)
-            x.float().pow(2).mean().backward()
-        step()
-        times = [timed(device, step) for _ in range(4)]
-        for p in model.parameters():                     # what is there before the step does not count
-            tracker.watch(p, "weights")
-            if p.grad is not None:
-                tracker.watch(p.grad, "gradients")
-        before = tracker.live
-        with tracker:
-            step()
-        print(f"{name:<34}{(max(tracker.history) - before) / 1e6:>9.1f}{min(times):>9.0f}", flush=True)
-
-
 # --- are intervals honest? ---
 
 @dataclass
@@ -372,7 +178,3 @@ def intervals(words: list[str]) -> None:
                     width = statistics.median(one[f"{key}_high"] / one[f"{key}_low"] for one in made)
                     cells.append(f"{held:>9}{width:>7.3f}")
                 print(f"{fit.__name__:<16}{name:<11}{noise:>7.1%}" + "".join(cells), flush=True)
-
-
-VERBS = {"toy": toy, "intervals": intervals, "sweeps": sweeps, "ngrams": ngrams, "precision": precision, "sizes": sizes,
-         "attention": attention_bench, "checkpoints": checkpoints}

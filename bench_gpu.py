@@ -22,11 +22,10 @@ import contextlib
 import gc
 import importlib.metadata
 import itertools
-import json
-import math
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,63 +39,52 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bench_systems
-import parallel
+import data
 import runs
 from accounting import PRESETS
+from bench_step import seconds_of
 from configurator import ConfigError, command_line
-from machine import DTYPES, pick_device
-from model import ModelConfig, Transformer
-from optim import AdamW
+from machine import pick_device
 
 HERE = Path(__file__).parent
 LIMITS = {"correct": 85, "kernels": 80, "training": 175, "decoding": 65, "distributed": 25, "loss": 108}      # seconds
 ALL_SECONDS = 9 * 60
-TOLERANCE = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}      # the tests': some roundings of the largest entry
 
 GPT2 = PRESETS["gpt2"] | {"vocab_size": 50_304}          # 50,257 and padding: a multiple of 64 keeps rows aligned
 LLAMA = dict(vocab_size=50_304, context_length=1024, d_model=2048, n_layers=24, n_heads=16, d_ff=6144)    # 1.5e9
-TOY = dict(vocab_size=60, context_length=16, d_model=32, n_layers=2, n_heads=1)
+TOY = dict(vocab_size=60, context_length=16, d_model=32, n_layers=1, n_heads=1)
 # Sizes on a card and, to prove the command, on a CPU.
 SIZES = {
     "cuda": dict(
-        # correct: (Tq, Tk, head width, key heads, group, causal); (tokens, width, vocabulary, heads, key heads, D)
-        attention=[(1, 1, 16, 2, 1, True), (1, 130, 80, 2, 4, True), (17, 130, 64, 2, 2, False),
-                   (130, 7, 32, 2, 4, True), (127, 257, 256, 1, 2, True), (1000, 5000, 128, 2, 4, True),
-                   (4096, 4096, 64, 2, 2, True), (65536, 65536, 64, 1, 1, True), (16384, 16384, 128, 1, 2, True)],
-        layers=[(1, 80, 7, 4, 2, 16), (50, 257, 201, 4, 1, 80), (1000, 768, 50257, 12, 4, 64),
-                (65536, 1024, 256, 8, 2, 128)],
-        # kernels: lengths and head widths of attention, and one shape as in layers for the others
+        # kernels: lengths and head widths of attention; tokens, width, vocabulary, heads, key heads, D of the others
         lengths=(1024, 4096, 16384, 65536), widths=(64, 128), attention_tokens=16384, attention_width=2048,
         plain_length=4096, layer=(16384, 4096, 50304, 32, 8, 128), copy_bytes=2 ** 31, product=8192,
         gpt2=GPT2, llama=LLAMA, batches=(64, 32, 16, 8, 4), rounds=4, steps=5, curve_batch=8, curve_steps=200,
         profile_batch=16, prompt=128, new=64, rows=(1, 8, 64), max_mb=1024, flags=(),
         corpus_bytes=8_000_000, vocabulary=10_000),
     "cpu": dict(
-        attention=[(5, 17, 16, 1, 2, True)], layers=[(5, 24, 33, 2, 1, 16)], lengths=(8, 16), widths=(16,),
-        attention_tokens=16, attention_width=16, plain_length=8, layer=(8, 16, 48, 2, 1, 8), copy_bytes=2 ** 20,
-        product=64, gpt2=GPT2 | TOY | {"n_layers": 1}, llama=TOY | {"d_ff": 64}, batches=(1,), rounds=1, steps=1,
-        curve_batch=1, curve_steps=2, profile_batch=1, prompt=5, new=4, rows=(1, 2), max_mb=1, corpus_bytes=60_000,
+        lengths=(8, 16), widths=(16,), attention_tokens=16, attention_width=16, plain_length=8,
+        layer=(8, 16, 48, 2, 1, 8), copy_bytes=2 ** 20, product=64,
+        gpt2=GPT2 | TOY, llama=TOY | {"d_ff": 64}, batches=(1,), rounds=1, steps=1, curve_batch=1, curve_steps=2,
+        profile_batch=1, prompt=5, new=4, rows=(1, 2), max_mb=1, corpus_bytes=60_000, vocabulary=300,
         flags=("--d_model=32", "--d_ff=64", "--n_layers=1", "--n_heads=2", "--context_length=32", "--batch_tokens=256",
-               "--micro_batch_size=8", "--max_steps=3"), vocabulary=300)}
+               "--micro_batch_size=8", "--max_steps=3"))}
 PICTURES = {        # OUT/NAME.png: (how it is drawn, x, y, title)
     "roofline": ("loglog", "FLOPs a byte, forward and backward", "TFLOP/s", "kernels in bfloat16"),
-    "attention_forward": ("semilogx", "tokens", "TFLOP/s", "causal attention, forward"),
     "attention": ("semilogx", "tokens", "TFLOP/s", "causal attention, forward and backward"),
-    "training": ("barh", "tokens per second", "", "GPT-2, training"),
     "training_step": ("barh", "ms", "", "one step of GPT-2, not compiled, by region")}
 
 
 @dataclass
 class GpuConfig:
-    """What `python bench.py gpu` can be told; the last two are for the stages' processes."""
+    """What `python bench.py gpu` can be told; `until` is for the stages' processes."""
     out: str = "results/gpu"           # folder of the tables and pictures
     only: str = "all"                  # one stage: correct | kernels | training | decoding | distributed | loss
     device: str | None = None          # cuda, cpu; none = the best there is
     until: float | None = None         # the clock, time.time(), when a stage is ended; it begins nothing longer
-    dtypes: str = "float32,float16,bfloat16"      # those whose errors are measured
 
     def __post_init__(self):
-        if self.only not in ("all", "errors", *LIMITS):
+        if self.only not in ("all", *LIMITS):
             raise ConfigError(f"only={self.only!r} must be all, {', '.join(LIMITS)}")
 
 
@@ -121,20 +109,20 @@ def run_process(command: list[str], limit: float, **more) -> tuple[str, list[str
         return how, file.read().splitlines()
 
 
-def run_stage(name: str, command: list[str], limit: float, folder: Path, device: str = "cpu") -> str:
+def run_stage(name: str, command: list[str], limit: float, folder: Path, device: str = "cpu") -> bool:
     """Run a stage's process; note in FOLDER/stages.txt how it ended, and if not well its last lines in both files."""
     environment, began = dict(os.environ), time.monotonic()
     environment.pop("TRITON_INTERPRET", None)
     if device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
     how, said = run_process(command, limit, env=environment, start_new_session=True)
+    print(*said, sep="\n")
     lines = [f"{name:<12}{how}, {time.monotonic() - began:.1f} s"]
     if how != "done":
         lines += [f"    {line[:200]}" for line in said[-15:]]
         append(folder / f"{name}.txt", *lines)
-    print(*said, sep="\n")
     append(folder / "stages.txt", *lines)
-    return how
+    return how == "done"
 
 
 def append(path: Path, *lines: str) -> None:
@@ -157,33 +145,10 @@ def gpu(argv: list[str]) -> None:
             limit = max(limit, ALL_SECONDS - (time.monotonic() - began))
         command = [sys.executable, str(HERE / "bench_gpu_models.py"), f"--only={name}", f"--out={folder}",
                    f"--device={device}", f"--until={time.time() + limit}"]
-        done += run_stage(name, command, limit, folder, device) == "done"
-        try:
-            draw(folder)
-        except Exception as error:                 # pictures come last: a table is worth more
-            append(folder / "stages.txt", f"no pictures: {type(error).__name__}: {error}")
+        done += run_stage(name, command, limit, folder, device)
     print(f"{folder}: {done} of {len(names)} stages done in {time.monotonic() - began:.0f} s")
     if done < len(names):
         sys.exit(1)
-
-
-def draw(folder: Path) -> None:
-    """The PICTURES of the points that there are in OUT/stage.jsonl."""
-    from matplotlib.figure import Figure
-    pictures, card = {}, (folder / "stages.txt").read_text(encoding="utf-8").splitlines()[0].split(",")[0]
-    for path in (folder / f"{name}.jsonl" for name in LIMITS):
-        for one in runs.read_log(path) if path.exists() else []:
-            pictures.setdefault(one["picture"], {}).setdefault(one["line"], []).append((one["x"], one["y"]))
-    for picture, lines in pictures.items():
-        kind, x, y, title = PICTURES[picture]
-        axes = Figure(figsize=(8, 5), layout="constrained").subplots()
-        for label, points in lines.items():
-            style = {} if kind == "barh" else dict(marker="o", label=label)
-            getattr(axes, kind)(*zip(*sorted(points)), **style)
-        axes.set(xlabel=x, ylabel=y, title=f"{card}: {title}")
-        if kind != "barh":
-            axes.legend(fontsize=7)
-        axes.figure.savefig(folder / f"{picture}.png", dpi=110)
 
 
 # --- what a stage writes ---
@@ -207,26 +172,34 @@ class Sheet:
     """The table of one stage, OUT/stage.txt, a line at a time; its sizes, and the time that is left."""
 
     def __init__(self, config: GpuConfig):
-        self.config, self.device, self.missing = config, pick_device(config.device), []
+        self.config, self.device, self.missing, self.points = config, pick_device(config.device), [], {}
         self.on_cuda = self.device.startswith("cuda")
         self.size = SIZES["cuda" if self.on_cuda else "cpu"]
-        self.end = (config.until or time.time() + ALL_SECONDS) - 3                # 3 s to end by itself
+        self.end = (config.until or time.time() + ALL_SECONDS) - 5                # 5 s to end by itself
         self.path = Path(config.out) / f"{config.only}.txt"
-        if config.only == "errors":                  # a job of the stage correct, whose table it continues
-            self.path = self.path.with_name("correct.txt")
-            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("", encoding="utf-8")
-        self.path.with_suffix(".jsonl").unlink(missing_ok=True)
         self(*machine(self.device), f"python bench.py gpu --only={config.only}", "")
 
     def __call__(self, *lines: str) -> None:
         append(self.path, *lines)
 
     def point(self, picture: str, line: str, x, y) -> None:
-        """Keep a point of a picture in OUT/stage.jsonl."""
-        with open(self.path.with_suffix(".jsonl"), "a", encoding="utf-8") as file:
-            print(json.dumps({"picture": picture, "line": line, "x": x, "y": y}), file=file)
+        """Keep a point of a picture."""
+        self.points.setdefault(picture, {}).setdefault(line, []).append((x, y))
+
+    def draw(self) -> None:
+        """The pictures of the points that there are."""
+        from matplotlib.figure import Figure
+        for picture, lines in self.points.items():
+            kind, x, y, title = PICTURES[picture]
+            axes = Figure(figsize=(8, 5), layout="constrained").subplots()
+            for label, points in lines.items():
+                getattr(axes, kind)(*zip(*sorted(points)), **{} if kind == "barh" else dict(marker="o", label=label))
+            axes.set(xlabel=x, ylabel=y, title=f"{machine(self.device)[0].split(',')[0]}: {title}")
+            if kind != "barh":
+                axes.legend(fontsize=7)
+            axes.figure.savefig(self.path.parent / f"{picture}.png", dpi=110)
 
     def left(self) -> float:
         """Seconds until the stage should end."""
@@ -255,54 +228,21 @@ def free(device: str) -> None:
 
 # --- correct ---
 
-def error_cases(sheet: Sheet):
-    """(name, kernel, reference, inputs) of all kernels at all sizes; attention's reference is flash.py's in PyTorch."""
-    import flash
-    for size in sheet.size["layers"]:
-        for name, ours, plain, _, inputs in bench_systems.layer_cases(sheet.device, *size):
-            yield f"{name}, {size[0]} tokens, width {size[1]}, V {size[2]}, D {size[5]}", ours, plain, inputs
-    flash.TILE = 2048                                                # few large tiles: 64 would take a minute here
-    for Tq, Tk, D, key_heads, group, causal in sheet.size["attention"]:
-        shapes = (group * key_heads, Tq), (key_heads, Tk), (key_heads, Tk)
-        inputs = [torch.randn(1, heads, T, D, device=sheet.device).requires_grad_() for heads, T in shapes]
-        ours, tiled = (lambda q, k, v, f=f, causal=causal: f(q, k, v, causal)
-                       for f in (flash.flash_attention, flash.FlashAttentionPyTorch.apply))
-        yield f"attention {Tq} x {Tk}, D {D}, {group} to {key_heads}, causal {causal}", ours, tiled, inputs
-
-
-def errors(sheet: Sheet) -> None:
-    """The largest errors of all kernels against float64 on the same rounded numbers; exits with 1 for one too large."""
-    torch.manual_seed(0)
-    wrong = 0
-    for name, *case in error_cases(sheet):
-        for dtype in sheet.config.dtypes.split(","):
-            both = sheet.attempt(f"WRONG {dtype} {name}", lambda: bench_systems.errors(*case, DTYPES[dtype]), needs=5)
-            good = both is not None and all(error < TOLERANCE[dtype] for error in both)          # not so for NaN
-            wrong += not good
-            if both is not None:
-                sheet(f"{'ok' if good else 'WRONG':<6}{dtype:<9} output {both[0]:.0e} gradient {both[1]:.0e}  {name}")
-    if wrong:
-        sys.exit(f"{wrong} of the kernels' errors are too large, or were not measured")
-
-
 def correct(sheet: Sheet) -> None:
     """Errors in each dtype, the GPU's tests, and memcheck on small shapes: processes that run side by side."""
-    stage = [sys.executable, str(HERE / "bench_gpu_models.py"), "--only=errors", f"--device={sheet.device}",
-             f"--out={sheet.path.parent}", f"--until={sheet.end - 2}"]
-    jobs = {f"errors in {dtypes}": [*stage, f"--dtypes={dtypes}"]
-            for dtypes in (TOLERANCE if sheet.on_cuda else ["float32,bfloat16"])}
+    kernels = [sys.executable, str(HERE / "bench.py"), "kernels"]
+    jobs = {"errors": kernels}
     if sheet.on_cuda:
-        test = [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-p", "no:cacheprovider"]
-        jobs |= {f"tests of {page}": [*test, str(HERE / f"tests/test_{page}.py")] for page in ("kernels", "flash")}
+        jobs = {f"errors in {dtype}": [*kernels, "--long=true", f"--dtypes={dtype}"]
+                for dtype in bench_systems.TOLERANCE}
+        jobs["tests"] = [sys.executable, str(HERE / "test_all.py"), "kernels", "flash", "-x"]
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        jobs["memcheck"] = [sanitizer, "--tool=memcheck", "--error-exitcode=9", sys.executable, str(HERE / "bench.py"),
-                            "kernels", "--times=false"]
-        if not os.path.exists(sanitizer):
-            sheet(f"memcheck: not measured, there is no {jobs.pop('memcheck')[0]}")
+        if os.path.exists(sanitizer):
+            jobs["memcheck"] = [sanitizer, "--tool=memcheck", "--error-exitcode=9", *kernels]
 
     def job(name):
         how, lines = run_process(jobs[name], max(1.0, sheet.left()))
-        sheet("", f"{name}: {how}", *[line for line in lines if line.strip() and not line.startswith("ok ")][-40:])
+        sheet("", f"{name}: {how}", *[line for line in lines if line.strip()])
         return how
     with ThreadPoolExecutor(len(jobs)) as pool:
         failed = [name for name, how in zip(jobs, pool.map(job, jobs)) if how != "done"]
@@ -312,9 +252,48 @@ def correct(sheet: Sheet) -> None:
 
 # --- kernels ---
 
+def roofs(device, n_bytes: int, size: int) -> tuple[float, float]:
+    """(bytes/s of a copy of n_bytes, reads and writes counted; FLOP/s of a product of `size` in bfloat16), measured."""
+    source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * n_bytes / min(seconds_of(lambda: target.copy_(source), device, 10) for _ in range(3))
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    torch.mm(a, b)                                         # the first one loads the library
+    return copy, 2 * size ** 3 / min(seconds_of(lambda: torch.mm(a, b), device, 10) for _ in range(3))
+
+
+def time_ms(run) -> float:
+    """Median ms of run(); on CUDA of 70 ms of runs, with the L2 cache emptied before each."""
+    if torch.cuda.is_available():
+        import triton
+        return triton.testing.do_bench(run, rep=70, return_mode="median")
+    return 1e3 * statistics.median(seconds_of(run) for _ in range(3))
+
+
+def timed(function, inputs) -> tuple[float, float, float]:
+    """(ms forward, ms forward and backward, MB that both take at their peak on CUDA); upstreams are made once."""
+    def forward():
+        with torch.no_grad():
+            outputs = function(*inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+    trained, upstream = [x for x in inputs if x.requires_grad], [torch.randn_like(y) for y in forward()]
+
+    def both():
+        outputs = function(*inputs)
+        return torch.autograd.grad(outputs if isinstance(outputs, tuple) else (outputs,), trained, upstream)
+    both()                                                 # compiles
+    peak = 0.0
+    if inputs[0].is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both()
+        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return time_ms(forward), time_ms(both), peak
+
+
 def row(sheet: Sheet, name: str, function, inputs, work, roof: float, scale: float) -> list[float]:
     """A line of what a forward pass, and both passes, reach: work is their FLOPs or bytes. The two rates, or none."""
-    times = sheet.attempt(name, lambda: bench_systems.timed(function, inputs, rep=70), needs=12)
+    times = sheet.attempt(name, lambda: timed(function, inputs), needs=12)
     if times is None:
         return []
     rates = [1e3 * amount / ms for amount, ms in zip(work, times)]
@@ -326,7 +305,7 @@ def row(sheet: Sheet, name: str, function, inputs, work, roof: float, scale: flo
 def kernels(sheet: Sheet) -> None:
     """Causal attention over lengths, then the memory-bound kernels, each beside torch's, in bfloat16."""
     s = sheet.size
-    copy, product = bench_systems.roofs(sheet.device, s["copy_bytes"], s["product"])
+    copy, product = roofs(sheet.device, s["copy_bytes"], s["product"])
     sheet(f"roofs: copy {copy / 1e9:,.0f} GB/s, product of {s['product']} in bfloat16 {product / 1e12:,.1f} TFLOP/s",
           "", f"{'':34}{'forward ms':>12}{'rate':>9}{'roof':>6}{'both ms':>12}{'rate':>9}{'roof':>6}{'peak MB':>9}")
     for x in (10 ** (i / 10) for i in range(-10, 41)):
@@ -342,8 +321,8 @@ def kernels(sheet: Sheet) -> None:
                 continue
             # A causal forward counts 2 T² D FLOPs a head, a backward 2.5 times that (2307.08691, section 4.1).
             rates = row(sheet, f"{name} {T} {D}", function, inputs, (flops, 3.5 * flops), product, 1e12)
-            for picture, rate in zip(("attention_forward", "attention"), rates):
-                sheet.point(picture, f"{name}, D {D}", T, rate / 1e12)
+            for rate in rates[1:]:                 # of both passes
+                sheet.point("attention", f"{name}, D {D}", T, rate / 1e12)
     T, C, V, H, K, D = s["layer"]
     # Numbers that a forward pass must read and write, and those of both passes; FLOPs of both.
     work = {"swiglu": (3 * T * C, 8 * T * C, 21 * T * C), "rms_norm": (2 * T * C, 5 * T * C, 14 * T * C),
@@ -363,34 +342,57 @@ def kernels(sheet: Sheet) -> None:
         for label, function in functions.items():
             if function is not None:
                 rates = row(sheet, f"{name}, {label}", function, inputs, amounts, roof, scale)
-                for rate in rates[1:]:             # of both passes
+                for rate in rates[1:]:
                     sheet.point("roofline", f"{name}, {label}", flops / (2 * both), rate / amounts[1] * flops / 1e12)
 
 
 # --- one rank ---
 
 def distributed(sheet: Sheet) -> None:
-    """A world of one over NCCL (gloo on a CPU): copies, messages; every strategy trains as the plain model does."""
-    os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    device, shape = parallel.start(None if sheet.on_cuda else "cpu"), ModelConfig(**TOY)
-    sheet(f"one rank, {torch.distributed.get_backend()}, {device}", "")
-    sheet(*(sheet.attempt("copies", lambda: bench_systems.copy_rates(sheet.size["max_mb"], device)) or []), "")
-    sheet(*(sheet.attempt("messages", lambda: bench_systems.collective_times(sheet.size["max_mb"], device)) or []),
-          "of one rank: nothing is sent, the ms are the library's own", "", "loss after five steps in float32")
-    torch.manual_seed(0)
-    plain, wrong, losses = Transformer(shape).to(device), [], {}
-    made = {"plain": (plain, AdamW(plain.parameters()), 0)} | bench_systems.strategies(shape, device)
-    ids = torch.randint(shape.vocab_size, (8, 17), generator=torch.Generator().manual_seed(0)).to(device)
+    """A world of one over NCCL (gloo on a CPU): copies, and every strategy trains as one rank alone does."""
+    environment = dict(os.environ, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if not sheet.on_cuda:
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "LOCAL_WORLD_SIZE": str(os.cpu_count())}       # one thread
+    how, lines = run_process([
+        sys.executable, str(HERE / "bench.py"), "parallel", f"--max_mb={sheet.size['max_mb']}", "--d_model=64",
+        "--n_layers=2", "--vocab_size=256", "--batch_size=4", "--steps=5", f"--out_dir={sheet.path.parent}"],
+        max(1.0, sheet.left()), env=environment)
+    sheet(*lines)
+    if how != "done":
+        sys.exit(how)
 
-    def train_five(wrapper, optimizer, _):
-        for _ in range(5):
-            bench_systems.traced_step(wrapper, optimizer, ids[:, :-1], ids[:, 1:])
-        return wrapper(ids[:, :-1], ids[:, 1:])[1].item()
-    for name in (name for name in made if " m=" not in name):      # pipelines are of another shape
-        losses[name] = sheet.attempt(name, lambda: train_five(*made[name])) or math.nan
-        gap = abs(losses[name] - losses["plain"])
-        sheet(f"{name:20}{losses[name]:>10.6f}   from plain {gap:.1e}")
-        wrong += [name] if not gap < 1e-4 else []
-    torch.distributed.destroy_process_group()
-    if wrong:
-        sys.exit(f"not as the plain model: {', '.join(wrong)}")
+
+# --- time to loss ---
+
+def offline_corpus(sheet: Sheet, name: str, vocab_size: int) -> str:
+    """A data folder: data/NAME where it is prepared, else one of Python's own library, text that every machine has."""
+    folder, library = Path("out/bench_gpu") / f"library_{vocab_size}", Path(os.__file__).parent
+    if (Path("data") / name / "meta.json").exists():
+        return f"data/{name}"
+    if not (folder / "meta.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = sorted([*library.glob("*.py"), *library.glob("*/*.py")])
+        pages = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+        source = folder.with_suffix(".txt")
+        source.write_text("<|endoftext|>".join(pages)[:sheet.size["corpus_bytes"]], encoding="utf-8", newline="")
+        data.prepare(source, vocab_size=vocab_size, data_dir=folder)
+    return str(folder)
+
+
+def loss(sheet: Sheet) -> None:
+    """Bits per byte of the default run and of the TinyStories shape, two minutes each, without a network."""
+    def run(parts, corpus, vocab_size):
+        folder = offline_corpus(sheet, corpus, min(vocab_size, sheet.size["vocabulary"]))
+        # 17 s of each half of the time are for the start and the evaluation, which max_minutes does not count.
+        minutes = min(2.0, max(0.05, (sheet.left() / parts - 17) / 60))
+        with tempfile.TemporaryDirectory() as out:
+            how, lines = run_process([
+                sys.executable, str(HERE / "train.py"), str(HERE / f"config_{corpus}.py"), f"--data_dir={folder}",
+                f"--out_dir={out}", "--overwrite=true", f"--device={sheet.device}", f"--max_minutes={minutes:.3f}",
+                "--num_samples=0", "--eval_every=0", "--checkpoint_every=1000000", *sheet.size["flags"]],
+                max(1.0, sheet.left()))
+        sheet("", f"config_{corpus}.py on {folder}, {minutes:.2f} minutes: {how}", *lines[-2:])
+        if how != "done":
+            raise RuntimeError(f"train.py {how}")
+    sheet.attempt("shakespeare", lambda: run(2, "shakespeare", 2048))
+    sheet.attempt("tinystories", lambda: run(1, "tinystories", 10_000))

@@ -1,16 +1,21 @@
-"""The models' stages of `python bench.py gpu`: training, decoding, time to loss; and what a stage's process runs.
+"""The models' stages of `python bench.py gpu`: training and decoding; and what a stage's process runs.
 
 A training step of GPT-2 is products, so MFU counts, the share of the data sheet's FLOP/s (PaLM, 2204.02311). A step of
-decoding reads every weight for one row of products, so the share of the bandwidth counts (bench_step.py: Decoder).
+decoding reads every weight for one row of products, so the share of the bandwidth counts. Before it stands the host:
+GPT-2 in eager mode launches 400 kernels for a token, 5 µs each, where reading its weights takes 80 µs. A CUDA graph
+launches them all at once, if nothing in the step depends on the host. So every position works on the whole cache, and a
+mask hides what is not written yet:
+
+    decoding.stream    a step for 130 keys, then for 131, 132 …    the host knows the length, and waits for each token
+    Decoder            a step for 192 keys, each time the same     position and tokens are numbers on the card
 """
 import contextlib
+import copy
 import io
 import itertools
-import os
 import statistics
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 
@@ -18,14 +23,14 @@ import bench
 import bench_gpu
 import bench_step
 import compress
-import data
 import decoding
 import train
 from accounting import flops_per_token, kv_cache_bytes
-from bench_gpu import HERE, GpuConfig, Sheet, free
-from bench_systems import seconds_of
+from bench_gpu import GpuConfig, Sheet, free
+from bench_step import seconds_of
 from configurator import command_line
 from convert import their_config
+from layers import rope_tables
 from machine import bandwidth, peak_flops
 from model import ModelConfig, Transformer
 from optim import clip_grad_norm
@@ -144,10 +149,7 @@ def training_rates(sheet: Sheet) -> None:
     for name in sheet.size["rounds"] * list(rates):      # in turn: a card that grows hot slows all of them
         if sheet.left() > 35:
             measure(name)
-    sheet("", "the same in turn, medians")
-    for name, values in rates.items():
-        sheet(line(name))
-        sheet.point("training", "", name, statistics.median(values))
+    sheet("", "the same in turn, medians", *map(line, rates))
 
 
 def curves(sheet: Sheet) -> None:
@@ -183,7 +185,105 @@ def training(sheet: Sheet) -> None:
                 sheet.point("training_step", "", region, ms)
 
 
-# --- decoding ---
+# --- a decoding step that a CUDA graph can replay ---
+
+class Layer:
+    """One layer's keys and values (B, K, S, D) for all positions there will be, in KVCache's place."""
+
+    def __init__(self, k, v):
+        self.k, self.v = k, v
+
+    def append(self, layer, k, v, plan, window):
+        """Store those of one new token; return all, as the mask hides what is not written."""
+        self.k.index_copy_(2, plan.slots, k)
+        self.v.index_copy_(2, plan.slots, v)
+        return self.k, self.v
+
+
+class Step:
+    """What attention.Plan is for a pass, for one token at a position that only the card knows."""
+
+    def __init__(self, config: ModelConfig, position, keys):
+        self.slots = self.positions = position                           # (1,)
+        self.fresh, self.balance, self.masks = False, [], {None: (keys <= position)[None]}       # (1, S)
+        if config.position == "rope":
+            tables = rope_tables(position, config.head_dim, config.rope_theta, config)
+            self.cos, self.sin = (table.unsqueeze(-2) for table in tables)
+
+
+def numbered_zero(block):
+    """The same block, tensors shared, as a first layer: torch.compile would make a program for each number."""
+    block = copy.copy(block)
+    block._modules = dict(block._modules) | {"attn": copy.copy(block.attn)}
+    block.layer = block.attn.layer = 0
+    return block
+
+
+def run_block(block, x, layer: Layer, step: Step):
+    """One block; compiled once, it serves all layers, which differ in tensors only."""
+    return block(x, None, layer, step)
+
+
+class Decoder:
+    """Greedy decoding by steps that are all alike, so that a CUDA graph can replay one: tokens stay on the card.
+
+    For models without windows, experts, latent attention or smear. compile: fuse each block's small operations; with
+    one row inductor then also makes products of its own, in which int8 weights are widened as they are read.
+    """
+
+    def __init__(self, model: Transformer, prompts: list[list[int]], n_new: int, compile: bool = False):
+        c, self.model, self.T = model.config, model, len(prompts[0])
+        if set(c.windows) != {None} or c.n_experts or c.attention != "standard" or c.smear:
+            raise ValueError("Decoder has no sliding_window, n_experts, attention=mla or smear; use decoding.stream")
+        device, length = model.token_embeddings.weight.device, min(c.context_length, -(-(self.T + n_new) // 64) * 64)
+        logits, memory = decoding.prefill(model, prompts, True, length - self.T)
+        self.layers = [Layer(k, v) for k, v in zip(memory.k, memory.v)]
+        self.blocks = [numbered_zero(block) for block in model.layers]
+        self.on_cuda, self.run_block, self.graph = device.type == "cuda", run_block, None
+        if compile:
+            torch.compiler.reset()                       # else the ninth program of a function would not be made
+            options = {"coordinate_descent_tuning": True} if self.on_cuda and len(prompts) == 1 else None
+            self.run_block = torch.compile(run_block, backend="inductor" if self.on_cuda else "aot_eager",
+                                           options=options, dynamic=False)
+        self.keys, self.position = torch.arange(length, device=device), torch.tensor([self.T], device=device)
+        self.tokens = torch.zeros(len(prompts), length + 1, dtype=torch.long, device=device)
+        self.tokens[:, :self.T] = torch.tensor(prompts, device=device)
+        self.tokens[:, self.T] = logits.argmax(-1)
+
+    def step(self) -> None:
+        """The token after the one at `position`, and one position on; no number of it is seen by the host."""
+        plan = Step(self.model.config, self.position, self.keys)
+        x = self.model.embed(self.tokens.index_select(1, self.position), None, plan)
+        for block, layer in zip(self.blocks, self.layers):
+            x = self.run_block(block, x, layer, plan)
+        self.position += 1
+        self.tokens.index_copy_(1, self.position, self.model.head(x[:, -1]).argmax(-1, keepdim=True))
+
+    def record(self) -> None:
+        """On a card: record one step as a graph; before it, three steps on a side stream, which also compile."""
+        if not self.on_cuda:
+            return
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.position.fill_(self.T)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.step()                                  # recording computes nothing
+
+    def run(self, n: int) -> list[list[int]]:
+        """The next n ids of every row, from the first position on."""
+        self.position.fill_(self.T)
+        for _ in range(n - 1):                           # the first one is prefill's
+            if self.graph is None:
+                self.step()
+            else:
+                self.graph.replay()
+        return self.tokens[:, self.T:self.T + n].tolist()
+
 
 @torch.no_grad()
 def decode_rate(sheet: Sheet, model, shape: dict, rows: int, name: str) -> tuple[float, str]:
@@ -196,7 +296,7 @@ def decode_rate(sheet: Sheet, model, shape: dict, rows: int, name: str) -> tuple
             model, clock = transformers_model(shape, sheet.device, torch.bfloat16).eval(), bench.time_transformers
         clock(model, prompts, 3)                         # warms up
         return clock(model, prompts, n)[1] / rows, ""
-    decoder = bench_step.Decoder(model, prompts, n, compile="compiled" in name)
+    decoder = Decoder(model, prompts, n, compile="compiled" in name)
     decoder.record()
     ids, expected = decoder.run(n), decoding.generate(model, prompts, n, temperature=0)
     equal = sum(a == b for row, reference in zip(ids, expected) for a, b in zip(row, reference))
@@ -228,56 +328,19 @@ def decoding_stage(sheet: Sheet) -> None:
         sheet.attempt(f"{label}, {name} {rows}", measure, needs=14 if "compiled" in name else 6)
 
 
-# --- time to loss ---
-
-def offline_corpus(sheet: Sheet, name: str, vocab_size: int) -> str:
-    """A data folder: data/NAME where it is prepared, else one of Python's own library, text that every machine has."""
-    folder, library = Path("out/bench_gpu") / f"library_{vocab_size}", Path(os.__file__).parent
-    if (Path("data") / name / "meta.json").exists():
-        return f"data/{name}"
-    if not (folder / "meta.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = sorted([*library.glob("*.py"), *library.glob("*/*.py")])
-        pages = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
-        source = folder.with_suffix(".txt")
-        source.write_text("<|endoftext|>".join(pages)[:sheet.size["corpus_bytes"]], encoding="utf-8", newline="")
-        data.prepare(source, vocab_size=vocab_size, data_dir=folder)
-    return str(folder)
-
-
-def loss(sheet: Sheet) -> None:
-    """Bits per byte of the default run and of the TinyStories shape, two minutes each, without a network."""
-    def run(parts, config, corpus, vocab_size):
-        folder = offline_corpus(sheet, corpus, min(vocab_size, sheet.size["vocabulary"]))
-        # 17 s of each half of the time are for the start and the evaluation, which max_minutes does not count.
-        minutes = min(2.0, max(0.05, (sheet.left() / parts - 17) / 60))
-        with tempfile.TemporaryDirectory() as out:
-            how, lines = bench_gpu.run_process([
-                sys.executable, str(HERE / "train.py"), str(HERE / config), f"--data_dir={folder}", f"--out_dir={out}",
-                "--overwrite=true", f"--device={sheet.device}", f"--max_minutes={minutes:.3f}", "--num_samples=0",
-                "--eval_every=0", "--checkpoint_every=1000000", *sheet.size["flags"]], max(1.0, sheet.left()))
-        sheet("", f"{config} on {folder}, {minutes:.2f} minutes: {how}", *lines[-2:])
-        if how != "done":
-            raise RuntimeError(f"train.py {how}")
-    sheet.attempt("shakespeare", lambda: run(2, "config_shakespeare.py", "shakespeare", 2048))
-    sheet.attempt("tinystories", lambda: run(1, "config_tinystories.py", "tinystories", 10_000))
-
-
 # --- a stage's process ---
 
-STAGES = {"correct": bench_gpu.correct, "errors": bench_gpu.errors, "kernels": bench_gpu.kernels, "training": training,
-          "decoding": decoding_stage, "distributed": bench_gpu.distributed, "loss": loss}
+STAGES = {"correct": bench_gpu.correct, "kernels": bench_gpu.kernels, "training": training, "decoding": decoding_stage,
+          "distributed": bench_gpu.distributed, "loss": bench_gpu.loss}
 
 
 def main(argv: list[str]) -> None:
     """Run one stage here; its table ends with what is missing in it."""
     sheet = Sheet(command_line(GpuConfig, argv, "usage: python bench_gpu_models.py --only=STAGE [--key=value …]")[2])
     STAGES[sheet.config.only](sheet)
+    sheet.draw()
     if sheet.missing:
-        sheet("", f"missing: {', '.join(' '.join(what.split()) for what in sheet.missing)}")
-    sys.stdout.flush()
-    if sheet.config.only == "distributed":
-        os._exit(0)                      # torch 2.13 with gloo sometimes aborts in the interpreter's own exit
+        sheet("", f"missing: {', '.join(sheet.missing)}")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def serving(folder, flags: str):
     with running(command, stdout=subprocess.PIPE) as process:
         line = next((line for line in process.stdout if "ready at" in line), None)
         if line is None:
-            raise RuntimeError(f"{' '.join(command)} did not start")
+            sys.exit(f"{' '.join(command)} did not start")
         yield process, int(re.search(r":(\d+) ", line)[1])
 
 
@@ -81,19 +81,20 @@ def post(port: int, body: dict) -> tuple[str, float]:
 
 # --- what is measured ---
 
+def rate(port: int, bodies: list[dict], clients: int) -> tuple[float, list]:
+    """(tokens a second, the answers) of all these requests by so many clients."""
+    began = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        answers = [json.loads(text) for text, _ in pool.map(lambda body: post(port, body), bodies)]
+    tokens = sum(answer["usage"]["completion_tokens"] for answer in answers)
+    return tokens / (time.perf_counter() - began), [answer["choices"] for answer in answers]
+
+
 def throughput(port: int, c: ServeBenchConfig) -> None:
     """Tokens a second of so many requests one after another, and at once."""
     bodies = [{"prompt": PROMPTS[i % len(PROMPTS)], "max_tokens": c.tokens, "temperature": 0.8, "seed": i}
               for i in range(c.requests)]
-
-    def rate(clients):
-        """(tokens a second, the texts) with so many clients."""
-        began = time.perf_counter()
-        with ThreadPoolExecutor(clients) as pool:
-            answers = [json.loads(text) for text, _ in pool.map(lambda body: post(port, body), bodies)]
-        tokens = sum(answer["usage"]["completion_tokens"] for answer in answers)
-        return tokens / (time.perf_counter() - began), [answer["choices"] for answer in answers]
-    rounds = [(rate(1), rate(c.requests)) for _ in range(c.rounds)]
+    rounds = [(rate(port, bodies, 1), rate(port, bodies, c.requests)) for _ in range(c.rounds)]
     if any(alone[1] != together[1] for alone, together in rounds):
         print("a text differs between the two ways")
     a, b = (statistics.median(tokens_per_s for tokens_per_s, _ in way) for way in zip(*rounds))
@@ -172,25 +173,24 @@ def same_weights(c: ServeBenchConfig, folder: Path) -> None:
     (folder / "theirs" / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def row(name: str, port: int, model: str, tokens: int) -> None:
+def row(name: str, process, port: int, model: str, tokens: int) -> None:
     """A line of the table: tokens a second that 1, 8 and 32 users get together, each asking three times."""
-    def user(i):
-        body = {"model": model, "prompt": PROMPTS[i % len(PROMPTS)], "max_tokens": tokens, "temperature": 0}
-        answers = [post(port, body | {"prompt": f"{body['prompt']} {turn}"})[0] for turn in range(3)]
-        return sum(json.loads(answer)["usage"]["completion_tokens"] for answer in answers)
-
-    def rate(n_users):
-        began = time.perf_counter()
-        with ThreadPoolExecutor(n_users) as pool:
-            return sum(pool.map(user, range(n_users))) / (time.perf_counter() - began)
+    bodies = [{"model": model, "prompt": f"{PROMPTS[i % len(PROMPTS)]} {i // 32}", "max_tokens": tokens,
+               "temperature": 0} for i in range(96)]
     for _ in range(240):                         # the first answer loads or measures what the others need
-        with contextlib.suppress(ConnectionError):
-            user(0)
+        try:
+            rate(port, bodies[:1], 1)
             break
-        time.sleep(0.5)
+        except RuntimeError as error:
+            sys.exit(f"{name}: {error}")
+        except OSError:
+            if process.poll() is not None:
+                sys.exit(f"{name} ended with status {process.returncode} before it answered; pip install "
+                         "transformers[serving], and see what the command says by itself")
+            time.sleep(0.5)
     else:
-        raise RuntimeError(f"{name} does not answer at port {port}; is it installed? pip install transformers[serving]")
-    print(f"{name:<42}" + "".join(f"{rate(n):>9,.0f}" for n in (1, 8, 32)), flush=True)
+        sys.exit(f"{name} did not answer at port {port} within two minutes")
+    print(f"{name:<42}" + "".join(f"{rate(port, bodies[:3 * n], n)[0]:>9,.0f}" for n in (1, 8, 32)), flush=True)
 
 
 def beside(c: ServeBenchConfig) -> None:
@@ -200,12 +200,12 @@ def beside(c: ServeBenchConfig) -> None:
     print(f"tokens/s by users{'':<25}" + "".join(f"{n:>9}" for n in (1, 8, 32)))
     with tempfile.TemporaryDirectory() as folder:
         same_weights(c, Path(folder))
-        with serving(f"{folder}/ours", c.flags) as (_, port):
-            row("serve.py", port, "ours", c.tokens)
+        with serving(f"{folder}/ours", c.flags) as (process, port):
+            row("serve.py", process, port, "ours", c.tokens)
         for flags in ([], ["--continuous-batching"]):
             command = ["transformers", "serve", f"{folder}/theirs", "--device=cpu", f"--port={c.port}", *flags]
-            with running(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
-                row(" ".join(["transformers serve", *flags]), c.port, f"{folder}/theirs", c.tokens)
+            with running(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+                row(" ".join(["transformers serve", *flags]), process, c.port, f"{folder}/theirs", c.tokens)
 
 
 def serve(argv: list[str]) -> None:
@@ -221,6 +221,3 @@ def serve(argv: list[str]) -> None:
         else:
             throughput(port, c)
             first_tokens(port, model.config.context_length)
-
-
-VERBS = {"serve": serve}

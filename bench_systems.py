@@ -1,8 +1,14 @@
-"""What machines do: the verbs of bench.py that measure kernels and ranks; those of a step stand in bench_step.py."""
+"""What machines do: the verbs of bench.py that measure kernels, attention and ranks.
+
+    python bench.py kernels                                         errors of every kernel (times: bench.py gpu)
+    python bench.py attention                                       plain, compiled, tiled and torch's attention
+    torchrun --standalone --nproc_per_node=2 bench.py parallel      messages, and what each strategy costs
+"""
 import functools
 import math
 import os
 import statistics
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,32 +18,34 @@ import torch
 import fsdp
 import parallel
 import sharded
-from bench_step import memory, profile
+from bench_step import can_compile, on, seconds_of
 from configurator import ConfigError, command_line
-from machine import DTYPES
+from machine import DTYPES, pick_device
 from model import ModelConfig, Transformer
 from optim import AdamW
 
 
-# --- kernels: their errors, and their times beside what they replace ---
+# --- kernels: their errors ---
+
+TOLERANCE = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}      # the tests': some roundings of the largest entry
+# Tokens, width, vocabulary, heads, key heads, D; and Tq, Tk, D, key heads, group, causal.
+LONG_LAYERS = [(1, 80, 7, 4, 2, 16), (50, 257, 201, 4, 1, 80), (1000, 768, 50257, 12, 4, 64),
+               (65536, 1024, 256, 8, 2, 128)]
+LONG_ATTENTION = [(1, 1, 16, 2, 1, True), (1, 130, 80, 2, 4, True), (17, 130, 64, 2, 2, False),
+                  (130, 7, 32, 2, 4, True), (127, 257, 256, 1, 2, True), (1000, 5000, 128, 2, 4, True),
+                  (4096, 4096, 64, 2, 2, True), (65536, 65536, 64, 1, 1, True), (16384, 16384, 128, 1, 2, True)]
+
 
 @dataclass
 class KernelConfig:
     """What `python bench.py kernels` can be told."""
     page: str = "both"                        # whose kernels: kernels | flash | both
-    times: bool = True                        # false: only the errors
-    tokens: str = "512,2048,8192"             # lengths to time
-    widths: str = "64,128"                    # head widths to time
-    dtypes: str = "bfloat16,float32"          # dtypes to time
+    dtypes: str = ",".join(TOLERANCE)         # with commas between
+    long: bool = False                        # odd and long shapes, up to 65,536 tokens: for a GPU
 
     def __post_init__(self):
         if self.page not in ("kernels", "flash", "both"):
             raise ConfigError(f"page={self.page!r} must be kernels, flash or both")
-        for number in [*self.tokens.split(","), *self.widths.split(",")]:
-            if not number.isdecimal() or int(number) == 0:
-                raise ConfigError(f"tokens and widths must be whole numbers with commas between, not {number!r}")
-        if not set(self.dtypes.split(",")) <= set(DTYPES):
-            raise ConfigError(f"dtypes={self.dtypes!r} must be some of {', '.join(DTYPES)} with commas between")
 
 
 def layer_cases(device, T, C, V, H, K, D) -> list[tuple]:
@@ -105,111 +113,97 @@ def errors(function, reference, inputs, dtype) -> list[float]:
     return [torch.stack(pair).max().item() for pair in pairs]              # Python's max could miss a NaN
 
 
-def print_errors(cases) -> None:
-    """The largest error by kernel and dtype."""
-    print(f"{'':34}{'ours':20}plain PyTorch\n{'':34}" + f"{'output':10}{'gradient':10}" * 2)
-    for name, ours, plain, _, inputs in cases:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            values = errors(ours, plain, inputs, dtype) + errors(plain, plain, inputs, dtype)
-            print(f"{name:24}{str(dtype)[6:]:10}" + "".join(f"{error:<10.0e}" for error in values), flush=True)
-
-
-def seconds_of(run, device, n: int) -> float:
-    """Mean seconds of one run() of n in a row; the card has done all it was asked for when the clock is read."""
-    def clock() -> float:
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-    began = clock()
-    for _ in range(n):
-        run()
-    return (clock() - began) / n
-
-
-def roofs(device, n_bytes: int, size: int) -> tuple[float, float]:
-    """(bytes/s of a copy of n_bytes, reads and writes counted; FLOP/s of a product of `size` in bfloat16), measured."""
-    source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = 2 * n_bytes / min(seconds_of(lambda: target.copy_(source), device, 10) for _ in range(3))
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    torch.mm(a, b)                                         # the first one loads the library
-    return copy, 2 * size ** 3 / min(seconds_of(lambda: torch.mm(a, b), device, 10) for _ in range(3))
-
-
-def time_ms(run, rep: int = 200) -> float:
-    """Median time of run() in ms; on CUDA of `rep` ms of runs, with the L2 cache emptied before each."""
-    if torch.cuda.is_available():
-        import triton
-        return triton.testing.do_bench(run, rep=rep, return_mode="median")
-    times, runs = [], 7 if rep >= 100 else 3
-    for _ in range(runs):
-        began = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - began) * 1e3)
-    return statistics.median(times[runs // 3:])
-
-
-def timed(function, inputs, rep: int = 200) -> tuple[float, float, float]:
-    """(ms forward, ms forward and backward, MB that both take at their peak on CUDA); upstreams are made once."""
-    def forward():
-        with torch.no_grad():
-            outputs = function(*inputs)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
-    trained, upstream = [x for x in inputs if x.requires_grad], [torch.randn_like(y) for y in forward()]
-
-    def both():
-        outputs = function(*inputs)
-        return torch.autograd.grad(outputs if isinstance(outputs, tuple) else (outputs,), trained, upstream)
-    both()                                                 # compiles
-    peak = 0.0
-    if inputs[0].is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        both()
-        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return time_ms(forward, rep), time_ms(both, rep), peak
-
-
-def print_times(cases, title: str, dtype) -> None:
-    """A line a kernel: ms of a forward pass, of forward and backward together, MB at the peak of both."""
-    gpu = torch.cuda.is_available()
-    print(f"\n{title}, {str(dtype)[6:]}: ms forward, forward + backward, MB at its peak on CUDA\n{'':24}"
-          + "".join(f"{name:>28}" for name in ("ours", "plain", "compiled", "torch's own")))
-    for name, ours, plain, own, inputs in cases:
-        cells, inputs = [], leaves(inputs, dtype)
-        for function in (ours, plain, torch.compile(plain) if gpu else None, own):
-            cells.append("-")
-            if function is not None:
-                try:
-                    cells[-1] = "{:.3f} {:9.3f} {:8,.0f}".format(*timed(function, inputs))
-                except RuntimeError as error:              # out of memory is one
-                    cells[-1] = str(error)[:26]
-        print(f"{name:24}" + "".join(f"{cell:>28}" for cell in cells), flush=True)
+def long_cases(device) -> list[tuple]:
+    """All kernels at odd and long shapes; the reference of attention is flash.py's in PyTorch, which needs no T x T."""
+    import flash
+    flash.TILE, cases = 2048, []                           # few large tiles: 64 would take a minute here
+    for T, C, V, H, K, D in LONG_LAYERS:
+        cases += [(f"{name} {T} {C} {V} {D}", *case) for name, *case in layer_cases(device, T, C, V, H, K, D)]
+    for Tq, Tk, D, K, group, causal in LONG_ATTENTION:
+        inputs = [torch.randn(1, heads, T, D, device=device).requires_grad_()
+                  for heads, T in ((group * K, Tq), (K, Tk), (K, Tk))]
+        ours, tiled = (functools.partial(lambda f, causal, q, k, v: f(q, k, v, causal), f, causal)
+                       for f in (flash.flash_attention, flash.FlashAttentionPyTorch.apply))
+        cases.append((f"{Tq} x {Tk}, {D}, {group}:{K} {'causal' if causal else 'full'}", ours, tiled, None, inputs))
+    return cases
 
 
 def kernels(argv: list[str]) -> None:
-    """Errors of every kernel beside plain PyTorch's, then times: on a CPU those of attention by tiles."""
-    usage = "python bench.py kernels | kernels.py | flash.py [--key=value ...]"
-    _, _, config, _ = command_line(KernelConfig, argv, usage)
+    """The largest error of every kernel beside plain PyTorch's, by dtype; exits with 1 for one that is too large."""
+    config = command_line(KernelConfig, argv, "usage: python bench.py kernels [--page=kernels | flash | both]")[2]
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
     if not gpu:
         os.environ.setdefault("TRITON_INTERPRET", "1")     # read when kernels.py is imported
+    torch.manual_seed(0)
+    cases, wrong = long_cases(device) if config.long else [], 0
+    if config.page != "flash" and not config.long:
+        cases += layer_cases(device, T=50, C=256, V=200, H=4, K=2, D=64)
+    if config.page != "kernels" and not config.long:
+        cases += attention_cases(device, T=70, H=4, K=2, D=64)
     print(f"largest error against float64 on {torch.cuda.get_device_name() if gpu else 'the CPU, kernels interpreted'}")
-    if config.page != "flash":
-        print_errors(layer_cases(device, T=50, C=256, V=200, H=4, K=2, D=64))
-    if config.page != "kernels":
-        print_errors(attention_cases(device, T=70, H=4, K=2, D=64))
-    for dtype in config.dtypes.split(",") if config.times else ():
-        for D in map(int, config.widths.split(",")):
-            for T in map(int, config.tokens.split(",")):
-                heads = 2048 // D if gpu else 2            # 2,048 wide on a GPU, as FlashAttention's papers measure
-                cases = attention_cases(device, T, heads, heads, D) if config.page != "kernels" else []
-                if gpu and config.page != "flash":
-                    cases += layer_cases(device, T, 2048, 50304, heads, heads, D)
-                if not gpu:                                # an interpreted kernel has no time worth knowing
-                    cases = [case for case in cases if "Triton" not in case[0]]
-                print_times(cases, f"{T} tokens, {heads} heads of {D}", DTYPES[dtype])
+    print(f"{'':44}{'ours':20}plain PyTorch\n{'':44}" + f"{'output':10}{'gradient':10}" * 2)
+    for name, ours, plain, _, inputs in cases:
+        for dtype in config.dtypes.split(","):
+            values = [error for function in (ours, plain) for error in errors(function, plain, inputs, DTYPES[dtype])]
+            bad = not all(error < TOLERANCE[dtype] for error in values[:2])        # NaN is not below either
+            wrong += bad
+            print(f"{name:34}{dtype:10}" + "".join(f"{error:<10.0e}" for error in values) + "WRONG" * bad, flush=True)
+    if wrong:
+        sys.exit(f"{wrong} of the kernels' errors are too large")
+
+
+# --- attention over lengths and widths ---
+
+@dataclass
+class AttentionConfig:
+    """What `python bench.py attention` can be told."""
+    widths: str = "16,64,128"                 # of the one head
+    lengths: str = ""                         # with commas between; none = by device
+    dtype: str = "float32"                    # float32, bfloat16
+    device: str | None = None                 # cpu, cuda; none = the best there is
+
+
+def attention(words: list[str]) -> None:
+    """ms forward and backward, and MB kept for backward, of causal attention: plain, compiled, tiled, torch's own."""
+    config = command_line(AttentionConfig, words, "usage: python bench.py attention [--key=value …]")[2]
+    device, batch, repeats = pick_device(config.device), 8, 5
+    gpu = device.startswith("cuda")
+    lengths = config.lengths or ("256,1024,4096,8192,16384" if gpu else "128,512,2048")
+    print(f"{on(device)}; batch {batch}, one head, {config.dtype}, causal; ms, medians of {repeats}")
+    print(f"{'width':>6}{'length':>8}  {'':<18}{'forward':>10}{'backward':>10}{'MB kept':>10}")
+    for D in map(int, config.widths.split(",")):
+        for T in map(int, lengths.split(",")):
+            (_, tiles, plain, own, inputs), _, (_, triton, *_), _ = attention_cases(device, T, 1, 1, D, batch)
+            kinds = {"plain": plain, "tiles in PyTorch": tiles, "torch's sdpa": own,
+                     "plain, compiled": torch.compile(plain) if can_compile(device) else None,
+                     "Triton": triton if gpu else None}
+            for name, function in kinds.items():
+                if function is None:
+                    continue
+                try:
+                    row = attention_row(function, leaves(inputs, DTYPES[config.dtype]), device, repeats)
+                except RuntimeError as error:                                       # out of memory is one
+                    row = f"  {str(error).splitlines()[0][:60]}"
+                print(f"{D:>6}{T:>8}  {name:<18}{row}", flush=True)
+
+
+def attention_row(function, inputs, device: str, repeats: int) -> str:
+    """Forward and backward ms and what is saved between them, formatted."""
+    kept, times = {}, []
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(*inputs)
+    for _ in range(repeats + 2):
+        outputs = []
+        forward = seconds_of(lambda: outputs.append(function(*inputs)), device)
+        upstream = torch.ones_like(outputs[0])
+        times.append((forward, seconds_of(lambda: outputs.pop().backward(upstream), device)))
+    forward, backward = (1e3 * statistics.median(column) for column in zip(*times[2:]))
+    return f"{forward:>10.2f}{backward:>10.2f}{sum(kept.values()) / 1e6:>10.1f}"
 
 
 # --- parallel: what each strategy costs ---
@@ -258,7 +252,7 @@ def copy_rates(max_mb: int, device) -> list[str]:
         for name, target, source in (("on the device", there, here), ("pinned to it", here, pinned),
                                      ("pageable to it", here, pageable), ("from it to pinned", pinned, here)):
             target.copy_(source)
-            seconds = seconds_of(lambda: target.copy_(source, non_blocking=True), device, 5)
+            seconds = seconds_of(functools.partial(target.copy_, source, non_blocking=True), device, 5)
             rates.append(f"{name} {here.nbytes / seconds / 1e9:.1f}")
         lines.append(f"copies of {mb:>5} MB, GB/s: {', '.join(rates)}")
     return lines
@@ -279,7 +273,8 @@ def strategies(shape, device) -> dict:
 
     size, weights = parallel.world()[1], 4 * sum(p.numel() for p in Transformer(shape).parameters())
     vocabulary = 4 * shape.vocab_size * shape.d_model                                   # the embedding, or the head
-    wraps = {"NaiveDDP": (parallel.NaiveDDP, AdamW, 4 * weights),
+    wraps = {"one rank alone": (lambda model: model, AdamW, 4 * weights),
+             "NaiveDDP": (parallel.NaiveDDP, AdamW, 4 * weights),
              "DDP bucket_mb=0": (lambda model: parallel.DDP(model, 0), AdamW, 4 * weights),
              "DDP bucket_mb=inf": (lambda model: parallel.DDP(model, math.inf), AdamW, 4 * weights),
              "DDP bucket_mb=8": (parallel.DDP, AdamW, 4 * weights),
@@ -302,8 +297,8 @@ def strategies(shape, device) -> dict:
     return made
 
 
-def traced_step(wrapper, optimizer, x, y) -> dict:
-    """A training step: row -> (kind, start, end) in seconds, for what was computed, waited for and sent."""
+def traced_step(wrapper, optimizer, x, y) -> tuple[dict, float]:
+    """A training step: {row: (kind, start, end) in seconds} of what was computed, waited for and sent; its loss."""
     rows, send, wait = {"computing": [], "waiting": [], "sending": []}, parallel.send, parallel.wait
 
     def timed(row, kind, call, *args, **more):
@@ -320,7 +315,7 @@ def traced_step(wrapper, optimizer, x, y) -> dict:
     parallel.send = traced_send
     parallel.wait = fsdp.wait = sharded.wait = lambda work: timed("waiting", "wait", wait, work)
     if isinstance(wrapper, sharded.Pipeline):
-        timed("computing", "step", wrapper.step, x, y)
+        loss = timed("computing", "step", wrapper.step, x, y)
     else:
         loss = timed("computing", "forward", wrapper, x, y)[1]
         timed("computing", "backward", loss.backward)
@@ -329,7 +324,7 @@ def traced_step(wrapper, optimizer, x, y) -> dict:
     timed("computing", "optimizer", optimizer.step)
     optimizer.zero_grad()
     parallel.send, parallel.wait, fsdp.wait, sharded.wait = send, wait, wait, wait
-    return rows
+    return rows, loss.item()
 
 
 def held_bytes(wrapper, optimizer) -> int:
@@ -343,32 +338,33 @@ def strategy_times(config: ParallelConfig, device) -> tuple[list[str], dict]:
     """(lines of a table, a traced step of each strategy). They take turns, so that all see the same machine."""
     shape = ModelConfig(config.vocab_size, config.context_length, config.d_model, config.n_layers, n_heads=8)
     made, size = strategies(shape, device), parallel.world()[1]
-    rows = config.batch_size * size                # of the whole batch, which tensor parallel and pipelines do together
-    ids = torch.randint(256, (rows, config.context_length + 1),
-                        generator=torch.Generator().manual_seed(0))
-    traces, seconds = {}, {name: [] for name in made}
+    # The same rows on every rank, so all should have the same loss; tensor parallel and pipelines do them all together.
+    ids = torch.randint(256, (config.batch_size, config.context_length + 1),
+                        generator=torch.Generator().manual_seed(0)).to(device)
+    traces, losses, seconds = {}, {}, {name: [] for name in made}
     for turn in range(config.steps + 1):
         for name in made if turn % 2 else reversed(made):
-            whole = name == "tensor parallel" or " m=" in name
-            batch = (ids if whole else ids[:config.batch_size]).to(device)
+            batch = ids.repeat(size, 1) if name == "tensor parallel" or " m=" in name else ids
             torch.distributed.barrier()
-            traces[name] = traced_step(*made[name][:2], batch[:, :-1], batch[:, 1:])
+            traces[name], losses[name] = traced_step(*made[name][:2], batch[:, :-1], batch[:, 1:])
             if turn:                               # the first step makes buffers and moments
                 phases = traces[name]["computing"]
                 seconds[name].append(phases[-1][2] - phases[0][1])
-    lines = ["", f"step of {rows} sequences, {rows // size} a rank; tensor parallel and pipelines: all on every rank;",
-             f"pipelines of {2 * size} layers and 256 words; waiting: mean over ranks in the last step", "",
-             "strategy            median ms   fastest   waiting   bubble (p-1)/(m+p-1)   held   MB held   formula"]
+    lines = ["", f"step of {size * len(ids)} sequences, {len(ids)} a rank; tensor parallel and pipelines: all on every "
+             f"rank;\npipelines of {2 * size} layers and 256 words; waiting: mean over ranks in the last step; loss: "
+             "of the last step", "",
+             "strategy            median ms   fastest   waiting   bubble (p-1)/(m+p-1)   held   MB held   formula"
+             "       loss"]
     for name, (wrapper, optimizer, formula) in made.items():
-        times, row = sorted(seconds[name]), ""
+        row, phases, waits = "", traces[name]["computing"], traces[name]["waiting"]
         if " m=" in name:
             bubble = (size - 1) / (wrapper.n_micro_batches + size - 1)
             row = f"{100 * bubble:>23.0f} %{wrapper.most_held:>7}"
-        phases, waits = traces[name]["computing"], traces[name]["waiting"]
         waited = torch.tensor(sum(b - a for _, a, b in waits) / (phases[-1][2] - phases[0][1]), device=device)
         waited = parallel.reduce(waited).item() / size
-        lines.append(f"{name:<20}{1000 * times[len(times) // 2]:>9.1f}{1000 * times[0]:>10.1f}{100 * waited:>8.0f} %"
-                     f"{row:<33}{held_bytes(wrapper, optimizer) / 1e6:>9.1f}{formula / 1e6:>10.1f}")
+        lines.append(f"{name:<20}{1000 * statistics.median(seconds[name]):>9.1f}{1000 * min(seconds[name]):>10.1f}"
+                     f"{100 * waited:>8.0f} %{row:<33}{held_bytes(wrapper, optimizer) / 1e6:>9.1f}"
+                     f"{formula / 1e6:>10.1f}{losses[name]:>11.5f}")
     return lines, traces
 
 
@@ -414,6 +410,3 @@ def bench_parallel(argv: list[str]) -> None:
             path.write_text("\n".join(lines + more) + "\n", encoding="utf-8")
             print(path.read_text(encoding="utf-8"))
             draw_timeline(traces, path.with_suffix(".png"))
-
-
-VERBS = {"kernels": kernels, "profile": profile, "memory": memory, "parallel": bench_parallel}
