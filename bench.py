@@ -28,20 +28,17 @@ from accounting import PRESETS, kv_cache_bytes, table
 from bench_step import alternate, on, seconds_of
 from checkpoint import open_tokens, read_checkpoint, read_meta
 from configurator import command_line
-from convert import architecture_of, save_pretrained
+from convert import save_pretrained
 from decoding import speculate, stream
 from evaluate import perplexity
 from machine import DTYPES, bandwidth, pick_device
-from model import ModelConfig, Transformer, load_model
-
+from model import ModelConfig, Transformer
 
 # --- decoding: tokens per second and their roof ---
 
-SHAPES = PRESETS | {
-    "llama-30m": dict(vocab_size=32_000, context_length=1024, d_model=512, n_layers=6, n_heads=8, d_ff=1376,
-                      tie_embeddings=True),
-    "llama-124m": dict(vocab_size=50_257, context_length=1024, d_model=768, n_layers=12, n_heads=12, d_ff=2048,
-                       tie_embeddings=True)}
+LLAMA = dict(context_length=1024, tie_embeddings=True)
+SHAPES = PRESETS | {"llama-30m": LLAMA | dict(vocab_size=32_000, d_model=512, n_layers=6, n_heads=8, d_ff=1376),
+                    "llama-124m": LLAMA | dict(vocab_size=50_257, d_model=768, n_layers=12, n_heads=12, d_ff=2048)}
 
 
 @dataclass
@@ -50,7 +47,6 @@ class DecodeConfig:
     prompt_tokens: int = 128             # length of every prompt
     new_tokens: int = 64                 # tokens to write after it; the first of them is prefill's
     batch: int = 16                      # prompts at once, beside one alone
-    rounds: int = 3                      # every case once a round; the median counts
     reference: bool = False              # also transformers' generate with the same weights
     device: str | None = None            # cpu, cuda, mps; none = the best there is
     dtype: str = "float32"               # float32, bfloat16, float16
@@ -108,7 +104,7 @@ def decode(argv: list[str]) -> None:
     if config.reference:
         theirs = as_transformers(model)
         runs |= {("transformers", len(rows)): partial(time_transformers, theirs, rows, n) for rows in (one, many)}
-    results = alternate(runs | {"roof": partial(bandwidth, device)}, config.rounds)
+    results = alternate(runs | {"roof": partial(bandwidth, device)}, rounds=3)
     roof, lines = statistics.median(results.pop("roof")), []
     for (label, rows), measured in results.items():
         read, written = map(statistics.median, zip(*measured))
@@ -116,7 +112,7 @@ def decode(argv: list[str]) -> None:
         limit = rows * roof / (compress.weight_bytes(models.get(label, model)) + cache)
         lines.append([label, rows, read, written, limit, f"{written / limit:.2f}"])
     table(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.dtype}, prompt "
-          f"{config.prompt_tokens}, {n} new; medians of {config.rounds} rounds; {on(device)}, {roof / 1e9:.1f} GB/s",
+          f"{config.prompt_tokens}, {n} new; medians of 3 rounds; {on(device)}, {roof / 1e9:.1f} GB/s",
           ["", "rows", "prefill tok/s", "decode tok/s", "roof tok/s", "share"], lines)
 
 
@@ -129,13 +125,12 @@ class CompressConfig:
     minutes: float = 2.4                 # of training, for the pruned model and for the small one from scratch alike
 
 
-def train(out_dir, minutes: float, *flags: str) -> Path:
+def train(folder: Path, minutes: float, flags: list[str]) -> Path:
     """A training run of so many minutes as a process of its own; returns its folder."""
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), f"--out_dir={out_dir}", "--overwrite=true",
-               f"--max_minutes={minutes}", "--num_samples=0", "--eval_every=0", *flags]
-    print("$", " ".join(command[1:]), flush=True)
-    subprocess.run(command, check=True)
-    return Path(out_dir)
+    script = str(Path(__file__).with_name("train.py"))
+    subprocess.run([sys.executable, script, f"--out_dir={folder}", "--overwrite=true", f"--max_minutes={minutes}",
+                    "--num_samples=0", "--eval_every=0", *flags], check=True)
+    return folder
 
 
 def compress_table(argv: list[str]) -> None:
@@ -156,10 +151,11 @@ def compress_table(argv: list[str]) -> None:
     repair = [f"--init_from={made['pruned']}", f"--data_dir={data_dir}"]
     repair += [f"--{key}={trained[key] / 10}" for key in ("lr", "muon_lr", "embedding_lr") if trained.get(key)]
     small = [f"--data_dir={data_dir}"]
-    small += [f"--{key}={shape[key]}" for key in ("n_heads", "n_kv_heads", "head_dim", "d_ff")]
+    small += [f"--{key}={shape[key]}" for key in ("context_length", "d_model", "n_layers", "n_heads", "n_kv_heads",
+                                                  "head_dim", "d_ff")]
     for label, name, flags in (("pruned, trained", "trained", repair), ("from scratch", "scratch", small),
                                ("pruned, distilled", "distilled", [*repair, f"--teacher={full}"])):
-        made[label] = train(full.with_name(f"{full.name}-{name}"), config.minutes, *flags)
+        made[label] = train(full.with_name(f"{full.name}-{name}"), config.minutes, flags)
     models = {label: compress.load(folder)[0] for label, folder in made.items()}
     speeds = alternate({label: partial(time_stream, model, [[1]], 128) for label, model in models.items()}, rounds=3)
     tokens, n_bytes, lines = open_tokens(data_dir, "val"), read_meta(data_dir).get("val_bytes"), []
@@ -172,40 +168,10 @@ def compress_table(argv: list[str]) -> None:
           f"tokens; {on('cpu')}", ["", "weights, MB", "read a token, MB", "tok/s", "bits per byte"], lines)
 
 
-# --- beside transformers ---
-
-def hf(words: list[str]) -> None:
-    """Forward and backward of a trained model beside transformers' own on the same weights: hf OUT_DIR."""
-    if len(words) != 1 or words[0].startswith("-"):
-        sys.exit("usage: python bench.py hf OUT_DIR")
-    ours = load_model(words[0])[0].float()
-    theirs, T = as_transformers(ours).train(), ours.train().config.context_length
-    x, y = torch.randint(0, ours.config.vocab_size, (2, max(1, 2048 // T), T))
-
-    def their_loss():
-        logits = theirs(input_ids=x, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
-
-    def ms(loss, dtype) -> float:
-        def both():
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                value = loss()
-            value.backward()
-        return 1e3 * seconds_of(both)
-
-    print(f"{architecture_of(ours.config)}, {x.shape[0]} x {T} tokens, {on('cpu')}; ms of forward and backward, median "
-          "of 15 in turns (fastest)")
-    for dtype in (torch.float32, torch.bfloat16):
-        times = alternate({"ours": partial(ms, lambda: ours(x, y)[1], dtype),
-                           "transformers": partial(ms, their_loss, dtype)}, rounds=17)         # two warm up
-        print(f"{str(dtype)[6:]:<9}", *(f"{name} {statistics.median(one[2:]):.1f} ({min(one[2:]):.1f})"
-                                        for name, one in times.items()))
-
-
 # --- the verbs: each takes the words after it ---
 
 VERBS = {
-    "decode": decode, "compress": compress_table, "hf": hf, "profile": bench_step.profile, "memory": bench_step.memory,
+    "decode": decode, "compress": compress_table, "profile": bench_step.profile, "memory": bench_step.memory,
     "sizes": bench_step.sizes, "checkpoints": bench_step.checkpoints, "kernels": bench_systems.kernels,
     "attention": bench_systems.attention, "parallel": bench_systems.bench_parallel, "gpu": bench_gpu.gpu,
     "bpe": bench_data.bench_bpe, "tokenizers": bench_data.tokenizers, "web": bench_data.web, "pages": bench_data.pages,

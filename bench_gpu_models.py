@@ -36,18 +36,15 @@ from model import ModelConfig, Transformer
 from optim import clip_grad_norm
 
 
-def built(shape: dict, device: str, dtype=torch.float32, **more) -> Transformer:
-    """A Transformer with random weights, drawn on the card: on the host 1.5e9 of them take half a minute."""
+def built(shape: dict, device: str, dtype=torch.float32, theirs: bool = False, **more):
+    """A model with random weights, ours or transformers', drawn on the card: on the host 1.5e9 take half a minute."""
     torch.manual_seed(0)
+    config = ModelConfig(**shape | more)
     with torch.device(device):
-        return Transformer(ModelConfig(**shape | more)).to(dtype)
-
-
-def transformers_model(shape: dict, device: str, dtype=torch.float32):
-    """transformers' model of a shape, with random weights; ImportError where it is not installed."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    settings = their_config(ModelConfig(**shape), dtype) | dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    with torch.device(device):
+        if not theirs:
+            return Transformer(config).to(dtype)
+        from transformers import AutoConfig, AutoModelForCausalLM
+        settings = their_config(config, dtype) | dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), attn_implementation="sdpa").to(dtype)
 
 
@@ -63,29 +60,24 @@ def random_batch(shape: dict, rows: int, device: str, seed: int = 0):
 
 def training_step(sheet: Sheet, compile: bool = False, theirs: bool = False, **more):
     """A function of (inputs, targets) that takes a training step on GPT-2, ours or transformers'; returns the loss."""
-    shape, device = sheet.size["gpt2"], sheet.device
+    model, clip = built(sheet.size["gpt2"], sheet.device, theirs=theirs, **more).train(), clip_grad_norm
 
-    def compiled(function):              # as in train.py; on a CPU without a compiler's work, to prove the same lines
-        return torch.compile(function, backend="inductor" if sheet.on_cuda else "aot_eager", dynamic=False)
+    def forward(x, y):
+        if not theirs:
+            return model(x, y)[1]
+        return torch.nn.functional.cross_entropy(model(input_ids=x, use_cache=False).logits.flatten(0, 1), y.flatten())
     if theirs:
-        model, clip = transformers_model(shape, device).train(), torch.nn.utils.clip_grad_norm_
-        optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1,
-                                        fused=sheet.on_cuda)]
-
-        def loss_of(x, y):
-            logits = model(input_ids=x, use_cache=False).logits
-            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
-        forward = compiled(loss_of)
+        clip, optimizers = torch.nn.utils.clip_grad_norm_, [torch.optim.AdamW(
+            model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=sheet.on_cuda)]
     else:
-        model, clip = built(shape, device, **more), clip_grad_norm
-        optimizers, net = train.make_optimizers(model, train.TrainConfig()), compiled(model) if compile else model
-
-        def forward(x, y):
-            return net(x, y)[1]
+        optimizers = train.make_optimizers(model, train.TrainConfig())
+    # As in train.py; on a CPU without a compiler's work, to prove the same lines.
+    run = torch.compile(forward, backend="inductor" if sheet.on_cuda else "aot_eager",
+                        dynamic=False) if compile else forward
 
     def step(x, y):
-        with torch.autocast(device.split(":")[0], torch.bfloat16):
-            loss = forward(x, y)
+        with torch.autocast(sheet.device.split(":")[0], torch.bfloat16):
+            loss = run(x, y)
         loss.backward()
         clip(list(model.parameters()), 1.0)
         for optimizer in optimizers:
@@ -110,7 +102,7 @@ def largest_batch(sheet: Sheet, step):
 
 CASES = {"sdpa": {}, "triton": dict(attention_backend="triton"),
          "triton compiled": dict(compile=True, attention_backend="triton"),
-         "transformers compiled": dict(theirs=True),
+         "transformers compiled": dict(compile=True, theirs=True),
          "triton compiled, fused loss": dict(compile=True, attention_backend="triton", fused_loss=True),
          "sdpa compiled": dict(compile=True), "sdpa, fused loss": dict(fused_loss=True)}
 
@@ -123,33 +115,33 @@ def training_rates(sheet: Sheet) -> None:
     sheet(f"GPT-2, {flops / 1e9:.3f} GFLOP a token, context {T}, bfloat16 by autocast, AdamW, clipping; MFU of "
           f"{(peak or 0) / 1e12:.0f} TFLOP/s", f"{'':30}{'rows':>6}{'tokens/s':>12}{'MFU':>8}{'peak GB':>9}")
 
-    def measure(name):
+    def measure(name) -> str:
+        """One more rate of a case, and the line of its median."""
         step, batch = ready[name]
         seconds = seconds_of(lambda: step(*batch), sheet.device, sheet.size["steps"])
         rates.setdefault(name, []).append(batch[0].numel() / seconds)
-
-    def line(name):
         rate = statistics.median(rates[name])
         mfu = "n/a" if peak is None else f"{rate * flops / peak:.1%}"
-        return f"{name:30}{len(ready[name][1][0]):>6}{rate:>12,.0f}{mfu:>8}"
+        return f"{name:30}{len(batch[0]):>6}{rate:>12,.0f}{mfu:>8}"
 
-    def prepare(name):
+    def prepare(name) -> None:
         before, gb = 0, 0.0                              # what the cases before it hold
         if sheet.on_cuda:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         step = training_step(sheet, **CASES[name])
         ready[name] = step, largest_batch(sheet, step)
-        measure(name)
+        line = measure(name)
         if sheet.on_cuda:
             gb = (torch.cuda.max_memory_allocated() - before) / 1e9
-        sheet(f"{line(name)}{gb:>9.1f}")
+        sheet(f"{line}{gb:>9.1f}")
     for name in CASES:
         sheet.attempt(name, lambda: prepare(name), needs=75 if "compiled" in name else 10)
+    lines = {}
     for name in sheet.size["rounds"] * list(rates):      # in turn: a card that grows hot slows all of them
         if sheet.left() > 35:
-            measure(name)
-    sheet("", "the same in turn, medians", *map(line, rates))
+            lines[name] = measure(name)
+    sheet("", "the same in turn, medians", *lines.values())
 
 
 def curves(sheet: Sheet) -> None:
@@ -227,14 +219,12 @@ def run_block(block, x, layer: Layer, step: Step):
 class Decoder:
     """Greedy decoding by steps that are all alike, so that a CUDA graph can replay one: tokens stay on the card.
 
-    For models without windows, experts, latent attention or smear. compile: fuse each block's small operations; with
-    one row inductor then also makes products of its own, in which int8 weights are widened as they are read.
+    compile: fuse each block's small operations; with one row inductor then also makes products of its own, in which
+    int8 weights are widened as they are read.
     """
 
     def __init__(self, model: Transformer, prompts: list[list[int]], n_new: int, compile: bool = False):
         c, self.model, self.T = model.config, model, len(prompts[0])
-        if set(c.windows) != {None} or c.n_experts or c.attention != "standard" or c.smear:
-            raise ValueError("Decoder has no sliding_window, n_experts, attention=mla or smear; use decoding.stream")
         device, length = model.token_embeddings.weight.device, min(c.context_length, -(-(self.T + n_new) // 64) * 64)
         logits, memory = decoding.prefill(model, prompts, True, length - self.T)
         self.layers = [Layer(k, v) for k, v in zip(memory.k, memory.v)]
@@ -260,9 +250,7 @@ class Decoder:
         self.tokens.index_copy_(1, self.position, self.model.head(x[:, -1]).argmax(-1, keepdim=True))
 
     def record(self) -> None:
-        """On a card: record one step as a graph; before it, three steps on a side stream, which also compile."""
-        if not self.on_cuda:
-            return
+        """Record one step as a graph; before it, three steps on a side stream, which also compile."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -286,22 +274,27 @@ class Decoder:
 
 
 @torch.no_grad()
-def decode_rate(sheet: Sheet, model, shape: dict, rows: int, name: str) -> tuple[float, str]:
-    """(steps per second, a remark) of one case."""
-    n, vocab = sheet.size["new"], min(shape["vocab_size"], 50_257)
-    prompts = torch.randint(vocab, (rows, sheet.size["prompt"]), generator=torch.Generator().manual_seed(rows)).tolist()
+def decode_rate(sheet: Sheet, shape: dict, rows: int, name: str) -> tuple[float, float, str]:
+    """(steps per second, bytes that a step reads, a remark) of one case."""
+    n, T, vocab = sheet.size["new"], sheet.size["prompt"], min(shape["vocab_size"], 50_257)
+    prompts = torch.randint(vocab, (rows, T), generator=torch.Generator().manual_seed(rows)).tolist()
+    model = built(shape, sheet.device, torch.bfloat16).eval().requires_grad_(False)
+    if "int" in name:
+        compress.quantize(model, name[:4])
+    n_bytes = compress.weight_bytes(model) + rows * kv_cache_bytes(model.config, T + n, "bfloat16")
     if name in ("stream, eager", "transformers"):
         clock = bench.time_stream
         if name == "transformers":
-            model, clock = transformers_model(shape, sheet.device, torch.bfloat16).eval(), bench.time_transformers
+            model, clock = built(shape, sheet.device, torch.bfloat16, theirs=True).eval(), bench.time_transformers
         clock(model, prompts, 3)                         # warms up
-        return clock(model, prompts, n)[1] / rows, ""
+        return clock(model, prompts, n)[1] / rows, n_bytes, ""
     decoder = Decoder(model, prompts, n, compile="compiled" in name)
-    decoder.record()
+    if sheet.on_cuda:
+        decoder.record()
     ids, expected = decoder.run(n), decoding.generate(model, prompts, n, temperature=0)
     equal = sum(a == b for row, reference in zip(ids, expected) for a, b in zip(row, reference))
-    seconds = min(seconds_of(lambda: decoder.run(n), sheet.device, 1) for _ in range(3))
-    return (n - 1) / seconds, f"{equal} of {n * rows} ids as generate's"
+    seconds = min(seconds_of(lambda: decoder.run(n), sheet.device) for _ in range(3))
+    return (n - 1) / seconds, n_bytes, f"{equal} of {n * rows} ids as generate's"
 
 
 def decoding_stage(sheet: Sheet) -> None:
@@ -315,17 +308,12 @@ def decoding_stage(sheet: Sheet) -> None:
         # Narrow weights matter with one row; of GPT-2, the same blocks but narrower, one compiled case is enough.
         if "int" in name and (rows > 1 or label == "gpt2") or (label, name) == ("gpt2", "graph, compiled") and rows > 1:
             continue
-
-        def measure():
-            model = built(sheet.size[label], sheet.device, torch.bfloat16).eval().requires_grad_(False)
-            if "int" in name:
-                compress.quantize(model, name[:4])
-            cache = kv_cache_bytes(model.config, sheet.size["prompt"] + sheet.size["new"], "bfloat16")
-            n_bytes = compress.weight_bytes(model) + rows * cache
-            rate, remark = decode_rate(sheet, model, sheet.size[label], rows, name)
+        one = sheet.attempt(f"{label}, {name} {rows}", lambda: decode_rate(sheet, sheet.size[label], rows, name),
+                            needs=14 if "compiled" in name else 6)
+        if one is not None:
+            rate, n_bytes, remark = one
             sheet(f"{label + ', ' + name:28}{rows:>6}{rows * rate:>11,.1f}{1e3 / rate:>11.3f}{n_bytes / 1e9:>11.3f}"
                   f"{rate * n_bytes / roof:>7.2f}  {remark}")
-        sheet.attempt(f"{label}, {name} {rows}", measure, needs=14 if "compiled" in name else 6)
 
 
 # --- a stage's process ---
