@@ -17,20 +17,24 @@ One base model and one SFT model of align_demo.py serve all runs; a run changes 
 Our own estimator divides r - p by the root of p, p the group's mean. The sum over prompts of ∇p / √p is the gradient of
 2 √p: between Dr. GRPO, which counts all prompts alike (∇p), and MaxRL (∇p / p), whose rare successes count G times.
 """
+import contextlib
 import copy
+import io
 import json
 import statistics
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import align
 import align_demo
+from accounting import table
 from align_losses import group_advantages
 from checkpoint import write_atomically
-from configurator import ConfigError, command_line
+from configurator import command_line
 from model import ModelConfig, Transformer
 
 
@@ -59,25 +63,17 @@ GRPO = {                                                             # experimen
     "asked": {"think opened": dict(asked="Q: {}\nA: <think>"), "question alone": dict(asked="{}\n")}}
 SEEDS = {"on_policy": 4, "off_policy": 4}                            # the others: one, as the course asks
 ASKED = "Q: {}\nA:"                                                   # the laboratory's own form
-EXPERIMENTS = ("prompts", "sft", "expert", *GRPO)
 FIGURES = ("accuracy", "format", "any_form", "greedy", "length")
-LAST = ("entropy", "clip_fraction", "dead_groups", "norm")           # of the last rollout of a GRPO run
+LAST = ("entropy", "clip_fraction", "dead_groups")                   # of the last rollout of a GRPO run
 
 
 @dataclass
 class AlignBenchConfig:
     """What `python bench.py align` can be told."""
-    experiments: str = ",".join(EXPERIMENTS)      # those to run
+    experiments: str = ",".join(("prompts", "sft", "expert", *GRPO))      # those to run
     seeds: int = 4                                # at most, of each run
     steps: int = 60                               # rollouts of a GRPO run
     out: str = "out/bench_align"                  # results.json, table.txt, curves.png, samples.txt
-
-    def __post_init__(self):
-        for name in self.experiments.split(","):
-            if name not in EXPERIMENTS:
-                raise ConfigError(f"experiments={name!r} must be some of {', '.join(EXPERIMENTS)}")
-        if self.seeds < 1 or self.steps < 1:
-            raise ConfigError(f"seeds={self.seeds} and steps={self.steps} must be at least 1")
 
 
 class Bench:
@@ -110,15 +106,20 @@ class Bench:
 
     def run(self, experiment: str, name: str, seed: int, measure) -> None:
         """Store the figures that measure() gives, with the seconds it took, unless they are there."""
-        if any((run["experiment"], run["run"], run["seed"]) == (experiment, name, seed) for run in self.results):
-            return
-        began = time.perf_counter()
-        figures = measure()
-        entry = dict(experiment=experiment, run=name, seed=seed, **figures, seconds=time.perf_counter() - began)
-        self.results.append(entry)
-        write_atomically(self.path, lambda file: file.write(json.dumps(self.results, indent=1).encode("utf-8")))
-        print(f"{experiment}, {name}, seed {seed}: {figures['accuracy']:.1%} right, {entry['seconds']:.0f} s",
-              flush=True)
+        key, began = dict(experiment=experiment, run=name, seed=seed), time.perf_counter()
+        if not any(key.items() <= run.items() for run in self.results):
+            self.results.append(key | measure() | {"seconds": time.perf_counter() - began})
+            write_atomically(self.path, lambda file: file.write(json.dumps(self.results, indent=1).encode("utf-8")))
+            print(f"{experiment}, {name}, seed {seed}: {self.results[-1]['accuracy']:.1%} right, "
+                  f"{self.results[-1]['seconds']:.0f} s", flush=True)
+
+    def runs(self, experiment: str) -> dict:
+        """{name of a run: its results, one a seed} of an experiment."""
+        runs = {}
+        for run in self.results:
+            if run["experiment"] == experiment:
+                runs.setdefault(run["run"], []).append(run)
+        return runs
 
 
 def asking(lab, form: str):
@@ -132,7 +133,9 @@ def figures_of(lab, model) -> dict:
     return {name: measured[name] for name in FIGURES}
 
 
-def prompts(bench: Bench) -> None:
+# --- the experiments: each yields (name of a run, seed, function that gives its figures) ---
+
+def prompts(bench: Bench):
     """The base model, never fine-tuned, asked plainly, with the form opened, and after two examples in either form."""
     lab = bench.lab
     forms = {"plain": ASKED, "form opened": ASKED + " <think>"}
@@ -141,41 +144,40 @@ def prompts(bench: Bench) -> None:
                               for task in lab.pick("train", 2, ("count",))) + ASKED
     for name, form in forms.items():
         asking(lab, form)
-        bench.run("prompts", name, 0, lambda: figures_of(lab, bench.base))
+        yield name, 0, lambda: figures_of(lab, bench.base)
     asking(lab, ASKED)
 
 
-def sft(bench: Bench) -> None:
+def sft(bench: Bench):
     """Fine-tuning on more and more demonstrations, 300 steps each."""
     rows = bench.lab.demonstrations(1000)
     for n in (32, 64, 128, 256, 512, 1000):
-        bench.run("sft", f"{n} shown", 0, lambda: figures_of(bench.lab, bench.fine_tuned(rows[:n])))
+        yield f"{n} shown", 0, lambda: figures_of(bench.lab, bench.fine_tuned(rows[:n]))
 
 
-def expert(bench: Bench) -> None:
+def expert(bench: Bench):
     """Expert iteration: sample answers, fine-tune on the right ones, again; 3 rounds of 512 questions."""
     def iterate(group_size: int, epochs: int) -> dict:
-        model = bench.tuned
-        tasks = bench.lab.pick("train", 3 * 512)
-        for number in range(3):
-            asked = tasks[512 * number:512 * (number + 1)]
+        model, tasks = bench.tuned, bench.lab.pick("train", 3 * 512)
+        for start in (0, 512, 1024):
+            asked = tasks[start:start + 512]
             responses, texts = bench.lab.texts(model, asked, group_size=group_size)
             asked = [task for task in asked for _ in range(group_size)]
             right = [(bench.lab.prompt(task), row) for task, row, text in zip(asked, responses, texts)
                      if align.r1_zero_reward(text, task["answer"])["reward"]]
             steps = max(1, epochs * len(right) // align_demo.STAGES["sft"].batch_size)
             model = bench.fine_tuned(right, model, steps)
-        return figures_of(bench.lab, model) | {"kept": len(right)}
+        return figures_of(bench.lab, model)
     for group_size, epochs in ((2, 1), (8, 1), (2, 4), (8, 4)):
-        bench.run("expert", f"{group_size} answers, {epochs} epochs", 0, lambda: iterate(group_size, epochs))
+        yield f"{group_size} answers, {epochs} epochs", 0, lambda: iterate(group_size, epochs)
 
 
-def reinforce(bench: Bench, experiment: str) -> None:
+def reinforce(experiment: str, bench: Bench):
     """The GRPO runs of one experiment, seed after seed so that a short session has one of each first."""
     for seed in range(min(bench.config.seeds, SEEDS.get(experiment, 1))):
         for name, changes in GRPO[experiment].items():
             asking(bench.lab, changes.get("asked", ASKED))
-            bench.run(experiment, name, seed, lambda: grpo_run(bench, dict(ON_POLICY, **changes), seed, name))
+            yield name, seed, lambda: grpo_run(bench, dict(ON_POLICY, **changes), seed, name)
     asking(bench.lab, ASKED)
 
 
@@ -189,8 +191,8 @@ def grpo_run(bench: Bench, changes: dict, seed: int, name: str) -> dict:
     def log(**entry):
         entries.append(entry)
         if name == "grpo" and seed == 0 and (entry["step"] == 1 or entry["step"] % 20 == 0):
+            shown = lab.pick("val", 3)
             with open(bench.folder / "samples.txt", "a", encoding="utf-8") as file:
-                shown = lab.pick("val", 3)
                 for task, row, text in zip(shown, *lab.texts(model, shown)):
                     reward = align.r1_zero_reward(text, task["answer"])["reward"]
                     file.write(f"step {entry['step']}, reward {reward:.0f}, {len(row)} tokens, entropy of the rollout "
@@ -201,61 +203,60 @@ def grpo_run(bench: Bench, changes: dict, seed: int, name: str) -> dict:
             | {"curve": [entry["reward"] for entry in entries]})
 
 
-def table(bench: Bench) -> list[str]:
-    """A line a run: means over its seeds, and the standard deviation of the share right where there are several."""
-    model = sum(p.numel() for p in bench.base.parameters())
-    lines = [f"{model:,} parameters, {bench.config.steps} rollouts a GRPO run, 400 held-out tasks (one standard error: "
-             f"2 points); torch {torch.__version__}, {torch.get_num_threads()} threads",
-             "right, form, any form: sampled at temperature 1; any form: the answer stands last, whatever the form", "",
-             f"{'':<32}{'seeds':>5}{'right':>8}{'spread':>8}{'form':>8}{'any form':>9}{'greedy':>8}{'length':>8}"
-             f"{'entropy':>9}{'clipped':>9}{'dead':>7}"]
-    for experiment in EXPERIMENTS:
-        runs = [run for run in bench.results if run["experiment"] == experiment]
-        if runs:
-            lines.append(experiment)
-        for name in dict.fromkeys(run["run"] for run in runs):
-            group = [run for run in runs if run["run"] == name]
-            mean = {key: statistics.mean(run[key] for run in group) for key in (*FIGURES, *LAST) if key in group[0]}
-            spread = f"{statistics.stdev(run['accuracy'] for run in group):.1%}" if len(group) > 1 else "-"
-            line = (f"  {name:<30}{len(group):>5}{mean['accuracy']:>8.1%}{spread:>8}{mean['format']:>8.1%}"
-                    f"{mean['any_form']:>9.1%}{mean['greedy']:>8.1%}{mean['length']:>8.1f}")
-            if "entropy" in mean:
-                line += f"{mean['entropy']:>9.3f}{mean['clip_fraction']:>9.2%}{mean['dead_groups']:>7.1%}"
-            lines.append(line)
-    return lines
+EXPERIMENTS = {"prompts": prompts, "sft": sft, "expert": expert} | {name: partial(reinforce, name) for name in GRPO}
+
+
+# --- what is shown ---
+
+def show(bench: Bench) -> str:
+    """A table an experiment: means over the seeds, and the deviation of the share right; also to OUT/table.txt."""
+    parameters = sum(p.numel() for p in bench.base.parameters())
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        print(f"{parameters:,} parameters, {bench.config.steps} rollouts a GRPO run, 400 held-out tasks (one standard "
+              f"error: 2 points); torch {torch.__version__}, {torch.get_num_threads()} threads\nright, form, any form: "
+              "sampled at temperature 1; any form: the answer stands last, whatever the form")
+        for experiment in EXPERIMENTS:
+            rows = []
+            for name, runs in bench.runs(experiment).items():
+                mean = {key: statistics.mean(run[key] for run in runs) for key in (*FIGURES, *LAST) if key in runs[0]}
+                spread = statistics.stdev(run["accuracy"] for run in runs) if len(runs) > 1 else None
+                rows.append([name, len(runs), f"{mean['accuracy']:.1%}", "-" if spread is None else f"{spread:.1%}",
+                             *(f"{mean[key]:.1%}" for key in ("format", "any_form", "greedy")), mean["length"],
+                             *(f"{mean[key]:.2%}" if key in mean else "-" for key in LAST[1:]),
+                             mean.get("entropy", "-")])
+            if rows:
+                table(experiment, ["", "seeds", "right", "spread", "form", "any form", "greedy", "length", "clipped",
+                                   "dead", "entropy"], rows)
+    (bench.folder / "table.txt").write_text(text.getvalue(), encoding="utf-8", newline="\n")
+    return text.getvalue()
 
 
 def draw(bench: Bench) -> None:
     """Rewards over the rollouts, a panel an experiment, the mean of its seeds; to OUT/curves.png."""
     from matplotlib.figure import Figure
-    shown = [name for name in GRPO if any(run["experiment"] == name for run in bench.results)]
+    shown = [name for name in GRPO if bench.runs(name)]
     if not shown:
         return
     figure = Figure(figsize=(4.5 * len(shown), 4), layout="constrained")
     for axis, experiment in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
-        runs = [run for run in bench.results if run["experiment"] == experiment]
-        for name in dict.fromkeys(run["run"] for run in runs):
-            curves = [run["curve"] for run in runs if run["run"] == name]
-            steps = min(map(len, curves))
-            mean = [statistics.mean(curve[step] for curve in curves) for step in range(steps)]
-            smooth = [statistics.mean(mean[max(0, step - 4):step + 1]) for step in range(steps)]
-            axis.plot(range(1, steps + 1), smooth, label=name)
+        for name, runs in bench.runs(experiment).items():
+            mean = [statistics.mean(rewards) for rewards in zip(*(run["curve"] for run in runs))]
+            smooth = [statistics.mean(mean[max(0, step - 4):step + 1]) for step in range(len(mean))]
+            axis.plot(range(1, len(mean) + 1), smooth, label=name)
         axis.set(xlabel="rollout", ylabel="mean reward (of 5 rollouts)", title=experiment, ylim=(0, 1))
         axis.legend(fontsize=7)
-    figure.suptitle("python bench.py align", fontsize=9)
     figure.savefig(bench.folder / "curves.png", dpi=80)
 
 
 def align_bench(argv: list[str]) -> None:
     """Alignment's experiments from one SFT model: prompts, amounts of data, expert iteration, GRPO's variants."""
-    _, _, config, _ = command_line(AlignBenchConfig, argv, "usage: python bench.py align [--key=value …]")
+    config = command_line(AlignBenchConfig, argv, "usage: python bench.py align [--key=value …]")[2]
+    experiments = {name: EXPERIMENTS[name] for name in config.experiments.split(",")}
     bench = Bench(config)
     bench.run("sft", "none", 0, lambda: figures_of(bench.lab, bench.base))
-    for experiment in config.experiments.split(","):
-        if experiment in GRPO:
-            reinforce(bench, experiment)
-        else:
-            {"prompts": prompts, "sft": sft, "expert": expert}[experiment](bench)
-        (bench.folder / "table.txt").write_text("\n".join(table(bench)) + "\n", encoding="utf-8", newline="\n")
+    for experiment, runs in experiments.items():
+        for name, seed, measure in runs(bench):
+            bench.run(experiment, name, seed, measure)
+        show(bench)
         draw(bench)
-    print("\n".join(table(bench)))
+    print(show(bench))

@@ -312,10 +312,11 @@ def kernels(sheet: Sheet) -> None:
         sheet.point("roofline", "roof, measured", x, min(x * copy, product) / 1e12)
     for D, T in itertools.product(s["widths"], s["lengths"]):
         B, H = max(1, s["attention_tokens"] // T), s["attention_width"] // D
-        _, ours, plain, sdpa, inputs = bench_systems.attention_cases(sheet.device, T, H, H, D, B)[2]
-        inputs, flops = bench_systems.leaves(inputs, torch.bfloat16), 2 * B * H * T * T * D
-        functions = {"ours": ours, "flash": sdpa_kernel(SDPBackend.FLASH_ATTENTION)(sdpa),
-                     "cuDNN": sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(sdpa), "plain": plain}
+        inputs = bench_systems.leaves(bench_systems.attention_inputs(sheet.device, B, H, H, T, T, D), torch.bfloat16)
+        causal, flops = bench_systems.attention_functions(causal=True), 2 * B * H * T * T * D
+        functions = {"ours": causal["Triton"], "plain": causal["plain"],
+                     "flash": sdpa_kernel(SDPBackend.FLASH_ATTENTION)(causal["torch's sdpa"]),
+                     "cuDNN": sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(causal["torch's sdpa"])}
         for name, function in functions.items():
             if name == "plain" and T > s["plain_length"]:
                 continue

@@ -69,24 +69,23 @@ def layer_cases(device, T, C, V, H, K, D) -> list[tuple]:
              (randn(T, C), randn(V, C), targets))]
 
 
-def attention_cases(device, T, H, K, D, B=1) -> list[tuple]:
-    """The same for flash.py, causal and not."""
+def attention_functions(causal: bool, group: int = 1) -> dict:
+    """name -> function of q (B, H, Tq, D), k and v (B, H / group, Tk, D): plain, in tiles, torch's own, Triton's."""
     import flash
-    inputs, cases = [torch.randn(B, heads, T, D, device=device).requires_grad_() for heads in (H, K, K)], []
 
-    def plain(q, k, v, causal):
-        if H > K:
-            k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
+    def plain(q, k, v):
+        if group > 1:
+            k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
         return torch.softmax(flash.scores_of(q, k, causal), dim=-1) @ v
+    return {"plain": plain, "tiles in PyTorch": lambda q, k, v: flash.FlashAttentionPyTorch.apply(q, k, v, causal),
+            "torch's sdpa": lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, enable_gqa=group > 1),
+            "Triton": lambda q, k, v: flash.flash_attention(q, k, v, causal)}
 
-    def sdpa(q, k, v, causal):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=H > K)
 
-    for name, ours in (("PyTorch", flash.FlashAttentionPyTorch.apply), ("Triton", flash.flash_attention)):
-        for kind, causal in (("causal", True), ("full", False)):
-            functions = [lambda q, k, v, f=f, causal=causal: f(q, k, v, causal) for f in (ours, plain, sdpa)]
-            cases.append((f"{name} {kind}", *functions, inputs))
-    return cases
+def attention_inputs(device, B, H, K, Tq, Tk, D) -> list:
+    """q, k, v of H and K heads."""
+    return [torch.randn(B, heads, T, D, device=device).requires_grad_() for heads, T in ((H, Tq), (K, Tk), (K, Tk))]
 
 
 def leaves(inputs, dtype) -> list:
@@ -113,42 +112,39 @@ def errors(function, reference, inputs, dtype) -> list[float]:
     return [torch.stack(pair).max().item() for pair in pairs]              # Python's max could miss a NaN
 
 
-def long_cases(device) -> list[tuple]:
-    """All kernels at odd and long shapes; the reference of attention is flash.py's in PyTorch, which needs no T x T."""
+def kernel_cases(page: str, long: bool, device) -> list[tuple]:
+    """(name, ours, reference, torch's own, inputs) at one small size, or at odd and long ones."""
     import flash
-    flash.TILE, cases = 2048, []                           # few large tiles: 64 would take a minute here
-    for T, C, V, H, K, D in LONG_LAYERS:
-        cases += [(f"{name} {T} {C} {V} {D}", *case) for name, *case in layer_cases(device, T, C, V, H, K, D)]
-    for Tq, Tk, D, K, group, causal in LONG_ATTENTION:
-        inputs = [torch.randn(1, heads, T, D, device=device).requires_grad_()
-                  for heads, T in ((group * K, Tq), (K, Tk), (K, Tk))]
-        ours, tiled = (functools.partial(lambda f, causal, q, k, v: f(q, k, v, causal), f, causal)
-                       for f in (flash.flash_attention, flash.FlashAttentionPyTorch.apply))
-        cases.append((f"{Tq} x {Tk}, {D}, {group}:{K} {'causal' if causal else 'full'}", ours, tiled, None, inputs))
+    cases, sizes = [], LONG_LAYERS if long else [(50, 256, 200, 4, 2, 64)]
+    for T, C, V, H, K, D in sizes if page != "flash" else ():
+        cases += [(f"{name} {T}, {C}, {V}, {D}", *case) for name, *case in layer_cases(device, T, C, V, H, K, D)]
+    sizes = LONG_ATTENTION if long else [(70, 70, 64, 2, 2, True), (70, 70, 64, 2, 2, False)]
+    for Tq, Tk, D, K, group, causal in sizes if page != "kernels" else ():
+        functions, name = attention_functions(causal, group), f"{Tq} x {Tk}, {D} {'causal' if causal else 'full'}"
+        reference = functions["tiles in PyTorch" if long else "plain"]       # the long ones have no room for T x T
+        inputs = attention_inputs(device, 1, group * K, K, Tq, Tk, D)
+        cases += [(f"{kind} {name}", functions[kind], reference, None, inputs)
+                  for kind in ("tiles in PyTorch", "Triton")[long:]]
+    if long:
+        flash.TILE = 2048                                  # few large tiles: 64 would take a minute here
     return cases
 
 
 def kernels(argv: list[str]) -> None:
     """The largest error of every kernel beside plain PyTorch's, by dtype; exits with 1 for one that is too large."""
     config = command_line(KernelConfig, argv, "usage: python bench.py kernels [--page=kernels | flash | both]")[2]
-    gpu = torch.cuda.is_available()
-    device = "cuda" if gpu else "cpu"
+    gpu, wrong = torch.cuda.is_available(), 0
     if not gpu:
         os.environ.setdefault("TRITON_INTERPRET", "1")     # read when kernels.py is imported
     torch.manual_seed(0)
-    cases, wrong = long_cases(device) if config.long else [], 0
-    if config.page != "flash" and not config.long:
-        cases += layer_cases(device, T=50, C=256, V=200, H=4, K=2, D=64)
-    if config.page != "kernels" and not config.long:
-        cases += attention_cases(device, T=70, H=4, K=2, D=64)
     print(f"largest error against float64 on {torch.cuda.get_device_name() if gpu else 'the CPU, kernels interpreted'}")
-    print(f"{'':44}{'ours':20}plain PyTorch\n{'':44}" + f"{'output':10}{'gradient':10}" * 2)
-    for name, ours, plain, _, inputs in cases:
+    print(f"{'':48}{'ours':20}plain PyTorch\n{'':48}" + f"{'output':10}{'gradient':10}" * 2)
+    for name, ours, plain, _, inputs in kernel_cases(config.page, config.long, "cuda" if gpu else "cpu"):
         for dtype in config.dtypes.split(","):
             values = [error for function in (ours, plain) for error in errors(function, plain, inputs, DTYPES[dtype])]
             bad = not all(error < TOLERANCE[dtype] for error in values[:2])        # NaN is not below either
             wrong += bad
-            print(f"{name:34}{dtype:10}" + "".join(f"{error:<10.0e}" for error in values) + "WRONG" * bad, flush=True)
+            print(f"{name:38}{dtype:10}" + "".join(f"{error:<10.0e}" for error in values) + "WRONG" * bad, flush=True)
     if wrong:
         sys.exit(f"{wrong} of the kernels' errors are too large")
 
@@ -170,19 +166,19 @@ def attention(words: list[str]) -> None:
     device, batch, repeats = pick_device(config.device), 8, 5
     gpu = device.startswith("cuda")
     lengths = config.lengths or ("256,1024,4096,8192,16384" if gpu else "128,512,2048")
+    functions = attention_functions(causal=True)
+    if can_compile(device):
+        functions["plain, compiled"] = torch.compile(functions["plain"])
+    if not gpu:
+        del functions["Triton"]                            # interpreted it has no time worth knowing
     print(f"{on(device)}; batch {batch}, one head, {config.dtype}, causal; ms, medians of {repeats}")
     print(f"{'width':>6}{'length':>8}  {'':<18}{'forward':>10}{'backward':>10}{'MB kept':>10}")
     for D in map(int, config.widths.split(",")):
         for T in map(int, lengths.split(",")):
-            (_, tiles, plain, own, inputs), _, (_, triton, *_), _ = attention_cases(device, T, 1, 1, D, batch)
-            kinds = {"plain": plain, "tiles in PyTorch": tiles, "torch's sdpa": own,
-                     "plain, compiled": torch.compile(plain) if can_compile(device) else None,
-                     "Triton": triton if gpu else None}
-            for name, function in kinds.items():
-                if function is None:
-                    continue
+            inputs = leaves(attention_inputs(device, batch, 1, 1, T, T, D), DTYPES[config.dtype])
+            for name, function in functions.items():
                 try:
-                    row = attention_row(function, leaves(inputs, DTYPES[config.dtype]), device, repeats)
+                    row = attention_row(function, inputs, device, repeats)
                 except RuntimeError as error:                                       # out of memory is one
                     row = f"  {str(error).splitlines()[0][:60]}"
                 print(f"{D:>6}{T:>8}  {name:<18}{row}", flush=True)
@@ -214,8 +210,7 @@ class ParallelConfig:
     """What `torchrun … bench.py parallel` measures."""
     d_model: int = 512               # width of the model that is trained
     n_layers: int = 4                # its blocks
-    vocab_size: int = 8192           # its vocabulary
-    context_length: int = 128        # tokens per sequence
+    vocab_size: int = 8192           # its vocabulary; sequences are of 128 tokens
     batch_size: int = 2              # sequences per rank and step
     steps: int = 12                  # timed steps of each strategy, taken in turns
     max_mb: int = 256                # largest message of the bandwidth table
@@ -336,11 +331,10 @@ def held_bytes(wrapper, optimizer) -> int:
 
 def strategy_times(config: ParallelConfig, device) -> tuple[list[str], dict]:
     """(lines of a table, a traced step of each strategy). They take turns, so that all see the same machine."""
-    shape = ModelConfig(config.vocab_size, config.context_length, config.d_model, config.n_layers, n_heads=8)
+    shape = ModelConfig(config.vocab_size, 128, config.d_model, config.n_layers, n_heads=8)
     made, size = strategies(shape, device), parallel.world()[1]
     # The same rows on every rank, so all should have the same loss; tensor parallel and pipelines do them all together.
-    ids = torch.randint(256, (config.batch_size, config.context_length + 1),
-                        generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(256, (config.batch_size, 129), generator=torch.Generator().manual_seed(0)).to(device)
     traces, losses, seconds = {}, {}, {name: [] for name in made}
     for turn in range(config.steps + 1):
         for name in made if turn % 2 else reversed(made):

@@ -66,7 +66,7 @@ def test_within_a_stage_an_error_or_too_little_time_costs_one_figure(tmp_path):
 
 def test_a_wrong_kernel_fails_the_table_of_errors(kernels, monkeypatch):
     cases = bench_systems.layer_cases
-    monkeypatch.setattr(bench_systems, "layer_cases", lambda device, **sizes: cases(device, 5, 24, 33, 2, 1, 16))
+    monkeypatch.setattr(bench_systems, "layer_cases", lambda device, *sizes: cases(device, 5, 24, 33, 2, 1, 16))
     monkeypatch.setattr(kernels, "swiglu", lambda gate, up: gate * torch.sigmoid(gate) * up * 1.1)
     monkeypatch.setattr(kernels, "rms_norm", lambda x, w: x / 0 * w)                    # not finite is not small
     with pytest.raises(SystemExit, match="4 of the kernels"):
