@@ -51,7 +51,6 @@ LIMITS = {"correct": 85, "kernels": 80, "training": 175, "decoding": 65, "distri
 ALL_SECONDS = 9 * 60
 
 GPT2 = PRESETS["gpt2"] | {"vocab_size": 50_304}          # 50,257 and padding: a multiple of 64 keeps rows aligned
-LLAMA = dict(vocab_size=50_304, context_length=1024, d_model=2048, n_layers=24, n_heads=16, d_ff=6144)    # 1.5e9
 TOY = dict(vocab_size=60, context_length=16, d_model=32, n_layers=1, n_heads=1)
 # Sizes on a card and, to prove the command, on a CPU.
 SIZES = {
@@ -59,14 +58,14 @@ SIZES = {
         # kernels: lengths and head widths of attention; tokens, width, vocabulary, heads, key heads, D of the others
         lengths=(1024, 4096, 16384, 65536), widths=(64, 128), attention_tokens=16384, attention_width=2048,
         plain_length=4096, layer=(16384, 4096, 50304, 32, 8, 128), copy_bytes=2 ** 31, product=8192,
-        gpt2=GPT2, llama=LLAMA, batches=(64, 32, 16, 8, 4), rounds=4, steps=5, curve_batch=8, curve_steps=200,
-        profile_batch=16, prompt=128, new=64, rows=(1, 8, 64), max_mb=1024, flags=(),
-        corpus_bytes=8_000_000, vocabulary=10_000),
+        gpt2=GPT2, batches=(64, 32, 16, 8, 4), rounds=4, steps=5, curve_batch=8, curve_steps=200,
+        profile_batch=16, max_mb=1024, flags=(), corpus_bytes=8_000_000, vocabulary=10_000,
+        decode={"llama-1.5b": ["--batch=8,64"], "gpt2": ["--batch=8,64"]}),
     "cpu": dict(
         lengths=(8, 16), widths=(16,), attention_tokens=16, attention_width=16, plain_length=8,
-        layer=(8, 16, 48, 2, 1, 8), copy_bytes=2 ** 20, product=64,
-        gpt2=GPT2 | TOY, llama=TOY | {"d_ff": 64}, batches=(1,), rounds=1, steps=1, curve_batch=1, curve_steps=2,
-        profile_batch=1, prompt=5, new=4, rows=(1, 2), max_mb=1, corpus_bytes=60_000, vocabulary=300,
+        layer=(8, 16, 48, 2, 1, 8), copy_bytes=2 ** 20, product=64, gpt2=GPT2 | TOY, batches=(1,), rounds=1, steps=1,
+        curve_batch=1, curve_steps=2, profile_batch=1, max_mb=1, corpus_bytes=60_000, vocabulary=300,
+        decode={"toy": ["--batch=2", "--prompt_tokens=5", "--new_tokens=4"]},
         flags=("--d_model=32", "--d_ff=64", "--n_layers=1", "--n_heads=2", "--context_length=32", "--batch_tokens=256",
                "--micro_batch_size=8", "--max_steps=3"))}
 PICTURES = {        # OUT/NAME.png: (how it is drawn, x, y, title)

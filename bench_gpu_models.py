@@ -1,18 +1,9 @@
 """The models' stages of `python bench.py gpu`: training and decoding; and what a stage's process runs.
 
-A training step of GPT-2 is products, so MFU counts, the share of the data sheet's FLOP/s (PaLM, 2204.02311). A step of
-decoding reads every weight for one row of products, so the share of the bandwidth counts. Before it stands the host:
-GPT-2 in eager mode launches 400 kernels for a token, 5 µs each, where reading its weights takes 80 µs. A CUDA graph
-launches them all at once, if nothing in the step depends on the host. So every position works on the whole cache, and a
-mask hides what is not written yet:
-
-    decoding.stream    a step for 130 keys, then for 131, 132 …    the host knows the length, and waits for each token
-    Decoder            a step for 192 keys, each time the same     position and tokens are numbers on the card
+A training step of GPT-2 is products, so MFU counts, the share of the data sheet's FLOP/s (PaLM, 2204.02311).
 """
 import contextlib
-import copy
 import io
-import itertools
 import statistics
 import sys
 import tempfile
@@ -21,17 +12,13 @@ import torch
 
 import bench
 import bench_gpu
-import bench_step
-import compress
-import decoding
 import train
-from accounting import flops_per_token, kv_cache_bytes
+from accounting import flops_per_token
 from bench_gpu import GpuConfig, Sheet, free
 from bench_step import seconds_of
 from configurator import command_line
 from convert import their_config
-from layers import rope_tables
-from machine import bandwidth, peak_flops
+from machine import peak_flops
 from model import ModelConfig, Transformer
 from optim import clip_grad_norm
 
@@ -159,6 +146,14 @@ def curves(sheet: Sheet) -> None:
     sheet(*(f"{i + 1:>8}{pairs[i][0]:>10.4f}{pairs[i][1]:>10.4f}" for i in sorted({0, n // 20, n // 4, n // 2, n - 1})))
 
 
+def said(sheet: Sheet, verb: str, words: list[str]):
+    """What a verb of bench.py gives; what it says goes to the table."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        result = bench.VERBS[verb](words)
+    sheet("", f"python bench.py {verb} {' '.join(words)}", *text.getvalue().splitlines())
+    return result
+
+
 def training(sheet: Sheet) -> None:
     """GPT-2's training step: rates beside transformers, two loss curves; its time by region, its memory by kind."""
     training_rates(sheet)
@@ -169,156 +164,25 @@ def training(sheet: Sheet) -> None:
         settings = shape | dict(attention_backend="triton", batch_tokens=rows * shape["context_length"],
                                 data_dir="none", out_dir=folder, device=sheet.device, dtype="bfloat16")
         words = [f"--{key}={value}" for key, value in settings.items()]
-        for name, verb in (("profile", bench_step.profile), ("memory", bench_step.memory)):
-            with contextlib.redirect_stdout(io.StringIO()) as text:
-                parts = sheet.attempt(name, lambda: verb(words), needs=10)
-            sheet("", f"{name} of one step of {rows} rows, not compiled", *text.getvalue().splitlines())
-            for region, ms in (parts or {}).items():
-                sheet.point("training_step", "", region, ms)
+        parts = sheet.attempt("profile", lambda: said(sheet, "profile", words), needs=10)
+        sheet.attempt("memory", lambda: said(sheet, "memory", words), needs=10)
+    for region, ms in (parts or {}).items():
+        sheet.point("training_step", "", region, ms)
 
 
-# --- a decoding step that a CUDA graph can replay ---
+# --- decoding ---
 
-class Layer:
-    """One layer's keys and values (B, K, S, D) for all positions there will be, in KVCache's place."""
-
-    def __init__(self, k, v):
-        self.k, self.v = k, v
-
-    def append(self, layer, k, v, plan, window):
-        """Store those of one new token; return all, as the mask hides what is not written."""
-        self.k.index_copy_(2, plan.slots, k)
-        self.v.index_copy_(2, plan.slots, v)
-        return self.k, self.v
-
-
-class Step:
-    """What attention.Plan is for a pass, for one token at a position that only the card knows."""
-
-    def __init__(self, config: ModelConfig, position, keys):
-        self.slots = self.positions = position                           # (1,)
-        self.fresh, self.balance, self.masks = False, [], {None: (keys <= position)[None]}       # (1, S)
-        if config.position == "rope":
-            tables = rope_tables(position, config.head_dim, config.rope_theta, config)
-            self.cos, self.sin = (table.unsqueeze(-2) for table in tables)
-
-
-def numbered_zero(block):
-    """The same block, tensors shared, as a first layer: torch.compile would make a program for each number."""
-    block = copy.copy(block)
-    block._modules = dict(block._modules) | {"attn": copy.copy(block.attn)}
-    block.layer = block.attn.layer = 0
-    return block
-
-
-def run_block(block, x, layer: Layer, step: Step):
-    """One block; compiled once, it serves all layers, which differ in tensors only."""
-    return block(x, None, layer, step)
-
-
-class Decoder:
-    """Greedy decoding by steps that are all alike, so that a CUDA graph can replay one: tokens stay on the card.
-
-    compile: fuse each block's small operations; with one row inductor then also makes products of its own, in which
-    int8 weights are widened as they are read.
-    """
-
-    def __init__(self, model: Transformer, prompts: list[list[int]], n_new: int, compile: bool = False):
-        c, self.model, self.T = model.config, model, len(prompts[0])
-        device, length = model.token_embeddings.weight.device, min(c.context_length, -(-(self.T + n_new) // 64) * 64)
-        logits, memory = decoding.prefill(model, prompts, True, length - self.T)
-        self.layers = [Layer(k, v) for k, v in zip(memory.k, memory.v)]
-        self.blocks = [numbered_zero(block) for block in model.layers]
-        self.on_cuda, self.run_block, self.graph = device.type == "cuda", run_block, None
-        if compile:
-            torch.compiler.reset()                       # else the ninth program of a function would not be made
-            options = {"coordinate_descent_tuning": True} if self.on_cuda and len(prompts) == 1 else None
-            self.run_block = torch.compile(run_block, backend="inductor" if self.on_cuda else "aot_eager",
-                                           options=options, dynamic=False)
-        self.keys, self.position = torch.arange(length, device=device), torch.tensor([self.T], device=device)
-        self.tokens = torch.zeros(len(prompts), length + 1, dtype=torch.long, device=device)
-        self.tokens[:, :self.T] = torch.tensor(prompts, device=device)
-        self.tokens[:, self.T] = logits.argmax(-1)
-
-    def step(self) -> None:
-        """The token after the one at `position`, and one position on; no number of it is seen by the host."""
-        plan = Step(self.model.config, self.position, self.keys)
-        x = self.model.embed(self.tokens.index_select(1, self.position), None, plan)
-        for block, layer in zip(self.blocks, self.layers):
-            x = self.run_block(block, x, layer, plan)
-        self.position += 1
-        self.tokens.index_copy_(1, self.position, self.model.head(x[:, -1]).argmax(-1, keepdim=True))
-
-    def record(self) -> None:
-        """Record one step as a graph; before it, three steps on a side stream, which also compile."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.position.fill_(self.T)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.step()                                  # recording computes nothing
-
-    def run(self, n: int) -> list[list[int]]:
-        """The next n ids of every row, from the first position on."""
-        self.position.fill_(self.T)
-        for _ in range(n - 1):                           # the first one is prefill's
-            if self.graph is None:
-                self.step()
-            else:
-                self.graph.replay()
-        return self.tokens[:, self.T:self.T + n].tolist()
-
-
-@torch.no_grad()
-def decode_rate(sheet: Sheet, shape: dict, rows: int, name: str) -> tuple[float, float, str]:
-    """(steps per second, bytes that a step reads, a remark) of one case."""
-    n, T, vocab = sheet.size["new"], sheet.size["prompt"], min(shape["vocab_size"], 50_257)
-    prompts = torch.randint(vocab, (rows, T), generator=torch.Generator().manual_seed(rows)).tolist()
-    model = built(shape, sheet.device, torch.bfloat16).eval().requires_grad_(False)
-    if "int" in name:
-        compress.quantize(model, name[:4])
-    n_bytes = compress.weight_bytes(model) + rows * kv_cache_bytes(model.config, T + n, "bfloat16")
-    if name in ("stream, eager", "transformers"):
-        clock = bench.time_stream
-        if name == "transformers":
-            model, clock = built(shape, sheet.device, torch.bfloat16, theirs=True).eval(), bench.time_transformers
-        clock(model, prompts, 3)                         # warms up
-        return clock(model, prompts, n)[1] / rows, n_bytes, ""
-    decoder = Decoder(model, prompts, n, compile="compiled" in name)
-    if sheet.on_cuda:
-        decoder.record()
-    ids, expected = decoder.run(n), decoding.generate(model, prompts, n, temperature=0)
-    equal = sum(a == b for row, reference in zip(ids, expected) for a, b in zip(row, reference))
-    seconds = min(seconds_of(lambda: decoder.run(n), sheet.device) for _ in range(3))
-    return (n - 1) / seconds, n_bytes, f"{equal} of {n * rows} ids as generate's"
-
-
-def decoding_stage(sheet: Sheet) -> None:
+def decoding(sheet: Sheet) -> None:
     """Tokens per second by shape, batch, weights and way of launching, as a share of the bandwidth."""
-    roof = max(bandwidth(sheet.device) for _ in range(2))
-    sheet(f"reading {roof / 1e9:,.0f} GB/s; prompt {sheet.size['prompt']}, {sheet.size['new']} new, greedy, bfloat16",
-          "gpt-fast, Llama-2-7B on an A100 that reads 1,700 GB/s, batch 1: 0.82, int8 0.63, int4 0.51 (its README)",
-          f"{'':28}{'rows':>6}{'tokens/s':>11}{'ms a step':>11}{'GB a step':>11}{'share':>7}")
-    names = ["stream, eager", "graph", "graph, compiled", "int8, compiled", "int4, compiled", "transformers"]
-    for label, rows, name in itertools.product(("llama", "gpt2"), sheet.size["rows"], names):
-        # Narrow weights matter with one row; of GPT-2, the same blocks but narrower, one compiled case is enough.
-        if "int" in name and (rows > 1 or label == "gpt2") or (label, name) == ("gpt2", "graph, compiled") and rows > 1:
-            continue
-        one = sheet.attempt(f"{label}, {name} {rows}", lambda: decode_rate(sheet, sheet.size[label], rows, name),
-                            needs=14 if "compiled" in name else 6)
-        if one is not None:
-            rate, n_bytes, remark = one
-            sheet(f"{label + ', ' + name:28}{rows:>6}{rows * rate:>11,.1f}{1e3 / rate:>11.3f}{n_bytes / 1e9:>11.3f}"
-                  f"{rate * n_bytes / roof:>7.2f}  {remark}")
+    sheet("gpt-fast, Llama-2-7B on an A100 that reads 1,700 GB/s, batch 1: 0.82, int8 0.63, int4 0.51 (its README)")
+    for shape, changes in sheet.size["decode"].items():
+        words = [shape, *changes, "--dtype=bfloat16", "--graph=true", "--reference=true", f"--device={sheet.device}"]
+        sheet.attempt(f"decode {shape}", lambda: said(sheet, "decode", words), needs=25)
 
 
 # --- a stage's process ---
 
-STAGES = {"correct": bench_gpu.correct, "kernels": bench_gpu.kernels, "training": training, "decoding": decoding_stage,
+STAGES = {"correct": bench_gpu.correct, "kernels": bench_gpu.kernels, "training": training, "decoding": decoding,
           "distributed": bench_gpu.distributed, "loss": bench_gpu.loss}
 
 

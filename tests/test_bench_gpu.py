@@ -1,6 +1,7 @@
 """Claims about `python bench.py gpu`: every stage's lines at toy sizes, and what is kept of one that fails."""
 import contextlib
 import io
+import re
 import sys
 import time
 from types import SimpleNamespace
@@ -80,13 +81,14 @@ def test_kernels_and_training_beside_torchs_and_transformers_and_drawn(kernels, 
     monkeypatch.delitem(bench_gpu_models.CASES, "triton compiled, fused loss")
     text, missing, pictures = run("training", tmp_path, monkeypatch)
     assert not missing and all(words in text for words in (
-        "transformers compiled", "losses of 2 steps", "profile of one step", "activations: attention")), text
+        "transformers compiled", "losses of 2 steps", "bench.py profile", "activations: attention")), text
     assert pictures == set(bench_gpu.PICTURES)
 
 
 def test_the_decoding_and_loss_stages(tmp_path, monkeypatch):
     text, missing, _ = run("decoding", tmp_path, monkeypatch)
-    assert not missing and text.count("4 of 4 ids as generate's") == 6 and text.count("8 of 8 ids") == 3, text
+    assert not missing and text.count("4 of 4 ids as generate's") == 3 == text.count("8 of 8 ids"), text
+    assert len(re.findall(r"transformers +[12] +\d", text)) == 2, text
 
     def in_this_process(command, limit):
         with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -101,7 +103,7 @@ def test_the_decoding_and_loss_stages(tmp_path, monkeypatch):
 def test_the_graph_of_a_step_is_recorded_after_warm_up_and_replayed_and_one_compiled_block_serves_all(monkeypatch):
     """CUDA by stand-ins: recording must compute nothing, and each replay is one step from the right position."""
     prompts, model = torch.randint(61, (3, 5)).tolist(), toy("qwen3").eval()
-    expected, decoder = decoding.generate(model, prompts, 9, temperature=0), bench_gpu_models.Decoder(model, prompts, 9)
+    expected, decoder = decoding.generate(model, prompts, 9, temperature=0), bench.Decoder(model, prompts, 9)
     assert decoder.run(9) == expected == decoder.run(9), "a second run begins anew"
     counter, calls = torch._dynamo.testing.CompileCounter(), []
     stream = SimpleNamespace(wait_stream=lambda other: calls.append("wait"))
@@ -116,9 +118,9 @@ def test_the_graph_of_a_step_is_recorded_after_warm_up_and_replayed_and_one_comp
                             graph=graph, stream=lambda stream: contextlib.nullcontext()).items():
         monkeypatch.setattr(torch.cuda, name, value)
     model = toy("gpt2", n_layers=12).eval()
-    decoder = bench_gpu_models.Decoder(model, [[3, 1, 4, 1]], 8)
+    decoder = bench.Decoder(model, [[3, 1, 4, 1]], 8)
     decoder.on_cuda = True
-    decoder.run_block = torch.compile(bench_gpu_models.run_block, backend=counter, dynamic=False)
+    decoder.run_block = torch.compile(bench.run_block, backend=counter, dynamic=False)
     decoder.record()
     assert decoder.run(8) == decoding.generate(model, [[3, 1, 4, 1]], 8, temperature=0)
     assert calls == ["wait", "wait", "record"] + ["replay"] * 7 and counter.frame_count == 1
