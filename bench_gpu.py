@@ -13,14 +13,15 @@ fails or is ended keeps what it has; its last words are recorded, and the next o
 
 A kernel is bound by one of two roofs (Williams 2009), both measured on the card first: few FLOPs a byte (RMSNorm,
 SwiGLU, RoPE, cross entropy) by the bandwidth of a copy, many (attention, linear + cross entropy) by the FLOP/s of a
-large product. On a CPU all runs at toy sizes, the kernels through Triton's interpreter: that proves the command, not
-the figures. Nothing is downloaded; transformers if installed. The models' stages stand in bench_gpu_models.py.
+large product. Of a training step MFU counts, the share of the data sheet's FLOP/s (PaLM, 2204.02311). On a CPU all runs
+at toy sizes, the kernels through Triton's interpreter: that proves the command, not the figures. Nothing is downloaded;
+transformers if installed.
 
     python bench.py gpu --out=results/h100 --only=kernels       one stage again, with nine minutes for itself
 """
 import contextlib
 import gc
-import importlib.metadata
+import io
 import itertools
 import os
 import shutil
@@ -38,13 +39,18 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import bench_decode
+import bench_step
 import bench_systems
 import data
 import runs
-from accounting import PRESETS
-from bench_step import seconds_of
+import train
+from accounting import PRESETS, flops_per_token
+from bench_step import on, seconds_of, step_parts
 from configurator import ConfigError, command_line
-from machine import pick_device
+from convert import their_config
+from machine import peak_flops, pick_device
+from model import ModelConfig, Transformer
 
 HERE = Path(__file__).parent
 LIMITS = {"correct": 85, "kernels": 80, "training": 175, "decoding": 65, "distributed": 25, "loss": 108}      # seconds
@@ -68,11 +74,6 @@ SIZES = {
         decode={"toy": ["--batch=2", "--prompt_tokens=5", "--new_tokens=4"]},
         flags=("--d_model=32", "--d_ff=64", "--n_layers=1", "--n_heads=2", "--context_length=32", "--batch_tokens=256",
                "--micro_batch_size=8", "--max_steps=3"))}
-PICTURES = {        # OUT/NAME.png: (how it is drawn, x, y, title)
-    "roofline": ("loglog", "FLOPs a byte, forward and backward", "TFLOP/s", "kernels in bfloat16"),
-    "attention": ("semilogx", "tokens", "TFLOP/s", "causal attention, forward and backward"),
-    "training_step": ("barh", "ms", "", "one step of GPT-2, not compiled, by region")}
-
 
 @dataclass
 class GpuConfig:
@@ -108,13 +109,10 @@ def run_process(command: list[str], limit: float, **more) -> tuple[str, list[str
         return how, file.read().splitlines()
 
 
-def run_stage(name: str, command: list[str], limit: float, folder: Path, device: str = "cpu") -> bool:
+def run_stage(name: str, command: list[str], limit: float, folder: Path) -> bool:
     """Run a stage's process; note in FOLDER/stages.txt how it ended, and if not well its last lines in both files."""
-    environment, began = dict(os.environ), time.monotonic()
-    environment.pop("TRITON_INTERPRET", None)
-    if device == "cpu":
-        environment["TRITON_INTERPRET"] = "1"
-    how, said = run_process(command, limit, env=environment, start_new_session=True)
+    began = time.monotonic()
+    how, said = run_process(command, limit, start_new_session=True)
     print(*said, sep="\n")
     lines = [f"{name:<12}{how}, {time.monotonic() - began:.1f} s"]
     if how != "done":
@@ -134,19 +132,17 @@ def append(path: Path, *lines: str) -> None:
 def gpu(argv: list[str]) -> None:
     """Measure everything on this GPU in nine minutes: tables and pictures in OUT."""
     config = command_line(GpuConfig, argv, "usage: python bench.py gpu [--key=value …]")[2]
-    device, folder, began = pick_device(config.device), Path(config.out), time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    append(folder / "stages.txt", *machine(device), "")
-    names, done = list(LIMITS) if config.only == "all" else [config.only], 0
-    for name in names:
-        limit = LIMITS[name] if config.only == "all" else ALL_SECONDS
+    if config.only != "all":
+        one_stage(Sheet(config))
+        return
+    folder, began, done = Path(config.out), time.monotonic(), 0
+    for name, limit in LIMITS.items():
         if name == "loss":                         # the last one: its limit, or what the others have left
             limit = max(limit, ALL_SECONDS - (time.monotonic() - began))
-        command = [sys.executable, str(HERE / "bench_gpu_models.py"), f"--only={name}", f"--out={folder}",
-                   f"--device={device}", f"--until={time.time() + limit}"]
-        done += run_stage(name, command, limit, folder, device)
-    print(f"{folder}: {done} of {len(names)} stages done in {time.monotonic() - began:.0f} s")
-    if done < len(names):
+        command = [sys.executable, str(HERE / "bench.py"), "gpu", *argv, f"--only={name}"]
+        done += run_stage(name, [*command, f"--until={time.time() + limit}"], limit, folder)
+    print(f"{folder}: {done} of {len(LIMITS)} stages done in {time.monotonic() - began:.0f} s")
+    if done < len(LIMITS):
         sys.exit(1)
 
 
@@ -156,23 +152,22 @@ def machine(device: str) -> list[str]:
     """Card, driver, versions, date and commit, for the head of a table."""
     lines = ["CPU, toy sizes: this proves the command, not the figures"]
     if device.startswith("cuda"):
-        lines = [torch.cuda.get_device_name(device)]
-        if shutil.which("nvidia-smi"):
-            query = "--query-gpu=name,memory.total,driver_version,power.limit,clocks.max.sm"
-            lines = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True,
-                                   timeout=20).stdout.splitlines() or lines
-    head, packages = runs.header(), {one.name: one.version for one in importlib.metadata.distributions()}
-    versions = ", ".join(f"{name} {packages.get(name, 'none')}" for name in ("torch", "triton", "transformers"))
-    return [*lines, f"{versions}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, Python "
-                    f"{head['python']}, {time.strftime('%Y-%m-%d %H:%M')}, commit {(head['commit'] or 'unknown')[:12]}"]
+        lines, query = [], ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,power.limit", "--format=csv,noheader"]
+        if shutil.which(query[0]):
+            lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+    head = runs.header()
+    return [*lines, f"{on(device)}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, Python "
+                    f"{head['python']}, commit {(head['commit'] or 'unknown')[:12]}"]
 
 
 class Sheet:
     """The table of one stage, OUT/stage.txt, a line at a time; its sizes, and the time that is left."""
 
     def __init__(self, config: GpuConfig):
-        self.config, self.device, self.missing, self.points = config, pick_device(config.device), [], {}
+        self.config, self.device, self.missing = config, pick_device(config.device), []
         self.on_cuda = self.device.startswith("cuda")
+        if not self.on_cuda:
+            os.environ.setdefault("TRITON_INTERPRET", "1")         # read when kernels.py is imported
         self.size = SIZES["cuda" if self.on_cuda else "cpu"]
         self.end = (config.until or time.time() + ALL_SECONDS) - 5                # 5 s to end by itself
         self.path = Path(config.out) / f"{config.only}.txt"
@@ -183,22 +178,16 @@ class Sheet:
     def __call__(self, *lines: str) -> None:
         append(self.path, *lines)
 
-    def point(self, picture: str, line: str, x, y) -> None:
-        """Keep a point of a picture."""
-        self.points.setdefault(picture, {}).setdefault(line, []).append((x, y))
-
-    def draw(self) -> None:
-        """The pictures of the points that there are."""
+    def draw(self, picture: str, kind: str, x: str, y: str, lines: dict) -> None:
+        """OUT/PICTURE.png of lines {label: points}; kind: loglog, semilogx, barh."""
         from matplotlib.figure import Figure
-        for picture, lines in self.points.items():
-            kind, x, y, title = PICTURES[picture]
-            axes = Figure(figsize=(8, 5), layout="constrained").subplots()
-            for label, points in lines.items():
-                getattr(axes, kind)(*zip(*sorted(points)), **{} if kind == "barh" else dict(marker="o", label=label))
-            axes.set(xlabel=x, ylabel=y, title=f"{machine(self.device)[0].split(',')[0]}: {title}")
-            if kind != "barh":
-                axes.legend(fontsize=7)
-            axes.figure.savefig(self.path.parent / f"{picture}.png", dpi=110)
+        axes = Figure(figsize=(8, 5), layout="constrained").subplots()
+        for label, points in lines.items():
+            getattr(axes, kind)(*zip(*sorted(points)), **{} if kind == "barh" else dict(marker="o", label=label))
+        axes.set(xlabel=x, ylabel=y, title=f"{machine(self.device)[0].split(',')[0]}: {picture.replace('_', ' ')}")
+        if kind != "barh":
+            axes.legend(fontsize=7)
+        axes.figure.savefig(self.path.parent / f"{picture}.png", dpi=110)
 
     def left(self) -> float:
         """Seconds until the stage should end."""
@@ -251,48 +240,9 @@ def correct(sheet: Sheet) -> None:
 
 # --- kernels ---
 
-def roofs(device, n_bytes: int, size: int) -> tuple[float, float]:
-    """(bytes/s of a copy of n_bytes, reads and writes counted; FLOP/s of a product of `size` in bfloat16), measured."""
-    source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = 2 * n_bytes / min(seconds_of(lambda: target.copy_(source), device, 10) for _ in range(3))
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    torch.mm(a, b)                                         # the first one loads the library
-    return copy, 2 * size ** 3 / min(seconds_of(lambda: torch.mm(a, b), device, 10) for _ in range(3))
-
-
-def time_ms(run) -> float:
-    """Median ms of run(); on CUDA of 70 ms of runs, with the L2 cache emptied before each."""
-    if torch.cuda.is_available():
-        import triton
-        return triton.testing.do_bench(run, rep=70, return_mode="median")
-    return 1e3 * statistics.median(seconds_of(run) for _ in range(3))
-
-
-def timed(function, inputs) -> tuple[float, float, float]:
-    """(ms forward, ms forward and backward, MB that both take at their peak on CUDA); upstreams are made once."""
-    def forward():
-        with torch.no_grad():
-            outputs = function(*inputs)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
-    trained, upstream = [x for x in inputs if x.requires_grad], [torch.randn_like(y) for y in forward()]
-
-    def both():
-        outputs = function(*inputs)
-        return torch.autograd.grad(outputs if isinstance(outputs, tuple) else (outputs,), trained, upstream)
-    both()                                                 # compiles
-    peak = 0.0
-    if inputs[0].is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        both()
-        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return time_ms(forward), time_ms(both), peak
-
-
 def row(sheet: Sheet, name: str, function, inputs, work, roof: float, scale: float) -> list[float]:
     """A line of what a forward pass, and both passes, reach: work is their FLOPs or bytes. The two rates, or none."""
-    times = sheet.attempt(name, lambda: timed(function, inputs), needs=12)
+    times = sheet.attempt(name, lambda: bench_systems.timed(function, inputs), needs=12)
     if times is None:
         return []
     rates = [1e3 * amount / ms for amount, ms in zip(work, times)]
@@ -304,11 +254,11 @@ def row(sheet: Sheet, name: str, function, inputs, work, roof: float, scale: flo
 def kernels(sheet: Sheet) -> None:
     """Causal attention over lengths, then the memory-bound kernels, each beside torch's, in bfloat16."""
     s = sheet.size
-    copy, product = roofs(sheet.device, s["copy_bytes"], s["product"])
+    copy, product = bench_systems.roofs(sheet.device, s["copy_bytes"], s["product"])
     sheet(f"roofs: copy {copy / 1e9:,.0f} GB/s, product of {s['product']} in bfloat16 {product / 1e12:,.1f} TFLOP/s",
           "", f"{'':34}{'forward ms':>12}{'rate':>9}{'roof':>6}{'both ms':>12}{'rate':>9}{'roof':>6}{'peak MB':>9}")
-    for x in (10 ** (i / 10) for i in range(-10, 41)):
-        sheet.point("roofline", "roof, measured", x, min(x * copy, product) / 1e12)
+    roofline = {"roof, measured": [(x, min(x * copy, product) / 1e12) for x in (10 ** (i / 10) for i in range(-10, 41))]}
+    lengths = {}
     for D, T in itertools.product(s["widths"], s["lengths"]):
         B, H = max(1, s["attention_tokens"] // T), s["attention_width"] // D
         inputs = bench_systems.leaves(bench_systems.attention_inputs(sheet.device, B, H, H, T, T, D), torch.bfloat16)
@@ -322,7 +272,8 @@ def kernels(sheet: Sheet) -> None:
             # A causal forward counts 2 T² D FLOPs a head, a backward 2.5 times that (2307.08691, section 4.1).
             rates = row(sheet, f"{name} {T} {D}", function, inputs, (flops, 3.5 * flops), product, 1e12)
             for rate in rates[1:]:                 # of both passes
-                sheet.point("attention", f"{name}, D {D}", T, rate / 1e12)
+                lengths.setdefault(f"{name}, D {D}", []).append((T, rate / 1e12))
+    sheet.draw("attention", "semilogx", "tokens", "TFLOP/s, forward and backward", lengths)
     T, C, V, H, K, D = s["layer"]
     # Numbers that a forward pass must read and write, and those of both passes; FLOPs of both.
     work = {"swiglu": (3 * T * C, 8 * T * C, 21 * T * C), "rms_norm": (2 * T * C, 5 * T * C, 14 * T * C),
@@ -343,7 +294,160 @@ def kernels(sheet: Sheet) -> None:
             if function is not None:
                 rates = row(sheet, f"{name}, {label}", function, inputs, amounts, roof, scale)
                 for rate in rates[1:]:
-                    sheet.point("roofline", f"{name}, {label}", flops / (2 * both), rate / amounts[1] * flops / 1e12)
+                    roofline[f"{name}, {label}"] = [(flops / (2 * both), rate / amounts[1] * flops / 1e12)]
+    sheet.draw("roofline", "loglog", "FLOPs a byte, forward and backward", "TFLOP/s", roofline)
+
+
+# --- training ---
+
+class Theirs(torch.nn.Module):
+    """transformers' GPT-2 with random weights, called as ours is."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        from transformers import AutoConfig, AutoModelForCausalLM
+        settings = their_config(config, torch.float32) | dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), attn_implementation="sdpa")
+
+    def forward(self, x, y):
+        """(None, the loss)."""
+        logits = self.model(input_ids=x, use_cache=False).logits
+        return None, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def random_batch(shape: dict, rows: int, device: str, seed: int = 0):
+    """(inputs, targets) of real ids, small ones more often, as in text: a model can learn their frequencies."""
+    generator = torch.Generator(device).manual_seed(seed)
+    u = torch.rand(rows, shape["context_length"] + 1, device=device, generator=generator)
+    ids = (min(shape["vocab_size"], 50_257) ** u).long() - 1
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def training_step(sheet: Sheet, compile: bool = False, theirs: bool = False, **more):
+    """A function of a batch that takes a training step on GPT-2, ours or transformers'; returns the loss."""
+    torch.manual_seed(0)
+    config = ModelConfig(**sheet.size["gpt2"] | more)
+    with torch.device(sheet.device):
+        model = Theirs(config) if theirs else Transformer(config)
+    if theirs:
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1,
+                                        fused=sheet.on_cuda)]
+    else:
+        optimizers = train.make_optimizers(model, train.TrainConfig())
+    if compile:          # as in train.py; on a CPU without a compiler's work, to prove the same lines
+        model = torch.compile(model, backend="inductor" if sheet.on_cuda else "aot_eager", dynamic=False)
+
+    def step(batch):
+        results = [run() for run in step_parts(model, optimizers, batch, torch.bfloat16).values()]
+        return results[1]                                # what backward gives
+    return step
+
+
+def largest_batch(sheet: Sheet, step):
+    """The largest batch that fits, after two steps of it: those compile and make the moments."""
+    for rows in sheet.size["batches"]:
+        batch = random_batch(sheet.size["gpt2"], rows, sheet.device)
+        try:
+            step(batch), step(batch)
+            return batch
+        except torch.OutOfMemoryError:
+            pass                                         # outside this block, when its traceback holds no tensor
+        free(sheet.device)
+    raise torch.OutOfMemoryError(f"no batch of {sheet.size['batches']} rows fits")
+
+
+CASES = {"sdpa": {}, "triton": dict(attention_backend="triton"),
+         "triton compiled": dict(compile=True, attention_backend="triton"),
+         "transformers compiled": dict(compile=True, theirs=True),
+         "triton compiled, fused loss": dict(compile=True, attention_backend="triton", fused_loss=True),
+         "sdpa compiled": dict(compile=True), "sdpa, fused loss": dict(fused_loss=True)}
+
+
+def training_rates(sheet: Sheet) -> None:
+    """Tokens per second and MFU by attention, loss and compile, beside transformers; the last table alternates."""
+    shape, T = sheet.size["gpt2"], sheet.size["gpt2"]["context_length"]
+    flops = flops_per_token(ModelConfig(**shape), T, training=True)["total"]
+    peak, ready, rates = peak_flops(sheet.device, "bfloat16"), {}, {}
+    sheet(f"GPT-2, {flops / 1e9:.3f} GFLOP a token, context {T}, bfloat16 by autocast, AdamW, clipping; MFU of "
+          f"{(peak or 0) / 1e12:.0f} TFLOP/s", f"{'':30}{'rows':>6}{'tokens/s':>12}{'MFU':>8}{'peak GB':>9}")
+
+    def measure(name) -> str:
+        """One more rate of a case, and the line of its median."""
+        step, batch = ready[name]
+        seconds = seconds_of(lambda: step(batch), sheet.device, sheet.size["steps"])
+        rates.setdefault(name, []).append(batch[0].numel() / seconds)
+        rate = statistics.median(rates[name])
+        mfu = "n/a" if peak is None else f"{rate * flops / peak:.1%}"
+        return f"{name:30}{len(batch[0]):>6}{rate:>12,.0f}{mfu:>8}"
+
+    def prepare(name) -> None:
+        before, gb = 0, 0.0                              # what the cases before it hold
+        if sheet.on_cuda:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        step = training_step(sheet, **CASES[name])
+        ready[name] = step, largest_batch(sheet, step)
+        line = measure(name)
+        if sheet.on_cuda:
+            gb = (torch.cuda.max_memory_allocated() - before) / 1e9
+        sheet(f"{line}{gb:>9.1f}")
+    for name in CASES:
+        sheet.attempt(name, lambda: prepare(name), needs=75 if "compiled" in name else 10)
+    lines = {}
+    for name in sheet.size["rounds"] * list(rates):      # in turn: a card that grows hot slows all of them
+        if sheet.left() > 35:
+            lines[name] = measure(name)
+    sheet("", "the same in turn, medians", *lines.values())
+
+
+def curves(sheet: Sheet) -> None:
+    """Losses of the same steps with our attention and with sdpa, on new ids in every step."""
+    losses, n = {}, sheet.size["curve_steps"]
+    for backend in ("sdpa", "triton"):
+        step = training_step(sheet, attention_backend=backend)
+        batches = (random_batch(sheet.size["gpt2"], sheet.size["curve_batch"], sheet.device, seed=i) for i in range(n))
+        losses[backend] = torch.stack([step(batch) for batch in batches]).float().tolist()
+        del step
+        free(sheet.device)
+    pairs = list(zip(*losses.values()))
+    sheet("", f"losses of {n} steps of {sheet.size['curve_batch']} rows: sdpa, triton; the largest difference "
+              f"{max(abs(a - b) for a, b in pairs):.4f}")
+    sheet(*(f"{i + 1:>8}{pairs[i][0]:>10.4f}{pairs[i][1]:>10.4f}" for i in sorted({0, n // 20, n // 4, n // 2, n - 1})))
+
+
+def said(sheet: Sheet, verb: str, words: list[str]):
+    """What a verb of bench.py gives; what it says goes to the table."""
+    verbs = {"profile": bench_step.profile, "memory": bench_step.memory, "decode": bench_decode.decode}
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        result = verbs[verb](words)
+    sheet("", f"python bench.py {verb} {' '.join(words)}", *text.getvalue().splitlines())
+    return result
+
+
+def training(sheet: Sheet) -> None:
+    """GPT-2's training step: rates beside transformers, two loss curves; its time by region, its memory by kind."""
+    training_rates(sheet)
+    free(sheet.device)
+    sheet.attempt("loss curves", lambda: curves(sheet), needs=15)
+    shape, rows = sheet.size["gpt2"], sheet.size["profile_batch"]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = shape | dict(attention_backend="triton", batch_tokens=rows * shape["context_length"],
+                                data_dir="none", out_dir=folder, device=sheet.device, dtype="bfloat16")
+        words = [f"--{key}={value}" for key, value in settings.items()]
+        parts = sheet.attempt("profile", lambda: said(sheet, "profile", words), needs=10)
+        sheet.attempt("memory", lambda: said(sheet, "memory", words), needs=10)
+    if parts:
+        sheet.draw("training_step", "barh", "ms", "", {"": parts.items()})
+
+
+# --- decoding ---
+
+def decoding(sheet: Sheet) -> None:
+    """Tokens per second by shape, batch, weights and way of launching, as a share of the bandwidth."""
+    sheet("gpt-fast, Llama-2-7B on an A100 that reads 1,700 GB/s, batch 1: 0.82, int8 0.63, int4 0.51 (its README)")
+    for shape, changes in sheet.size["decode"].items():
+        words = [shape, *changes, "--dtype=bfloat16", "--graph=true", "--reference=true", f"--device={sheet.device}"]
+        sheet.attempt(f"decode {shape}", lambda: said(sheet, "decode", words), needs=25)
 
 
 # --- one rank ---
@@ -396,3 +500,14 @@ def loss(sheet: Sheet) -> None:
             raise RuntimeError(f"train.py {how}")
     sheet.attempt("shakespeare", lambda: run(2, "shakespeare", 2048))
     sheet.attempt("tinystories", lambda: run(1, "tinystories", 10_000))
+
+
+STAGES = {"correct": correct, "kernels": kernels, "training": training, "decoding": decoding,
+          "distributed": distributed, "loss": loss}
+
+
+def one_stage(sheet: Sheet) -> None:
+    """Run one stage here; its table ends with what is missing in it."""
+    STAGES[sheet.config.only](sheet)
+    if sheet.missing:
+        sheet("", f"missing: {', '.join(sheet.missing)}")

@@ -68,18 +68,23 @@ def can_compile(device: str) -> bool:
 
 
 def step_parts(model, optimizers, batch, dtype, grad_clip: float = 1.0) -> dict:
-    """{phase: function} of a training step, to be called in this order."""
+    """{phase: function} of a training step, to be called in this order; backward gives the loss."""
     losses, device = [], batch[0].device.type
 
     def forward():
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             losses.append(model(*batch)[1])
 
+    def backward():
+        loss = losses.pop()
+        loss.backward()
+        return loss.detach()
+
     def step():
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return {"forward": forward, "backward": lambda: losses.pop().backward(),
+    return {"forward": forward, "backward": backward,
             "clip": lambda: clip_grad_norm(list(model.parameters()), grad_clip), "optimizer": step}
 
 

@@ -149,6 +149,47 @@ def kernels(argv: list[str]) -> None:
         sys.exit(f"{wrong} of the kernels' errors are too large")
 
 
+# --- their times, and what bounds them ---
+
+def roofs(device, n_bytes: int, size: int) -> tuple[float, float]:
+    """(bytes/s of a copy of n_bytes, reads and writes counted; FLOP/s of a product of `size` in bfloat16), measured."""
+    source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * n_bytes / min(seconds_of(lambda: target.copy_(source), device, 10) for _ in range(3))
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    torch.mm(a, b)                                         # the first one loads the library
+    return copy, 2 * size ** 3 / min(seconds_of(lambda: torch.mm(a, b), device, 10) for _ in range(3))
+
+
+def time_ms(run) -> float:
+    """Median ms of run(); on CUDA of 70 ms of runs, with the L2 cache emptied before each."""
+    if torch.cuda.is_available():
+        import triton
+        return triton.testing.do_bench(run, rep=70, return_mode="median")
+    return 1e3 * statistics.median(seconds_of(run) for _ in range(3))
+
+
+def timed(function, inputs) -> tuple[float, float, float]:
+    """(ms forward, ms forward and backward, MB that both take at their peak on CUDA); upstreams are made once."""
+    def forward():
+        with torch.no_grad():
+            outputs = function(*inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+    trained, upstream = [x for x in inputs if x.requires_grad], [torch.randn_like(y) for y in forward()]
+
+    def both():
+        outputs = function(*inputs)
+        return torch.autograd.grad(outputs if isinstance(outputs, tuple) else (outputs,), trained, upstream)
+    both()                                                 # compiles
+    peak = 0.0
+    if inputs[0].is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both()
+        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return time_ms(forward), time_ms(both), peak
+
+
 # --- attention over lengths and widths ---
 
 @dataclass
