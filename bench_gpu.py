@@ -39,7 +39,6 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import bench_decode
 import bench_step
 import bench_systems
 import data
@@ -66,12 +65,12 @@ SIZES = {
         plain_length=4096, layer=(16384, 4096, 50304, 32, 8, 128), copy_bytes=2 ** 31, product=8192,
         gpt2=GPT2, batches=(64, 32, 16, 8, 4), rounds=4, steps=5, curve_batch=8, curve_steps=200,
         profile_batch=16, max_mb=1024, flags=(), corpus_bytes=8_000_000, vocabulary=10_000,
-        decode={"llama-1.5b": ["--batch=8,64"], "gpt2": ["--batch=8,64"]}),
+        decode=[("llama-1.5b", "--batch=8,64"), ("gpt2", "--batch=8,64")]),
     "cpu": dict(
         lengths=(8, 16), widths=(16,), attention_tokens=16, attention_width=16, plain_length=8,
         layer=(8, 16, 48, 2, 1, 8), copy_bytes=2 ** 20, product=64, gpt2=GPT2 | TOY, batches=(1,), rounds=1, steps=1,
         curve_batch=1, curve_steps=2, profile_batch=1, max_mb=1, corpus_bytes=60_000, vocabulary=300,
-        decode={"toy": ["--batch=2", "--prompt_tokens=5", "--new_tokens=4"]},
+        decode=[("toy", "--batch=2", "--prompt_tokens=5", "--new_tokens=4")],
         flags=("--d_model=32", "--d_ff=64", "--n_layers=1", "--n_heads=2", "--context_length=32", "--batch_tokens=256",
                "--micro_batch_size=8", "--max_steps=3"))}
 
@@ -133,7 +132,10 @@ def gpu(argv: list[str]) -> None:
     """Measure everything on this GPU in nine minutes: tables and pictures in OUT."""
     config = command_line(GpuConfig, argv, "usage: python bench.py gpu [--key=value …]")[2]
     if config.only != "all":
-        one_stage(Sheet(config))
+        sheet = Sheet(config)
+        STAGES[config.only](sheet)
+        if sheet.missing:
+            sheet("", f"missing: {', '.join(sheet.missing)}")
         return
     folder, began, done = Path(config.out), time.monotonic(), 0
     for name, limit in LIMITS.items():
@@ -152,7 +154,7 @@ def machine(device: str) -> list[str]:
     """Card, driver, versions, date and commit, for the head of a table."""
     lines = ["CPU, toy sizes: this proves the command, not the figures"]
     if device.startswith("cuda"):
-        lines, query = [], ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,power.limit", "--format=csv,noheader"]
+        lines, query = [], ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
         if shutil.which(query[0]):
             lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
     head = runs.header()
@@ -257,8 +259,8 @@ def kernels(sheet: Sheet) -> None:
     copy, product = bench_systems.roofs(sheet.device, s["copy_bytes"], s["product"])
     sheet(f"roofs: copy {copy / 1e9:,.0f} GB/s, product of {s['product']} in bfloat16 {product / 1e12:,.1f} TFLOP/s",
           "", f"{'':34}{'forward ms':>12}{'rate':>9}{'roof':>6}{'both ms':>12}{'rate':>9}{'roof':>6}{'peak MB':>9}")
-    roofline = {"roof, measured": [(x, min(x * copy, product) / 1e12) for x in (10 ** (i / 10) for i in range(-10, 41))]}
-    lengths = {}
+    lengths, intensities = {}, [10 ** (i / 10) for i in range(-10, 41)]
+    roofline = {"roof, measured": [(x, min(x * copy, product) / 1e12) for x in intensities]}
     for D, T in itertools.product(s["widths"], s["lengths"]):
         B, H = max(1, s["attention_tokens"] // T), s["attention_width"] // D
         inputs = bench_systems.leaves(bench_systems.attention_inputs(sheet.device, B, H, H, T, T, D), torch.bfloat16)
@@ -415,15 +417,6 @@ def curves(sheet: Sheet) -> None:
     sheet(*(f"{i + 1:>8}{pairs[i][0]:>10.4f}{pairs[i][1]:>10.4f}" for i in sorted({0, n // 20, n // 4, n // 2, n - 1})))
 
 
-def said(sheet: Sheet, verb: str, words: list[str]):
-    """What a verb of bench.py gives; what it says goes to the table."""
-    verbs = {"profile": bench_step.profile, "memory": bench_step.memory, "decode": bench_decode.decode}
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        result = verbs[verb](words)
-    sheet("", f"python bench.py {verb} {' '.join(words)}", *text.getvalue().splitlines())
-    return result
-
-
 def training(sheet: Sheet) -> None:
     """GPT-2's training step: rates beside transformers, two loss curves; its time by region, its memory by kind."""
     training_rates(sheet)
@@ -434,36 +427,39 @@ def training(sheet: Sheet) -> None:
         settings = shape | dict(attention_backend="triton", batch_tokens=rows * shape["context_length"],
                                 data_dir="none", out_dir=folder, device=sheet.device, dtype="bfloat16")
         words = [f"--{key}={value}" for key, value in settings.items()]
-        parts = sheet.attempt("profile", lambda: said(sheet, "profile", words), needs=10)
-        sheet.attempt("memory", lambda: said(sheet, "memory", words), needs=10)
-    if parts:
-        sheet.draw("training_step", "barh", "ms", "", {"": parts.items()})
+        for name, verb in (("profile", bench_step.profile), ("memory", bench_step.memory)):
+            with contextlib.redirect_stdout(io.StringIO()) as text:
+                parts = sheet.attempt(name, lambda: verb(words), needs=10)
+            sheet("", f"{name} of one step of {rows} rows, not compiled", *text.getvalue().splitlines())
+            if parts:
+                sheet.draw("training_step", "barh", "ms", "", {"": parts.items()})
 
 
-# --- decoding ---
+# --- what other verbs measure, as processes ---
+
+def verb(sheet: Sheet, *words: str, env: dict | None = None) -> None:
+    """What `python bench.py …` says; RuntimeError where it fails."""
+    how, lines = run_process([sys.executable, str(HERE / "bench.py"), *words], max(1.0, sheet.left()), env=env)
+    sheet("", " ".join(["python bench.py", *words]), *lines)
+    if how != "done":
+        raise RuntimeError(how)
+
 
 def decoding(sheet: Sheet) -> None:
     """Tokens per second by shape, batch, weights and way of launching, as a share of the bandwidth."""
     sheet("gpt-fast, Llama-2-7B on an A100 that reads 1,700 GB/s, batch 1: 0.82, int8 0.63, int4 0.51 (its README)")
-    for shape, changes in sheet.size["decode"].items():
-        words = [shape, *changes, "--dtype=bfloat16", "--graph=true", "--reference=true", f"--device={sheet.device}"]
-        sheet.attempt(f"decode {shape}", lambda: said(sheet, "decode", words), needs=25)
+    for words in sheet.size["decode"]:
+        sheet.attempt(words[0], lambda: verb(sheet, "decode", *words, "--dtype=bfloat16", "--graph=true",
+                                             "--reference=true", f"--device={sheet.device}"), needs=25)
 
-
-# --- one rank ---
 
 def distributed(sheet: Sheet) -> None:
     """A world of one over NCCL (gloo on a CPU): copies, and every strategy trains as one rank alone does."""
     environment = dict(os.environ, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if not sheet.on_cuda:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "LOCAL_WORLD_SIZE": str(os.cpu_count())}       # one thread
-    how, lines = run_process([
-        sys.executable, str(HERE / "bench.py"), "parallel", f"--max_mb={sheet.size['max_mb']}", "--d_model=64",
-        "--n_layers=2", "--vocab_size=256", "--batch_size=4", "--steps=5", f"--out_dir={sheet.path.parent}"],
-        max(1.0, sheet.left()), env=environment)
-    sheet(*lines)
-    if how != "done":
-        sys.exit(how)
+    verb(sheet, "parallel", f"--max_mb={sheet.size['max_mb']}", "--d_model=64", "--n_layers=2", "--vocab_size=256",
+         "--batch_size=4", "--steps=5", f"--out_dir={sheet.path.parent}", env=environment)
 
 
 # --- time to loss ---
@@ -504,10 +500,3 @@ def loss(sheet: Sheet) -> None:
 
 STAGES = {"correct": correct, "kernels": kernels, "training": training, "decoding": decoding,
           "distributed": distributed, "loss": loss}
-
-
-def one_stage(sheet: Sheet) -> None:
-    """Run one stage here; its table ends with what is missing in it."""
-    STAGES[sheet.config.only](sheet)
-    if sheet.missing:
-        sheet("", f"missing: {', '.join(sheet.missing)}")

@@ -11,7 +11,6 @@ import torch
 import torch._dynamo.testing
 
 import bench
-import bench_decode
 import bench_gpu
 import bench_systems
 import decoding
@@ -26,7 +25,7 @@ def run(stage, tmp_path, monkeypatch, **more):
     monkeypatch.chdir(tmp_path)
     sheet = bench_gpu.Sheet(bench_gpu.GpuConfig(only=stage, out=str(tmp_path), device="cpu"))
     sheet.size = sheet.size | more
-    bench_gpu.one_stage(sheet)
+    bench_gpu.STAGES[stage](sheet)
     return sheet.path.read_text(encoding="utf-8"), sheet.missing, {path.stem for path in tmp_path.glob("*.png")}
 
 
@@ -81,7 +80,7 @@ def test_kernels_and_training_beside_torchs_and_transformers_and_drawn(kernels, 
     monkeypatch.delitem(bench_gpu.CASES, "triton compiled, fused loss")
     text, missing, pictures = run("training", tmp_path, monkeypatch)
     assert not missing and all(words in text for words in (
-        "transformers compiled", "losses of 2 steps", "bench.py profile", "activations: attention")), text
+        "transformers compiled", "losses of 2 steps", "profile of one step", "activations: attention")), text
     assert pictures == {"roofline", "attention", "training_step"}
 
 
@@ -103,7 +102,7 @@ def test_the_decoding_and_loss_stages(tmp_path, monkeypatch):
 def test_the_graph_of_a_step_is_recorded_after_warm_up_and_replayed_and_one_compiled_block_serves_all(monkeypatch):
     """CUDA by stand-ins: recording must compute nothing, and each replay is one step from the right position."""
     prompts, model = torch.randint(61, (3, 5)).tolist(), toy("qwen3").eval()
-    expected, decoder = decoding.generate(model, prompts, 9, temperature=0), bench_decode.Decoder(model, prompts, 9)
+    expected, decoder = decoding.generate(model, prompts, 9, temperature=0), bench.Decoder(model, prompts, 9)
     assert decoder.run(9) == expected == decoder.run(9), "a second run begins anew"
     counter, calls = torch._dynamo.testing.CompileCounter(), []
     stream = SimpleNamespace(wait_stream=lambda other: calls.append("wait"))
@@ -118,9 +117,9 @@ def test_the_graph_of_a_step_is_recorded_after_warm_up_and_replayed_and_one_comp
                             graph=graph, stream=lambda stream: contextlib.nullcontext()).items():
         monkeypatch.setattr(torch.cuda, name, value)
     model = toy("gpt2", n_layers=12).eval()
-    decoder = bench_decode.Decoder(model, [[3, 1, 4, 1]], 8)
+    decoder = bench.Decoder(model, [[3, 1, 4, 1]], 8)
     decoder.on_cuda = True
-    decoder.run_block = torch.compile(bench_decode.run_block, backend=counter, dynamic=False)
+    decoder.run_block = torch.compile(bench.run_block, backend=counter, dynamic=False)
     decoder.record()
     assert decoder.run(8) == decoding.generate(model, [[3, 1, 4, 1]], 8, temperature=0)
     assert calls == ["wait", "wait", "record"] + ["replay"] * 7 and counter.frame_count == 1
