@@ -63,13 +63,13 @@ SIZES = {
         # kernels: lengths and head widths of attention; tokens, width, vocabulary, heads, key heads, D of the others
         lengths=(1024, 4096, 16384, 65536), widths=(64, 128), attention_tokens=16384, attention_width=2048,
         plain_length=4096, layer=(16384, 4096, 50304, 32, 8, 128), copy_bytes=2 ** 31, product=8192,
-        gpt2=GPT2, batches=(64, 32, 16, 8, 4), rounds=4, steps=5, curve_batch=8, curve_steps=200,
+        gpt2=GPT2, batches=(64, 32, 16, 8, 4), rounds=4, steps=5, curve_steps=200,
         profile_batch=16, max_mb=1024, flags=(), corpus_bytes=8_000_000, vocabulary=10_000,
         decode=[("llama-1.5b", "--batch=8,64"), ("gpt2", "--batch=8,64")]),
     "cpu": dict(
         lengths=(8, 16), widths=(16,), attention_tokens=16, attention_width=16, plain_length=8,
         layer=(8, 16, 48, 2, 1, 8), copy_bytes=2 ** 20, product=64, gpt2=GPT2 | TOY, batches=(1,), rounds=1, steps=1,
-        curve_batch=1, curve_steps=2, profile_batch=1, max_mb=1, corpus_bytes=60_000, vocabulary=300,
+        curve_steps=2, profile_batch=1, max_mb=1, corpus_bytes=60_000, vocabulary=300,
         decode=[("toy", "--batch=2", "--prompt_tokens=5", "--new_tokens=4")],
         flags=("--d_model=32", "--d_ff=64", "--n_layers=1", "--n_heads=2", "--context_length=32", "--batch_tokens=256",
                "--micro_batch_size=8", "--max_steps=3"))}
@@ -404,17 +404,11 @@ def training_rates(sheet: Sheet) -> None:
 
 def curves(sheet: Sheet) -> None:
     """Losses of the same steps with our attention and with sdpa, on new ids in every step."""
-    losses, n = {}, sheet.size["curve_steps"]
-    for backend in ("sdpa", "triton"):
-        step = training_step(sheet, attention_backend=backend)
-        batches = (random_batch(sheet.size["gpt2"], sheet.size["curve_batch"], sheet.device, seed=i) for i in range(n))
-        losses[backend] = torch.stack([step(batch) for batch in batches]).float().tolist()
-        del step
-        free(sheet.device)
-    pairs = list(zip(*losses.values()))
-    sheet("", f"losses of {n} steps of {sheet.size['curve_batch']} rows: sdpa, triton; the largest difference "
-              f"{max(abs(a - b) for a, b in pairs):.4f}")
-    sheet(*(f"{i + 1:>8}{pairs[i][0]:>10.4f}{pairs[i][1]:>10.4f}" for i in sorted({0, n // 20, n // 4, n // 2, n - 1})))
+    steps, n = [training_step(sheet, attention_backend=name) for name in ("sdpa", "triton")], sheet.size["curve_steps"]
+    losses = [[step(random_batch(sheet.size["gpt2"], 8, sheet.device, seed=i)) for step in steps] for i in range(n)]
+    losses = torch.tensor(losses)
+    sheet("", f"losses of {n} steps: sdpa, triton; the largest difference {losses.diff(dim=1).abs().max():.4f}")
+    sheet(*(f"{i + 1:>8}{losses[i][0]:>10.4f}{losses[i][1]:>10.4f}" for i in sorted({0, n // 20, n // 4, n // 2, n - 1})))
 
 
 def training(sheet: Sheet) -> None:

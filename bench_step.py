@@ -99,7 +99,7 @@ def step_ms(parts: dict, device, region=contextlib.nullcontext) -> list[float]:
 
 # --- memory ---
 
-REGIONS = {"attn": "attention", "ffn": "feed-forward", "ln1": "norms", "ln2": "norms", "ln_final": "norms",
+REGIONS = {"attn": "attention", "ffn": "feed-forward", "ln1": "norm", "ln2": "norm", "ln_final": "norm",
            "token_embeddings": "embedding", "lm_head": "head"}
 
 
@@ -117,15 +117,11 @@ class MemoryTracker(TorchDispatchMode):
         for name, module in () if model is None else model.named_modules():
             region = REGIONS.get(name.rpartition(".")[2])
             if region:
-                module.register_forward_pre_hook(functools.partial(self.enter, region))
+                module.register_forward_pre_hook(lambda *_, region=region: self.regions.append(region))
                 module.register_forward_hook(self.leave, always_call=True)
 
-    def enter(self, region: str, *_) -> None:
-        """A part of the model begins."""
-        self.regions.append(region)
-
     def leave(self, *_) -> None:
-        """It ends."""
+        """A part of the model ends."""
         self.regions.pop()
 
     def __torch_dispatch__(self, operation, types, arguments=(), more=None):
@@ -290,10 +286,9 @@ def profile(argv: list[str]) -> dict | None:
           f"tokens, {dtype}, {device}\n{'':14}{'mean ms':>9}{'std ms':>8}   over 10 steps after 3")
     for name, column in zip(parts, zip(*times)):
         print(f"{name:14}{statistics.mean(column):9.2f}{statistics.stdev(column):8.2f}")
-    kinds = {"attn": "attention", "ffn": "feed-forward", "ln_final": "norm", "ln1": "norm", "ln2": "norm"}
     for path, module in model.named_modules():
-        if path.split(".")[-1] in kinds:
-            module.forward = region(kinds[path.split(".")[-1]])(module.forward)
+        if REGIONS.get(path.split(".")[-1]) in LABELS:
+            module.forward = region(REGIONS[path.split(".")[-1]])(module.forward)
     model.head_loss = region("loss")(model.head_loss)      # the norm in it remains a norm
     if attached:
         torch.cuda.profiler.start()
@@ -349,8 +344,7 @@ def report(profiler, wall_ms: float, on_gpu: bool) -> dict:
 class SizesConfig:
     """What `python bench.py sizes` can be told."""
     shapes: str = ""                          # d_model x n_layers with commas between, or presets; none = by device
-    context_length: int = 256                 # tokens a sequence
-    batch_size: int = 4                       # sequences
+    context_length: int = 256                 # tokens in each of four sequences
     vocab_size: int = 10_000                  # ids
     warmup: int = 5                           # steps before the clock starts
     steps: int = 10                           # timed steps
@@ -362,7 +356,7 @@ def sizes(words: list[str]) -> None:
     config = command_line(SizesConfig, words, "usage: python bench.py sizes [--key=value …]")[2]
     device = pick_device(config.device)
     names = config.shapes or ("small,medium,large,xl" if device.startswith("cuda") else "128x4,256x6,512x8")
-    print(f"{on(device)}; {config.batch_size} x {config.context_length} tokens, vocabulary {config.vocab_size:,}, "
+    print(f"{on(device)}; 4 x {config.context_length} tokens, vocabulary {config.vocab_size:,}, "
           f"{config.steps} steps after {config.warmup}; the first step without warm-up last")
     print(f"{'model':<12}{'params':>10}  {'':<18}{'forward':>16}{'backward':>16}{'optimizer':>16}{'first step':>12}")
     for name in names.split(","):
@@ -375,7 +369,7 @@ def sizes(words: list[str]) -> None:
                              (torch.bfloat16, "bfloat16 compiled"))[:3 if can_compile(device) else 2]:
             torch.manual_seed(0)
             model = Transformer(shape).to(device)
-            ids = torch.randint(shape.vocab_size, (config.batch_size, shape.context_length), device=device)
+            ids = torch.randint(shape.vocab_size, (4, shape.context_length), device=device)
             net = torch.compile(model) if "compiled" in label else model
             parts = step_parts(net, [AdamW(model.parameters(), lr=1e-4)], (ids, ids), dtype)
             del parts["clip"]

@@ -93,22 +93,18 @@ def leaves(inputs, dtype) -> list:
     return [x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
 
 
-def outputs_and_gradients(function, inputs, dtype) -> tuple[list, list]:
-    """What function(*inputs) gives in a dtype, and gradients of the inputs that require one, for fixed upstreams."""
-    inputs = leaves(inputs, dtype)
-    outputs = function(*inputs)
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    upstream = [torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape).to(y.dtype) for y in outputs]
-    return outputs, list(torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], upstream))
-
-
 def errors(function, reference, inputs, dtype) -> list[float]:
     """Largest errors of (outputs, gradients) against the reference in float64 on the same rounded numbers, relative to
-    the largest entry (at least 1)."""
+    the largest entry (at least 1); the outputs are differentiated with fixed upstreams."""
+    def run(function, dtype) -> tuple:
+        variables = leaves(rounded, dtype)
+        outputs = function(*variables)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        upstream = [torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape).to(y.dtype) for y in outputs]
+        return outputs, torch.autograd.grad(outputs, [x for x in variables if x.requires_grad], upstream)
     rounded = leaves(inputs, dtype)
-    exact = outputs_and_gradients(reference, rounded, torch.float64)
     pairs = [[(x - y).abs().max() / y.abs().max().clamp(min=1) for x, y in zip(a, b)]
-             for a, b in zip(outputs_and_gradients(function, rounded, dtype), exact)]
+             for a, b in zip(run(function, dtype), run(reference, torch.float64))]
     return [torch.stack(pair).max().item() for pair in pairs]              # Python's max could miss a NaN
 
 
@@ -161,33 +157,32 @@ def roofs(device, n_bytes: int, size: int) -> tuple[float, float]:
     return copy, 2 * size ** 3 / min(seconds_of(lambda: torch.mm(a, b), device, 10) for _ in range(3))
 
 
-def time_ms(run) -> float:
-    """Median ms of run(); on CUDA of 70 ms of runs, with the L2 cache emptied before each."""
-    if torch.cuda.is_available():
-        import triton
-        return triton.testing.do_bench(run, rep=70, return_mode="median")
-    return 1e3 * statistics.median(seconds_of(run) for _ in range(3))
-
-
 def timed(function, inputs) -> tuple[float, float, float]:
     """(ms forward, ms forward and backward, MB that both take at their peak on CUDA); upstreams are made once."""
+    def outputs() -> tuple:
+        result = function(*inputs)
+        return result if isinstance(result, tuple) else (result,)
+
     def forward():
         with torch.no_grad():
-            outputs = function(*inputs)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
-    trained, upstream = [x for x in inputs if x.requires_grad], [torch.randn_like(y) for y in forward()]
+            return outputs()
 
     def both():
-        outputs = function(*inputs)
-        return torch.autograd.grad(outputs if isinstance(outputs, tuple) else (outputs,), trained, upstream)
+        return torch.autograd.grad(outputs(), trained, upstream)
+
+    def median_ms(run) -> float:
+        if inputs[0].is_cuda:
+            import triton
+            return triton.testing.do_bench(run, rep=70, return_mode="median")    # the L2 cache emptied before each
+        return 1e3 * statistics.median(seconds_of(run) for _ in range(3))
+    trained, upstream, peak = [x for x in inputs if x.requires_grad], [torch.randn_like(y) for y in forward()], 0.0
     both()                                                 # compiles
-    peak = 0.0
     if inputs[0].is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         both()
         peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return time_ms(forward), time_ms(both), peak
+    return median_ms(forward), median_ms(both), peak
 
 
 # --- attention over lengths and widths ---
@@ -258,9 +253,9 @@ class ParallelConfig:
     out_dir: str = "results"         # where tables and the timeline go
 
 
-def collective_times(max_mb: int, device) -> list[str]:
-    """Time and bandwidth of each collective by message size, the best of six, as lines of a table."""
-    size, lines = parallel.world()[1], ["collective         MB        ms   GB/s sent per rank"]
+def message_times(max_mb: int, device) -> list[str]:
+    """Time and bandwidth of each collective by message size, the best of six; on a GPU those of copies: lines."""
+    size, lines, copies = parallel.world()[1], ["collective         MB        ms   GB/s sent per rank"], []
     for mb in [4 ** i for i in range(10) if 4 ** i <= max_mb]:
         n = int(mb * 1e6) // 4 // size
         whole, part = torch.ones(n * size, device=device), torch.ones(n, device=device)
@@ -276,22 +271,14 @@ def collective_times(max_mb: int, device) -> list[str]:
                 seconds.append(time.perf_counter() - began)
             sent = halves * (size - 1) / size * whole.nbytes
             lines.append(f"{kind:<14}{mb:>7}{1000 * min(seconds):>10.2f}{sent / min(seconds) / 1e9:>8.2f}")
-    return lines
-
-
-def copy_rates(max_mb: int, device) -> list[str]:
-    """GB/s of copies by size, as lines: on the device, and between it and the host's pinned and pageable memory."""
-    lines = []
-    for mb in [4 ** i for i in range(10) if 4 ** i <= max_mb]:
-        here, there = (torch.ones(mb * 250_000, device=device) for _ in range(2))
-        pinned, pageable, rates = torch.ones(mb * 250_000, pin_memory=here.is_cuda), torch.ones(mb * 250_000), []
-        for name, target, source in (("on the device", there, here), ("pinned to it", here, pinned),
-                                     ("pageable to it", here, pageable), ("from it to pinned", pinned, here)):
-            target.copy_(source)
-            seconds = seconds_of(functools.partial(target.copy_, source, non_blocking=True), device, 5)
-            rates.append(f"{name} {here.nbytes / seconds / 1e9:.1f}")
-        lines.append(f"copies of {mb:>5} MB, GB/s: {', '.join(rates)}")
-    return lines
+        if device.type == "cuda":
+            other, pageable, pinned = whole.clone(), whole.cpu(), whole.cpu().pin_memory()
+            for name, target, source in (("on the device", other, whole), ("pinned to it", whole, pinned),
+                                         ("pageable to it", whole, pageable), ("from it to pinned", pinned, whole)):
+                target.copy_(source)
+                seconds = seconds_of(lambda: target.copy_(source, non_blocking=True), device, 5)
+                copies.append(f"copy {name:<20}{mb:>5} MB{whole.nbytes / seconds / 1e9:>10.1f} GB/s")
+    return lines + copies
 
 
 def strategies(shape, device) -> dict:
@@ -363,13 +350,6 @@ def traced_step(wrapper, optimizer, x, y) -> tuple[dict, float]:
     return rows, loss.item()
 
 
-def held_bytes(wrapper, optimizer) -> int:
-    """Bytes of this rank's weights, as many of gradients, and the optimizer's moments."""
-    states = getattr(optimizer, "local", optimizer).state.values()
-    tensors = [*wrapper.parameters()] * 2 + [t for state in states for t in state.values() if torch.is_tensor(t)]
-    return sum(getattr(t, "_local_tensor", t).nbytes for t in tensors)             # a DTensor shows the whole
-
-
 def strategy_times(config: ParallelConfig, device) -> tuple[list[str], dict]:
     """(lines of a table, a traced step of each strategy). They take turns, so that all see the same machine."""
     shape = ModelConfig(config.vocab_size, 128, config.d_model, config.n_layers, n_heads=8)
@@ -397,8 +377,11 @@ def strategy_times(config: ParallelConfig, device) -> tuple[list[str], dict]:
             row = f"{100 * bubble:>23.0f} %{wrapper.most_held:>7}"
         waited = torch.tensor(sum(b - a for _, a, b in waits) / (phases[-1][2] - phases[0][1]), device=device)
         waited = parallel.reduce(waited).item() / size
+        states = getattr(optimizer, "local", optimizer).state.values()
+        held = [*wrapper.parameters()] * 2 + [t for state in states for t in state.values() if torch.is_tensor(t)]
+        held_mb = sum(getattr(t, "_local_tensor", t).nbytes for t in held) / 1e6           # a DTensor shows the whole
         lines.append(f"{name:<20}{1000 * statistics.median(seconds[name]):>9.1f}{1000 * min(seconds[name]):>10.1f}"
-                     f"{100 * waited:>8.0f} %{row:<33}{held_bytes(wrapper, optimizer) / 1e6:>9.1f}"
+                     f"{100 * waited:>8.0f} %{row:<33}{held_mb:>9.1f}"
                      f"{formula / 1e6:>10.1f}{losses[name]:>11.5f}")
     return lines, traces
 
@@ -435,9 +418,7 @@ def bench_parallel(argv: list[str]) -> None:
         lines = [f"{size} ranks, {torch.distributed.get_backend()}, {torch.get_num_threads()} threads each, "
                  f"{device.type}, torch {torch.__version__}, {os.cpu_count()} CPU cores, {time.strftime('%Y-%m-%d')}",
                  f"torchrun --standalone --nproc_per_node={size} bench.py parallel {' '.join(argv)}".rstrip(), ""]
-        if device.type == "cuda":
-            lines += copy_rates(config.max_mb, device)
-        lines += collective_times(config.max_mb, device)
+        lines += message_times(config.max_mb, device)
         more, traces = strategy_times(config, device)
         if rank == 0:
             path = Path(config.out_dir) / f"parallel_{device.type}_{size}_ranks.txt"
