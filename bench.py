@@ -1,8 +1,6 @@
 """Every measured figure of the README, one verb each: `python bench.py VERB [--key=value …]`; --help lists them.
 
-Models that write and models made smaller stand here. One training step: bench_step.py; kernels, attention and ranks:
-bench_systems.py; a GPU: bench_gpu.py; data and tokenizers: bench_data.py; the course's smaller experiments:
-bench_course.py; alignment: bench_align.py; the server: bench_serve.py.
+Models that write and models made smaller stand here, the others' verbs in bench_*.py.
 
 A step of decoding reads every weight for one row of products, so the share of the bandwidth counts. Before it stands
 the host: GPT-2 in eager mode launches 400 kernels for a token, 5 µs each, where reading its weights takes 80 µs on an
@@ -29,9 +27,10 @@ import bench_align
 import bench_course
 import bench_data
 import bench_gpu
+import bench_kernels
+import bench_parallel
 import bench_serve
 import bench_step
-import bench_systems
 import compress
 from accounting import PRESETS, kv_cache_bytes, table
 from bench_step import alternate, on, seconds_of
@@ -298,8 +297,8 @@ def compress_table(argv: list[str]) -> None:
 VERBS = {
     "decode": decode, "compress": compress_table,
     "profile": bench_step.profile, "memory": bench_step.memory, "sizes": bench_step.sizes,
-    "checkpoints": bench_step.checkpoints, "kernels": bench_systems.kernels, "attention": bench_systems.attention,
-    "parallel": bench_systems.bench_parallel, "gpu": bench_gpu.gpu, "bpe": bench_data.bench_bpe,
+    "checkpoints": bench_step.checkpoints, "kernels": bench_kernels.kernels, "attention": bench_kernels.attention,
+    "parallel": bench_parallel.bench_parallel, "gpu": bench_gpu.gpu, "bpe": bench_data.bench_bpe,
     "tokenizers": bench_data.tokenizers, "web": bench_data.web, "pages": bench_data.pages,
     "minhash": bench_data.minhash, "toy": bench_course.toy, "sweeps": bench_course.sweeps,
     "ngrams": bench_course.ngrams, "precision": bench_course.precision, "intervals": bench_course.intervals,

@@ -10,12 +10,13 @@ weights, gradients, moments, activations by region, temporaries. On CUDA torch's
 """
 import contextlib
 import functools
+import gc
 import os
 import shutil
 import statistics
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import train
-from accounting import preset, table
+from accounting import flops_per_token, preset, table
 from checkpoint import read_meta
 from configurator import command_line
-from machine import DTYPES, pick_device, pick_dtype
+from convert import their_config
+from machine import DTYPES, peak_flops, pick_device, pick_dtype
 from model import Transformer
 from optim import AdamW, clip_grad_norm
 
@@ -299,6 +301,11 @@ def profile(argv: list[str]) -> dict | None:
         wall_ms = sum(step_ms(parts, device, region))
     totals = report(profiler, wall_ms, device.startswith("cuda"))
     os.makedirs(config.out_dir, exist_ok=True)
+    from matplotlib.figure import Figure
+    axes = Figure(figsize=(6, 3), layout="constrained").subplots()
+    axes.barh(list(totals), list(totals.values()))
+    axes.set_xlabel("ms of one training step")
+    axes.figure.savefig(os.path.join(config.out_dir, "step.png"), dpi=110)
     trace = os.path.join(config.out_dir, "trace.json")
     profiler.export_chrome_trace(trace)
     print(f"trace: {trace}, to open in https://ui.perfetto.dev")
@@ -338,44 +345,85 @@ def report(profiler, wall_ms: float, on_gpu: bool) -> dict:
     return totals
 
 
-# --- a step over sizes ---
+# --- a step over sizes and switches ---
+
+VARIANTS = {            # switches of the model; the name says the rest
+    "float32": {}, "bfloat16": {}, "bfloat16 compiled": {}, "triton compiled": dict(attention_backend="triton"),
+    "transformers compiled": {}, "triton": dict(attention_backend="triton"), "fused loss": dict(fused_loss=True),
+    "triton compiled, fused loss": dict(attention_backend="triton", fused_loss=True)}
+
 
 @dataclass
 class SizesConfig:
     """What `python bench.py sizes` can be told."""
     shapes: str = ""                          # d_model x n_layers with commas between, or presets; none = by device
-    context_length: int = 256                 # tokens in each of four sequences
+    variants: str = ""                        # all: also Triton's attention, the fused loss, transformers' GPT-2
+    context_length: int = 256                 # tokens a sequence
+    batch_size: str = "4"                     # sequences; with commas between: the first that fits
     vocab_size: int = 10_000                  # ids
     warmup: int = 5                           # steps before the clock starts
     steps: int = 10                           # timed steps
     device: str | None = None                 # cpu, cuda, mps; none = the best there is
 
 
+class Theirs(torch.nn.Module):
+    """transformers' GPT-2 with random weights, called as ours is."""
+
+    def __init__(self, config):
+        super().__init__()
+        from transformers import AutoConfig, AutoModelForCausalLM
+        settings = their_config(config, torch.float32) | dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), attn_implementation="sdpa")
+
+    def forward(self, x, y):
+        """(None, the loss)."""
+        logits = self.model(input_ids=x, use_cache=False).logits
+        return None, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
 def sizes(words: list[str]) -> None:
-    """ms of forward, backward and optimizer step, mean ± deviation, over model sizes, dtypes and with torch.compile."""
+    """ms of forward, backward and optimizer step, mean ± deviation, tokens/s, MFU over sizes, dtypes and switches."""
     config = command_line(SizesConfig, words, "usage: python bench.py sizes [--key=value …]")[2]
     device = pick_device(config.device)
     names = config.shapes or ("small,medium,large,xl" if device.startswith("cuda") else "128x4,256x6,512x8")
-    print(f"{on(device)}; 4 x {config.context_length} tokens, vocabulary {config.vocab_size:,}, "
-          f"{config.steps} steps after {config.warmup}; the first step without warm-up last")
-    print(f"{'model':<12}{'params':>10}  {'':<18}{'forward':>16}{'backward':>16}{'optimizer':>16}{'first step':>12}")
+    variants = list(VARIANTS) if config.variants == "all" else list(VARIANTS)[:3 if can_compile(device) else 2]
+    print(f"{on(device)}; context {config.context_length}, vocabulary {config.vocab_size:,}, {config.steps} steps after "
+          f"{config.warmup}; first step: without warm-up\n{'model':<12}{'params':>11}{'rows':>5} {'':<28}"
+          f"{'forward':>16}{'backward':>16}{'optimizer':>16}{'first step':>12}{'tokens/s':>10}{'MFU':>7}")
     for name in names.split(","):
         changes = dict(vocab_size=config.vocab_size, context_length=config.context_length)
         if name[0].isdecimal():
             d_model, n_layers = map(int, name.split("x"))
             changes |= dict(d_model=d_model, n_layers=n_layers, n_heads=max(1, d_model // 64), d_ff=None)
         shape = preset("small" if name[0].isdecimal() else name, **changes)
-        for dtype, label in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16"),
-                             (torch.bfloat16, "bfloat16 compiled"))[:3 if can_compile(device) else 2]:
-            torch.manual_seed(0)
-            model = Transformer(shape).to(device)
-            ids = torch.randint(shape.vocab_size, (4, shape.context_length), device=device)
-            net = torch.compile(model) if "compiled" in label else model
-            parts = step_parts(net, [AdamW(model.parameters(), lr=1e-4)], (ids, ids), dtype)
-            del parts["clip"]
-            first, *times = [step_ms(parts, device) for _ in range(1 + config.warmup + config.steps)]
-            cells = [f"{statistics.mean(column):9.1f} ± {statistics.stdev(column):<4.1f}"
-                     for column in zip(*times[config.warmup:])]
-            count = sum(p.numel() for p in model.parameters())
-            print(f"{name:<12}{count:>10,}  {label:<18}" + "".join(f"{cell:>16}" for cell in cells)
-                  + f"{sum(first):>12.1f}", flush=True)
+        for label in variants:
+            for rows in map(int, config.batch_size.split(",")):
+                try:
+                    print(f"{name:<12}{size_row(shape, label, rows, config, device)}", flush=True)
+                    break
+                except Exception as error:                   # no memory, no transformers, no Triton
+                    print(f"{name:<12}{rows:>16} {label:<28}{str(error).splitlines()[0][:80]}", flush=True)
+                if device.startswith("cuda"):
+                    gc.collect()
+                    torch.cuda.empty_cache()
+
+
+def size_row(shape, label: str, rows: int, config: SizesConfig, device: str) -> str:
+    """One line of `sizes`."""
+    torch.manual_seed(0)
+    with torch.device(device):                   # drawn there: on a host 1.5e9 weights take half a minute
+        model = (Theirs(shape) if "transformers" in label else Transformer(replace(shape, **VARIANTS[label]))).train()
+    make = functools.partial(torch.optim.AdamW, fused=device != "cpu") if "transformers" in label else AdamW
+    dtype, ids = "float32" if label == "float32" else "bfloat16", torch.randint(
+        shape.vocab_size, (rows, shape.context_length), device=device)
+    net = torch.compile(model) if "compiled" in label else model
+    parts = step_parts(net, [make(model.parameters(), lr=1e-4)], (ids, ids), DTYPES[dtype])
+    del parts["clip"]
+    first, *times = [step_ms(parts, device) for _ in range(1 + config.warmup + config.steps)]
+    columns = list(zip(*times[config.warmup:]))
+    rate = 1e3 * ids.numel() / sum(map(statistics.mean, columns))
+    flops, peak = flops_per_token(shape, shape.context_length, training=True)["total"], peak_flops(device, dtype)
+    cells = [f"{statistics.mean(column):9.1f} ± {statistics.stdev(column):<4.1f}" for column in columns]
+    return (f"{sum(p.numel() for p in model.parameters()):>11,}{rows:>5} {label:<28}"
+            + "".join(f"{cell:>16}" for cell in cells) + f"{sum(first):>12.1f}{rate:>10,.0f}"
+            + (f"{rate * flops / peak:>7.1%}" if peak else ""))

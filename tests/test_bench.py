@@ -11,8 +11,8 @@ import align_demo
 import bench
 import bench_align
 import bench_course
+import bench_kernels
 import bench_step
-import bench_systems
 import checkpoint
 
 
@@ -47,7 +47,7 @@ def test_a_web_from_pages_to_two_models(tmp_path):
 
 def test_small_experiments(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_step, "can_compile", lambda device: False)
-    monkeypatch.setattr(bench_systems, "can_compile", lambda device: False)
+    monkeypatch.setattr(bench_kernels, "can_compile", lambda device: False)
     texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
     texts[0].write_text(corpus_text()[:60_000], encoding="utf-8", newline="")
     texts[1].write_text(corpus_text()[60_000:120_000], encoding="utf-8", newline="")
