@@ -146,7 +146,6 @@ def precision(words: list[str]) -> None:
 class IntervalsConfig:
     """What `python bench.py intervals` can be told."""
     worlds: int = 100                         # seeds of noise
-    beyond: float = 30.0                      # the prediction, in times of the largest budget
 
 
 def law_runs(law: tuple, noise: float, seed: int) -> list[dict]:
@@ -163,7 +162,7 @@ def law_runs(law: tuple, noise: float, seed: int) -> list[dict]:
 def intervals(words: list[str]) -> None:
     """Of 100 worlds, how many 90 % intervals of N, D and loss hold the truth, and how wide they are."""
     _, _, config, _ = command_line(IntervalsConfig, words, "usage: python bench.py intervals [--key=value …]")
-    target, keys = config.beyond * 1e20, ("n_params", "n_tokens", "loss")
+    target, keys = 30 * 1e20, ("n_params", "n_tokens", "loss")
     print(f"54 runs, six budgets up to 1e20, prediction at {target:.0e} FLOPs, {config.worlds} worlds; held, of them, "
           f"and median high / low\n{'fit':<16}{'law':<11}{'noise':>7}" + "".join(f"{key:>16}" for key in keys))
     for fit in (laws.fit_isoflop, laws.fit_parametric):

@@ -46,13 +46,6 @@ def cpu_seconds(run):
     return spent() - began, result
 
 
-def file_argument(words: list[str], usage: str) -> str:
-    """The one file or folder that a verb without settings takes."""
-    if len(words) != 1 or not Path(words[0]).exists():
-        sys.exit(usage)
-    return words[0]
-
-
 # --- the tokenizer beside others ---
 
 @dataclass
@@ -61,15 +54,17 @@ class BpeConfig:
     vocab_size: int = 32000            # of the vocabulary that is trained
     tokenizer: str = ""                # a tokenizer.json with GPT-2's pattern, to encode with instead of training
     megabytes: float = 10.0            # how much of FILE is encoded
-    repeats: int = 5                   # how often, in turns
 
 
 def bench_bpe(words: list[str]) -> None:
     """Training and encoding of FILE beside Hugging Face's tokenizers and tiktoken; ids must agree."""
-    _, files, config, _ = command_line(BpeConfig, words, "usage: python bench.py bpe FILE [--key=value ...]")
-    path, special = file_argument(files, "usage: python bench.py bpe FILE [--key=value ...]"), ["<|endoftext|>"]
+    usage = "usage: python bench.py bpe FILE [--key=value ...]"
+    _, files, config, _ = command_line(BpeConfig, words, usage)
+    if len(files) != 1:
+        sys.exit(usage)
     import tiktoken
     import tokenizers
+    path, special = files[0], ["<|endoftext|>"]
     print(f"tiktoken {tiktoken.__version__}, tokenizers {tokenizers.__version__}, {bpe.cpus()} CPUs, {path}: "
           f"{os.path.getsize(path) / 1e6:.1f} MB")
     if config.tokenizer:
@@ -98,7 +93,7 @@ def bench_bpe(words: list[str]) -> None:
     runs = alternate({"ours": lambda: cpu_seconds(lambda: tok.encode(text, set())),
                       "tiktoken": lambda: cpu_seconds(lambda: tik.encode_ordinary(text)),
                       "Hugging Face": lambda: cpu_seconds(lambda: theirs.encode_batch_fast(
-                          [text], add_special_tokens=False)[0].ids)}, config.repeats)
+                          [text], add_special_tokens=False)[0].ids)}, 5)
     ids, size = runs["ours"][0][1], len(text.encode("utf-8")) / 1e6
     for name, results in runs.items():
         if any(result != ids for _, result in results):
@@ -116,7 +111,6 @@ class TokenizersConfig:
     """What `python bench.py tokenizers A.txt B.txt` can be told."""
     vocab_a: int = 10_000                # of the tokenizer trained on A
     vocab_b: int = 32_000                # of B's
-    megabytes: float = 5.0               # of each corpus that are encoded
 
 
 TRAIN = """import json, resource, sys, time, bpe
@@ -148,7 +142,7 @@ def tokenizers(words: list[str]) -> None:
                   + ", ".join(repr(token.decode("utf-8", "replace")) for token in longest), flush=True)
         sample = Path(folder) / "sample.txt"
         for path in files:
-            text = Path(path).read_bytes()[:int(config.megabytes * 1e6)].decode("utf-8", "ignore")
+            text = Path(path).read_bytes()[:5_000_000].decode("utf-8", "ignore")
             sample.write_text(text, encoding="utf-8", newline="")
             size = sample.stat().st_size
             for name, tokenizer in made.items():
@@ -166,18 +160,12 @@ class WebConfig:
     """What `python bench.py web FOLDER_OF_HTML` can be told."""
     steps: int = 400                     # of training on each text
     vocab_size: int = 4096               # of the one tokenizer, trained on the raw text
-    pages: int = 13000                   # at most, chosen by the hash of their paths
     held_out: int = 200                  # pages, of which those that pass every rule are the validation text
     workers: int | None = None           # of curation
     out: str = "out/web"                 # archive, texts, report.html, models, table.txt
 
 
-def html_files(folder: Path) -> list[Path]:
-    """All files below a folder that end in .html, in order."""
-    return [path for path in sorted(folder.rglob("*.html")) if path.is_file()]
-
-
-def packed(paths: list[Path], archive: Path) -> Path:
+def packed(paths, archive: Path) -> Path:
     """A WARC file of HTML pages."""
     with open(archive, "wb") as file:
         for path in paths:
@@ -188,20 +176,16 @@ def packed(paths: list[Path], archive: Path) -> Path:
     return archive
 
 
-def read_by_eye(archive: Path, n: int) -> list[str]:
-    """Three of the n records, as they come and as the extraction leaves them."""
-    lines = ["three records, as they come and as text:"]
+def by_eye(archive: Path, n: int, report: dict) -> list[str]:
+    """Three of the n records, as they come and as text; up to three documents that each rule dropped, with its reason,
+    and three that were kept."""
+    lines, kept = ["three records, as they come and as text:"], f"{list(report['funnel'])[-1]}: kept"
     for number, (address, content, _) in enumerate(curate.read_archive(archive, Counter())):
         if number % max(1, -(-n // 3)) == 0:
             text = " / ".join(clean.extract_text(content, main_content=True).split("\n"))
             lines += [f"  {Path(address).name}", f"    {len(content):,} bytes: {content[:150]!r}",
                       f"    {len(text):,} characters: {text[:220]}"]
-    return lines
-
-
-def dropped_and_kept(report: dict) -> list[str]:
-    """Up to three documents that each rule dropped, with the reason it gave, and three that were kept."""
-    lines, kept = ["what each rule dropped, and what was kept:"], f"{list(report['funnel'])[-1]}: kept"
+    lines.append("what each rule dropped, and what was kept:")
     for kind, samples in report["samples"].items():
         if kind.endswith("dropped") or kind == kept:
             lines += [f"  {kind:<20} {Path(address).name[:40]} | {reason or '-'} | {' '.join(text.split())[:130]}"
@@ -215,22 +199,21 @@ def web(words: list[str]) -> None:
     _, files, config, _ = command_line(WebConfig, words, usage)
     if len(files) != 1 or not Path(files[0]).is_dir():
         sys.exit(usage)
-    out, paths = Path(config.out), html_files(Path(files[0]))
-    paths = sorted(paths, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest())[:config.pages]
+    out = Path(config.out)
+    paths = sorted(Path(files[0]).rglob("*.html"), key=lambda path: hashlib.sha256(path.as_posix().encode()).digest())
     for name in ("held", "kept"):
         (out / name).mkdir(parents=True, exist_ok=True)
     held = packed(paths[:config.held_out], out / "held.warc")
     archive = packed(paths[config.held_out:], out / "pages.warc")
-    lines = [f"{len(paths):,} pages of {files[0]}, {archive.stat().st_size / 1e6:.0f} MB packed, "
-             f"{time.strftime('%Y-%m-%d')}", *read_by_eye(archive, len(paths) - config.held_out), ""]
     began = time.perf_counter()
     report = curate.curate_archives([archive], out / "kept", workers=config.workers)
     seconds = time.perf_counter() - began
     data.write_report(report, out / "kept")
     curate.curate_archives([held], out / "held", workers=config.workers)
-    lines += [f"curation: {seconds:.1f} s, {len(paths) / seconds:.0f} documents per second; documents and MB after "
-              "each step:", *(f"  {step:<18}{n:>7,}{size / 1e6:>9.1f}" for step, (n, size) in report["funnel"].items()),
-              "", *dropped_and_kept(report), ""]
+    lines = [f"{len(paths):,} pages of {files[0]}, {archive.stat().st_size / 1e6:.0f} MB packed, "
+             f"{time.strftime('%Y-%m-%d')}", *by_eye(archive, len(paths) - config.held_out, report),
+             f"\ncuration: {seconds:.1f} s, {len(paths) / seconds:.0f} documents per second; documents and MB after "
+             "each step:", *(f"  {step:<18}{n:>7,}{size / 1e6:>9.1f}" for step, (n, size) in report["funnel"].items())]
     texts = {"raw": out / "raw.txt", "curated": out / "kept" / "corpus.txt"}
     with open(texts["raw"], "w", encoding="utf-8", errors="replace", newline="\n") as file:
         for _, content, _ in curate.read_archive(archive, Counter()):
@@ -267,11 +250,13 @@ def compare(texts: dict, validation: Path, config: WebConfig, out: Path) -> list
 
 def pages(words: list[str]) -> None:
     """All steps of curation beside the extraction alone, CPU seconds of one core: pages ARCHIVE_OR_FOLDER_OF_HTML."""
-    source = Path(file_argument(words, "usage: python bench.py pages ARCHIVE_OR_FOLDER_OF_HTML"))
+    if len(words) != 1:
+        sys.exit("usage: python bench.py pages ARCHIVE_OR_FOLDER_OF_HTML")
+    source = Path(words[0])
     with tempfile.TemporaryDirectory() as out:
         for name in ("shards", "counts"):
             (Path(out) / name).mkdir()
-        archive = source if source.is_file() else packed(html_files(source), Path(out) / "pages.warc")
+        archive = source if source.is_file() else packed(sorted(source.rglob("*.html")), Path(out) / "pages.warc")
 
         def extraction():
             for _, content, _ in curate.read_archive(archive, Counter()):

@@ -6,7 +6,6 @@
 A kernel is bound by one of two roofs (Williams 2009), measured first: few FLOPs a byte (RMSNorm, SwiGLU, RoPE, cross
 entropy) by the bandwidth of a copy, many (attention, linear + cross entropy) by the FLOP/s of a large product.
 """
-import functools
 import itertools
 import os
 import statistics

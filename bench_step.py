@@ -387,8 +387,8 @@ def sizes(words: list[str]) -> None:
     device = pick_device(config.device)
     names = config.shapes or ("small,medium,large,xl" if device.startswith("cuda") else "128x4,256x6,512x8")
     variants = list(VARIANTS) if config.variants == "all" else list(VARIANTS)[:3 if can_compile(device) else 2]
-    print(f"{on(device)}; context {config.context_length}, vocabulary {config.vocab_size:,}, {config.steps} steps after "
-          f"{config.warmup}; first step: without warm-up\n{'model':<12}{'params':>11}{'rows':>5} {'':<28}"
+    print(f"{on(device)}; context {config.context_length}, vocabulary {config.vocab_size:,}, {config.steps} steps "
+          f"after {config.warmup}; first step: without warm-up\n{'model':<12}{'params':>11}{'rows':>5} {'':<28}"
           f"{'forward':>16}{'backward':>16}{'optimizer':>16}{'first step':>12}{'tokens/s':>10}{'MFU':>7}")
     for name in names.split(","):
         changes = dict(vocab_size=config.vocab_size, context_length=config.context_length)

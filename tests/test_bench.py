@@ -1,4 +1,4 @@
-"""Claims about bench.py's verbs: for data, for the course's experiments and for alignment, each from end to end, tiny."""
+"""Claims about bench.py's verbs: data, the course's experiments, alignment; each from end to end, tiny."""
 import random
 import re
 

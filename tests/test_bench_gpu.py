@@ -12,28 +12,45 @@ import bench
 import bench_gpu
 import bench_kernels
 import decoding
-from common import toy
+import train
+from common import ROOT, toy
+from configurator import command_line
 
 pytest.importorskip("transformers")
 
 
-def test_every_stage_runs_its_commands_and_the_default_run_has_nine_minutes(tmp_path, monkeypatch):
+def test_every_command_of_every_stage_can_be_read_and_small_ones_run(kernels, tmp_path, monkeypatch, capsys):
     assert list(bench_gpu.LIMITS)[-1] == "loss" and sum(bench_gpu.LIMITS.values()) == 540
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench_gpu, "LIMITS", dict.fromkeys(bench_gpu.LIMITS, 300))
-    bench.main(["gpu", f"--out={tmp_path}", "--device=cpu"])
-    says = {path.stem: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.txt")}
-    assert says["stages"].startswith("CPU, toy sizes: this proves the command, not the figures\n"), says["stages"]
-    assert len(re.findall(r" done, [\d.]+ s$", says["stages"], re.M)) == 12 and "commit" in says["stages"]
-    assert says["kernels.times"].count("GB/s") > 8 and "plain 8 16" in says["kernels.times"]
-    assert "bfloat16" in says["training.rates"] and "activations: attention" in says["training.memory"]
-    assert says["decoding.toy"].count("4 of 4 ids as generate's") == 3 == says["decoding.toy"].count("8 of 8 ids")
-    assert len(re.findall(r"transformers +[12] ", says["decoding.toy"])) == 2
-    table = says["distributed.parallel"].split("formula")[1].splitlines()[1:15]
+    for words in (["kernels", "--times=true", f"--out={tmp_path}"], bench_gpu.commands(
+            "decoding", tmp_path, "cpu")["toy"].split()[2:], ["gpu", f"--out={tmp_path}", "--device=cpu",
+                                                              "--only=distributed"]):
+        bench.main(words)
+    said, pictures = capsys.readouterr().out, {path.stem for path in tmp_path.glob("*.png")}
+    assert said.count("GB/s") > 8 and "plain 8 16" in said and {"roofline", "attention"} <= pictures
+    assert said.count("4 of 4 ids as generate's") == 3 == said.count("8 of 8 ids")
+    assert len(re.findall(r"transformers +[12] ", said)) == 2
+    stages = (tmp_path / "stages.txt").read_text(encoding="utf-8")
+    assert stages.startswith("CPU, toy sizes: this proves the command, not the figures\n") and " done, " in stages
+    table = (tmp_path / "distributed.parallel.txt").read_text(encoding="utf-8").split("formula")[1].splitlines()[1:15]
     losses = [float(line.split()[-1]) for line in table]
     assert losses == pytest.approx([losses[0]] * 14, abs=1e-4), "every strategy of one rank trains as the plain model"
-    assert all("val bits per byte" in says[f"loss.{name}"] for name in ("shakespeare", "tinystories"))
-    assert {"roofline", "attention", "step", "loss"} <= {path.stem for path in tmp_path.glob("*.png")}
+    parsed = []
+    monkeypatch.chdir(ROOT)
+
+    def stop(*args, **more):
+        parsed.append(command_line(*args, **more))
+        raise InterruptedError
+    for module in (train, *(value for name, value in vars(bench).items() if name.startswith("bench_")), bench):
+        monkeypatch.setattr(module, "command_line", stop, raising=False)
+    monkeypatch.setattr(bench_gpu, "library", lambda toy: "data/library")
+    shown = [command.split(".py ", 1) for stage in bench_gpu.LIMITS for device in ("cpu", "cuda")
+             for command in bench_gpu.commands(stage, tmp_path, device).values()]
+    for page, words in shown:
+        if not page.endswith("test_all"):
+            with pytest.raises(InterruptedError):
+                (train.run_command_line if page.endswith("train") else bench.main)(words.split())
+    assert len(parsed) == len(shown) - 1
 
 
 def test_a_command_that_fails_and_one_past_its_limit_keep_their_lines_and_the_next_begins(tmp_path):
