@@ -13,7 +13,6 @@ whole cache, and a mask hides what is not written yet:
 import copy
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -220,8 +219,6 @@ def decode(argv: list[str]) -> None:
             for kind, one in models.items() for size in sizes}
     runs["no cache", 1] = partial(time_stream, model, prompts[:1], max(2, n // 8), cache=False)
     runs["n-grams", 1] = lambda: rates(speculate(model, "ngram", prompts[0], n, temperature=0), prompts[:1], n)
-    if model.config.mtp_depth:
-        runs["own head", 1] = lambda: rates(speculate(model, "mtp", prompts[0], n, temperature=0), prompts[:1], n)
     if config.graph:
         runs |= {(f"{kind}, graph", size): time_graph(kind, one, prompts[:size], n)
                  for kind, one in models.items() for size in sizes}
@@ -242,54 +239,25 @@ def decode(argv: list[str]) -> None:
 
 # --- compression: bytes, speed, loss ---
 
-@dataclass
-class CompressConfig:
-    """What `python bench.py compress OUT_DIR` can be told."""
-    share: float = 0.5                   # what pruning takes away
-    minutes: float = 2.4                 # of training, for the pruned model and for the small one from scratch alike
-
-
-def train(folder: Path, minutes: float, flags: list[str]) -> Path:
-    """A training run of so many minutes as a process of its own; returns its folder."""
-    script = str(Path(__file__).with_name("train.py"))
-    subprocess.run([sys.executable, script, f"--out_dir={folder}", "--overwrite=true", f"--max_minutes={minutes}",
-                    "--num_samples=0", "--eval_every=0", *flags], check=True)
-    return folder
-
-
-def compress_table(argv: list[str]) -> None:
-    """Bytes, tokens per second and bits per byte of a model in int8, int4, pruned, distilled, trained small."""
-    usage = "usage: python bench.py compress [OUT_DIR] [--key=value …]"
-    _, files, config, _ = command_line(CompressConfig, argv, usage)
-    full = Path(files[0] if files else "out/shakespeare")
-    made = {"full": full}
-    for label, verb, kind in (("int8", "quantize", "int8"), ("int4", "quantize", "int4"),
-                              ("zeros", "prune", "magnitude"), ("pruned", "prune", "width")):
-        made[label] = full.with_name(f"{full.name}-{label}")
-        flags = [f"--share={config.share}"] if verb == "prune" else []
-        compress.main([verb, str(full), str(made[label]), f"--kind={kind}", "--overwrite=true", *flags])
-    entries = read_checkpoint(made["pruned"] / "ckpt.pt", map_location="meta")
-    shape, trained = entries["model_config"], entries["train_config"]
-    data_dir = trained["data_dir"]
-    # The pruned model learns on at a tenth of the rates that it was trained with.
-    repair = [f"--init_from={made['pruned']}", f"--data_dir={data_dir}"]
-    repair += [f"--{key}={trained[key] / 10}" for key in ("lr", "muon_lr", "embedding_lr") if trained.get(key)]
-    small = [f"--data_dir={data_dir}"]
-    small += [f"--{key}={shape[key]}" for key in ("context_length", "d_model", "n_layers", "n_heads", "n_kv_heads",
-                                                  "head_dim", "d_ff")]
-    for label, name, flags in (("pruned, trained", "trained", repair), ("from scratch", "scratch", small),
-                               ("pruned, distilled", "distilled", [*repair, f"--teacher={full}"])):
-        made[label] = train(full.with_name(f"{full.name}-{name}"), config.minutes, flags)
+def compress_table(words: list[str]) -> None:
+    """Bytes, tokens per second and bits per byte of a model in int8, int4, and pruned by half: compress [OUT_DIR]."""
+    full, made = Path(words[0] if words else "out/shakespeare"), {}
+    made["full"] = full
+    for label, verb, *flags in (("int8", "quantize", "--kind=int8"), ("int4", "quantize", "--kind=int4"),
+                                ("half zeros", "prune", "--kind=magnitude", "--share=0.5"),
+                                ("half as wide", "prune", "--kind=width", "--share=0.5")):
+        made[label] = full.with_name(f"{full.name}-{label.replace(' ', '-')}")
+        compress.main([verb, str(full), str(made[label]), *flags, "--overwrite=true"])
     models = {label: compress.load(folder)[0] for label, folder in made.items()}
     speeds = alternate({label: partial(time_stream, model, [[1]], 128) for label, model in models.items()}, rounds=3)
-    tokens, n_bytes, lines = open_tokens(data_dir, "val"), read_meta(data_dir).get("val_bytes"), []
+    data_dir, lines = read_checkpoint(full / "ckpt.pt", map_location="meta")["train_config"]["data_dir"], []
     for label, model in models.items():
         size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
-        bits = perplexity(model, tokens, n_bytes)["bits_per_byte"]
+        bits = perplexity(model, open_tokens(data_dir, "val"), read_meta(data_dir).get("val_bytes"))["bits_per_byte"]
         lines.append([label, size / 1e6, compress.weight_bytes(model) / 1e6,
                       statistics.median(written for _, written in speeds[label]), f"{bits:.4f}"])
-    table(f"{full}: share {config.share}, {config.minutes} minutes of training each; speed: median of 3 rounds of 128 "
-          f"tokens; {on('cpu')}", ["", "weights, MB", "read a token, MB", "tok/s", "bits per byte"], lines)
+    table(f"{full}; speed: median of 3 rounds of 128 tokens; {on('cpu')}",
+          ["", "weights, MB", "read a token, MB", "tok/s", "bits per byte"], lines)
 
 
 # --- the verbs: each takes the words after it ---

@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench_step import can_compile, on, seconds_of
-from configurator import ConfigError, command_line
+from configurator import command_line
 from machine import DTYPES, pick_device
 
 
@@ -40,10 +40,6 @@ class KernelConfig:
     long: bool = False                        # odd and long shapes, up to 65,536 tokens: for a GPU
     times: bool = False                       # instead what they reach of the machine's roofs, beside torch's
     out: str = "results"                      # folder of the pictures of that
-
-    def __post_init__(self):
-        if self.page not in ("kernels", "flash", "both"):
-            raise ConfigError(f"page={self.page!r} must be kernels, flash or both")
 
 
 def layer_cases(device, T, C, V, H, K, D) -> list[tuple]:
@@ -106,38 +102,32 @@ def errors(function, reference, inputs, dtype) -> list[float]:
     return [torch.stack(pair).max().item() for pair in pairs]              # Python's max could miss a NaN
 
 
-def kernel_cases(page: str, long: bool, device) -> list[tuple]:
-    """(name, ours, reference, torch's own, inputs) at one small size, or at odd and long ones."""
-    import flash
-    cases, sizes = [], LONG_LAYERS if long else [(50, 256, 200, 4, 2, 64)]
-    for T, C, V, H, K, D in sizes if page != "flash" else ():
-        cases += [(f"{name} {T}, {C}, {V}, {D}", *case) for name, *case in layer_cases(device, T, C, V, H, K, D)]
-    sizes = LONG_ATTENTION if long else [(70, 70, 64, 2, 2, True), (70, 70, 64, 2, 2, False)]
-    for Tq, Tk, D, K, group, causal in sizes if page != "kernels" else ():
-        functions, name = attention_functions(causal, group), f"{Tq} x {Tk}, {D} {'causal' if causal else 'full'}"
-        reference = functions["tiles in PyTorch" if long else "plain"]       # the long ones have no room for T x T
-        inputs = attention_inputs(device, 1, group * K, K, Tq, Tk, D)
-        cases += [(f"{kind} {name}", functions[kind], reference, None, inputs)
-                  for kind in ("tiles in PyTorch", "Triton")[long:]]
-    if long:
-        flash.TILE = 2048                                  # few large tiles: 64 would take a minute here
-    return cases
-
-
 def kernels(argv: list[str]) -> None:
     """The largest error of every kernel beside plain PyTorch's, by dtype; exits with 1 for one that is too large."""
     config = command_line(KernelConfig, argv, "usage: python bench.py kernels [--page=kernels | flash | both]")[2]
-    gpu, wrong = torch.cuda.is_available(), 0
+    gpu, long, cases, wrong = torch.cuda.is_available(), config.long, [], 0
     device = "cuda" if gpu else "cpu"
     if not gpu:
         os.environ.setdefault("TRITON_INTERPRET", "1")     # read when kernels.py is imported
     if config.times:
         kernel_times(device, Path(config.out))
         return
+    import flash
     torch.manual_seed(0)
+    for sizes in () if config.page == "flash" else LONG_LAYERS if long else [(50, 256, 200, 4, 2, 64)]:
+        cases += [(f"{name} {sizes[0]}, {sizes[1]}", *case) for name, *case in layer_cases(device, *sizes)]
+    if long:
+        flash.TILE = 2048                                  # few large tiles: 64 would take a minute
+    shapes = LONG_ATTENTION if long else [(70, 70, 64, 2, 2, True), (70, 70, 64, 2, 2, False)]
+    for Tq, Tk, D, K, group, causal in () if config.page == "kernels" else shapes:
+        functions, inputs = attention_functions(causal, group), attention_inputs(device, 1, group * K, K, Tq, Tk, D)
+        reference = functions["tiles in PyTorch" if long else "plain"]       # the long ones have no room for T x T
+        for kind in ("tiles in PyTorch", "Triton")[long:]:
+            name = f"{kind} {Tq} x {Tk}, {D} {'causal' if causal else 'full'}"
+            cases.append((name, functions[kind], reference, None, inputs))
     print(f"largest error against float64 on {torch.cuda.get_device_name() if gpu else 'the CPU, kernels interpreted'}")
     print(f"{'':48}{'ours':20}plain PyTorch\n{'':48}" + f"{'output':10}{'gradient':10}" * 2)
-    for name, ours, plain, _, inputs in kernel_cases(config.page, config.long, device):
+    for name, ours, plain, _, inputs in cases:
         for dtype in config.dtypes.split(","):
             values = [error for function in (ours, plain) for error in errors(function, plain, inputs, DTYPES[dtype])]
             bad = not all(error < TOLERANCE[dtype] for error in values[:2])        # NaN is not below either
