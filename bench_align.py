@@ -35,7 +35,6 @@ from accounting import table
 from align_losses import group_advantages
 from checkpoint import write_atomically
 from configurator import command_line
-from model import ModelConfig, Transformer
 
 
 def root_mean(rewards, group_size: int, baseline: str, normalizer: str):
@@ -63,6 +62,7 @@ GRPO = {                                                             # experimen
     "asked": {"think opened": dict(asked="Q: {}\nA: <think>"), "question alone": dict(asked="{}\n")}}
 SEEDS = {"on_policy": 4, "off_policy": 4}                            # the others: one, as the course asks
 ASKED = "Q: {}\nA:"                                                   # the laboratory's own form
+# Right, in form, right in whatever form, right when greedy: shares; mean tokens of an answer.
 FIGURES = ("accuracy", "format", "any_form", "greedy", "length")
 LAST = ("entropy", "clip_fraction", "dead_groups")                   # of the last rollout of a GRPO run
 
@@ -85,24 +85,24 @@ class Bench:
         self.path, self.results = self.folder / "results.json", []
         if self.path.exists():
             self.results = json.loads(self.path.read_text(encoding="utf-8"))
-        self.base = self.made("base.pt", lambda: align_demo.train_base(self.lab, align_demo.STAGES["base"]))
-        self.tuned = self.made("sft.pt", lambda: self.fine_tuned(self.lab.demonstrations(1000)))
-
-    def made(self, name: str, make):
-        """The model stored under a name, or made and stored."""
-        path = self.folder / name
-        if not path.exists():
-            write_atomically(path, lambda file: torch.save(make().state_dict(), file))
-        model = Transformer(ModelConfig(vocab_size=self.lab.tokenizer.vocab_size, **align_demo.SHAPE))
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model.eval()
+        self.base = align_demo.train_base(self.lab, align_demo.STAGES["base"]).eval()
+        self.tuned = self.fine_tuned(self.lab.demonstrations(1000))
 
     def fine_tuned(self, rows: list, model=None, steps: int | None = None):
         """A copy of the base model, or of another, after SFT on these rows."""
         model = copy.deepcopy(model or self.base)
         settings = align_demo.STAGES["sft"]
         align.sft(model, rows, replace(settings, steps=steps or settings.steps))
-        return model
+        return model.eval()
+
+    def ask(self, form: str = ASKED) -> None:
+        """Ask in this form from now on, in training and in measuring."""
+        self.lab.prompt = lambda task: [self.lab.stop] + self.lab.tokenizer.encode(form.format(task["question"]))
+
+    def figures(self, model) -> dict:
+        """The FIGURES of a model on held-out tasks."""
+        measured = self.lab.measure(model)
+        return {name: measured[name] for name in FIGURES}
 
     def run(self, experiment: str, name: str, seed: int, measure) -> None:
         """Store the figures that measure() gives, with the seconds it took, unless they are there."""
@@ -110,8 +110,7 @@ class Bench:
         if not any(key.items() <= run.items() for run in self.results):
             self.results.append(key | measure() | {"seconds": time.perf_counter() - began})
             write_atomically(self.path, lambda file: file.write(json.dumps(self.results, indent=1).encode("utf-8")))
-            print(f"{experiment}, {name}, seed {seed}: {self.results[-1]['accuracy']:.1%} right, "
-                  f"{self.results[-1]['seconds']:.0f} s", flush=True)
+            print(f"{experiment}, {name}, seed {seed}: {self.results[-1]['accuracy']:.1%} right", flush=True)
 
     def runs(self, experiment: str) -> dict:
         """{name of a run: its results, one a seed} of an experiment."""
@@ -122,37 +121,25 @@ class Bench:
         return runs
 
 
-def asking(lab, form: str):
-    """Let the laboratory ask in another form; the same form for training and for measuring."""
-    lab.prompt = lambda task: [lab.stop] + lab.tokenizer.encode(form.format(task["question"]))
-
-
-def figures_of(lab, model) -> dict:
-    """The shares right, in form, right in whatever form, right when greedy, and the mean length of held-out answers."""
-    measured = lab.measure(model)
-    return {name: measured[name] for name in FIGURES}
-
-
 # --- the experiments: each yields (name of a run, seed, function that gives its figures) ---
 
 def prompts(bench: Bench):
     """The base model, never fine-tuned, asked plainly, with the form opened, and after two examples in either form."""
-    lab = bench.lab
     forms = {"plain": ASKED, "form opened": ASKED + " <think>"}
     for name, style in (("two answers shown", "direct"), ("two in form shown", "guess")):
         forms[name] = "".join(f"Q: {task['question']}\nA:{align_demo.answered(task, style)}\n"
-                              for task in lab.pick("train", 2, ("count",))) + ASKED
+                              for task in bench.lab.pick("train", 2, ("count",))) + ASKED
     for name, form in forms.items():
-        asking(lab, form)
-        yield name, 0, lambda: figures_of(lab, bench.base)
-    asking(lab, ASKED)
+        bench.ask(form)
+        yield name, 0, lambda: bench.figures(bench.base)
+    bench.ask()
 
 
 def sft(bench: Bench):
     """Fine-tuning on more and more demonstrations, 300 steps each."""
     rows = bench.lab.demonstrations(1000)
     for n in (32, 64, 128, 256, 512, 1000):
-        yield f"{n} shown", 0, lambda: figures_of(bench.lab, bench.fine_tuned(rows[:n]))
+        yield f"{n} shown", 0, lambda: bench.figures(bench.fine_tuned(rows[:n]))
 
 
 def expert(bench: Bench):
@@ -167,7 +154,7 @@ def expert(bench: Bench):
                      if align.r1_zero_reward(text, task["answer"])["reward"]]
             steps = max(1, epochs * len(right) // align_demo.STAGES["sft"].batch_size)
             model = bench.fine_tuned(right, model, steps)
-        return figures_of(bench.lab, model)
+        return bench.figures(model)
     for group_size, epochs in ((2, 1), (8, 1), (2, 4), (8, 4)):
         yield f"{group_size} answers, {epochs} epochs", 0, lambda: iterate(group_size, epochs)
 
@@ -176,16 +163,16 @@ def reinforce(experiment: str, bench: Bench):
     """The GRPO runs of one experiment, seed after seed so that a short session has one of each first."""
     for seed in range(min(bench.config.seeds, SEEDS.get(experiment, 1))):
         for name, changes in GRPO[experiment].items():
-            asking(bench.lab, changes.get("asked", ASKED))
-            yield name, seed, lambda: grpo_run(bench, dict(ON_POLICY, **changes), seed, name)
-    asking(bench.lab, ASKED)
+            settings = dict(ON_POLICY, **changes)
+            bench.ask(settings.pop("asked", ASKED))
+            yield name, seed, lambda: grpo_run(bench, settings, seed, name)
+    bench.ask()
 
 
 def grpo_run(bench: Bench, changes: dict, seed: int, name: str) -> dict:
     """One GRPO run from the SFT model: its figures, the curve of rewards, and answers written on the way."""
     lab, model, entries = bench.lab, copy.deepcopy(bench.tuned), []
     estimator = changes.pop("estimator", group_advantages)
-    changes.pop("asked", None)
     settings = replace(align_demo.STAGES["grpo"], seed=seed, steps=bench.config.steps, log_every=1, **changes)
 
     def log(**entry):
@@ -199,7 +186,7 @@ def grpo_run(bench: Bench, changes: dict, seed: int, name: str) -> dict:
                                f"{entry['entropy']:.3f} | {task['question']} |{text}\n")
 
     align.grpo(model, lab.problems(), lab.tokenizer, settings, lab.stop, log, estimator=estimator)
-    return (figures_of(lab, model) | {key: entries[-1].get(key, 0.0) for key in LAST}
+    return (bench.figures(model) | {key: entries[-1].get(key, 0.0) for key in LAST}
             | {"curve": [entry["reward"] for entry in entries]})
 
 
@@ -253,7 +240,7 @@ def align_bench(argv: list[str]) -> None:
     config = command_line(AlignBenchConfig, argv, "usage: python bench.py align [--key=value …]")[2]
     experiments = {name: EXPERIMENTS[name] for name in config.experiments.split(",")}
     bench = Bench(config)
-    bench.run("sft", "none", 0, lambda: figures_of(bench.lab, bench.base))
+    bench.run("sft", "none", 0, lambda: bench.figures(bench.base))
     for experiment, runs in experiments.items():
         for name, seed, measure in runs(bench):
             bench.run(experiment, name, seed, measure)
