@@ -1,6 +1,6 @@
 """Everything that is to be known of a GPU, in one command of nine minutes: `python bench.py gpu --out=results/h100`.
 
-Six stages of commands that one can also run alone, each a process with what is left of its stage's time. What a command
+Six stages of commands that can also be run alone, each a process with what is left of its stage's time. What a command
 says is on the disk at once, OUT/STAGE.NAME.txt, so one that fails or is ended keeps what it has, and the next begins;
 OUT/stages.txt says how each ended.
 
@@ -10,7 +10,7 @@ OUT/stages.txt says how each ended.
     training           175   tokens/s and MFU of GPT-2 beside transformers; the parts of a step, its memory; loss curves
     decoding            65   tokens/s, share of the bandwidth; CUDA graphs, int8, int4
     distributed         25   a world of one over NCCL: copies; FSDP, DDP, … train as the plain model does
-    loss               110   bits per byte of two configs, 40 s each
+    loss               110   bits per byte of two configs, 40 s each, or what the others leave of nine minutes
 
 On a CPU all runs at toy sizes, the kernels through Triton's interpreter: that proves the command, not the figures.
 Nothing is downloaded; transformers if installed.
@@ -37,7 +37,7 @@ from bench_step import on
 from configurator import ConfigError, command_line
 from machine import pick_device
 
-HERE = Path(__file__).parent
+HERE, RUNS = Path(__file__).parent, Path("out/bench_gpu")
 LIMITS = {"correct": 85, "kernels": 80, "training": 175, "decoding": 65, "distributed": 25, "loss": 110}      # seconds
 TOY = "--d_model=32 --d_ff=64 --n_layers=1 --n_heads=2 --context_length=32 --batch_tokens=256 --micro_batch_size=8"
 
@@ -56,7 +56,7 @@ class GpuConfig:
 
 def library(toy: bool) -> str:
     """A data folder of the text that every machine has, Python's own library."""
-    folder = Path("out/bench_gpu") / ("toy" if toy else "library")
+    folder = RUNS / ("toy" if toy else "library")
     if not (folder / "meta.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         pages = [path.read_text(encoding="utf-8", errors="replace") for path in Path(os.__file__).parent.glob("*.py")]
@@ -66,7 +66,7 @@ def library(toy: bool) -> str:
     return str(folder)
 
 
-def commands(stage: str, out: Path, device: str) -> dict:
+def commands(stage: str, limit: float, out: Path, device: str) -> dict:
     """{name: command} of a stage."""
     gpu, on_it = device.startswith("cuda"), f"--device={device}"
     if stage == "correct":
@@ -80,7 +80,9 @@ def commands(stage: str, out: Path, device: str) -> dict:
     if stage == "kernels":
         return {"times": f"python bench.py kernels --times=true --out={out}"}
     if stage == "training":
-        shape = "--d_model=768 --n_layers=12 --n_heads=12 --context_length=1024 --micro_batch_size=8" if gpu else TOY
+        shape = TOY
+        if gpu:
+            shape = "--d_model=768 --n_layers=12 --n_heads=12 --context_length=1024 --batch_tokens=8192"
         step = f"{shape} --attention_backend=triton --dtype=bfloat16 {on_it} --out_dir={out}"
         curve = (f"python train.py --data_dir={library(not gpu)} {shape} --max_steps={200 if gpu else 3} {on_it} "
                  "--compile=false --max_minutes=none --eval_every=0 --num_samples=0 --log_every=1 --overwrite=true")
@@ -88,8 +90,8 @@ def commands(stage: str, out: Path, device: str) -> dict:
         if gpu:
             sizes = "--shapes=gpt2 --context_length=1024 --vocab_size=50304 --batch_size=64,32,16,8,4 --variants=all"
         return {"profile": f"python bench.py profile {step}", "memory": f"python bench.py memory {step}",
-                **{name: f"{curve} --attention_backend={name} --out_dir={out}/{name}" for name in ("sdpa", "triton")},
-                "curves": f"python train.py plot {out}/sdpa {out}/triton --out_dir={out}",
+                **{name: f"{curve} --attention_backend={name} --out_dir={RUNS}/{name}" for name in ("sdpa", "triton")},
+                "curves": f"python train.py plot {RUNS}/sdpa {RUNS}/triton --out_dir={out}",
                 "rates": f"python bench.py sizes {sizes} --warmup=2 --steps=5 {on_it}"}
     if stage == "decoding":
         flags = "--batch=8,64" if gpu else "--batch=2 --prompt_tokens=5 --new_tokens=4"
@@ -99,8 +101,10 @@ def commands(stage: str, out: Path, device: str) -> dict:
         return {"parallel": "python -m torch.distributed.run --standalone --nproc_per_node=1 bench.py parallel "
                             "--d_model=64 --n_layers=2 --vocab_size=256 --batch_size=4 --steps=5 "
                             f"--max_mb={1024 if gpu else 1} --out_dir={out}"}
-    flags = "--max_minutes=0.67" if gpu else f"{TOY} --max_minutes=none --max_steps=3"
-    return {name: f"python train.py config_{name}.py --data_dir={library(not gpu)} --out_dir={out}/{name} {on_it} "
+    # 15 s of each half of the time are for the start and the evaluation, which max_minutes does not count.
+    minutes = min(2.0, (limit / 2 - 15) / 60)
+    flags = f"--max_minutes={minutes:.2f}" if gpu else f"{TOY} --max_minutes=none --max_steps=3"
+    return {name: f"python train.py config_{name}.py --data_dir={library(not gpu)} --out_dir={RUNS}/{name} {on_it} "
                   f"--overwrite=true --eval_every=0 --num_samples=0 {flags}" for name in ("shakespeare", "tinystories")}
 
 
@@ -151,11 +155,14 @@ def gpu(argv: list[str]) -> None:
     elif shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,power.limit", "--format=csv,noheader"]
         lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
-    head = runs.header()
+    head, began = runs.header(), time.monotonic()
     lines.append(f"{on(device)}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, Python "
                  f"{head['python']}, commit {(head['commit'] or 'unknown')[:12]}")
     for name in LIMITS if config.only == "all" else [config.only]:
-        lines += run_stage(name, commands(name, out, device), LIMITS[name], out, environment)
+        limit = LIMITS[name]
+        if name == "loss":                       # the last one: its limit, or what the others have left of nine minutes
+            limit = max(limit, sum(LIMITS.values()) - (time.monotonic() - began))
+        lines += run_stage(name, commands(name, limit, out, device), limit, out, environment)
         (out / "stages.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         failed = sum(" done, " not in line for line in lines if line.split()[0] in LIMITS)
     if failed:

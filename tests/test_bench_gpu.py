@@ -23,7 +23,7 @@ def test_every_command_of_every_stage_can_be_read_and_small_ones_run(kernels, tm
     assert list(bench_gpu.LIMITS)[-1] == "loss" and sum(bench_gpu.LIMITS.values()) == 540
     monkeypatch.chdir(tmp_path)
     for words in (["kernels", "--times=true", f"--out={tmp_path}"], bench_gpu.commands(
-            "decoding", tmp_path, "cpu")["toy"].split()[2:], ["gpu", f"--out={tmp_path}", "--device=cpu",
+            "decoding", 60, tmp_path, "cpu")["toy"].split()[2:], ["gpu", f"--out={tmp_path}", "--device=cpu",
                                                               "--only=distributed"]):
         bench.main(words)
     said, pictures = capsys.readouterr().out, {path.stem for path in tmp_path.glob("*.png")}
@@ -45,7 +45,7 @@ def test_every_command_of_every_stage_can_be_read_and_small_ones_run(kernels, tm
         monkeypatch.setattr(module, "command_line", stop, raising=False)
     monkeypatch.setattr(bench_gpu, "library", lambda toy: "data/library")
     shown = [command.split(".py ", 1) for stage in bench_gpu.LIMITS for device in ("cpu", "cuda")
-             for command in bench_gpu.commands(stage, tmp_path, device).values()]
+             for command in bench_gpu.commands(stage, 90, tmp_path, device).values()]
     for page, words in shown:
         if not page.endswith("test_all"):
             with pytest.raises(InterruptedError):
