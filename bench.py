@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 
-import bench_align
 import bench_course
 import bench_data
 import bench_gpu
@@ -270,7 +269,7 @@ VERBS = {
     "tokenizers": bench_data.tokenizers, "web": bench_data.web, "pages": bench_data.pages,
     "minhash": bench_data.minhash, "toy": bench_course.toy, "sweeps": bench_course.sweeps,
     "ngrams": bench_course.ngrams, "precision": bench_course.precision, "intervals": bench_course.intervals,
-    "align": bench_align.align_bench, "serve": bench_serve.serve}
+    "align": bench_course.align_bench, "serve": bench_serve.serve}
 
 
 def main(argv: list[str]) -> None:

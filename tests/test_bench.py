@@ -9,7 +9,6 @@ import torch
 from common import corpus_text
 import align_demo
 import bench
-import bench_align
 import bench_course
 import bench_kernels
 import bench_step
@@ -68,14 +67,14 @@ def test_small_experiments(tmp_path, capsys, monkeypatch):
 
 
 def test_alignments_experiments_are_stored_one_by_one(tmp_path, monkeypatch, capsys):
-    tiny = {name: bench_align.replace(stage, steps=2) for name, stage in align_demo.STAGES.items()}
+    tiny = {name: bench_course.replace(stage, steps=2) for name, stage in align_demo.STAGES.items()}
     monkeypatch.setattr(align_demo, "STAGES", tiny)
     laboratory, measure = align_demo.Laboratory, align_demo.Laboratory.measure
     monkeypatch.setattr(align_demo.Laboratory, "measure", lambda lab, model: measure(lab, model, n=4))
     monkeypatch.setattr(align_demo, "Laboratory", lambda folder, seed: laboratory(folder, seed, (300, 40, 40)))
     small = dict(prompts_per_step=2, group_size=2, batch_size=4)
-    monkeypatch.setitem(bench_align.GRPO, "on_policy", {"grpo": small, "root_mean": small | dict(
-        normalizer="none", estimator=bench_align.root_mean)})
+    monkeypatch.setitem(bench_course.GRPO, "on_policy", {"grpo": small, "root_mean": small | dict(
+        normalizer="none", estimator=bench_course.root_mean)})
     flags = ["align", "--experiments=prompts,on_policy", "--seeds=1", "--steps=2", f"--out={tmp_path}"]
     bench.main(flags)
     assert "root_mean" in capsys.readouterr().out and (tmp_path / "curves.png").stat().st_size > 1000
@@ -85,6 +84,6 @@ def test_alignments_experiments_are_stored_one_by_one(tmp_path, monkeypatch, cap
 
 
 def test_our_estimator_divides_by_the_root_of_the_mean():
-    advantages, _ = bench_align.root_mean(torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0]), 4, "mean", "none")
+    advantages, _ = bench_course.root_mean(torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0]), 4, "mean", "none")
     expected = torch.tensor([1.5, -0.5, -0.5, -0.5, *[0.25 / 0.75 ** 0.5] * 3, -0.75 / 0.75 ** 0.5])
     torch.testing.assert_close(advantages, expected, atol=1e-4, rtol=0)
