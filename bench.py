@@ -83,22 +83,21 @@ def run_block(block, x, layer: Layer, step: Step):
 class Decoder:
     """Greedy decoding by steps that are all alike, so that a CUDA graph can replay one: tokens stay on the card.
 
-    compile: fuse each block's small operations; with one row inductor then also makes products of its own, in which
-    int8 weights are widened as they are read.
+    There torch.compile fuses each block's small operations; with one row inductor also makes products of its own, in
+    which int8 weights are widened as they are read.
     """
 
-    def __init__(self, model: Transformer, prompts: list[list[int]], n_new: int, compile: bool = False):
+    def __init__(self, model: Transformer, prompts: list[list[int]], n_new: int):
         c, self.model, self.T = model.config, model, len(prompts[0])
         device, length = model.token_embeddings.weight.device, min(c.context_length, -(-(self.T + n_new) // 64) * 64)
         logits, memory = prefill(model, prompts, True, length - self.T)
         self.layers = [Layer(k, v) for k, v in zip(memory.k, memory.v)]
         self.blocks = [numbered_zero(block) for block in model.layers]
         self.on_cuda, self.run_block, self.graph = device.type == "cuda", run_block, None
-        if compile:
+        if self.on_cuda:
             torch.compiler.reset()                       # else the ninth program of a function would not be made
-            options = {"coordinate_descent_tuning": True} if self.on_cuda and len(prompts) == 1 else None
-            self.run_block = torch.compile(run_block, backend="inductor" if self.on_cuda else "aot_eager",
-                                           options=options, dynamic=False)
+            options = {"coordinate_descent_tuning": True} if len(prompts) == 1 else None
+            self.run_block = torch.compile(run_block, options=options, dynamic=False)
         self.keys, self.position = torch.arange(length, device=device), torch.tensor([self.T], device=device)
         self.tokens = torch.zeros(len(prompts), length + 1, dtype=torch.long, device=device)
         self.tokens[:, :self.T] = torch.tensor(prompts, device=device)
@@ -152,7 +151,7 @@ class DecodeConfig:
     prompt_tokens: int = 128             # length of every prompt
     new_tokens: int = 64                 # tokens to write after it; the first of them is prefill's
     batch: str = "16"                    # prompts at once, beside one alone; with commas between
-    graph: bool = False                  # also Decoder, compiled: on a GPU CUDA graphs of its steps
+    graph: bool = False                  # also Decoder: on a GPU CUDA graphs of its compiled steps
     reference: bool = False              # also transformers' generate with the same weights
     device: str | None = None            # cpu, cuda, mps; none = the best there is
     dtype: str = "float32"               # float32, bfloat16, float16
@@ -180,8 +179,8 @@ def time_transformers(model, prompts, n: int) -> tuple[float, float]:
 
 
 def time_graph(kind: str, model, prompts, n: int):
-    """A function that times the Decoder, compiled and recorded, after its ids have been compared with generate's."""
-    decoder = Decoder(model, prompts, n, compile=True)
+    """A function that times the Decoder, after its ids have been compared with generate's."""
+    decoder = Decoder(model, prompts, n)
     if decoder.on_cuda:
         decoder.record()
     expected = generate(model, prompts, n, temperature=0)
