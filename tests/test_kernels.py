@@ -1,4 +1,4 @@
-"""Claims about kernels.py and its verbs of bench_systems.py: `kernels` and `profile`."""
+"""Claims about kernels.py and the verbs `kernels` and `profile` of bench.py."""
 import json
 import os
 import re
