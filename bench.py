@@ -1,17 +1,23 @@
-"""Every measured figure of the README, one verb each: `python bench.py VERB [--key=value …]`.
+"""Every measured figure of the README, one verb each: `python bench.py VERB [--key=value …]`; --help lists them.
 
-Verbs for machines stand in bench_systems.py, for a GPU in bench_gpu.py, for data in bench_data.py, for the course's
-smaller experiments in bench_course.py, for alignment in bench_align.py, for the server in bench_serve.py; all are
-reached from here.
+Models that write and models made smaller stand here, the others' verbs in bench_*.py.
+
+A step of decoding reads every weight for one row of products, so the share of the bandwidth counts. Before it stands
+the host: GPT-2 in eager mode launches 400 kernels for a token, 5 µs each, where reading its weights takes 80 µs on an
+H100. A CUDA graph launches them all at once, if nothing in the step depends on the host. So every position works on the
+whole cache, and a mask hides what is not written yet:
+
+    decoding.stream    a step for 130 keys, then for 131, 132 …    the host knows the length, and waits for each token
+    Decoder            a step for 192 keys, each time the same     position and tokens are numbers on the card
 """
 import copy
-import os
+import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,30 +25,124 @@ import torch
 import bench_course
 import bench_data
 import bench_gpu
+import bench_kernels
+import bench_parallel
 import bench_serve
-import bench_systems
-import bpe
-import bpe_fast
+import bench_step
 import compress
-from accounting import PRESETS, kv_cache_bytes
-from bench_align import align_bench
-from bench_data import show
+from accounting import PRESETS, kv_cache_bytes, table
+from bench_step import alternate, on, seconds_of
 from checkpoint import open_tokens, read_checkpoint, read_meta
 from configurator import command_line
-from convert import architecture_of, save_pretrained
-from decoding import speculate, stream
+from convert import save_pretrained
+from decoding import generate, prefill, speculate, stream
 from evaluate import perplexity
+from layers import rope_tables
 from machine import DTYPES, bandwidth, pick_device
-from model import ModelConfig, Transformer, load_model
+from model import ModelConfig, Transformer
+
+# --- a decoding step that a CUDA graph can replay ---
+
+@dataclass
+class Layer:
+    """One layer's keys and values (B, K, S, D) for all positions there will be, in KVCache's place."""
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def append(self, layer, k, v, plan, window):
+        """Store those of one new token; return all, as the mask hides what is not written."""
+        self.k.index_copy_(2, plan.slots, k)
+        self.v.index_copy_(2, plan.slots, v)
+        return self.k, self.v
+
+
+class Step:
+    """What attention.Plan is for a pass, for one token at a position that only the card knows."""
+
+    def __init__(self, config: ModelConfig, position, keys):
+        self.slots = self.positions = position                           # (1,)
+        self.fresh, self.balance, self.masks = False, [], {None: (keys <= position)[None]}       # (1, S)
+        if config.position == "rope":
+            tables = rope_tables(position, config.head_dim, config.rope_theta, config)
+            self.cos, self.sin = (table.unsqueeze(-2) for table in tables)
+
+
+def numbered_zero(block):
+    """The same block, tensors shared, as a first layer: torch.compile would make a program for each number."""
+    block = copy.copy(block)
+    block._modules = dict(block._modules) | {"attn": copy.copy(block.attn)}
+    block.layer = block.attn.layer = 0
+    return block
+
+
+def run_block(block, x, layer: Layer, step: Step):
+    """One block; compiled once, it serves all layers, which differ in tensors only."""
+    return block(x, None, layer, step)
+
+
+class Decoder:
+    """Greedy decoding by steps that are all alike, so that a CUDA graph can replay one: tokens stay on the card.
+
+    There torch.compile fuses each block's small operations; with one row inductor also makes products of its own, in
+    which int8 weights are widened as they are read.
+    """
+
+    def __init__(self, model: Transformer, prompts: list[list[int]], n_new: int):
+        c, self.model, self.T = model.config, model, len(prompts[0])
+        device, length = model.token_embeddings.weight.device, min(c.context_length, -(-(self.T + n_new) // 64) * 64)
+        logits, memory = prefill(model, prompts, True, length - self.T)
+        self.layers = [Layer(k, v) for k, v in zip(memory.k, memory.v)]
+        self.blocks = [numbered_zero(block) for block in model.layers]
+        self.on_cuda, self.run_block, self.graph = device.type == "cuda", run_block, None
+        if self.on_cuda:
+            torch.compiler.reset()                       # else the ninth program of a function would not be made
+            options = {"coordinate_descent_tuning": True} if len(prompts) == 1 else None
+            self.run_block = torch.compile(run_block, options=options, dynamic=False)
+        self.keys, self.position = torch.arange(length, device=device), torch.tensor([self.T], device=device)
+        self.tokens = torch.zeros(len(prompts), length + 1, dtype=torch.long, device=device)
+        self.tokens[:, :self.T] = torch.tensor(prompts, device=device)
+        self.tokens[:, self.T] = logits.argmax(-1)
+
+    def step(self) -> None:
+        """The token after the one at `position`, and one position on; no number of it is seen by the host."""
+        plan = Step(self.model.config, self.position, self.keys)
+        x = self.model.embed(self.tokens.index_select(1, self.position), None, plan)
+        for block, layer in zip(self.blocks, self.layers):
+            x = self.run_block(block, x, layer, plan)
+        self.position += 1
+        self.tokens.index_copy_(1, self.position, self.model.head(x[:, -1]).argmax(-1, keepdim=True))
+
+    def record(self) -> None:
+        """Record one step as a graph; before it, three steps on a side stream, which also compile."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.position.fill_(self.T)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.step()                                  # recording computes nothing
+
+    def run(self, n: int) -> list[list[int]]:
+        """The next n ids of every row, from the first position on."""
+        self.position.fill_(self.T)
+        for _ in range(n - 1):                           # the first one is prefill's
+            if self.graph is None:
+                self.step()
+            else:
+                self.graph.replay()
+        return self.tokens[:, self.T:self.T + n].tolist()
 
 
 # --- decoding: tokens per second and their roof ---
 
-SHAPES = PRESETS | {
-    "llama-30m": dict(vocab_size=32_000, context_length=1024, d_model=512, n_layers=6, n_heads=8, d_ff=1376,
-                      tie_embeddings=True),
-    "llama-124m": dict(vocab_size=50_257, context_length=1024, d_model=768, n_layers=12, n_heads=12, d_ff=2048,
-                       tie_embeddings=True)}
+LLAMA = dict(context_length=1024, tie_embeddings=True)
+SHAPES = PRESETS | {"llama-30m": LLAMA | dict(vocab_size=32_000, d_model=512, n_layers=6, n_heads=8, d_ff=1376),
+                    "llama-124m": LLAMA | dict(vocab_size=50_257, d_model=768, n_layers=12, n_heads=12, d_ff=2048),
+                    "llama-1.5b": LLAMA | dict(vocab_size=50_304, d_model=2048, n_layers=24, n_heads=16, d_ff=6144),
+                    "toy": LLAMA | dict(vocab_size=61, d_model=32, n_layers=2, n_heads=2, d_ff=64)}
 
 
 @dataclass
@@ -50,39 +150,44 @@ class DecodeConfig:
     """What `python bench.py decode` can be told."""
     prompt_tokens: int = 128             # length of every prompt
     new_tokens: int = 64                 # tokens to write after it; the first of them is prefill's
-    batch: int = 16                      # prompts at once, beside one alone
-    rounds: int = 3                      # every case once a round; the median counts
-    k: int = 4                           # drafts for each pass
+    batch: str = "16"                    # prompts at once, beside one alone; with commas between
+    graph: bool = False                  # also Decoder: on a GPU CUDA graphs of its compiled steps
     reference: bool = False              # also transformers' generate with the same weights
     device: str | None = None            # cpu, cuda, mps; none = the best there is
     dtype: str = "float32"               # float32, bfloat16, float16
-    out: str | None = None               # file that gets the table too
 
 
-def time_stream(model, prompts, n: int, **how) -> tuple[float, float]:
-    """(tokens read, tokens written) per second by `stream`; the first token of each row counts as read."""
+def rates(pieces, prompts, n: int) -> tuple[float, float]:
+    """(tokens read, tokens written) per second by a generator of n tokens a prompt; its first piece counts as read."""
     clock = [time.perf_counter()]
-    for _ in stream(model, prompts, n, temperature=0, **how):
+    for _ in pieces:
         clock.append(time.perf_counter())
     return len(prompts) * len(prompts[0]) / (clock[1] - clock[0]), len(prompts) * (n - 1) / (clock[-1] - clock[1])
 
 
-def time_drafts(model, draft, prompt, n: int, k: int) -> tuple[float, float]:
-    """The same by `speculate`."""
-    clock = [time.perf_counter()]
-    for _ in speculate(model, draft, prompt, n, k=k, temperature=0):
-        clock.append(time.perf_counter())
-    return len(prompt) / (clock[1] - clock[0]), (n - 1) / (clock[-1] - clock[1])
+def time_stream(model, prompts, n: int, **how) -> tuple[float, float]:
+    """The same of `stream`."""
+    return rates(stream(model, prompts, n, temperature=0, **how), prompts, n)
 
 
 def time_transformers(model, prompts, n: int) -> tuple[float, float]:
-    """The same by transformers' generate: once for one token, once for n."""
-    tokens, seconds = torch.tensor(prompts, device=model.device), []
-    for length in (1, n):
-        began = time.perf_counter()
-        model.generate(tokens, do_sample=False, min_new_tokens=length, max_new_tokens=length).tolist()     # a GPU's too
-        seconds.append(time.perf_counter() - began)
-    return tokens.numel() / seconds[0], len(prompts) * (n - 1) / (seconds[1] - seconds[0])
+    """The same of transformers' generate: once for one token, once for n."""
+    tokens = torch.tensor(prompts, device=model.device)
+    first, all_of_them = (seconds_of(lambda: model.generate(tokens, do_sample=False, min_new_tokens=length,
+                                                            max_new_tokens=length), model.device) for length in (1, n))
+    return tokens.numel() / first, len(prompts) * (n - 1) / (all_of_them - first)
+
+
+def time_graph(kind: str, model, prompts, n: int):
+    """A function that times the Decoder, after its ids have been compared with generate's."""
+    decoder = Decoder(model, prompts, n)
+    if decoder.on_cuda:
+        decoder.record()
+    expected = generate(model, prompts, n, temperature=0)
+    equal = sum(a == b for row, other in zip(decoder.run(n), expected) for a, b in zip(row, other))
+    print(f"{kind}, graph: {equal} of {n * len(prompts)} ids as generate's")
+    device = decoder.tokens.device
+    return lambda: (math.nan, len(prompts) * (n - 1) / seconds_of(partial(decoder.run, n), device))
 
 
 def as_transformers(model):
@@ -102,218 +207,78 @@ def decode(argv: list[str]) -> None:
     _, files, config, _ = command_line(DecodeConfig, argv, usage)
     name, device = files[0] if files else "llama-30m", pick_device(config.device)
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**SHAPES[name])) if name in SHAPES else compress.load(name)[0]
-    model = model.to(device, DTYPES[config.dtype]).eval()
-    n, many = config.new_tokens, torch.randint(model.config.vocab_size, (config.batch, config.prompt_tokens)).tolist()
-    int8, int4 = (compress.quantize(copy.deepcopy(model), kind) for kind in ("int8", "int4"))
-    cases = [(label, one, rows, lambda one=one, rows=rows: time_stream(one, rows, n))
-             for label, one in (("plain", model), ("int8", int8), ("int4", int4)) for rows in (many[:1], many)]
-    cases.append(("no cache", model, many[:1], lambda: time_stream(model, many[:1], max(2, n // 8), cache=False)))
-    cases.append(("n-grams", model, many[:1], lambda: time_drafts(model, "ngram", many[0], n, config.k)))
-    if model.config.mtp_depth:
-        cases.append(("own head", model, many[:1], lambda: time_drafts(model, "mtp", many[0], n, config.k)))
+    with torch.device(device):                           # drawn there: on a host 1.5e9 weights take half a minute
+        model = Transformer(ModelConfig(**SHAPES[name])) if name in SHAPES else compress.load(name)[0]
+    model, n = model.to(device, DTYPES[config.dtype]).eval().requires_grad_(False), config.new_tokens
+    sizes = [1, *map(int, config.batch.split(","))]
+    prompts = torch.randint(model.config.vocab_size, (max(sizes), config.prompt_tokens)).tolist()
+    models = {"plain": model} | {kind: compress.quantize(copy.deepcopy(model), kind) for kind in ("int8", "int4")}
+    runs = {(kind, size): partial(time_stream, one, prompts[:size], n)
+            for kind, one in models.items() for size in sizes}
+    runs["no cache", 1] = partial(time_stream, model, prompts[:1], max(2, n // 8), cache=False)
+    runs["n-grams", 1] = lambda: rates(speculate(model, "ngram", prompts[0], n, temperature=0), prompts[:1], n)
+    if config.graph:
+        runs |= {(f"{kind}, graph", size): time_graph(kind, one, prompts[:size], n)
+                 for kind, one in models.items() for size in sizes}
     if config.reference:
         theirs = as_transformers(model)
-        cases += [("transformers", model, rows, lambda rows=rows: time_transformers(theirs, rows, n))
-                  for rows in (many[:1], many)]
-    rounds, roofs = [], []
-    for _ in range(config.rounds):                   # in turn: what slows the machine down slows all of them
-        roofs.append(bandwidth(device))
-        rounds.append([run() for *_, run in cases])
-    roof = statistics.median(roofs)
-    lines = [f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.dtype}, prompt "
-             f"{config.prompt_tokens}, {n} new; medians of {config.rounds} rounds, {torch.get_num_threads()} threads, "
-             f"memory {roof / 1e9:.1f} GB/s",
-             f"{'':<14}{'rows':>5} | {'prefill tok/s':>13} | {'decode tok/s':>12} | {'roof tok/s':>10} | share"]
-    length = config.prompt_tokens + n // 2
-    for i, (label, one, rows, _) in enumerate(cases):
-        read, written = (statistics.median(results[i][phase] for results in rounds) for phase in (0, 1))
-        cache = len(rows) * kv_cache_bytes(model.config, length, config.dtype)
-        limit = len(rows) * roof / (compress.weight_bytes(one) + cache)
-        lines.append(f"{label:<14}{len(rows):>5} | {read:>13,.0f} | {written:>12,.1f} | {limit:>10,.0f} | "
-                     f"{written / limit:.2f}")
-    show(lines, config.out)
+        runs |= {("transformers", size): partial(time_transformers, theirs, prompts[:size], n) for size in sizes}
+    results = alternate(runs | {"roof": partial(bandwidth, device)}, rounds=3)
+    roof, lines = statistics.median(results.pop("roof")), []
+    for (label, rows), measured in results.items():
+        read, written = map(statistics.median, zip(*measured))
+        cache = rows * kv_cache_bytes(model.config, config.prompt_tokens + n // 2, config.dtype)
+        limit = rows * roof / (compress.weight_bytes(models.get(label.split(",")[0], model)) + cache)
+        lines.append([label, rows, read, written, limit, f"{written / limit:.2f}"])
+    table(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.dtype}, prompt "
+          f"{config.prompt_tokens}, {n} new; medians of 3 rounds; {on(device)}, {roof / 1e9:.1f} GB/s",
+          ["", "rows", "prefill tok/s", "decode tok/s", "roof tok/s", "share"], lines)
 
 
 # --- compression: bytes, speed, loss ---
 
-@dataclass
-class CompressConfig:
-    """What `python bench.py compress OUT_DIR` can be told."""
-    share: float = 0.5                   # what pruning takes away
-    minutes: float = 2.4                 # of training, for the pruned model and for the small one from scratch alike
-    lr_factor: float = 0.1               # the pruned model's learning rates, as a share of those it was trained with
-    new_tokens: int = 128                # tokens to write when speed is measured
-    rounds: int = 3                      # of that, in turn
-    out: str | None = None               # file that gets the table too
-
-
-def train(out_dir, minutes: float, *flags: str) -> Path:
-    """A training run of so many minutes as a process of its own; returns its folder."""
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), f"--out_dir={out_dir}", "--overwrite=true",
-               f"--max_minutes={minutes}", "--num_samples=0", "--eval_every=0", *flags]
-    print("$", " ".join(command[1:]), flush=True)
-    subprocess.run(command, check=True)
-    return Path(out_dir)
-
-
-def compress_table(argv: list[str]) -> None:
-    """Bytes, tokens per second and bits per byte of a model in int8, int4, pruned, distilled, trained small."""
-    usage = "usage: python bench.py compress [OUT_DIR] [--key=value …]"
-    _, files, config, _ = command_line(CompressConfig, argv, usage)
-    full = Path(files[0] if files else "out/shakespeare")
-    made = {"full": full}
-    for label, *words in (("int8", "quantize", "--kind=int8"), ("int4", "quantize", "--kind=int4"),
-                          ("zeros", "prune", "--kind=magnitude", f"--share={config.share}"),
-                          ("pruned", "prune", "--kind=width", f"--share={config.share}")):
-        made[label] = full.with_name(f"{full.name}-{label}")
-        compress.main([words[0], str(full), str(made[label]), *words[1:], "--overwrite=true"])
-    entries = read_checkpoint(made["pruned"] / "ckpt.pt", map_location="meta")
-    shape, trained = entries["model_config"], entries["train_config"]
-    data_dir = trained["data_dir"]
-    repair = [f"--init_from={made['pruned']}", f"--data_dir={data_dir}"]
-    repair += [f"--{key}={trained[key] * config.lr_factor}" for key in ("lr", "muon_lr", "embedding_lr")
-               if trained.get(key) is not None]
-    made["pruned, trained"] = train(full.with_name(f"{full.name}-trained"), config.minutes, *repair)
-    made["pruned, distilled"] = train(full.with_name(f"{full.name}-distilled"), config.minutes, *repair,
-                                      f"--teacher={full}")
-    made["from scratch"] = train(full.with_name(f"{full.name}-scratch"), config.minutes, f"--data_dir={data_dir}",
-                                 *(f"--{key}={shape[key]}" for key in ("n_heads", "n_kv_heads", "head_dim", "d_ff")))
+def compress_table(words: list[str]) -> None:
+    """Bytes, tokens per second and bits per byte of a model in int8, int4, and pruned by half: compress [OUT_DIR]."""
+    full, made = Path(words[0] if words else "out/shakespeare"), {}
+    made["full"] = full
+    for label, verb, *flags in (("int8", "quantize", "--kind=int8"), ("int4", "quantize", "--kind=int4"),
+                                ("half zeros", "prune", "--kind=magnitude", "--share=0.5"),
+                                ("half as wide", "prune", "--kind=width", "--share=0.5")):
+        made[label] = full.with_name(f"{full.name}-{label.replace(' ', '-')}")
+        compress.main([verb, str(full), str(made[label]), *flags, "--overwrite=true"])
     models = {label: compress.load(folder)[0] for label, folder in made.items()}
-    rates = [[time_stream(model, [[1]], config.new_tokens)[1] for model in models.values()]
-             for _ in range(config.rounds)]
-    tokens, n_bytes = open_tokens(data_dir, "val"), read_meta(data_dir).get("val_bytes")
-    lines = [f"{full}: share {config.share}, {config.minutes} minutes of training each, {torch.get_num_threads()} "
-             f"threads; speed is the median of {config.rounds} rounds of {config.new_tokens} tokens",
-             f"{'':<20}{'weights, MB':>12}{'read a token, MB':>18}{'tok/s':>9}{'bits per byte':>15}"]
-    for i, (label, model) in enumerate(models.items()):
+    speeds = alternate({label: partial(time_stream, model, [[1]], 128) for label, model in models.items()}, rounds=3)
+    data_dir, lines = read_checkpoint(full / "ckpt.pt", map_location="meta")["train_config"]["data_dir"], []
+    for label, model in models.items():
         size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
-        bits = perplexity(model, tokens, n_bytes)["bits_per_byte"]
-        lines.append(f"{label:<20}{size / 1e6:>12.2f}{compress.weight_bytes(model) / 1e6:>18.2f}"
-                     f"{statistics.median(round_[i] for round_ in rates):>9,.0f}{bits:>15.4f}")
-    show(lines, config.out)
-
-
-# --- the tokenizer beside others ---
-
-@dataclass
-class BpeConfig:
-    """What `python bench.py bpe FILE` can be told."""
-    vocab_size: int = 32000            # of the vocabulary that is trained
-    tokenizer: str = ""                # a tokenizer.json with GPT-2's pattern, to encode with instead of training
-    megabytes: float = 10.0            # how much of FILE is encoded
-    repeats: int = 5                   # how often, in turns
-
-
-def bench_bpe(words: list[str]) -> None:
-    """Training and encoding of FILE beside Hugging Face's tokenizers and tiktoken; ids must agree."""
-    _, files, config, _ = command_line(BpeConfig, words, "python bench.py bpe FILE [--key=value ...]")
-    if len(files) != 1:
-        sys.exit("usage: python bench.py bpe FILE [--key=value ...]")
-    import tiktoken
-    import tokenizers
-    path, seconds = files[0], {}
-
-    def clock(name, run):
-        begin = time.perf_counter(), time.process_time()
-        result = run()
-        seconds.setdefault(name, []).append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
-        return result
-
-    print(f"tiktoken {tiktoken.__version__}, tokenizers {tokenizers.__version__}, {bpe_fast.cpus()} CPUs, {path}: "
-          f"{os.path.getsize(path) / 1e6:.1f} MB")
-    special = ["<|endoftext|>"]
-    if config.tokenizer:
-        tok = bpe.Tokenizer.load(config.tokenizer)
-    else:
-        tok = bpe.Tokenizer(*clock("ours", lambda: bpe.train_bpe(path, config.vocab_size, special)), special)
-        level = tokenizers.pre_tokenizers.ByteLevel
-        trainer = tokenizers.trainers.BpeTrainer(vocab_size=config.vocab_size, special_tokens=special,
-                                                 show_progress=False, initial_alphabet=level.alphabet())
-        rival = tokenizers.Tokenizer(tokenizers.models.BPE())
-        rival.pre_tokenizer = level(add_prefix_space=False)
-        clock("Hugging Face", lambda: rival.train([path], trainer))
-        print(f"training, vocabulary {config.vocab_size:,}: " +
-              ", ".join(f"{name} {times[0][0]:.2f} s" for name, times in seconds.items()))
-        seconds.clear()
-    text = Path(path).read_bytes()[:int(config.megabytes * 1e6)].decode("utf-8", errors="ignore")
-    with tempfile.TemporaryDirectory() as folder:
-        tok.save(f"{folder}/tokenizer.json")
-        theirs = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
-        theirs.encode_special_tokens = True              # as plain text, like encode_ordinary
-        tok = bpe.Tokenizer.load(f"{folder}/tokenizer.json")
-    plain = {token: i for i, token in tok.vocab.items() if i not in tok.special_tokens.values()}
-    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-    tik = tiktoken.Encoding("bench", pat_str=pattern, mergeable_ranks=plain, special_tokens=tok.special_tokens)
-    for _ in range(config.repeats):
-        ids = clock("ours", lambda: tok.encode(text, set()))
-        if ids != clock("tiktoken", lambda: tik.encode_ordinary(text)):
-            raise ValueError("tiktoken's ids differ from ours")
-        if ids != clock("Hugging Face", lambda: theirs.encode_batch_fast([text], add_special_tokens=False)[0].ids):
-            raise ValueError("Hugging Face's ids differ from ours")
-    size = len(text.encode("utf-8")) / 1e6
-    print(f"encoding {size:.1f} MB, vocabulary {tok.vocab_size:,}, one process, {len(ids):,} equal ids, MB per CPU s")
-    for name, times in seconds.items():
-        cpu = [size / used for _, used in times]
-        print(f"  {name:14} first {cpu[0]:6.1f}   median {sorted(cpu)[len(cpu) // 2]:6.1f}   best {max(cpu):6.1f}")
-
-
-# --- beside transformers ---
-
-def hf(words: list[str]) -> None:
-    """Forward and backward of a trained model beside transformers' own on the same weights: hf OUT_DIR."""
-    if len(words) != 1 or words[0].startswith("-"):
-        sys.exit("usage: python bench.py hf OUT_DIR")
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        sys.exit("hf compares with transformers, which is not installed: pip install transformers")
-    repeats, (ours, _) = 15, load_model(words[0])
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(ours, folder)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
-    ours, theirs, T = ours.float().train(), theirs.train(), ours.config.context_length
-    x, y = torch.randint(0, ours.config.vocab_size, (2, max(1, 2048 // T), T))
-
-    def their_loss():
-        logits = theirs(input_ids=x, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
-
-    print(f"{architecture_of(ours.config)}, {x.shape[0]} x {T} tokens, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}; ms of forward and backward, median of {repeats} in turns (fastest)")
-    for dtype in (torch.float32, torch.bfloat16):
-        ms = {"ours": [], "transformers": []}
-        for turn in range(repeats + 2):
-            for name, loss in (("ours", lambda: ours(x, y)[1]), ("transformers", their_loss)):
-                began = time.perf_counter()
-                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    value = loss()
-                value.backward()
-                if turn > 1:                      # the first two warm up
-                    ms[name].append(1000 * (time.perf_counter() - began))
-        print(f"{str(dtype)[6:]:<9}", *(f"{name} {statistics.median(times):.1f} ({min(times):.1f})"
-                                        for name, times in ms.items()))
+        bits = perplexity(model, open_tokens(data_dir, "val"), read_meta(data_dir).get("val_bytes"))["bits_per_byte"]
+        lines.append([label, size / 1e6, compress.weight_bytes(model) / 1e6,
+                      statistics.median(written for _, written in speeds[label]), f"{bits:.4f}"])
+    table(f"{full}; speed: median of 3 rounds of 128 tokens; {on('cpu')}",
+          ["", "weights, MB", "read a token, MB", "tok/s", "bits per byte"], lines)
 
 
 # --- the verbs: each takes the words after it ---
 
-VERBS = {"align": align_bench, "bpe": bench_bpe, "hf": hf, "decode": decode, "compress": compress_table}
-
-
-def verbs() -> dict:
-    """Name -> function of every verb."""
-    pages = (bench_data.VERBS, bench_course.VERBS, bench_serve.VERBS, bench_systems.VERBS)
-    return VERBS | {name: verb for page in pages for name, verb in page.items()} | {"gpu": bench_gpu.gpu}
+VERBS = {
+    "decode": decode, "compress": compress_table,
+    "profile": bench_step.profile, "memory": bench_step.memory, "sizes": bench_step.sizes,
+    "checkpoints": bench_step.checkpoints, "kernels": bench_kernels.kernels, "attention": bench_kernels.attention,
+    "parallel": bench_parallel.bench_parallel, "gpu": bench_gpu.gpu, "bpe": bench_data.bench_bpe,
+    "tokenizers": bench_data.tokenizers, "web": bench_data.web, "pages": bench_data.pages,
+    "minhash": bench_data.minhash, "toy": bench_course.toy, "sweeps": bench_course.sweeps,
+    "ngrams": bench_course.ngrams, "precision": bench_course.precision, "intervals": bench_course.intervals,
+    "align": bench_course.align_bench, "serve": bench_serve.serve}
 
 
 def main(argv: list[str]) -> None:
     """Run one verb, or list them all with the first line of what each says of itself."""
-    if not argv or argv[0] not in verbs():
+    if not argv or argv[0] not in VERBS:
         print("usage: python bench.py VERB [--key=value ...]; VERB is one of")
-        for name, function in verbs().items():
+        for name, function in VERBS.items():
             print(f"  {name:<12} {(function.__doc__ or '').strip().splitlines()[0]}")
         sys.exit(0 if argv and argv[0] in ("--help", "-h") else 2)
-    verbs()[argv[0]](argv[1:])
+    VERBS[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":

@@ -1,58 +1,55 @@
-"""The course's smaller experiments, a verb of bench.py each; every one ends within ten minutes on two CPU cores.
+"""The course's smaller experiments, a verb of bench.py each: ten minutes of two cores, all of `align` two hours.
 
     python bench.py toy                       SGD on one quadratic at learning rates 1 … 1,000
     python bench.py sweeps ablations          one grid of training runs on the default corpus, by name
     python bench.py ngrams data/shakespeare   what models reach that only count: is my loss normal?
     python bench.py intervals                 how often intervals of scaling predictions hold the truth
     python bench.py precision                 sums in half precision; which tensor has which dtype under autocast
-    python bench.py sizes                     forward, backward and step over sizes, in float32, bfloat16, compiled
-    python bench.py attention                 plain, compiled, tiled and torch's attention over lengths and widths
-    python bench.py checkpoints               which nesting of activation checkpoints needs least memory
+    python bench.py align --experiments=…     alignment on the demonstration's tasks, by name
 
-On a machine with a GPU the last four measure there, with larger sizes.
+Of `align`: one base model and one SFT model of align_demo.py serve all runs; a run changes one thing and is measured on
+the same 400 held-out tasks. Finished runs stand in OUT/results.json and are not run again.
+
+    experiment   what it asks                                              course problem
+    prompts      a base model asked in four ways                           math_baseline, prompting_baselines
+    sft          fine-tuning on 32 … 1,000 demonstrations                  sft_experiment
+    expert       expert iteration over rollouts and epochs                 expert_iteration_experiment
+    on_policy    GRPO, Dr. GRPO, RFT, MaxRL, our own, 4 seeds              grpo_experiments_variants_on_policy, …
+    off_policy   no ratio, no clip, clip, GSPO, 4 seeds                    grpo_experiments_off_policy, …_clip_ablation
+    rates        learning rates                                            grpo_learning_rate
+    parts        baseline, deviation, length normalization, group size     grpo_baselines, grpo_length_normalization, …
+    epochs       passes over a rollout and rows a step                     grpo_off_policy_sweep
+    asked        GRPO under three prompts                                  grpo_prompt_ablation
+
+Our own estimator divides r - p by the root of p, p the group's mean. The sum over prompts of ∇p / √p is the gradient of
+2 √p: between Dr. GRPO, which counts all prompts alike (∇p), and MaxRL (∇p / p), whose rare successes count G times.
 """
-import functools
-import shutil
+import contextlib
+import copy
+import io
+import json
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
+import align
+import align_demo
 import laws
-from accounting import preset
-from bench_step import MemoryTracker
-from checkpoint import open_tokens, read_meta
+from accounting import table
+from align_losses import group_advantages
+from checkpoint import open_tokens, read_meta, write_atomically
 from configurator import command_line
-from layers import LayerNorm, Linear, attention, cross_entropy
+from layers import LayerNorm, Linear, cross_entropy
 from machine import pick_device
-from model import Transformer, bits_per_byte
-from optim import SGD, AdamW
-
-
-def on(device: str) -> str:
-    """One line that says what was measured on."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    return f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-
-
-def timed(device: str, run) -> float:
-    """ms of run(), the GPU's queue waited for."""
-    began = time.perf_counter()
-    run()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - began)
-
-
-def can_compile(device: str) -> bool:
-    """Whether torch.compile finds what it needs: a C++ compiler on the CPU, Triton on a GPU."""
-    return device.startswith("cuda") or shutil.which("g++") is not None or shutil.which("clang++") is not None
+from model import bits_per_byte
+from optim import SGD
 
 
 # --- learning rates on a toy, and grids of real runs ---
@@ -171,176 +168,12 @@ def precision(words: list[str]) -> None:
           + ", ".join(f"{name} {str(tensor.dtype)[6:]}" for name, tensor in seen.items()))
 
 
-# --- a step over sizes ---
-
-@dataclass
-class SizesConfig:
-    """What `python bench.py sizes` can be told."""
-    shapes: str = ""                          # d_model x n_layers with commas between, or presets; none = by device
-    context_length: int = 256                 # tokens a sequence
-    batch_size: int = 4                       # sequences
-    vocab_size: int = 10_000                  # ids
-    warmup: int = 5                           # steps before the clock starts
-    steps: int = 10                           # timed steps
-    compile: bool = True                      # a third row with torch.compile, where a compiler is found
-    device: str | None = None                 # cpu, cuda, mps; none = the best there is
-
-
-def sizes(words: list[str]) -> None:
-    """ms of forward, backward and optimizer step, mean ± deviation, over model sizes, dtypes and with torch.compile."""
-    _, _, config, _ = command_line(SizesConfig, words, "usage: python bench.py sizes [--key=value …]")
-    device = pick_device(config.device)
-    gpu = device.startswith("cuda")
-    names = config.shapes or ("small,medium,large,xl" if gpu else "128x4,256x6,512x8")
-    print(f"{on(device)}; {config.batch_size} x {config.context_length} tokens, vocabulary {config.vocab_size:,}, "
-          f"{config.steps} steps after {config.warmup}; the first step without warm-up last")
-    print(f"{'model':<12}{'params':>10}  {'':<18}{'forward':>16}{'backward':>16}{'optimizer':>16}{'first step':>12}")
-    for name in names.split(","):
-        changes = dict(vocab_size=config.vocab_size, context_length=config.context_length)
-        if "x" in name and name[0].isdecimal():
-            d_model, n_layers = map(int, name.split("x"))
-            changes |= dict(d_model=d_model, n_layers=n_layers, n_heads=max(1, d_model // 64), d_ff=None)
-        shape = preset("small" if "x" in name and name[0].isdecimal() else name, **changes)
-        rows = [(torch.float32, False), (torch.bfloat16, False)]
-        if config.compile and can_compile(device):
-            rows.append((torch.bfloat16, True))
-        for dtype, compiled in rows:
-            times = step_times(shape, dtype, compiled, device, config)
-            cells = [f"{statistics.mean(column):9.1f} ± {statistics.stdev(column):<4.1f}" for column in zip(*times[1:])]
-            label = str(dtype)[6:] + (" compiled" if compiled else "")
-            count = sum(p.numel() for p in Transformer(shape).parameters())
-            print(f"{name:<12}{count:>10,}  {label:<18}" + "".join(f"{cell:>16}" for cell in cells)
-                  + f"{sum(times[0]):>12.1f}", flush=True)
-
-
-def step_times(shape, dtype, compiled: bool, device: str, config) -> list:
-    """[(forward, backward, optimizer) ms of the first step], then of the timed ones after the warm-up."""
-    torch.manual_seed(0)
-    model = Transformer(shape).to(device)
-    optimizer, forward = AdamW(model.parameters(), lr=1e-4), torch.compile(model) if compiled else model
-    ids, times = torch.randint(shape.vocab_size, (config.batch_size, shape.context_length), device=device), []
-    for _ in range(1 + config.warmup + config.steps):
-        kept = {}
-
-        def run_forward():
-            with torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32):
-                kept["loss"] = forward(ids, ids)[1]
-        times.append((timed(device, run_forward), timed(device, lambda: kept["loss"].backward()),
-                      timed(device, optimizer.step)))
-        optimizer.zero_grad()
-    return [times[0], *times[1 + config.warmup:]]
-
-
-# --- attention over lengths and widths ---
-
-@dataclass
-class AttentionConfig:
-    """What `python bench.py attention` can be told."""
-    widths: str = "16,64,128"                 # of the one head
-    lengths: str = ""                         # with commas between; none = by device
-    batch_size: int = 8                       # as the course asks
-    repeats: int = 5                          # timed passes after two
-    dtype: str = "float32"                    # float32, bfloat16
-    device: str | None = None                 # cpu, cuda; none = the best there is
-
-
-def attention_bench(words: list[str]) -> None:
-    """ms forward and backward, and MB kept for backward, of causal attention: plain, compiled, tiled, torch's own."""
-    _, _, config, _ = command_line(AttentionConfig, words, "usage: python bench.py attention [--key=value …]")
-    device = pick_device(config.device)
-    gpu = device.startswith("cuda")
-    from flash import FlashAttentionPyTorch, flash_attention
-
-    def plain(q, k, v):
-        return attention(q, k, v, torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril())
-
-    kinds = {"plain": plain, "tiles in PyTorch": lambda q, k, v: FlashAttentionPyTorch.apply(q, k, v, True),
-             "torch's sdpa": lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)}
-    if can_compile(device):
-        kinds["plain, compiled"] = torch.compile(plain)
-    if gpu:
-        kinds["Triton"] = lambda q, k, v: flash_attention(q, k, v, True)
-    print(f"{on(device)}; batch {config.batch_size}, one head, {config.dtype}, causal; ms, medians of {config.repeats}")
-    print(f"{'width':>6}{'length':>8}  {'':<18}{'forward':>10}{'backward':>10}{'MB kept':>10}")
-    for D in map(int, config.widths.split(",")):
-        for T in map(int, (config.lengths or ("256,1024,4096,8192,16384" if gpu else "128,512,2048")).split(",")):
-            q, k, v = (torch.randn(config.batch_size, T, D, device=device, dtype=getattr(torch, config.dtype))
-                       .requires_grad_() for _ in range(3))
-            for name, function in kinds.items():
-                try:
-                    row = attention_row(function, q, k, v, device, config.repeats)
-                except RuntimeError as error:                                       # out of memory is one
-                    row = f"  {str(error).splitlines()[0][:60]}"
-                print(f"{D:>6}{T:>8}  {name:<18}{row}", flush=True)
-
-
-def attention_row(function, q, k, v, device: str, repeats: int) -> str:
-    """Forward and backward ms and what is saved between them, formatted."""
-    kept, times = {}, []
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function(q, k, v)
-    for _ in range(repeats + 2):
-        result = {}
-        forward = timed(device, lambda: result.update(y=function(q, k, v)))
-        times.append((forward, timed(device, lambda: result["y"].backward(torch.ones_like(result["y"])))))
-    forward, backward = (statistics.median(column) for column in zip(*times[2:]))
-    return f"{forward:>10.2f}{backward:>10.2f}{sum(kept.values()) / 1e6:>10.1f}"
-
-
-# --- activation checkpoints ---
-
-def checkpoints(words: list[str]) -> None:
-    """Peak of activations and time of a step with a checkpoint every 1, 2, 4, … blocks, and nested two deep."""
-    device, layers = pick_device(None), 16
-    shape = preset("small", vocab_size=1000, context_length=256, d_model=256, n_layers=layers, n_heads=4, d_ff=None)
-    ids = torch.randint(1000, (4, 256), device=device)
-    print(f"{on(device)}; {layers} blocks of width 256, 4 x 256 tokens, float32\n{'':<34}{'peak MB':>9}{'step ms':>9}")
-
-    def run_blocks(blocks, x, nesting: tuple, positions):
-        """Blocks one after another, in segments of nesting[0] blocks that are computed again, themselves divided."""
-        if not nesting:
-            for block in blocks:
-                x = block(x, positions)
-            return x
-        for start in range(0, len(blocks), nesting[0]):
-            segment = blocks[start:start + nesting[0]]
-            x = checkpoint(functools.partial(run_blocks, segment, nesting=nesting[1:], positions=positions), x,
-                           use_reentrant=False)
-        return x
-
-    cases = {"none": (), **{f"every {n}": (n,) for n in (1, 2, 4, 8)}, "every 4, nested every 1": (4, 1),
-             "every 8, nested every 2": (8, 2)}
-    for name, nesting in cases.items():
-        torch.manual_seed(0)
-        model = Transformer(shape).to(device)
-        positions, tracker = torch.arange(256, device=device), MemoryTracker()
-
-        def step():
-            x = run_blocks(list(model.layers), model.token_embeddings(ids), nesting, positions)
-            x.float().pow(2).mean().backward()
-        step()
-        times = [timed(device, step) for _ in range(4)]
-        for p in model.parameters():                     # what is there before the step does not count
-            tracker.watch(p, "weights")
-            if p.grad is not None:
-                tracker.watch(p.grad, "gradients")
-        before = tracker.live
-        with tracker:
-            step()
-        print(f"{name:<34}{(max(tracker.history) - before) / 1e6:>9.1f}{min(times):>9.0f}", flush=True)
-
-
 # --- are intervals honest? ---
 
 @dataclass
 class IntervalsConfig:
     """What `python bench.py intervals` can be told."""
     worlds: int = 100                         # seeds of noise
-    beyond: float = 30.0                      # the prediction, in times of the largest budget
 
 
 def law_runs(law: tuple, noise: float, seed: int) -> list[dict]:
@@ -357,7 +190,7 @@ def law_runs(law: tuple, noise: float, seed: int) -> list[dict]:
 def intervals(words: list[str]) -> None:
     """Of 100 worlds, how many 90 % intervals of N, D and loss hold the truth, and how wide they are."""
     _, _, config, _ = command_line(IntervalsConfig, words, "usage: python bench.py intervals [--key=value …]")
-    target, keys = config.beyond * 1e20, ("n_params", "n_tokens", "loss")
+    target, keys = 30 * 1e20, ("n_params", "n_tokens", "loss")
     print(f"54 runs, six budgets up to 1e20, prediction at {target:.0e} FLOPs, {config.worlds} worlds; held, of them, "
           f"and median high / low\n{'fit':<16}{'law':<11}{'noise':>7}" + "".join(f"{key:>16}" for key in keys))
     for fit in (laws.fit_isoflop, laws.fit_parametric):
@@ -374,5 +207,215 @@ def intervals(words: list[str]) -> None:
                 print(f"{fit.__name__:<16}{name:<11}{noise:>7.1%}" + "".join(cells), flush=True)
 
 
-VERBS = {"toy": toy, "intervals": intervals, "sweeps": sweeps, "ngrams": ngrams, "precision": precision, "sizes": sizes,
-         "attention": attention_bench, "checkpoints": checkpoints}
+# --- alignment ---
+
+def root_mean(rewards, group_size: int, baseline: str, normalizer: str):
+    """Advantages (N,) of our own: (r - p) / √p in each group, and the info of `group_advantages`."""
+    advantages, info = group_advantages(rewards, group_size, "mean", "none")
+    means = rewards.view(-1, group_size).mean(1, keepdim=True)
+    return (advantages.view(-1, group_size) / (means + 1e-6).sqrt()).view(-1), info
+
+
+ON_POLICY = dict(reweight="none", batch_size=256)                    # one optimizer step a rollout of 256 rows
+OFF_POLICY = dict(reweight="grpo", batch_size=32)                    # 8 of them
+GRPO = {                                                             # experiment -> run -> settings
+    "on_policy": {"grpo": {}, "dr_grpo": dict(normalize="constant", normalizer="none"),
+                  "rft": dict(baseline="none", normalizer="none"), "maxrl": dict(normalizer="mean"),
+                  "root_mean": dict(normalizer="none", estimator=root_mean)},
+    "off_policy": {"no ratio": OFF_POLICY | dict(reweight="none"), "no clip": OFF_POLICY | dict(reweight="noclip"),
+                   "clip": OFF_POLICY, "gspo": OFF_POLICY | dict(reweight="gspo", clip=0.05)},
+    "rates": {f"lr {lr:g}": dict(lr=lr) for lr in (1e-4, 3e-4, 3e-3, 1e-2)},
+    "parts": {"no baseline": dict(baseline="none", normalizer="none"), "no deviation": dict(normalizer="none"),
+              "by tokens": dict(normalize="token"), "by a constant": dict(normalize="constant"),
+              "groups of 2": dict(group_size=2, prompts_per_step=128),
+              "groups of 4": dict(group_size=4, prompts_per_step=64)},
+    "epochs": {f"{epochs} x {rows} rows": OFF_POLICY | dict(epochs=epochs, batch_size=rows)
+               for epochs, rows in ((1, 64), (1, 128), (2, 64), (2, 256), (4, 256))},
+    "asked": {"think opened": dict(asked="Q: {}\nA: <think>"), "question alone": dict(asked="{}\n")}}
+SEEDS = {"on_policy": 4, "off_policy": 4}                            # the others: one, as the course asks
+ASKED = "Q: {}\nA:"                                                   # the laboratory's own form
+# Right, in form, right in whatever form, right when greedy: shares; mean tokens of an answer.
+FIGURES = ("accuracy", "format", "any_form", "greedy", "length")
+LAST = ("entropy", "clip_fraction", "dead_groups")                   # of the last rollout of a GRPO run
+
+
+@dataclass
+class AlignBenchConfig:
+    """What `python bench.py align` can be told."""
+    experiments: str = ",".join(("prompts", "sft", "expert", *GRPO))      # those to run
+    seeds: int = 4                                # at most, of each run
+    steps: int = 60                               # rollouts of a GRPO run
+    out: str = "out/bench_align"                  # results.json, table.txt, curves.png, samples.txt
+
+
+class Bench:
+    """The laboratory, the two models every run starts from, and the list of finished runs."""
+
+    def __init__(self, config: AlignBenchConfig):
+        self.config, self.folder = config, Path(config.out)
+        self.lab = align_demo.Laboratory(self.folder, 0)
+        self.path, self.results = self.folder / "results.json", []
+        if self.path.exists():
+            self.results = json.loads(self.path.read_text(encoding="utf-8"))
+        self.base = align_demo.train_base(self.lab, align_demo.STAGES["base"]).eval()
+        self.tuned = self.fine_tuned(self.lab.demonstrations(1000))
+
+    def fine_tuned(self, rows: list, model=None, steps: int | None = None):
+        """A copy of the base model, or of another, after SFT on these rows."""
+        model = copy.deepcopy(model or self.base)
+        settings = align_demo.STAGES["sft"]
+        align.sft(model, rows, replace(settings, steps=steps or settings.steps))
+        return model.eval()
+
+    def ask(self, form: str = ASKED) -> None:
+        """Ask in this form from now on, in training and in measuring."""
+        self.lab.prompt = lambda task: [self.lab.stop] + self.lab.tokenizer.encode(form.format(task["question"]))
+
+    def figures(self, model) -> dict:
+        """The FIGURES of a model on held-out tasks."""
+        measured = self.lab.measure(model)
+        return {name: measured[name] for name in FIGURES}
+
+    def run(self, experiment: str, name: str, seed: int, measure) -> None:
+        """Store the figures that measure() gives, with the seconds it took, unless they are there."""
+        key, began = dict(experiment=experiment, run=name, seed=seed), time.perf_counter()
+        if not any(key.items() <= run.items() for run in self.results):
+            self.results.append(key | measure() | {"seconds": time.perf_counter() - began})
+            write_atomically(self.path, lambda file: file.write(json.dumps(self.results, indent=1).encode("utf-8")))
+            print(f"{experiment}, {name}, seed {seed}: {self.results[-1]['accuracy']:.1%} right", flush=True)
+
+    def runs(self, experiment: str) -> dict:
+        """{name of a run: its results, one a seed} of an experiment."""
+        runs = {}
+        for run in self.results:
+            if run["experiment"] == experiment:
+                runs.setdefault(run["run"], []).append(run)
+        return runs
+
+
+# --- the experiments: each yields (name of a run, seed, function that gives its figures) ---
+
+def prompts(bench: Bench):
+    """The base model, never fine-tuned, asked plainly, with the form opened, and after two examples in either form."""
+    forms = {"plain": ASKED, "form opened": ASKED + " <think>"}
+    for name, style in (("two answers shown", "direct"), ("two in form shown", "guess")):
+        forms[name] = "".join(f"Q: {task['question']}\nA:{align_demo.answered(task, style)}\n"
+                              for task in bench.lab.pick("train", 2, ("count",))) + ASKED
+    for name, form in forms.items():
+        bench.ask(form)
+        yield name, 0, lambda: bench.figures(bench.base)
+    bench.ask()
+
+
+def sft(bench: Bench):
+    """Fine-tuning on more and more demonstrations, 300 steps each."""
+    rows = bench.lab.demonstrations(1000)
+    for n in (32, 64, 128, 256, 512, 1000):
+        yield f"{n} shown", 0, lambda: bench.figures(bench.fine_tuned(rows[:n]))
+
+
+def expert(bench: Bench):
+    """Expert iteration: sample answers, fine-tune on the right ones, again; 3 rounds of 512 questions."""
+    def iterate(group_size: int, epochs: int) -> dict:
+        model, tasks = bench.tuned, bench.lab.pick("train", 3 * 512)
+        for start in (0, 512, 1024):
+            asked = tasks[start:start + 512]
+            responses, texts = bench.lab.texts(model, asked, group_size=group_size)
+            asked = [task for task in asked for _ in range(group_size)]
+            right = [(bench.lab.prompt(task), row) for task, row, text in zip(asked, responses, texts)
+                     if align.r1_zero_reward(text, task["answer"])["reward"]]
+            steps = max(1, epochs * len(right) // align_demo.STAGES["sft"].batch_size)
+            model = bench.fine_tuned(right, model, steps)
+        return bench.figures(model)
+    for group_size, epochs in ((2, 1), (8, 1), (2, 4), (8, 4)):
+        yield f"{group_size} answers, {epochs} epochs", 0, lambda: iterate(group_size, epochs)
+
+
+def reinforce(experiment: str, bench: Bench):
+    """The GRPO runs of one experiment, seed after seed so that a short session has one of each first."""
+    for seed in range(min(bench.config.seeds, SEEDS.get(experiment, 1))):
+        for name, changes in GRPO[experiment].items():
+            settings = dict(ON_POLICY, **changes)
+            bench.ask(settings.pop("asked", ASKED))
+            yield name, seed, lambda: grpo_run(bench, settings, seed, name)
+    bench.ask()
+
+
+def grpo_run(bench: Bench, changes: dict, seed: int, name: str) -> dict:
+    """One GRPO run from the SFT model: its figures, the curve of rewards, and answers written on the way."""
+    lab, model, entries = bench.lab, copy.deepcopy(bench.tuned), []
+    estimator = changes.pop("estimator", group_advantages)
+    settings = replace(align_demo.STAGES["grpo"], seed=seed, steps=bench.config.steps, log_every=1, **changes)
+
+    def log(**entry):
+        entries.append(entry)
+        if name == "grpo" and seed == 0 and (entry["step"] == 1 or entry["step"] % 20 == 0):
+            shown = lab.pick("val", 3)
+            with open(bench.folder / "samples.txt", "a", encoding="utf-8") as file:
+                for task, row, text in zip(shown, *lab.texts(model, shown)):
+                    reward = align.r1_zero_reward(text, task["answer"])["reward"]
+                    file.write(f"step {entry['step']}, reward {reward:.0f}, {len(row)} tokens, entropy of the rollout "
+                               f"{entry['entropy']:.3f} | {task['question']} |{text}\n")
+
+    align.grpo(model, lab.problems(), lab.tokenizer, settings, lab.stop, log, estimator=estimator)
+    return (bench.figures(model) | {key: entries[-1].get(key, 0.0) for key in LAST}
+            | {"curve": [entry["reward"] for entry in entries]})
+
+
+EXPERIMENTS = {"prompts": prompts, "sft": sft, "expert": expert} | {name: partial(reinforce, name) for name in GRPO}
+
+
+# --- what is shown ---
+
+def show(bench: Bench) -> str:
+    """A table an experiment: means over the seeds, and the deviation of the share right; also to OUT/table.txt."""
+    parameters = sum(p.numel() for p in bench.base.parameters())
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        print(f"{parameters:,} parameters, {bench.config.steps} rollouts a GRPO run, 400 held-out tasks (one standard "
+              f"error: 2 points); torch {torch.__version__}, {torch.get_num_threads()} threads\nright, form, any form: "
+              "sampled at temperature 1; any form: the answer stands last, whatever the form")
+        for experiment in EXPERIMENTS:
+            rows = []
+            for name, runs in bench.runs(experiment).items():
+                mean = {key: statistics.mean(run[key] for run in runs) for key in (*FIGURES, *LAST) if key in runs[0]}
+                spread = statistics.stdev(run["accuracy"] for run in runs) if len(runs) > 1 else None
+                rows.append([name, len(runs), f"{mean['accuracy']:.1%}", "-" if spread is None else f"{spread:.1%}",
+                             *(f"{mean[key]:.1%}" for key in ("format", "any_form", "greedy")), mean["length"],
+                             *(f"{mean[key]:.2%}" if key in mean else "-" for key in LAST[1:]),
+                             mean.get("entropy", "-")])
+            if rows:
+                table(experiment, ["", "seeds", "right", "spread", "form", "any form", "greedy", "length", "clipped",
+                                   "dead", "entropy"], rows)
+    (bench.folder / "table.txt").write_text(text.getvalue(), encoding="utf-8", newline="\n")
+    return text.getvalue()
+
+
+def draw(bench: Bench) -> None:
+    """Rewards over the rollouts, a panel an experiment, the mean of its seeds; to OUT/curves.png."""
+    from matplotlib.figure import Figure
+    shown = [name for name in GRPO if bench.runs(name)]
+    if not shown:
+        return
+    figure = Figure(figsize=(4.5 * len(shown), 4), layout="constrained")
+    for axis, experiment in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
+        for name, runs in bench.runs(experiment).items():
+            mean = [statistics.mean(rewards) for rewards in zip(*(run["curve"] for run in runs))]
+            smooth = [statistics.mean(mean[max(0, step - 4):step + 1]) for step in range(len(mean))]
+            axis.plot(range(1, len(mean) + 1), smooth, label=name)
+        axis.set(xlabel="rollout", ylabel="mean reward (of 5 rollouts)", title=experiment, ylim=(0, 1))
+        axis.legend(fontsize=7)
+    figure.savefig(bench.folder / "curves.png", dpi=80)
+
+
+def align_bench(argv: list[str]) -> None:
+    """Alignment's experiments from one SFT model: prompts, amounts of data, expert iteration, GRPO's variants."""
+    config = command_line(AlignBenchConfig, argv, "usage: python bench.py align [--key=value …]")[2]
+    experiments = {name: EXPERIMENTS[name] for name in config.experiments.split(",")}
+    bench = Bench(config)
+    bench.run("sft", "none", 0, lambda: bench.figures(bench.base))
+    for experiment, runs in experiments.items():
+        for name, seed, measure in runs(bench):
+            bench.run(experiment, name, seed, measure)
+        show(bench)
+        draw(bench)
+    print(show(bench))

@@ -36,12 +36,10 @@ class ServeBenchConfig:
     out_dir: str = "out/shakespeare"     # the model that is served
     requests: int = 32                   # at once, and one after another
     tokens: int = 64                     # that each of them asks for
-    rounds: int = 3                      # the median counts
     flags: str = ""                      # further flags of serve.py, with spaces between
     soak: int = 0                        # so many requests instead, from 32 clients, each compared with generate's text
     rate: float = 17.0                   # of them a second
     reference: bool = False              # instead: 1, 8 and 32 users, here and of `transformers serve`
-    port: int = 8765                     # of the reference
 
 
 @contextlib.contextmanager
@@ -61,39 +59,39 @@ def serving(folder, flags: str):
     with running(command, stdout=subprocess.PIPE) as process:
         line = next((line for line in process.stdout if "ready at" in line), None)
         if line is None:
-            raise RuntimeError(f"{' '.join(command)} did not start")
+            sys.exit(f"{' '.join(command)} did not start")
         yield process, int(re.search(r":(\d+) ", line)[1])
 
 
-def post(port: int, body: dict) -> tuple[str, float]:
-    """(what the server answers, seconds to the first byte of it) to a request for completions."""
+def post(port: int, body: dict) -> tuple[dict | None, float]:
+    """(what the server answers, None for a stream; seconds to the first byte of it) to a request for completions."""
     began = time.perf_counter()
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
-        first = response.read(1)
-        seconds = time.perf_counter() - began
-        text = (first + response.read()).decode()
+        text, seconds = response.read(1), time.perf_counter() - began
+        text += response.read()
     if response.status != 200:
-        raise RuntimeError(f"port {port} answered {response.status}: {text[:300]}")
-    return text, seconds
+        raise RuntimeError(f"port {port} answered {response.status}: {text.decode()[:300]}")
+    return None if body.get("stream") else json.loads(text), seconds
 
 
 # --- what is measured ---
+
+def rate(port: int, bodies: list[dict], clients: int) -> tuple[float, list]:
+    """(tokens a second, the answers) of all these requests by so many clients."""
+    began = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        answers = [answer for answer, _ in pool.map(lambda body: post(port, body), bodies)]
+    tokens = sum(answer["usage"]["completion_tokens"] for answer in answers)
+    return tokens / (time.perf_counter() - began), [answer["choices"] for answer in answers]
+
 
 def throughput(port: int, c: ServeBenchConfig) -> None:
     """Tokens a second of so many requests one after another, and at once."""
     bodies = [{"prompt": PROMPTS[i % len(PROMPTS)], "max_tokens": c.tokens, "temperature": 0.8, "seed": i}
               for i in range(c.requests)]
-
-    def rate(clients):
-        """(tokens a second, the texts) with so many clients."""
-        began = time.perf_counter()
-        with ThreadPoolExecutor(clients) as pool:
-            answers = [json.loads(text) for text, _ in pool.map(lambda body: post(port, body), bodies)]
-        tokens = sum(answer["usage"]["completion_tokens"] for answer in answers)
-        return tokens / (time.perf_counter() - began), [answer["choices"] for answer in answers]
-    rounds = [(rate(1), rate(c.requests)) for _ in range(c.rounds)]
+    rounds = [(rate(port, bodies, 1), rate(port, bodies, c.requests)) for _ in range(3)]
     if any(alone[1] != together[1] for alone, together in rounds):
         print("a text differs between the two ways")
     a, b = (statistics.median(tokens_per_s for tokens_per_s, _ in way) for way in zip(*rounds))
@@ -122,7 +120,7 @@ def first_tokens(port: int, context: int) -> None:
 
 def soak(process, port: int, model, tokenizer, c: ServeBenchConfig) -> None:
     """Many requests at a rate, each text compared with the one that generate gives for its prompt and seed."""
-    kinds, generator, memory = [], random.Random(1), []
+    kinds, generator, memory, results = [], random.Random(1), [], []
     for seed in range(60):
         ids = tokenizer.encode(generator.choice(PROMPTS))
         ids += [generator.randrange(256) for _ in range(generator.randrange(40))]
@@ -135,25 +133,20 @@ def soak(process, port: int, model, tokenizer, c: ServeBenchConfig) -> None:
 
     def outcome(kind):
         try:
-            return "right" if json.loads(post(port, kind[0])[0])["choices"][0]["text"] == kind[1] else "wrong"
+            return "right" if post(port, kind[0])[0]["choices"][0]["text"] == kind[1] else "wrong"
         except (OSError, RuntimeError, ValueError, http.client.HTTPException):
             return "lost"
-
-    def resident_mb():                           # Linux
-        status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
     began = time.perf_counter()
     with ThreadPoolExecutor(32) as pool:
-        results = []
         for i in range(c.soak):
             time.sleep(max(0.0, began + i / c.rate - time.perf_counter()))
             results.append(pool.submit(outcome, generator.choice(kinds)))
-            if i % max(1, c.soak // 10) == 0:
-                memory.append(resident_mb())
-        results = [result.result() for result in results]
-    memory.append(resident_mb())
+            if i % max(1, c.soak // 10) == 0:                                    # /proc: Linux
+                status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+                memory.append(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) // 1024)
+    results = [result.result() for result in results]
     print(f"{len(results):,} requests in {time.perf_counter() - began:.0f} s: {results.count('lost')} lost, "
-          f"{results.count('wrong')} wrong; memory in MB by tenths: {' '.join(f'{m:.0f}' for m in memory)}", flush=True)
+          f"{results.count('wrong')} wrong; memory in MB by tenths: {' '.join(map(str, memory))}", flush=True)
 
 
 # --- beside another server ---
@@ -172,25 +165,23 @@ def same_weights(c: ServeBenchConfig, folder: Path) -> None:
     (folder / "theirs" / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def row(name: str, port: int, model: str, tokens: int) -> None:
+def row(name: str, process, port: int, model: str, tokens: int) -> None:
     """A line of the table: tokens a second that 1, 8 and 32 users get together, each asking three times."""
-    def user(i):
-        body = {"model": model, "prompt": PROMPTS[i % len(PROMPTS)], "max_tokens": tokens, "temperature": 0}
-        answers = [post(port, body | {"prompt": f"{body['prompt']} {turn}"})[0] for turn in range(3)]
-        return sum(json.loads(answer)["usage"]["completion_tokens"] for answer in answers)
-
-    def rate(n_users):
-        began = time.perf_counter()
-        with ThreadPoolExecutor(n_users) as pool:
-            return sum(pool.map(user, range(n_users))) / (time.perf_counter() - began)
-    for _ in range(240):                         # the first answer loads or measures what the others need
-        with contextlib.suppress(ConnectionError):
-            user(0)
+    bodies = [{"model": model, "prompt": f"{PROMPTS[i % len(PROMPTS)]} {i // 32}", "max_tokens": tokens,
+               "temperature": 0} for i in range(96)]
+    deadline = time.monotonic() + 120
+    while True:                                  # the first answer loads or measures what the others need
+        try:
+            rate(port, bodies[:1], 1)
             break
-        time.sleep(0.5)
-    else:
-        raise RuntimeError(f"{name} does not answer at port {port}; is it installed? pip install transformers[serving]")
-    print(f"{name:<42}" + "".join(f"{rate(n):>9,.0f}" for n in (1, 8, 32)), flush=True)
+        except RuntimeError as error:
+            sys.exit(f"{name}: {error}")
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"{name} does not answer at port {port} (its status: {process.poll()}); see what it says when "
+                         "you start it yourself, and pip install transformers[serving]")
+            time.sleep(0.5)
+    print(f"{name:<42}" + "".join(f"{rate(port, bodies[:3 * n], n)[0]:>9,.0f}" for n in (1, 8, 32)), flush=True)
 
 
 def beside(c: ServeBenchConfig) -> None:
@@ -200,12 +191,12 @@ def beside(c: ServeBenchConfig) -> None:
     print(f"tokens/s by users{'':<25}" + "".join(f"{n:>9}" for n in (1, 8, 32)))
     with tempfile.TemporaryDirectory() as folder:
         same_weights(c, Path(folder))
-        with serving(f"{folder}/ours", c.flags) as (_, port):
-            row("serve.py", port, "ours", c.tokens)
+        with serving(f"{folder}/ours", c.flags) as (process, port):
+            row("serve.py", process, port, "ours", c.tokens)
         for flags in ([], ["--continuous-batching"]):
-            command = ["transformers", "serve", f"{folder}/theirs", "--device=cpu", f"--port={c.port}", *flags]
-            with running(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
-                row(" ".join(["transformers serve", *flags]), c.port, f"{folder}/theirs", c.tokens)
+            command = ["transformers", "serve", f"{folder}/theirs", "--device=cpu", "--port=8765", *flags]
+            with running(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+                row(" ".join(["transformers serve", *flags]), process, 8765, f"{folder}/theirs", c.tokens)
 
 
 def serve(argv: list[str]) -> None:
@@ -221,6 +212,3 @@ def serve(argv: list[str]) -> None:
         else:
             throughput(port, c)
             first_tokens(port, model.config.context_length)
-
-
-VERBS = {"serve": serve}

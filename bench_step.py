@@ -1,25 +1,22 @@
-"""One step: of training, where its time goes and its memory; of decoding, made so that a CUDA graph can replay it.
+"""One training step: where its time goes and its memory, over sizes and with checkpoints; and the clock of all verbs.
 
     python bench.py profile config_x.py [--key=value]     ms by phase and by region, the largest kernels, a trace
     python bench.py memory config_x.py [--key=value]      MB by kind, the peaks, a picture in out/memory/
+    python bench.py sizes                                 ms by phase over sizes, in float32, bfloat16, compiled
+    python bench.py checkpoints                           which nesting of activation checkpoints needs least memory
 
 For the memory every tensor that torch's operations make is watched from its birth to its end and counted by kind:
 weights, gradients, moments, activations by region, temporaries. On CUDA torch's own snapshot file is written too.
-
-A step of decoding reads every weight for one row of products, so the share of the bandwidth counts. Before it stands
-the host: GPT-2 in eager mode launches 400 kernels for a token, 5 µs each, where reading its weights takes 80 µs. A
-CUDA graph launches them all at once, if nothing in the step depends on the host. So every position works on the whole
-cache, and a mask hides what is not written yet:
-
-    decoding.stream    a step for 130 keys, then for 131, 132 …    the host knows the length, and waits for each token
-    Decoder            a step for 192 keys, each time the same     position and tokens are numbers on the card
 """
-import copy
+import contextlib
 import functools
+import gc
 import os
+import shutil
 import statistics
 import time
 import weakref
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,19 +25,83 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-import decoding
 import train
-from accounting import table
+from accounting import flops_per_token, preset, table
 from checkpoint import read_meta
 from configurator import command_line
-from layers import rope_tables
-from machine import DTYPES, pick_device, pick_dtype
-from model import ModelConfig, Transformer
-from optim import clip_grad_norm
+from convert import their_config
+from machine import DTYPES, peak_flops, pick_device, pick_dtype
+from model import Transformer
+from optim import AdamW, clip_grad_norm
+
+# --- the clock ---
+
+
+def seconds_of(run, device="cpu", n: int = 1) -> float:
+    """Mean seconds of one run() of n in a row; the card has done all it was asked for when the clock is read."""
+    def clock() -> float:
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+    began = clock()
+    for _ in range(n):
+        run()
+    return (clock() - began) / n
+
+
+def alternate(runs: dict, rounds: int) -> dict:
+    """{name: what each of the calls gave}; in turn, so that what slows the machine down slows all of them."""
+    results = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            results[name].append(run())
+    return results
+
+
+def on(device: str) -> str:
+    """One line that says what was measured on."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    return f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile finds what it needs: a C++ compiler on the CPU, Triton on a GPU."""
+    return device.startswith("cuda") or shutil.which("g++") is not None or shutil.which("clang++") is not None
+
+
+def step_parts(model, optimizers, batch, dtype, grad_clip: float = 1.0) -> dict:
+    """{phase: function} of a training step, to be called in this order; backward gives the loss."""
+    losses, device = [], batch[0].device.type
+
+    def forward():
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            losses.append(model(*batch)[1])
+
+    def backward():
+        loss = losses.pop()
+        loss.backward()
+        return loss.detach()
+
+    def step():
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return {"forward": forward, "backward": backward,
+            "clip": lambda: clip_grad_norm(list(model.parameters()), grad_clip), "optimizer": step}
+
+
+def step_ms(parts: dict, device, region=contextlib.nullcontext) -> list[float]:
+    """ms of each phase of one step."""
+    times = []
+    for phase, run in parts.items():
+        with region(phase):
+            times.append(1e3 * seconds_of(run, device))
+    return times
+
 
 # --- memory ---
 
-REGIONS = {"attn": "attention", "ffn": "feed-forward", "ln1": "norms", "ln2": "norms", "ln_final": "norms",
+REGIONS = {"attn": "attention", "ffn": "feed-forward", "ln1": "norm", "ln2": "norm", "ln_final": "norm",
            "token_embeddings": "embedding", "lm_head": "head"}
 
 
@@ -58,15 +119,11 @@ class MemoryTracker(TorchDispatchMode):
         for name, module in () if model is None else model.named_modules():
             region = REGIONS.get(name.rpartition(".")[2])
             if region:
-                module.register_forward_pre_hook(functools.partial(self.enter, region))
+                module.register_forward_pre_hook(lambda *_, region=region: self.regions.append(region))
                 module.register_forward_hook(self.leave, always_call=True)
 
-    def enter(self, region: str, *_) -> None:
-        """A part of the model begins."""
-        self.regions.append(region)
-
     def leave(self, *_) -> None:
-        """It ends."""
+        """A part of the model ends."""
         self.regions.pop()
 
     def __torch_dispatch__(self, operation, types, arguments=(), more=None):
@@ -104,50 +161,42 @@ def memory_step(config, device: str, dtype):
     optimizers, tracker, peaks = train.make_optimizers(model, config), MemoryTracker(model), {}
     rows = config.micro_batch_size or config.batch_tokens // config.context_length
     ids = torch.randint(model.config.vocab_size, (rows, config.context_length), device=device)
-
-    def forward():
-        with torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32):
-            return model(ids, ids)[1]
-
-    def update():
-        clip_grad_norm(list(model.parameters()), config.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-
-    def call(phase, run):
-        tracker.phase, start = phase, len(tracker.history)
-        result = run()
-        peaks[phase] = max(tracker.history[start:])
-        return result
-
-    forward().backward()                          # a first step makes the moments
-    update()
-    model.zero_grad(set_to_none=True)
+    parts = step_parts(model, optimizers, (ids, ids), dtype, config.grad_clip)
+    for run in parts.values():                    # a first step makes the moments
+        run()
     moments = [value for one in optimizers for state in one.state.values() for value in state.values()]
     for kind, tensors in (("weights", [*model.parameters(), *model.buffers()]), ("moments", moments), ("batch", [ids])):
         for tensor in filter(torch.is_tensor, tensors):
             tracker.watch(tensor, kind)
     kinds = {id(block): block["operation"] for block in tracker.blocks}
     with tracker:
-        loss = call("forward", forward)
-        for block in tracker.storages.values():
-            kinds.setdefault(id(block), f"activations: {block['region'] or 'loss, residual'}")
-        call("backward", loss.backward)
-        gradients = {p.grad.untyped_storage()._cdata for p in model.parameters()}
-        kinds |= {id(block): "gradients" for key, block in tracker.storages.items() if key in gradients}
-        call("step", update)
+        for tracker.phase, run in parts.items():
+            start = len(tracker.history)
+            run()
+            peaks[tracker.phase] = max(tracker.history[start:])
+            if tracker.phase == "forward":
+                for block in tracker.storages.values():
+                    kinds.setdefault(id(block), f"activations: {block['region'] or 'loss, residual'}")
+            if tracker.phase == "backward":
+                gradients = {p.grad.untyped_storage()._cdata for p in model.parameters()}
+                kinds |= {id(block): "gradients" for key, block in tracker.storages.items() if key in gradients}
     return tracker, kinds, peaks
 
 
 def memory(words: list[str]) -> None:
     """Memory over one training step by kind, its peaks, its largest allocations; writes out/memory/."""
+    from matplotlib.figure import Figure
     config = command_line(train.TrainConfig, words, "python bench.py memory [config_x.py] [--key=value ...]")[2]
-    device = pick_device(config.device)
-    on_cuda, folder = device.startswith("cuda"), Path("out/memory")
+    device, folder = pick_device(config.device), Path("out/memory")
+    on_cuda = device.startswith("cuda")
     folder.mkdir(parents=True, exist_ok=True)
     if on_cuda:
         torch.cuda.memory._record_memory_history()
     tracker, kinds, peaks = memory_step(config, device, DTYPES[pick_dtype(config.dtype, device)])
+    if on_cuda:
+        torch.cuda.memory._dump_snapshot(str(folder / "snapshot.pickle"))     # for pytorch.org/memory_viz
+        torch.cuda.memory._record_memory_history(enabled=None)
+        print(f"allocator's peak {torch.cuda.max_memory_allocated() / 1e6:,.1f} MB; {folder / 'snapshot.pickle'}")
     timeline = {kind: np.zeros(len(tracker.history) + 1) for kind in [*dict.fromkeys(kinds.values()), "temporaries"]}
     for block in tracker.blocks:
         line = timeline[kinds.get(id(block), "temporaries")]
@@ -156,26 +205,59 @@ def memory(words: list[str]) -> None:
     table("MB of one step, by kind", ["", "most", "at the peak"],
           [[kind, float(line.max()), float(line[highest])] for kind, line in timeline.items()])
     table("peaks", ["", "MB"], [[phase, peak / 1e6] for phase, peak in peaks.items()])
-    if on_cuda:
-        torch.cuda.memory._dump_snapshot(str(folder / "snapshot.pickle"))     # for pytorch.org/memory_viz
-        torch.cuda.memory._record_memory_history(enabled=None)
-        print(f"\nallocator's peak {torch.cuda.max_memory_allocated() / 1e6:,.1f} MB; {folder / 'snapshot.pickle'}")
     made = sorted((block for block in tracker.blocks if block["phase"]), key=lambda block: -block["bytes"])
     table("largest allocations", ["phase", "region", "operation", "kind", "MB"],
           [[block["phase"], block["region"], block["operation"], kinds.get(id(block), "temporaries"),
             block["bytes"] / 1e6] for block in made[:10]])
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    axes = Figure(figsize=(9, 4.5), layout="constrained").subplots()
     axes.stackplot(range(len(tracker.history) + 1), list(timeline.values()), labels=list(timeline))
     axes.set(xlabel="operations of one training step", ylabel="MB", title="one training step, memory by kind")
     axes.legend(loc="upper left", fontsize="x-small")
-    figure.savefig(folder / "memory.png", dpi=120)
+    axes.figure.savefig(folder / "memory.png", dpi=120)
     print(f"\n{folder / 'memory.png'}")
 
 
-# --- profile: where the time of a training step goes ---
+# --- activation checkpoints ---
+
+def checkpoints(words: list[str]) -> None:
+    """Peak of activations and time of a step with a checkpoint every 1, 2, 4, … blocks, and nested two deep."""
+    device, layers = pick_device(None), 16
+    shape = preset("small", vocab_size=1000, context_length=256, d_model=256, n_layers=layers, n_heads=4, d_ff=None)
+    ids, positions = torch.randint(1000, (4, 256), device=device), torch.arange(256, device=device)
+    print(f"{on(device)}; {layers} blocks of width 256, 4 x 256 tokens, float32\n{'':<34}{'peak MB':>9}{'step ms':>9}")
+
+    def run_blocks(blocks, x, nesting: tuple):
+        """Blocks one after another, in segments of nesting[0] blocks that are computed again, themselves divided."""
+        if not nesting:
+            for block in blocks:
+                x = block(x, positions)
+            return x
+        for start in range(0, len(blocks), nesting[0]):
+            segment = blocks[start:start + nesting[0]]
+            x = checkpoint(run_blocks, segment, x, nesting[1:], use_reentrant=False)
+        return x
+
+    for name, nesting in {"none": (), **{f"every {n}": (n,) for n in (1, 2, 4, 8)}, "every 4, nested every 1": (4, 1),
+                          "every 8, nested every 2": (8, 2)}.items():
+        torch.manual_seed(0)
+        model, tracker = Transformer(shape).to(device), MemoryTracker()
+
+        def step():
+            x = run_blocks(list(model.layers), model.token_embeddings(ids), nesting)
+            x.float().pow(2).mean().backward()
+        step()
+        seconds = min(seconds_of(step, device) for _ in range(4))
+        for p in model.parameters():                     # what is there before the step does not count
+            tracker.watch(p, "weights")
+            if p.grad is not None:
+                tracker.watch(p.grad, "gradients")
+        before = tracker.live
+        with tracker:
+            step()
+        print(f"{name:<34}{(max(tracker.history) - before) / 1e6:>9.1f}{1e3 * seconds:>9.0f}", flush=True)
+
+
+# --- where the time goes ---
 
 LABELS = ("attention", "feed-forward", "norm", "loss", "clip", "optimizer")
 
@@ -200,60 +282,34 @@ def profile(argv: list[str]) -> dict | None:
     attached = device.startswith("cuda") and any(name in os.environ for name in (
         "NSYS_PROFILING_SESSION_ID", "CUDA_INJECTION64_PATH", "NVTX_INJECTION64_PATH"))
     region = torch.cuda.nvtx.range if attached else torch.profiler.record_function
-    step = make_step(model, train.make_optimizers(model, config), batch, dtype, config.grad_clip, region)
-    times = [step() for _ in range(13)][3:]                # the first three warm up
+    parts = step_parts(model, train.make_optimizers(model, config), batch, dtype, config.grad_clip)
+    times = [step_ms(parts, device, region) for _ in range(13)][3:]                # the first three warm up
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {vocab_size:,} ids, {size[0]} x {size[1]} "
           f"tokens, {dtype}, {device}\n{'':14}{'mean ms':>9}{'std ms':>8}   over 10 steps after 3")
-    for name, column in zip(("forward", "backward", "clip", "optimizer"), zip(*times)):
+    for name, column in zip(parts, zip(*times)):
         print(f"{name:14}{statistics.mean(column):9.2f}{statistics.stdev(column):8.2f}")
-    kinds = {"attn": "attention", "ffn": "feed-forward", "ln_final": "norm", "ln1": "norm", "ln2": "norm"}
     for path, module in model.named_modules():
-        if path.split(".")[-1] in kinds:
-            module.forward = region(kinds[path.split(".")[-1]])(module.forward)
+        if REGIONS.get(path.split(".")[-1]) in LABELS:
+            module.forward = region(REGIONS[path.split(".")[-1]])(module.forward)
     model.head_loss = region("loss")(model.head_loss)      # the norm in it remains a norm
     if attached:
         torch.cuda.profiler.start()
-        step()
+        step_ms(parts, device, region)
         torch.cuda.profiler.stop()
         return None
     with torch.profiler.profile() as profiler:             # the CPU, and CUDA where there is one
-        wall_ms = sum(step())
+        wall_ms = sum(step_ms(parts, device, region))
     totals = report(profiler, wall_ms, device.startswith("cuda"))
     os.makedirs(config.out_dir, exist_ok=True)
+    from matplotlib.figure import Figure
+    axes = Figure(figsize=(6, 3), layout="constrained").subplots()
+    axes.barh(list(totals), list(totals.values()))
+    axes.set_xlabel("ms of one training step")
+    axes.figure.savefig(os.path.join(config.out_dir, "step.png"), dpi=110)
     trace = os.path.join(config.out_dir, "trace.json")
     profiler.export_chrome_trace(trace)
     print(f"trace: {trace}, to open in https://ui.perfetto.dev")
     return totals
-
-
-def make_step(model, optimizers, batch, dtype, grad_clip, region):
-    """A function that takes one training step and gives the ms of its four phases."""
-    device = batch[0].device.type
-
-    def clock() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()                       # else the clock would stop before the GPU does
-        return time.perf_counter() * 1e3
-
-    def step() -> list[float]:
-        """Forward, backward, clip, optimizer."""
-        marks = [clock()]
-        with region("forward"), torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = model(*batch)[1]
-        marks.append(clock())
-        with region("backward"):
-            loss.backward()
-        marks.append(clock())
-        with region("clip"):
-            clip_grad_norm(model.parameters(), grad_clip)
-        marks.append(clock())
-        with region("optimizer"):
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        marks.append(clock())
-        return [after - before for before, after in zip(marks, marks[1:])]
-    return step
 
 
 def report(profiler, wall_ms: float, on_gpu: bool) -> dict:
@@ -289,101 +345,85 @@ def report(profiler, wall_ms: float, on_gpu: bool) -> dict:
     return totals
 
 
-# --- a decoding step that a CUDA graph can replay ---
+# --- a step over sizes and switches ---
 
-class Layer:
-    """One layer's keys and values (B, K, S, D) for all positions there will be, in KVCache's place."""
-
-    def __init__(self, k, v):
-        self.k, self.v = k, v
-
-    def append(self, layer, k, v, plan, window):
-        """Store those of one new token; return all, as the mask hides what is not written."""
-        self.k.index_copy_(2, plan.slots, k)
-        self.v.index_copy_(2, plan.slots, v)
-        return self.k, self.v
+VARIANTS = {            # switches of the model; the name says the rest
+    "float32": {}, "bfloat16": {}, "bfloat16 compiled": {}, "triton compiled": dict(attention_backend="triton"),
+    "transformers compiled": {}, "triton": dict(attention_backend="triton"), "fused loss": dict(fused_loss=True),
+    "triton compiled, fused loss": dict(attention_backend="triton", fused_loss=True)}
 
 
-class Step:
-    """What attention.Plan is for a pass, for one token at a position that only the card knows."""
-
-    def __init__(self, config: ModelConfig, position, keys):
-        self.slots = self.positions = position                           # (1,)
-        self.fresh, self.balance, self.masks = False, [], {None: (keys <= position)[None]}       # (1, S)
-        if config.position == "rope":
-            tables = rope_tables(position, config.head_dim, config.rope_theta, config)
-            self.cos, self.sin = (table.unsqueeze(-2) for table in tables)
-
-
-def numbered_zero(block):
-    """The same block, tensors shared, as a first layer: torch.compile would make a program for each number."""
-    block = copy.copy(block)
-    block._modules = dict(block._modules) | {"attn": copy.copy(block.attn)}
-    block.layer = block.attn.layer = 0
-    return block
+@dataclass
+class SizesConfig:
+    """What `python bench.py sizes` can be told."""
+    shapes: str = ""                          # d_model x n_layers with commas between, or presets; none = by device
+    variants: str = ""                        # all: also Triton's attention, the fused loss, transformers' GPT-2
+    context_length: int = 256                 # tokens a sequence
+    batch_size: str = "4"                     # sequences; with commas between: the first that fits
+    vocab_size: int = 10_000                  # ids
+    warmup: int = 5                           # steps before the clock starts
+    steps: int = 10                           # timed steps
+    device: str | None = None                 # cpu, cuda, mps; none = the best there is
 
 
-def run_block(block, x, layer: Layer, step: Step):
-    """One block; compiled once, it serves all layers, which differ in tensors only."""
-    return block(x, None, layer, step)
+class Theirs(torch.nn.Module):
+    """transformers' GPT-2 with random weights, called as ours is."""
+
+    def __init__(self, config):
+        super().__init__()
+        from transformers import AutoConfig, AutoModelForCausalLM
+        settings = their_config(config, torch.float32) | dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), attn_implementation="sdpa")
+
+    def forward(self, x, y):
+        """(None, the loss)."""
+        logits = self.model(input_ids=x, use_cache=False).logits
+        return None, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
-class Decoder:
-    """Greedy decoding by steps that are all alike, so that a CUDA graph can replay one: tokens stay on the card.
+def sizes(words: list[str]) -> None:
+    """ms of forward, backward and optimizer step, mean ± deviation, tokens/s, MFU over sizes, dtypes and switches."""
+    config = command_line(SizesConfig, words, "usage: python bench.py sizes [--key=value …]")[2]
+    device = pick_device(config.device)
+    names = config.shapes or ("small,medium,large,xl" if device.startswith("cuda") else "128x4,256x6,512x8")
+    variants = list(VARIANTS) if config.variants == "all" else list(VARIANTS)[:3 if can_compile(device) else 2]
+    print(f"{on(device)}; context {config.context_length}, vocabulary {config.vocab_size:,}, {config.steps} steps "
+          f"after {config.warmup}; first step: without warm-up\n{'model':<12}{'params':>11}{'rows':>5} {'':<28}"
+          f"{'forward':>16}{'backward':>16}{'optimizer':>16}{'first step':>12}{'tokens/s':>10}{'MFU':>7}")
+    for name in names.split(","):
+        changes = dict(vocab_size=config.vocab_size, context_length=config.context_length)
+        if name[0].isdecimal():
+            d_model, n_layers = map(int, name.split("x"))
+            changes |= dict(d_model=d_model, n_layers=n_layers, n_heads=max(1, d_model // 64), d_ff=None)
+        shape = preset("small" if name[0].isdecimal() else name, **changes)
+        for label in variants:
+            for rows in map(int, config.batch_size.split(",")):
+                try:
+                    print(f"{name:<12}{size_row(shape, label, rows, config, device)}", flush=True)
+                    break
+                except Exception as error:                   # no memory, no transformers, no Triton
+                    print(f"{name:<12}{rows:>16} {label:<28}{str(error).splitlines()[0][:80]}", flush=True)
+                if device.startswith("cuda"):
+                    gc.collect()
+                    torch.cuda.empty_cache()
 
-    For models without windows, experts, latent attention or smear. compile: fuse each block's small operations; with
-    one row inductor then also makes products of its own, in which int8 weights are widened as they are read.
-    """
 
-    def __init__(self, model: Transformer, prompts: list[list[int]], n_new: int, compile: bool = False):
-        c, self.model, self.T = model.config, model, len(prompts[0])
-        if set(c.windows) != {None} or c.n_experts or c.attention != "standard" or c.smear:
-            raise ValueError("Decoder has no sliding_window, n_experts, attention=mla or smear; use decoding.stream")
-        device, length = model.token_embeddings.weight.device, min(c.context_length, -(-(self.T + n_new) // 64) * 64)
-        logits, memory = decoding.prefill(model, prompts, True, length - self.T)
-        self.layers = [Layer(k, v) for k, v in zip(memory.k, memory.v)]
-        self.blocks = [numbered_zero(block) for block in model.layers]
-        self.on_cuda, self.run_block, self.graph = device.type == "cuda", run_block, None
-        if compile:
-            torch.compiler.reset()                       # else the ninth program of a function would not be made
-            options = {"coordinate_descent_tuning": True} if self.on_cuda and len(prompts) == 1 else None
-            self.run_block = torch.compile(run_block, backend="inductor" if self.on_cuda else "aot_eager",
-                                           options=options, dynamic=False)
-        self.keys, self.position = torch.arange(length, device=device), torch.tensor([self.T], device=device)
-        self.tokens = torch.zeros(len(prompts), length + 1, dtype=torch.long, device=device)
-        self.tokens[:, :self.T] = torch.tensor(prompts, device=device)
-        self.tokens[:, self.T] = logits.argmax(-1)
-
-    def step(self) -> None:
-        """The token after the one at `position`, and one position on; no number of it is seen by the host."""
-        plan = Step(self.model.config, self.position, self.keys)
-        x = self.model.embed(self.tokens.index_select(1, self.position), None, plan)
-        for block, layer in zip(self.blocks, self.layers):
-            x = self.run_block(block, x, layer, plan)
-        self.position += 1
-        self.tokens.index_copy_(1, self.position, self.model.head(x[:, -1]).argmax(-1, keepdim=True))
-
-    def record(self) -> None:
-        """On a card: record one step as a graph; before it, three steps on a side stream, which also compile."""
-        if not self.on_cuda:
-            return
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.position.fill_(self.T)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.step()                                  # recording computes nothing
-
-    def run(self, n: int) -> list[list[int]]:
-        """The next n ids of every row, from the first position on."""
-        self.position.fill_(self.T)
-        for _ in range(n - 1):                           # the first one is prefill's
-            if self.graph is None:
-                self.step()
-            else:
-                self.graph.replay()
-        return self.tokens[:, self.T:self.T + n].tolist()
+def size_row(shape, label: str, rows: int, config: SizesConfig, device: str) -> str:
+    """One line of `sizes`."""
+    torch.manual_seed(0)
+    with torch.device(device):                   # drawn there: on a host 1.5e9 weights take half a minute
+        model = (Theirs(shape) if "transformers" in label else Transformer(replace(shape, **VARIANTS[label]))).train()
+    make = functools.partial(torch.optim.AdamW, fused=device != "cpu") if "transformers" in label else AdamW
+    dtype, ids = "float32" if label == "float32" else "bfloat16", torch.randint(
+        shape.vocab_size, (rows, shape.context_length), device=device)
+    net = torch.compile(model) if "compiled" in label else model
+    parts = step_parts(net, [make(model.parameters(), lr=1e-4)], (ids, ids), DTYPES[dtype])
+    del parts["clip"]
+    first, *times = [step_ms(parts, device) for _ in range(1 + config.warmup + config.steps)]
+    columns = list(zip(*times[config.warmup:]))
+    rate = 1e3 * ids.numel() / sum(map(statistics.mean, columns))
+    flops, peak = flops_per_token(shape, shape.context_length, training=True)["total"], peak_flops(device, dtype)
+    cells = [f"{statistics.mean(column):9.1f} ± {statistics.stdev(column):<4.1f}" for column in columns]
+    return (f"{sum(p.numel() for p in model.parameters()):>11,}{rows:>5} {label:<28}"
+            + "".join(f"{cell:>16}" for cell in cells) + f"{sum(first):>12.1f}{rate:>10,.0f}"
+            + (f"{rate * flops / peak:>7.1%}" if peak else ""))

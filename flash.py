@@ -25,7 +25,7 @@ Left out: dropout, arbitrary masks and sliding windows (model.py takes torch's s
 Papers: FlashAttention 2205.14135, FlashAttention-2 2307.08691 (algorithms 1 and 2).
 
     python flash.py               errors beside torch's own attention
-    python bench.py kernels       times beside it (CUDA)
+    python bench.py attention     times beside it
 """
 import functools
 import math

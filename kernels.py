@@ -19,7 +19,7 @@ Papers: Triton (Tillet et al. 2019), SwiGLU 2002.05202, RMSNorm 1910.07467, RoPE
 chunked linear cross entropy 2410.10989 (Liger).
 
     python kernels.py             every kernel's error beside PyTorch's
-    python bench.py kernels       their times beside eager, compiled and torch's own (CUDA)
+    python bench.py gpu --only=kernels       their times beside eager, compiled and torch's own (CUDA)
 """
 import functools
 import math
@@ -492,7 +492,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
 def show_errors(page: str) -> int:
     """Run bench.py's table of errors as a process, interpreted where there is no GPU; returns its exit status."""
     bench = Path(__file__).with_name("bench.py")
-    words = ["kernels", f"--page={page}", "--times=false", *sys.argv[1:]]
+    words = ["kernels", f"--page={page}", *sys.argv[1:]]
     return subprocess.run([sys.executable, bench, *words]).returncode
 
 

@@ -7,74 +7,73 @@ import io
 import re
 import shlex
 
-import pytest
-
 import bench
 from common import ROOT
 
-PAGES = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py") if not path.stem.startswith("config_")}
-TEXTS = [ROOT / "README.md", ROOT / "COURSE.md", *(path for path in sorted((ROOT / "results").glob("*.md"))
-                                                   if path.stem != "first_edition")]
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")
+         if not path.stem.startswith(("config_", "test_all"))}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "results").glob("*.md")
+           if path.stem != "first_edition"}
+TEXTS = {"README.md": README, "COURSE.md": (ROOT / "COURSE.md").read_text(encoding="utf-8")} | RESULTS
 
 
 def imports_of(source: str) -> set:
-    """Names of modules imported anywhere in a source, also inside functions."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-    return names
+    """Names of our pages imported anywhere in a source, also inside functions."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return (names | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}) & set(PAGES)
 
 
-def test_no_circle_of_imports():
-    arrows = {page: imports_of(source) & set(PAGES) for page, source in PAGES.items()}
+def test_no_circle_of_imports_and_the_readme_lists_every_page_below_what_it_imports():
+    arrows = {page: imports_of(source) for page, source in PAGES.items()}
+    rows = re.findall(r"^\| \[`(\w+)\.py`\]", README, re.MULTILINE)
+    assert set(rows) == {page for page in PAGES if not page.startswith("bench")}
+    wrong = [(page, other) for i, page in enumerate(rows) for other in arrows[page] & set(rows[i + 1:])]
+    assert not wrong, wrong
+    assert not [page for page in rows if any(other.startswith("bench") for other in arrows[page])], "nobody measures"
     while leaves := {page for page, below in arrows.items() if not below}:
         arrows = {page: below - leaves for page, below in arrows.items() if page not in leaves}
     assert not arrows, f"these import each other: {sorted(arrows)}"
-    assert not any("bench" in page for name, source in PAGES.items() if not name.startswith("bench")
-                   for page in imports_of(source)), "nobody imports the measurements"
-
-
-def test_the_map_in_the_readme_has_every_page_below_what_it_imports():
-    rows = re.findall(r"^\| \[`(\w+)\.py`\]", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert set(rows) == {page for page in PAGES if not page.startswith(("bench", "test_all"))}
-    wrong = [(page, other) for i, page in enumerate(rows) for other in imports_of(PAGES[page]) & set(rows[i + 1:])]
-    assert not wrong, wrong
 
 
 def test_pages_are_short():
     lengths = sorted(((source.count("\n"), page) for page, source in PAGES.items()), reverse=True)
     assert lengths[0][0] < 600 and [entry for entry in lengths if entry[0] > 500][3:] == [], lengths[:5]
     assert (ROOT / "README.md").stat().st_size <= 16_384
-    long = {path.name: n for path in (ROOT / "results").glob("*.md") if path.stem != "first_edition"
-            and (n := path.read_text(encoding="utf-8").count("\n")) > 80}
-    assert not long, "a page of results has at most 80 lines"
+    assert not {name: text.count("\n") for name, text in RESULTS.items() if text.count("\n") > 80}, "at most 80 lines"
+
+
+def test_every_file_of_results_is_linked():
+    texts = "\n".join(path.read_text(encoding="utf-8") for path in (
+        *ROOT.glob("*.md"), *ROOT.glob("*.py"), *ROOT.glob("*.toml"), *(ROOT / "results").glob("*.md")))
+    assert not [path.name for path in (ROOT / "results").iterdir() if path.name not in texts]
 
 
 def test_every_setting_is_read_somewhere():
     code = "\n".join(PAGES.values())
     for page in PAGES:
-        if page == "test_all":
-            continue
         for name, kind in vars(importlib.import_module(page)).items():
-            if dataclasses.is_dataclass(kind) and kind.__module__ == page and kind.__name__.endswith(("Config", "Settings")):
+            if dataclasses.is_dataclass(kind) and kind.__module__ == page and name.endswith(("Config", "Settings")):
                 for field in dataclasses.fields(kind):
                     assert re.search(rf"\.{field.name}\b|[\"']{field.name}[\"']", code), (page, name, field.name)
 
 
 def commands() -> list:
-    """(file, command) of every `python …` and `torchrun …` in code blocks and code spans of the texts."""
+    """(file, words from the script on) of every `python …` and `torchrun …` in code blocks and spans of the texts."""
     found = []
-    for path in TEXTS:
-        text = path.read_text(encoding="utf-8")
+    for name, text in TEXTS.items():
         blocks = re.findall(r"```[a-z]*\n(.*?)```", text, re.DOTALL)
         spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
         for line in [line for block in blocks for line in block.replace("\\\n", " ").split("\n")] + spans:
             line = re.split(r" {2,}#| &&|…\n", line.removeprefix("$ "))[-1 if "&&" in line else 0].strip()
             if re.match(r"([A-Z_]+=\S+ )*(python|torchrun)3? .*\b\w+\.py", line):
-                found.append((path.name, line))
+                words = shlex.split(line)
+                words = words[next(i for i, word in enumerate(words) if word.endswith(".py")):]
+                # What stands for something is no value; "sft | dpo" are two commands, of which the first is tried.
+                flags = [word for word in words if word.startswith("--") and not word.startswith("--KEY")]
+                files = [word for word in words if not word.startswith("--") and word not in ("…", "|", "...")]
+                found.append((name, (files[:2] if "|" in line else files) + flags))
     return found
 
 
@@ -82,51 +81,34 @@ class Parsed(Exception):
     """The command line was read to its end."""
 
 
-@pytest.fixture
-def parse_only(monkeypatch):
-    """Every page's command_line ends the command once it has been read."""
+def test_every_command_in_the_texts_can_be_read(monkeypatch):
     from configurator import command_line
 
     def stop(*args, **more):
         command_line(*args, **more)
         raise Parsed
     for page in PAGES:
-        module = importlib.import_module(page) if page != "test_all" else None
-        if hasattr(module, "command_line"):
-            monkeypatch.setattr(module, "command_line", stop)
-
-
-def test_every_command_in_the_texts_can_be_read(parse_only, monkeypatch):
+        monkeypatch.setattr(importlib.import_module(page), "command_line", stop, raising=False)
     monkeypatch.chdir(ROOT)
     shown, wrong = commands(), []
     assert len(shown) > 40
-    for file, line in shown:
-        words = shlex.split(line)
-        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        # What stands for something is no value; "sft | dpo" are two commands, of which the first is tried.
-        words = [words[script], *(word for word in words[script + 1:] if word not in ("…", "|", "..."))]
-        if "|" in line:
-            words = words[:2] + [word for word in words[2:] if word.startswith("--")]
-        if words[0] == "bench.py" and words[1] in bench.verbs() and not any(word.startswith("--") for word in words):
-            continue                                       # a verb without settings would run
-        if words[0] == "SCRIPT.py":
+    for file, (script, *words) in shown:
+        no_settings = script in ("SCRIPT.py", "test_all.py", "kernels.py", "flash.py", "optim.py") or "--help" in words
+        if script == "bench.py" and words[0] in bench.VERBS and not any(word.startswith("--") for word in words):
+            no_settings = True                             # a verb without settings would run
+        if no_settings or "config_x.py" in words:
             continue
-        if not (ROOT / words[0]).is_file():
-            wrong.append((file, line, "no such page"))
-            continue
-        if words[0] in ("test_all.py", "kernels.py", "flash.py", "optim.py") or "--help" in words or "config_x.py" in words:
-            continue
-        module = importlib.import_module(words[0][:-3])
-        run, errors = getattr(module, "run_command_line", None) or module.main, io.StringIO()
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             try:
-                run([word for word in words[1:] if not word.startswith("--KEY")])
+                module = importlib.import_module(script[:-3])
+                (getattr(module, "run_command_line", None) or module.main)(words)
             except Parsed:
                 continue
             except SystemExit as end:
                 if end.code in (0, None):
                     continue
-            except (ValueError, OSError) as error:
-                errors.write(str(error))
-        wrong.append((file, line, errors.getvalue()[-200:]))
+            except (ImportError, ValueError, OSError) as error:
+                said.write(str(error))
+        wrong.append((file, script, words, said.getvalue()[-200:]))
     assert not wrong, "\n".join(map(str, wrong))

@@ -1,0 +1,306 @@
+"""Kernels and attention: the verbs of bench.py that measure their errors and their times.
+
+    python bench.py kernels         errors of every kernel; --times=true what they reach of a GPU's roofs
+    python bench.py attention       plain, compiled, tiled and torch's attention over lengths and widths
+
+A kernel is bound by one of two roofs (Williams 2009), measured first: few FLOPs a byte (RMSNorm, SwiGLU, RoPE, cross
+entropy) by the bandwidth of a copy, many (attention, linear + cross entropy) by the FLOP/s of a large product.
+"""
+import itertools
+import os
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench_step import can_compile, on, seconds_of
+from configurator import command_line
+from machine import DTYPES, pick_device
+
+
+# --- kernels: their errors ---
+
+TOLERANCE = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}      # the tests': some roundings of the largest entry
+# Tokens, width, vocabulary, heads, key heads, D; and Tq, Tk, D, key heads, group, causal.
+LONG_LAYERS = [(1, 80, 7, 4, 2, 16), (50, 257, 201, 4, 1, 80), (1000, 768, 50257, 12, 4, 64),
+               (65536, 1024, 256, 8, 2, 128)]
+LONG_ATTENTION = [(1, 1, 16, 2, 1, True), (1, 130, 80, 2, 4, True), (17, 130, 64, 2, 2, False),
+                  (130, 7, 32, 2, 4, True), (127, 257, 256, 1, 2, True), (1000, 5000, 128, 2, 4, True),
+                  (4096, 4096, 64, 2, 2, True), (65536, 65536, 64, 1, 1, True), (16384, 16384, 128, 1, 2, True)]
+
+
+@dataclass
+class KernelConfig:
+    """What `python bench.py kernels` can be told."""
+    page: str = "both"                        # whose kernels: kernels | flash | both
+    dtypes: str = ",".join(TOLERANCE)         # with commas between
+    long: bool = False                        # odd and long shapes, up to 65,536 tokens: for a GPU
+    times: bool = False                       # instead what they reach of the machine's roofs, beside torch's
+    out: str = "results"                      # folder of the pictures of that
+
+
+def layer_cases(device, T, C, V, H, K, D) -> list[tuple]:
+    """(name, ours, plain PyTorch, torch's own or None, inputs) of kernels.py: T tokens, width C, V ids, heads of D."""
+    import kernels
+    F, targets = torch.nn.functional, torch.randint(V, (T,), device=device)
+    angles = torch.rand(T, D // 2, device=device)
+
+    def randn(*shape):
+        return torch.randn(shape, device=device).requires_grad_()
+    return [("swiglu", kernels.swiglu, lambda g, u: g * torch.sigmoid(g) * u, None, (randn(T, C), randn(T, C))),
+            ("matmul", kernels.matmul, torch.matmul, None, (randn(T, C), randn(C, V))),
+            ("rms_norm", kernels.rms_norm, lambda x, w: x * (x.pow(2).mean(-1, True) + 1e-5).rsqrt() * w,
+             lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), (randn(T, C), randn(C))),
+            ("rope", kernels.apply_rope, lambda q, k, c, s: tuple(kernels.turned(x, c, s, False) for x in (q, k)), None,
+             (randn(1, H, T, D), randn(1, K, T, D), angles.cos(), angles.sin())),
+            ("cross_entropy", kernels.cross_entropy,
+             lambda z, t: (z.logsumexp(-1) - z.gather(1, t[:, None])[:, 0]).mean(), F.cross_entropy,
+             (randn(T, V), targets)),
+            ("linear+cross_entropy", kernels.linear_cross_entropy, lambda x, w, t: F.cross_entropy(x @ w.T, t), None,
+             (randn(T, C), randn(V, C), targets))]
+
+
+def attention_functions(causal: bool, group: int = 1) -> dict:
+    """name -> function of q (B, H, Tq, D), k and v (B, H / group, Tk, D): plain, in tiles, torch's own, Triton's."""
+    import flash
+
+    def plain(q, k, v):
+        if group > 1:
+            k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+        return torch.softmax(flash.scores_of(q, k, causal), dim=-1) @ v
+    return {"plain": plain, "tiles in PyTorch": lambda q, k, v: flash.FlashAttentionPyTorch.apply(q, k, v, causal),
+            "torch's sdpa": lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, enable_gqa=group > 1),
+            "Triton": lambda q, k, v: flash.flash_attention(q, k, v, causal)}
+
+
+def attention_inputs(device, B, H, K, Tq, Tk, D) -> list:
+    """q, k, v of H and K heads."""
+    return [torch.randn(B, heads, T, D, device=device).requires_grad_() for heads, T in ((H, Tq), (K, Tk), (K, Tk))]
+
+
+def leaves(inputs, dtype) -> list:
+    """The inputs in a dtype, to be differentiated where those are; whole numbers as they are."""
+    return [x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
+
+
+def errors(function, reference, inputs, dtype) -> list[float]:
+    """Largest errors of (outputs, gradients) against the reference in float64 on the same rounded numbers, relative to
+    the largest entry (at least 1); the outputs are differentiated with fixed upstreams."""
+    def run(function, dtype) -> tuple:
+        variables = leaves(rounded, dtype)
+        outputs = function(*variables)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        upstream = [torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape).to(y.dtype) for y in outputs]
+        return outputs, torch.autograd.grad(outputs, [x for x in variables if x.requires_grad], upstream)
+    rounded = leaves(inputs, dtype)
+    pairs = [[(x - y).abs().max() / y.abs().max().clamp(min=1) for x, y in zip(a, b)]
+             for a, b in zip(run(function, dtype), run(reference, torch.float64))]
+    return [torch.stack(pair).max().item() for pair in pairs]              # Python's max could miss a NaN
+
+
+def kernels(argv: list[str]) -> None:
+    """The largest error of every kernel beside plain PyTorch's, by dtype; exits with 1 for one that is too large."""
+    config = command_line(KernelConfig, argv, "usage: python bench.py kernels [--page=kernels | flash | both]")[2]
+    gpu, long, cases, wrong = torch.cuda.is_available(), config.long, [], 0
+    device = "cuda" if gpu else "cpu"
+    if not gpu:
+        os.environ.setdefault("TRITON_INTERPRET", "1")     # read when kernels.py is imported
+    if config.times:
+        kernel_times(device, Path(config.out))
+        return
+    import flash
+    torch.manual_seed(0)
+    for sizes in () if config.page == "flash" else LONG_LAYERS if long else [(50, 256, 200, 4, 2, 64)]:
+        cases += [(f"{name} {sizes[0]}, {sizes[1]}", *case) for name, *case in layer_cases(device, *sizes)]
+    if long:
+        flash.TILE = 2048                                  # few large tiles: 64 would take a minute
+    shapes = LONG_ATTENTION if long else [(70, 70, 64, 2, 2, True), (70, 70, 64, 2, 2, False)]
+    for Tq, Tk, D, K, group, causal in () if config.page == "kernels" else shapes:
+        functions, inputs = attention_functions(causal, group), attention_inputs(device, 1, group * K, K, Tq, Tk, D)
+        reference = functions["tiles in PyTorch" if long else "plain"]       # the long ones have no room for T x T
+        for kind in ("tiles in PyTorch", "Triton")[long:]:
+            name = f"{kind} {Tq} x {Tk}, {D} {'causal' if causal else 'full'}"
+            cases.append((name, functions[kind], reference, None, inputs))
+    print(f"largest error against float64 on {torch.cuda.get_device_name() if gpu else 'the CPU, kernels interpreted'}")
+    print(f"{'':48}{'ours':20}plain PyTorch\n{'':48}" + f"{'output':10}{'gradient':10}" * 2)
+    for name, ours, plain, _, inputs in cases:
+        for dtype in config.dtypes.split(","):
+            values = [error for function in (ours, plain) for error in errors(function, plain, inputs, DTYPES[dtype])]
+            bad = not all(error < TOLERANCE[dtype] for error in values[:2])        # NaN is not below either
+            wrong += bad
+            print(f"{name:38}{dtype:10}" + "".join(f"{error:<10.0e}" for error in values) + "WRONG" * bad, flush=True)
+    if wrong:
+        sys.exit(f"{wrong} of the kernels' errors are too large")
+
+
+# --- their times, and what bounds them ---
+
+# attention: lengths, head widths, tokens, width; the others: tokens, width, vocabulary, heads, key heads, D.
+SIZES = {"cuda": dict(lengths=(1024, 4096, 16384, 65536), widths=(64, 128), tokens=16384, width=2048, plain=4096,
+                      layer=(16384, 4096, 50304, 32, 8, 128), copy_bytes=2 ** 31, product=8192),
+         "cpu": dict(lengths=(8, 16), widths=(16,), tokens=16, width=16, plain=8, layer=(8, 16, 48, 2, 1, 8),
+                     copy_bytes=2 ** 20, product=64)}                       # the kernels are interpreted there
+
+
+def roofs(device, n_bytes: int, size: int) -> tuple[float, float]:
+    """(bytes/s of a copy of n_bytes, reads and writes counted; FLOP/s of a product of `size` in bfloat16), measured."""
+    source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * n_bytes / min(seconds_of(lambda: target.copy_(source), device, 10) for _ in range(3))
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    torch.mm(a, b)                                         # the first one loads the library
+    return copy, 2 * size ** 3 / min(seconds_of(lambda: torch.mm(a, b), device, 10) for _ in range(3))
+
+
+def timed(function, inputs) -> tuple[float, float, float]:
+    """(ms forward, ms forward and backward, MB that both take at their peak on CUDA); upstreams are made once."""
+    def outputs() -> tuple:
+        result = function(*inputs)
+        return result if isinstance(result, tuple) else (result,)
+
+    def forward():
+        with torch.no_grad():
+            return outputs()
+
+    def both():
+        return torch.autograd.grad(outputs(), trained, upstream)
+
+    def median_ms(run) -> float:
+        if inputs[0].is_cuda:
+            import triton
+            return triton.testing.do_bench(run, rep=70, return_mode="median")    # the L2 cache emptied before each
+        return 1e3 * statistics.median(seconds_of(run) for _ in range(3))
+    trained, upstream, peak = [x for x in inputs if x.requires_grad], [torch.randn_like(y) for y in forward()], 0.0
+    both()                                                 # compiles
+    if inputs[0].is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both()
+        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return median_ms(forward), median_ms(both), peak
+
+
+def row(name: str, function, inputs, work, roof: float, scale: float) -> float | None:
+    """Print what a forward pass, and both passes, reach: work is their FLOPs or bytes. The rate of both, or None."""
+    try:
+        times = timed(function, inputs)
+    except RuntimeError as error:                          # out of memory is one
+        print(f"{name:34}{str(error).splitlines()[0][:80]}", flush=True)
+        return None
+    rates = [1e3 * amount / ms for amount, ms in zip(work, times)]
+    cells = "".join(f"{ms:>12.3f}{rate / scale:>9,.1f}{rate / roof:>6.2f}" for ms, rate in zip(times, rates))
+    print(f"{name:34}{cells}{times[2]:>9,.0f}  {'TFLOP/s' if scale == 1e12 else 'GB/s'}", flush=True)
+    return rates[1]
+
+
+def kernel_times(device: str, out: Path) -> None:
+    """Causal attention over lengths, then the memory-bound kernels, each beside torch's, in bfloat16."""
+    s, bf16 = SIZES[device], torch.bfloat16
+    copy, product = roofs(device, s["copy_bytes"], s["product"])
+    print(f"{on(device)}; roofs: copy {copy / 1e9:,.0f} GB/s, product of {s['product']} in bfloat16 "
+          f"{product / 1e12:,.1f} TFLOP/s\n{'':34}{'forward ms':>12}{'rate':>9}{'roof':>6}{'both ms':>12}{'rate':>9}"
+          f"{'roof':>6}{'peak MB':>9}")
+    intensities, lengths = [10 ** (i / 10) for i in range(-10, 41)], {}
+    roofline = {"roof, measured": [(x, min(x * copy, product) / 1e12) for x in intensities]}
+    for D, T in itertools.product(s["widths"], s["lengths"]):
+        B, H = max(1, s["tokens"] // T), s["width"] // D
+        inputs, flops = leaves(attention_inputs(device, B, H, H, T, T, D), bf16), 2 * B * H * T * T * D
+        functions = attention_functions(causal=True)
+        for name, function in {"ours": functions["Triton"], "plain": functions["plain"],
+                               "flash": sdpa_kernel(SDPBackend.FLASH_ATTENTION)(functions["torch's sdpa"]),
+                               "cuDNN": sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(functions["torch's sdpa"])}.items():
+            if name == "plain" and T > s["plain"]:
+                continue
+            # A causal forward counts 2 T² D FLOPs a head, a backward 2.5 times that (2307.08691, section 4.1).
+            rate = row(f"{name} {T} {D}", function, inputs, (flops, 3.5 * flops), product, 1e12)
+            if rate is not None:
+                lengths.setdefault(f"{name}, D {D}", []).append((T, rate / 1e12))
+    T, C, V, H, K, D = s["layer"]
+    # Numbers that a forward pass must read and write, and those of both passes; FLOPs of both.
+    work = {"swiglu": (3 * T * C, 8 * T * C, 21 * T * C), "rms_norm": (2 * T * C, 5 * T * C, 14 * T * C),
+            "rope": (2 * T * (H + K) * D, 4 * T * (H + K) * D, 6 * T * (H + K) * D),
+            "cross_entropy": (T * V, 3 * T * V, 7 * T * V),
+            "linear+cross_entropy": (T * C + V * C, 3 * T * C + 3 * V * C, 6 * T * C * V)}
+    print(f"\nother kernels, {T:,} tokens, width {C}, vocabulary {V:,}, {H} and {K} heads of {D}")
+    for name, ours, plain, own, inputs in layer_cases(device, T, C, V, H, K, D):
+        if name not in work:                                         # matmul is there to be read
+            continue
+        inputs, (once, both, flops) = leaves(inputs, bf16), work[name]
+        amounts, roof, scale = (2 * once, 2 * both), copy, 1e9
+        if name == "linear+cross_entropy":
+            amounts, roof, scale = (flops / 3, flops), product, 1e12
+        for label, function in {"ours": ours, "eager": plain, "torch's own": own,
+                                "compiled": torch.compile(plain) if device == "cuda" else None}.items():
+            rate = None if function is None else row(f"{name}, {label}", function, inputs, amounts, roof, scale)
+            if rate is not None:
+                roofline[f"{name}, {label}"] = [(flops / (2 * both), rate / amounts[1] * flops / 1e12)]
+    draw(out / "attention.png", "semilogx", "tokens", "TFLOP/s, causal attention, forward and backward", lengths)
+    draw(out / "roofline.png", "loglog", "FLOPs a byte, forward and backward", "TFLOP/s", roofline)
+
+
+def draw(path: Path, kind: str, x: str, y: str, lines: dict) -> None:
+    """A picture of lines {label: points}; kind: loglog, semilogx."""
+    from matplotlib.figure import Figure
+    axes = Figure(figsize=(8, 5), layout="constrained").subplots()
+    for label, points in lines.items():
+        getattr(axes, kind)(*zip(*points), marker="o", label=label)
+    axes.set(xlabel=x, ylabel=y)
+    axes.legend(fontsize=7)
+    axes.figure.savefig(path, dpi=110)
+
+
+# --- attention over lengths and widths ---
+
+@dataclass
+class AttentionConfig:
+    """What `python bench.py attention` can be told."""
+    widths: str = "16,64,128"                 # of the one head
+    lengths: str = ""                         # with commas between; none = by device
+    dtype: str = "float32"                    # float32, bfloat16
+    device: str | None = None                 # cpu, cuda; none = the best there is
+
+
+def attention(words: list[str]) -> None:
+    """ms forward and backward, and MB kept for backward, of causal attention: plain, compiled, tiled, torch's own."""
+    config = command_line(AttentionConfig, words, "usage: python bench.py attention [--key=value …]")[2]
+    device, batch, repeats = pick_device(config.device), 8, 5
+    gpu = device.startswith("cuda")
+    lengths = config.lengths or ("256,1024,4096,8192,16384" if gpu else "128,512,2048")
+    functions = attention_functions(causal=True)
+    if can_compile(device):
+        functions["plain, compiled"] = torch.compile(functions["plain"])
+    if not gpu:
+        del functions["Triton"]                            # interpreted it has no time worth knowing
+    print(f"{on(device)}; batch {batch}, one head, {config.dtype}, causal; ms, medians of {repeats}")
+    print(f"{'width':>6}{'length':>8}  {'':<18}{'forward':>10}{'backward':>10}{'MB kept':>10}")
+    for D in map(int, config.widths.split(",")):
+        for T in map(int, lengths.split(",")):
+            inputs = leaves(attention_inputs(device, batch, 1, 1, T, T, D), DTYPES[config.dtype])
+            for name, function in functions.items():
+                try:
+                    row = attention_row(function, inputs, device, repeats)
+                except RuntimeError as error:                                       # out of memory is one
+                    row = f"  {str(error).splitlines()[0][:60]}"
+                print(f"{D:>6}{T:>8}  {name:<18}{row}", flush=True)
+
+
+def attention_row(function, inputs, device: str, repeats: int) -> str:
+    """Forward and backward ms and what is saved between them, formatted."""
+    kept, times = {}, []
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(*inputs)
+    for _ in range(repeats + 2):
+        outputs = []
+        forward = seconds_of(lambda: outputs.append(function(*inputs)), device)
+        upstream = torch.ones_like(outputs[0])
+        times.append((forward, seconds_of(lambda: outputs.pop().backward(upstream), device)))
+    forward, backward = (1e3 * statistics.median(column) for column in zip(*times[2:]))
+    return f"{forward:>10.2f}{backward:>10.2f}{sum(kept.values()) / 1e6:>10.1f}"
