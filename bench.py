@@ -13,6 +13,7 @@ whole cache, and a mask hides what is not written yet:
 import copy
 import math
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -237,24 +238,42 @@ def decode(argv: list[str]) -> None:
 
 # --- compression: bytes, speed, loss ---
 
+def train(out_dir, minutes: str, *flags: str) -> Path:
+    """A training run as a process of its own; returns its folder."""
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), f"--out_dir={out_dir}", "--overwrite=true",
+               f"--max_minutes={minutes}", "--num_samples=0", "--eval_every=0", *flags]
+    print("$", " ".join(command[1:]), flush=True)
+    subprocess.run(command, check=True)
+    return Path(out_dir)
+
+
 def compress_table(words: list[str]) -> None:
-    """Bytes, tokens per second and bits per byte of a model in int8, int4, and pruned by half: compress [OUT_DIR]."""
-    full, made = Path(words[0] if words else "out/shakespeare"), {}
+    """Bytes, tokens per second and bits per byte of a model in int8, int4, pruned by half, and that trained further
+    alone, by distillation, and from scratch for equal minutes: compress [OUT_DIR [MINUTES]]."""
+    full, minutes, made = Path(words[0] if words else "out/shakespeare"), (*words, "2.4", "2.4")[1], {}
     made["full"] = full
     for label, verb, *flags in (("int8", "quantize", "--kind=int8"), ("int4", "quantize", "--kind=int4"),
                                 ("half zeros", "prune", "--kind=magnitude", "--share=0.5"),
                                 ("half as wide", "prune", "--kind=width", "--share=0.5")):
         made[label] = full.with_name(f"{full.name}-{label.replace(' ', '-')}")
         compress.main([verb, str(full), str(made[label]), *flags, "--overwrite=true"])
-    models = {label: compress.load(folder)[0] for label, folder in made.items()}
-    speeds = alternate({label: partial(time_stream, model, [[1]], 128) for label, model in models.items()}, rounds=3)
-    data_dir, lines = read_checkpoint(full / "ckpt.pt", map_location="meta")["train_config"]["data_dir"], []
+    entries = read_checkpoint(made["half as wide"] / "ckpt.pt", map_location="meta")
+    shape, trained = entries["model_config"], entries["train_config"]
+    repair = [f"--init_from={made['half as wide']}", f"--data_dir={trained['data_dir']}"]
+    repair += [f"--{key}={trained[key] / 10}" for key in ("lr", "muon_lr", "embedding_lr") if trained.get(key)]
+    made["trained"] = train(full.with_name(f"{full.name}-trained"), minutes, *repair)
+    made["distilled"] = train(full.with_name(f"{full.name}-distilled"), minutes, *repair, f"--teacher={full}")
+    made["from scratch"] = train(full.with_name(f"{full.name}-scratch"), minutes, f"--data_dir={trained['data_dir']}",
+                                 *(f"--{key}={shape[key]}" for key in ("n_heads", "n_kv_heads", "head_dim", "d_ff")))
+    models, lines = {label: compress.load(folder)[0] for label, folder in made.items()}, []
+    speeds = alternate({label: partial(time_stream, one, [[1]], 128) for label, one in models.items()}, rounds=3)
     for label, model in models.items():
         size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
-        bits = perplexity(model, open_tokens(data_dir, "val"), read_meta(data_dir).get("val_bytes"))["bits_per_byte"]
+        tokens, n_bytes = open_tokens(trained["data_dir"], "val"), read_meta(trained["data_dir"]).get("val_bytes")
         lines.append([label, size / 1e6, compress.weight_bytes(model) / 1e6,
-                      statistics.median(written for _, written in speeds[label]), f"{bits:.4f}"])
-    table(f"{full}; speed: median of 3 rounds of 128 tokens; {on('cpu')}",
+                      statistics.median(written for _, written in speeds[label]),
+                      f"{perplexity(model, tokens, n_bytes)['bits_per_byte']:.4f}"])
+    table(f"{full}; the last three {minutes} minutes of training; speed: median of 3 rounds of 128 tokens; {on('cpu')}",
           ["", "weights, MB", "read a token, MB", "tok/s", "bits per byte"], lines)
 
 

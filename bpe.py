@@ -30,7 +30,7 @@ Unsupervised Multitask Learners", section 2.2 (bytes, and merges kept inside cha
 
     python bpe.py train FILE --vocab_size=32000 --out=tokenizer.json    100 MB in 7.3 CPU seconds, Hugging Face 29
     python bpe.py encode tokenizer.json FILE --out=x.bin
-    python bpe.py show tokenizer.json "the cat in the hat"    its tokens and merges
+    python bpe.py show tokenizer.json "the cat in the hat"    its tokens and merges; without a text the longest
     python bpe.py show FILE.txt --merges=12                   training, step by step
     python bpe.py compare FILE                                characters, bytes, words and BPE in one table
 """
@@ -378,7 +378,7 @@ class EncodeConfig:
 
 @dataclasses.dataclass
 class ShowConfig:
-    merges: int = 12                           # how many merges of a text file
+    merges: int = 12                           # how many merges of a text file, or longest tokens of a tokenizer
 
 
 @dataclasses.dataclass
@@ -403,13 +403,15 @@ def encode(config, tokenizer, path):
 
 
 def show(config, path, text=None):
-    """Print how a text is encoded, or how a text file's first merges are learnt."""
-    if text is None and str(path).endswith(".json"):
-        raise ValueError(f"give a text to encode with {path}, or a text file alone to learn from")
-    if text is None:
+    """Print how a text is encoded, or a tokenizer's longest tokens, or how a text file's first merges are learnt."""
+    if not str(path).endswith(".json"):
         show_training(check_utf8(Path(path).read_bytes(), path), config.merges)
         return
     tok = Tokenizer.load(path)
+    if text is None:
+        for i in sorted(tok.vocab, key=lambda i: len(tok.vocab[i]), reverse=True)[:config.merges]:
+            print(f"{i:>7} {len(tok.vocab[i]):>4} bytes  {tok.decode([i])!r}")
+        return
     print("  ".join(f"{tok.decode([i])!r} {i}" for i in tok.encode(text)))
     splitter, _ = tok._tokens(frozenset(tok.special_tokens))
     parts = splitter.split(utf8(text))[::2] if splitter else [utf8(text)]

@@ -336,6 +336,8 @@ def test_bpe_commands(tmp_path, capsys):
     assert bpe.Tokenizer.load(out).decode(np.fromfile(tmp_path / "x.bin", "<u2")) == BPE_TEXT
     shown = run("show", out, "the cat")
     assert "t h e" in shown and "merge" in shown
+    longest = run("show", out, "--merges=1")
+    assert "'<|endoftext|>'" in longest and longest.count("\n") == 1
     words = " ".join(word.decode() + "\n" for word, n in HANDOUT.items() for _ in range(n)).replace("\n ", "\n")
     steps = run("show", bpe_write(tmp_path / "handout.txt", words), "--merges=3")
     assert "merge 0    s t   9 times" in steps and "6 times  n e w e st" in steps
