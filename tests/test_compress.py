@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from common import bpe_trained, ids, little_base, random_model, rng, toy  # noqa: F401
+from common import ids, rng, toy
 import checkpoint
 import compress
 import evaluate
