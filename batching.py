@@ -229,13 +229,6 @@ class Engine:
         """Rows that have not ended."""
         return self.inbox.qsize() + len(self.waiting) + len(self.running)
 
-    @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Before the thread starts: a pass of each size, so that no user waits for what is measured the first time."""
-        for power in range(self.max_batch.bit_length()):
-            tokens = torch.zeros(1, 2 ** power, dtype=torch.long, device=self.cache.device)
-            self.model.head(self.model.hidden(tokens)[0])
-
     def stop(self) -> None:
         """End after this step; rows that have not ended are told so."""
         self.stopped = True

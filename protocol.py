@@ -237,9 +237,7 @@ class Answer:
         """Tokens read and written; a prompt counts once however many answers it gets."""
         read = sum(row.n_prompt for row in self.rows[::self.n])
         written = sum(len(row.ids) - row.n_prompt for row in self.rows)
-        shared = sum(row.shared_tokens for row in self.rows[::self.n])
-        return {"usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written,
-                          "prompt_tokens_details": {"cached_tokens": shared}}}
+        return {"usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}}
 
     async def send_whole(self, scope, receive, send) -> None:
         """One JSON object when all rows have ended."""
