@@ -94,7 +94,7 @@ def pick_functions(text: str, names: list[str]) -> dict:
     for name in names:
         group = {key: node for key, node in nodes.items() if key == name or key.startswith(name + ".")}
         if not group:
-            raise ValueError(f"there is no {name} any more in your page; write it again, or `python practice.py reset NAME`")
+            raise ValueError(f"there is no {name} any more; write it again, or `python practice.py reset NAME`")
         chosen |= group
     return chosen
 
@@ -145,10 +145,10 @@ def complete(text: str, name: str, exercises: dict) -> str:
     reference = read_page(ROOT / page)
     for other, entry in exercises.items():
         functions = entry["functions"] if entry["page"] == page and other != name else []
-        for function, node in pick_functions(reference, functions).items():
-            theirs = source_of(text, pick_functions(text, [function])[function])
-            if stub(other) in theirs:
-                text = text.replace(theirs, source_of(reference, node))
+        for function, ours in pick_functions(reference, functions).items():
+            node, lines = pick_functions(text, [function])[function], text.split("\n")
+            if stub(other) in source_of(text, node):
+                text = "\n".join([*lines[:node.lineno - 1], source_of(reference, ours), *lines[node.end_lineno:]])
     return text
 
 

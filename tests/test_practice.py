@@ -300,3 +300,10 @@ def test_ours_is_shown_and_predictions_are_answered_from_results(folder, capsys)
         said = " ".join(capsys.readouterr().out.split())
         assert f" {'yes' if entry['right'] == 'b' else 'no'} {entry['right']} it was" in said and entry["file"] in said
     assert not folder.exists()
+
+
+def test_a_check_runs_ours_of_all_other_exercises():
+    for name, entry in EXERCISES.items():
+        same_page = [one for one in EXERCISES if EXERCISES[one]["page"] == entry["page"] and "empty" not in entry]
+        if same_page[:1] == [name]:
+            assert practice.complete(page_without(same_page), name, EXERCISES) == page_without([name])
