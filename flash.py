@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import INTERPRET, as_operator, autocast, constexpr, dot, jit, launch, tl, triton, use_triton
+from kernels import INTERPRET, as_operator, constexpr, dot, jit, launch, tl, triton, use_triton
 
 LOG2E = constexpr(math.log2(math.e))                   # exp(x) = 2^(x log2 e), and 2^x is one instruction
 LOWEST = -1e30                                         # where the largest score starts: not -inf, as -inf - -inf is NaN
@@ -390,8 +390,8 @@ class FlashAttentionTriton(FlashAttentionPyTorch):
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-    """FlashAttentionTriton for a model: q (B, H, Tq, D), k and v (B, K, Tk, D); under autocast in its dtype."""
-    return FlashAttentionTriton.apply(*autocast(q, k, v), is_causal)
+    """FlashAttentionTriton for a model: q (B, H, Tq, D), k and v (B, K, Tk, D), of one dtype."""
+    return FlashAttentionTriton.apply(q, k, v, is_causal)
 
 
 if __name__ == "__main__":

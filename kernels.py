@@ -74,12 +74,6 @@ def as_operator(fn):
     return functools.wraps(fn)(lambda *args: operator(*args) if torch.compiler.is_compiling() else fn(*args))
 
 
-def autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in autocast's dtype where it is on: it casts nothing for a custom function."""
-    device = tensors[0].device.type
-    return [t.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else t for t in tensors]
-
-
 # --- SwiGLU: the first kernel, one number at a time ---
 
 def swiglu_loop(gate: np.ndarray, up: np.ndarray, block: int = 1024) -> np.ndarray:
@@ -466,9 +460,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk_token
     if targets.shape != x.shape[:-1] or targets.is_floating_point() or weight.shape[1:] != x.shape[-1:]:
         raise ValueError(f"linear_cross_entropy takes x (..., C), weight (V, C) and ids (...), not {x.shape}, "
                          f"{weight.shape} and {targets.dtype} {targets.shape}")
-    x, weight = autocast(x, weight)
     chunk = chunk_tokens or max(128, 2 ** (28 if x.is_cuda else 25) // (len(weight) * x.element_size()))
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):             # x comes in the dtype that it wants
         return LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight.to(x.dtype),
                                         targets.reshape(-1).contiguous(), chunk)
 
