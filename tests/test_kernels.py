@@ -1,4 +1,4 @@
-"""Claims about kernels.py and its verbs of bench_systems.py: `kernels` and `profile`."""
+"""Claims about kernels.py and its verbs of bench.py: `kernels` and `profile`."""
 import os
 import re
 import subprocess
@@ -189,16 +189,16 @@ def test_without_triton_pytorch_runs_and_one_line_says_so(tmp_path):
 
 
 def test_the_error_table_of_every_kernel(kernels, capsys):
-    import bench_systems
-    bench_systems.VERBS["kernels"](["--times=false", "--page=kernels"])
+    import bench
+    bench.main(["kernels", "--times=false", "--page=kernels", "--dtypes=float32"])
     rows = re.findall(r"^(\S.*?)\s+float32 +(\S+) +(\S+)", capsys.readouterr().out, re.M)
     assert len(rows) == 6 and all(float(error) < 1e-5 for _, *errors in rows for error in errors), rows
 
 
 def test_profile_of_a_training_step_by_region(tmp_path, capsys):
-    import bench_systems
-    bench_systems.VERBS["profile"]([
-        f"--out_dir={tmp_path}", f"--data_dir={tmp_path}/none", "--d_model=32", "--n_layers=2", "--n_heads=2",
+    import bench
+    bench.main([
+        "profile", f"--out_dir={tmp_path}", f"--data_dir={tmp_path}/none", "--d_model=32", "--n_layers=2", "--n_heads=2",
         "--vocab_size=50", "--context_length=16", "--batch_tokens=64", "--device=cpu", "--fused_loss=true"])
     said = capsys.readouterr().out
     shares = dict(re.findall(r"^([a-z-]+) .* ([\d.]+)%$", said, re.M))
