@@ -197,9 +197,9 @@ def test_the_error_table_of_every_kernel(kernels, capsys):
 
 def test_profile_of_a_training_step_by_region(tmp_path, capsys):
     import bench
-    bench.main([
-        "profile", f"--out_dir={tmp_path}", f"--data_dir={tmp_path}/none", "--d_model=32", "--n_layers=2", "--n_heads=2",
-        "--vocab_size=50", "--context_length=16", "--batch_tokens=64", "--device=cpu", "--fused_loss=true"])
+    shape = ["--d_model=32", "--n_layers=2", "--n_heads=2", "--vocab_size=50", "--context_length=16"]
+    bench.main(["profile", f"--out_dir={tmp_path}", f"--data_dir={tmp_path}/none", "--batch_tokens=64", "--device=cpu",
+                "--fused_loss=true", *shape])
     said = capsys.readouterr().out
     shares = dict(re.findall(r"^([a-z-]+) .* ([\d.]+)%$", said, re.M))
     assert len(shares) == 8 and 95 < sum(map(float, shares.values())) < 105, said
