@@ -199,32 +199,6 @@ def test_a_start_keeps_what_a_learner_wrote(folder, capsys):
     assert isinstance(body.value, ast.Constant), "a docstring alone"
 
 
-def test_only_bodies_are_taken_out():
-    page = '''@wraps(lambda x: x)     # stays
-def one(a: int = 3,
-        b="):") -> dict[str, int]:      # (B, T)
-    # gives it away
-    return {"a": a}    # this too
-# stays
-
-
-class Two:
-    """Stays."""
-    def three(self):
-        """First line.
-
-        The rest.
-        """
-        return self.x
-'''
-    blanked = page
-    for name in ("one", "Two.three"):
-        blanked = practice.blank(blanked, practice.pick_functions(blanked, [name])[name], "name")
-    stub = 'raise NotImplementedError("practice: name")'
-    assert blanked == page.replace('    # gives it away\n    return {"a": a}    # this too', f"    {stub}").replace(
-        "return self.x", stub)
-
-
 def test_a_check_passes_ours_and_explains_what_fails(folder, capsys):
     assert run("check", "softmax") == 1 and "not begun" in capsys.readouterr().out
     for name in ("softmax", "attention", "linear"):           # which the tests of softmax would need
@@ -302,8 +276,13 @@ def test_ours_is_shown_and_predictions_are_answered_from_results(folder, capsys)
     assert not folder.exists()
 
 
-def test_a_check_runs_ours_of_all_other_exercises():
+def test_a_start_takes_bodies_out_and_a_check_has_ours_of_all_other_exercises():
     for name, entry in EXERCISES.items():
         same_page = [one for one in EXERCISES if EXERCISES[one]["page"] == entry["page"] and "empty" not in entry]
+        without = page_without([name]) if same_page else ""
+        for function in practice.pick_functions(without, entry["functions"]) if same_page else ():
+            left = practice.source_of(without, practice.pick_functions(without, [function])[function]).split("\n")
+            assert ours(entry["page"], function).split("\n")[:len(left) - 1] == left[:-1], "signature and docstring"
+            assert left[-1].strip() == practice.stub(name) and not left[-2].strip().startswith("#"), function
         if same_page[:1] == [name]:
-            assert practice.complete(page_without(same_page), name, EXERCISES) == page_without([name])
+            assert practice.complete(page_without(same_page), name, EXERCISES) == without
