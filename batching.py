@@ -229,13 +229,6 @@ class Engine:
         """Rows that have not ended."""
         return self.inbox.qsize() + len(self.waiting) + len(self.running)
 
-    @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Before the thread starts: a pass of each size, so that no user waits for what is measured the first time."""
-        for power in range(self.max_batch.bit_length()):
-            tokens = torch.zeros(1, 2 ** power, dtype=torch.long, device=self.cache.device)
-            self.model.head(self.model.hidden(tokens)[0])
-
     def stop(self) -> None:
         """End after this step; rows that have not ended are told so."""
         self.stopped = True
@@ -365,8 +358,8 @@ class Engine:
         for place, (row, n) in enumerate(zip(rows, counts)):
             targets = row.ids[row.cached + 1:min(row.cached + n + 1, row.n_prompt)] if row.score else []
             if targets:
-                scores = describe(self.model.head(hidden[place, :len(targets)]), targets, [row.n_top] * len(targets),
-                                  self.vocab_limit)
+                logits = self.model.head(hidden[place, :len(targets)])
+                scores = describe(logits, targets, row.n_top, self.vocab_limit)
                 for entry, score in zip(row.entries[row.cached + 1:], scores):
                     entry.update(score)
             self.advance(row, n)
@@ -390,12 +383,9 @@ class Engine:
 
     def accept(self, rows: list[Row], logits) -> None:
         """Draw the next token of each row, (B, V) logits, and see which rows end with it."""
-        ids, entries = draw(logits, rows, self.vocab_limit), {}
-        told = [place for place, row in enumerate(rows) if row.n_top is not None]
-        if told:
-            n_tops = [rows[place].n_top for place in told]
-            entries = dict(zip(told, describe(logits[told], [ids[place] for place in told], n_tops, self.vocab_limit)))
-        for place, (row, token) in enumerate(zip(rows, ids)):
+        ids, n_tops = draw(logits, rows, self.vocab_limit), [row.n_top for row in rows if row.n_top is not None]
+        entries = describe(logits, ids, max(n_tops), self.vocab_limit) if n_tops else [{}] * len(rows)
+        for row, token, entry in zip(rows, ids, entries):
             row.ids.append(token)
             if row.began is None:
                 row.began = time.perf_counter()
@@ -406,8 +396,8 @@ class Engine:
             if not ends:
                 offset = feed(row.text, token)
                 ends = row.text.ended
-                if place in entries:
-                    row.entries.append(entries[place] | {"offset": offset})
+                if row.n_top is not None:
+                    row.entries.append(entry | {"offset": offset, "top": entry["top"][:row.n_top]})
             if ends or len(row.ids) - row.n_prompt == row.max_new:
                 self.end(row, "stop" if ends else "length")
             elif row.streams:

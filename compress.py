@@ -22,9 +22,8 @@ How a row is rounded, w = (0.423, -1.270, 0.056, 0.808):
 
 One large weight makes s large for its whole row, which is why int4 cuts rows into groups. Pruning breaks the model at
 first. Training it further repairs it, best on the distribution of the unpruned model (distillation): that says
-something about every token of the vocabulary, a text only about the one that came.
-
-Every page opens a quantised ckpt.pt, multiplied out by read_checkpoint; `load` here keeps it rounded in memory too.
+something about every token of the vocabulary, a text only about the one that came. Every page opens a quantised
+ckpt.pt, multiplied out by read_checkpoint; `load` here keeps it rounded in memory too.
 
 int8 by rows: 2208.07339, int4 by groups: 2210.17323, both without their corrections. Magnitude: Han 2015 (1506.02626).
 Width: Minitron (2407.14679, section 2.2). Distillation: Hinton 2015 (1503.02531).
@@ -58,7 +57,11 @@ class QuantizeConfig:
 class PruneConfig(QuantizeConfig):
     kind: str = "magnitude"                  # magnitude (single weights become zero) | width (heads and neurons leave)
     share: float = 0.5                       # the part that goes, 0 … 1
-    data: str | None = None                  # width: text or .bin to rank on; none = the train.bin of the run
+    data: str | None = None                  # width: token file (.bin) to rank on; none = the train.bin of the run
+
+    def __post_init__(self):
+        if self.data is not None and self.kind != "width":
+            raise ValueError(f"data={self.data}: only kind=width ranks anything; leave data out")
 
 
 # --- rounding ---
@@ -142,8 +145,10 @@ def matrices(model) -> dict:
 
 
 def quantize(model, kind: str, stored: dict | None = None):
-    """Round the model's matrices to int8 or int4 in place, for inference; returns the model. Raises ValueError for
-    another kind. stored: matrices that are rounded already, by name."""
+    """Round the model's matrices to int8 or int4 in place, for inference; returns the model.
+
+    Raises ValueError for another kind. stored: matrices that are rounded already, by name.
+    """
     for name, layer in matrices(model).items():
         parts = (stored or {}).get(f"{name}.weight") or round_weight(layer.weight, kind)
         small = Int4Linear if "shift" in parts else Int8Linear
@@ -218,12 +223,12 @@ def prune_width(model, share: float, data=None):
         keys = rows_of(kept, c.head_dim)                                         # rows of k_proj and v_proj
         neurons = largest(neurons, d_ff)                                         # rows of w1 and w3, columns of w2
         rows = {"attn.q_proj": queries, "attn.k_proj": keys, "attn.v_proj": keys, "ffn.w1": neurons, "ffn.w3": neurons}
-        for module, places in rows.items():
-            for name in (f"layers.{i}.{module}.weight", f"layers.{i}.{module}.bias"):
-                if name in state:                                                # an MLP has no w3, most have no bias
-                    state[name] = state[name][places]
-        for module, columns in (("attn.o_proj", queries), ("ffn.w2", neurons)):
-            state[f"layers.{i}.{module}.weight"] = state[f"layers.{i}.{module}.weight"][:, columns]
+        for name in [name for name in state if name.startswith(f"layers.{i}.")]:
+            module, _, kind = name.removeprefix(f"layers.{i}.").rpartition(".")  # attn.q_proj, weight or bias
+            if module in rows:
+                state[name] = state[name][rows[module]]
+            elif kind == "weight" and module in ("attn.o_proj", "ffn.w2"):
+                state[name] = state[name][:, queries if module == "attn.o_proj" else neurons]
     small = Transformer(small_config).to(model.token_embeddings.weight)          # its device and dtype
     small.load_state_dict(state)
     return small.train(model.training)
@@ -276,42 +281,14 @@ def distillation_loss(logits, teacher_logits, temperature: float = 1.0):
 
 # --- commands ---
 
-def rounded_weights(model, kind: str) -> tuple[dict, dict]:
-    """(the tensors that stay as they are, the rounded matrices), each by name."""
-    # A head that is the embedding table stays too: a table's rows are looked up. `load` rounds a copy of it.
-    rounded = {f"{name}.weight": round_weight(layer.weight, kind) for name, layer in matrices(model).items()
-               if layer.weight is not model.token_embeddings.weight}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in rounded}, rounded
-
-
-def report(before, after) -> None:
-    """Print what pruning took away."""
-    counts = [sum(p.numel() for p in model.parameters()) for model in (before, after)]
-    zeros = sum(int((p == 0).sum()) for p in after.parameters())
-    print(f"heads {before.config.n_heads} -> {after.config.n_heads}, feed-forward neurons {before.config.d_ff:,} -> "
-          f"{after.config.d_ff:,}, parameters {counts[0]:,} -> {counts[1]:,}, {zeros:,} of them zero")
-
-
-def ranking_ids(out_dir, config: PruneConfig, tokenizer):
-    """What kind=width ranks on: the ids that --data names, or the run's own train.bin; None, said in a line, where
-    there is none."""
-    if config.kind != "width":
-        if config.data is not None:
-            raise ValueError(f"data={config.data}: only kind=width ranks anything on a text; leave data out")
-        return None
+def ranking_ids(out_dir, config: PruneConfig):
+    """What kind=width ranks on: the ids of --data, or of the run's own train.bin; None, said in a line, without."""
     trained = read_checkpoint(Path(out_dir) / config.checkpoint, map_location="meta").get("train_config") or {}
     path = Path(config.data or Path(trained.get("data_dir", "")) / "train.bin")
     if config.data is None and not path.is_file():
         print(f"no --data and no {path}: heads and neurons are ranked by the size of their weights")
         return None
-    if path.suffix == ".bin":
-        return open_tokens(path.parent, path.stem)
-    if tokenizer is None:
-        raise ValueError(f"{out_dir} has no tokenizer.json to read {path} with; give a .bin")
-    try:
-        return tokenizer.encode(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from None
+    return open_tokens(path.parent, path.stem)
 
 
 def write(out_dir, new_out_dir, config, model_config, weights: dict, **more) -> None:
@@ -339,14 +316,22 @@ def main(argv: list[str]) -> None:
     out_dir, new_out_dir = files
     try:
         claim_out_dir(new_out_dir, config.overwrite, inputs=[out_dir])
-        model, tokenizer = load_model(out_dir, "cpu", config.checkpoint)
+        model, _ = load_model(out_dir, "cpu", config.checkpoint)
         if verb == "quantize":
-            weights, rounded = rounded_weights(model, config.kind)
-            write(out_dir, new_out_dir, config, model.config, weights, quantized={"kind": config.kind,
-                                                                                  "weights": rounded})
+            # A head that is the embedding table stays: a table's rows are looked up. `load` rounds a copy of it.
+            rounded = {f"{name}.weight": round_weight(layer.weight, config.kind)
+                       for name, layer in matrices(model).items()
+                       if layer.weight is not model.token_embeddings.weight}
+            weights = {name: tensor for name, tensor in model.state_dict().items() if name not in rounded}
+            write(out_dir, new_out_dir, config, model.config, weights,
+                  quantized={"kind": config.kind, "weights": rounded})
         else:
-            small = prune(model, config.share, config.kind, ranking_ids(out_dir, config, tokenizer))
-            report(model, small)
+            data = ranking_ids(out_dir, config) if config.kind == "width" else None
+            small = prune(model, config.share, config.kind, data)
+            old, new = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+            zeros = sum(int((p == 0).sum()) for p in small.parameters())
+            print(f"heads {model.config.n_heads} -> {small.config.n_heads}, feed-forward neurons {model.config.d_ff:,} "
+                  f"-> {small.config.d_ff:,}, parameters {old:,} -> {new:,}, {zeros:,} of them zero")
             write(out_dir, new_out_dir, config, small.config, small.state_dict())
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)

@@ -29,12 +29,14 @@ Papers: FlashAttention 2205.14135, FlashAttention-2 2307.08691 (algorithms 1 and
 """
 import functools
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kernels import INTERPRET, as_operator, autocast, constexpr, dot, jit, launch, show_errors, tl, triton, use_triton
+from kernels import INTERPRET, as_operator, constexpr, dot, jit, launch, tl, triton, use_triton
 
 LOG2E = constexpr(math.log2(math.e))                   # exp(x) = 2^(x log2 e), and 2^x is one instruction
 LOWEST = -1e30                                         # where the largest score starts: not -inf, as -inf - -inf is NaN
@@ -43,17 +45,16 @@ TILE = 64                                              # queries and keys of a t
 
 # --- the whole matrix, to compare with: every q is (heads, Tq, D), k and v (heads, Tk, D) here ---
 
-def scores_of(q, k, is_causal: bool, first_query: int = 0, first_key: int = 0, shift: int | None = None):
-    """q kᵀ / √D of a tile that starts at these positions; -inf where a query does not see the key.
+def scores_of(q, k, is_causal: bool, offset: int | None = None):
+    """q kᵀ / √D of a tile; -inf where a query does not see the key: query i of it sees the keys up to i + offset.
 
-    Query i sees the keys up to i + shift, shift = Tk - Tq: the last query sees the last key (bottom right).
+    offset: None is Tk - Tq, that of the whole matrix: the last query sees the last key (bottom right).
     """
     s = q @ k.mT / math.sqrt(q.shape[-1])
     if not is_causal:
         return s
-    query, key = (torch.arange(n, device=q.device) for n in s.shape[-2:])
-    shift = k.shape[-2] - q.shape[-2] if shift is None else shift
-    return s.masked_fill(key + first_key > query[:, None] + first_query + shift, -math.inf)
+    offset = s.shape[-1] - s.shape[-2] if offset is None else offset
+    return s.masked_fill(~torch.ones_like(s, dtype=torch.bool).tril(offset), -math.inf)
 
 
 def attention_reference(q, k, v, is_causal: bool):
@@ -94,7 +95,7 @@ def tiled_forward(q, k, v, is_causal: bool):
         l, acc = torch.zeros_like(m), torch.zeros_like(q_i)
         for j in range(0, last, TILE):
             columns = slice(j, min(j + TILE, last))
-            s = scores_of(q_i, k[:, columns], is_causal, i, j, Tk - Tq)
+            s = scores_of(q_i, k[:, columns], is_causal, i + Tk - Tq - j)
             m_new = torch.maximum(m, s.amax(dim=-1, keepdim=True))
             p, shrink = torch.exp(s - m_new), torch.exp(m - m_new)
             l = l * shrink + p.sum(dim=-1, keepdim=True)
@@ -116,7 +117,7 @@ def tiled_backward(q, k, v, o, lse, do, is_causal: bool):
         first = max(0, j - (Tk - Tq)) if is_causal else 0          # the first query that sees a key of the tile
         for i in range(first, Tq, TILE):
             rows = slice(i, i + TILE)
-            p = torch.exp(scores_of(q[:, rows], k_j, is_causal, i, j, Tk - Tq) - lse[:, rows])
+            p = torch.exp(scores_of(q[:, rows], k_j, is_causal, i + Tk - Tq - j) - lse[:, rows])
             dp = do[:, rows] @ v_j.mT
             ds = p * (dp - delta[:, rows]) / math.sqrt(D)
             dv[:, columns] += p.mT @ do[:, rows]
@@ -128,40 +129,33 @@ def tiled_backward(q, k, v, o, lse, do, is_causal: bool):
 
 # --- tiles in Triton ---
 
-# Tiles for 227 KB of shared memory, Hopper's: (queries, keys, warps, stages) up to head widths of 64 and of 128. Its
-# tensor cores take 64 rows for four warps and want 64 columns besides: smaller tiles read shared memory more often
-# than they multiply. Of what Triton 3.7 compiles for it, the widest that spill no register; not timed yet.
-LARGE = {"forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3)}, "queries": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
-         "keys": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2)}}
+# Queries and keys of a tile, warps, pipeline stages. None takes over 96 KB of shared memory, which consumer cards have,
+# but those for a Hopper's 227 KB: its tensor cores take 64 rows for four warps and want 64 columns besides. Of what
+# Triton 3.7 compiles, the widest tiles that spill no register; not timed yet. A table, not autotuning: the same inputs
+# give the same bits in every process.
+TILES = {         # D over 128    up to 128        Hopper, D to 128  Hopper, D to 64
+    "forward": ((64, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3)),
+    "queries": ((32, 32, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+    "keys": ((32, 32, 4, 2), (32, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2))}
 
 
 @functools.cache
 def large_memory() -> bool:
     """Whether the card has the shared memory of a Hopper: 228 KB a multiprocessor (an A100 164, an RTX 4090 100)."""
-    if not torch.cuda.is_available():
-        return False
     return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_multiprocessor >= 200 * 1024
 
 
 def tiles(kernel: str, D: int, dtype: torch.dtype) -> dict:
-    """Queries and keys of a tile, warps and pipeline stages, by kernel, padded head width and dtype.
-
-    A table, not autotuning: the same inputs give the same bits in every process. Compiled by Triton 3.7 for Hopper and
-    for Ada, none but those of LARGE takes over 96 KB of shared memory, which consumer cards have.
-    """
-    if not INTERPRET and dtype != torch.float32 and D <= 128 and large_memory():
-        block_q, block_k, warps, stages = LARGE[kernel][64 if D <= 64 else 128]
-        return dict(BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
+    """Sizes of a tile by kernel (forward, queries, keys), padded head width and dtype."""
     if INTERPRET:                                      # small and uneven, so that a test of 130 tokens has every border
-        block_q, block_k = (32, 64) if kernel == "keys" else (64, 32)
+        sizes = (32, 64, 1, 1) if kernel == "keys" else (64, 32, 1, 1)
     elif dtype == torch.float32:                       # IEEE products take no tensor core and hold tiles in registers
-        block_q, block_k = (32, 32) if D <= 64 else (16, 16)
-    elif D <= 128:
-        block_q, block_k = {"forward": (128, 64), "queries": (64, 64), "keys": (32, 64)}[kernel]
+        sizes = (32, 32, 4, 1) if D <= 64 else (16, 16, 4, 1)
+    elif D > 128 or not large_memory():
+        sizes = TILES[kernel][0 if D > 128 else 1]
     else:
-        block_q, block_k = {"forward": (64, 32), "queries": (32, 32), "keys": (32, 32)}[kernel]
-    return dict(BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=4 if block_q * block_k <= 1024 else 8,
-                num_stages=1 if dtype == torch.float32 else 2)
+        sizes = TILES[kernel][2 if D > 64 else 3]
+    return dict(zip(("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages"), sizes))
 
 
 @jit
@@ -343,14 +337,12 @@ def flash_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: 
 
 def check_attention(q, k, v) -> None:
     """Raises ValueError for shapes and dtypes that do not go together."""
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    alike = q.dtype == k.dtype == v.dtype and k.shape == v.shape and q.dim() == k.dim() >= 2 and q.is_floating_point()
     heads, key_heads = q.shape[-3:-2], k.shape[-3:-2]              # of (T, D) alone there are none
-    fits = q.dim() == k.dim() >= 2 and k.shape == v.shape and q.shape[-1] == k.shape[-1] > 0
-    grouped = heads == key_heads or (fits and key_heads[0] > 0 and heads[0] % key_heads[0] == 0)
-    if not fits or not grouped or q.shape[:-3] != k.shape[:-3]:
-        raise ValueError("attention takes q (..., H, Tq, D) and k, v (..., K, Tk, D), H a multiple of K and all else "
-                         f"equal, not {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
+    grouped = heads == key_heads or (alike and key_heads[0] > 0 and heads[0] % key_heads[0] == 0)
+    if not alike or not grouped or q.shape[:-3] != k.shape[:-3] or q.shape[-1] != k.shape[-1]:
+        raise ValueError("attention takes q (..., H, Tq, D) and k, v (..., K, Tk, D) of floats, H a multiple of K, else "
+                         f"equal, not {q.dtype} {tuple(q.shape)}, {k.dtype} {tuple(k.shape)}, {v.dtype} {tuple(v.shape)}")
 
 
 def flat(x: Tensor, last: int = 2) -> Tensor:
@@ -398,9 +390,10 @@ class FlashAttentionTriton(FlashAttentionPyTorch):
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-    """FlashAttentionTriton for a model: q (B, H, Tq, D), k and v (B, K, Tk, D); under autocast in its dtype."""
-    return FlashAttentionTriton.apply(*autocast(q, k, v), is_causal)
+    """FlashAttentionTriton for a model: q (B, H, Tq, D), k and v (B, K, Tk, D), of one dtype."""
+    return FlashAttentionTriton.apply(q, k, v, is_causal)
 
 
 if __name__ == "__main__":
-    sys.exit(show_errors("flash"))
+    bench = Path(__file__).with_name("bench.py")
+    sys.exit(subprocess.call([sys.executable, bench, "kernels", "--page=flash", *sys.argv[1:]]))

@@ -122,14 +122,11 @@ def numbered(optimizer, state: dict) -> dict:
     return dict(zip([i for group in state["param_groups"] for i in group["params"]], params))
 
 
-def _map_state(optimizer, state: dict, change) -> dict:
+def _map_state(params: dict, state: dict, change) -> dict:
     """`state` with every tensor that belongs to a cut parameter's elements replaced by change(parameter, tensor)."""
-    params, entries = numbered(optimizer, state), dict(state["state"])
-    for i, entry in entries.items():
-        if cuts_of(params[i]):
-            entries[i] = {key: change(params[i], value) if torch.is_tensor(value) and value.dim() == params[i].dim()
-                          else value for key, value in entry.items()}
-    return state | {"state": entries}
+    return {i: {key: change(params[i], value) if cuts_of(params[i]) and torch.is_tensor(value)
+                and value.dim() == params[i].dim() else value for key, value in entry.items()}
+            for i, entry in state.items()}
 
 
 def full_optimizer_state(optimizer) -> dict:
@@ -142,18 +139,19 @@ def full_optimizer_state(optimizer) -> dict:
         return whole.cpu() if all(world(cut.group)[0] == 0 for cut in cuts_of(p)) else None
 
     state = optimizer.state_dict()
-    stages = [p.stage[0] for p in numbered(optimizer, state).values() if hasattr(p, "stage")]
-    state = _map_state(optimizer, state, gathered)
+    params = numbered(optimizer, state)
+    entries = _map_state(params, state["state"], gathered)
+    stages = [p.stage[0] for p in params.values() if hasattr(p, "stage")]
     if stages:
-        state["state"] = dict(sorted(collect(state["state"], stages[0]).items()))
-    return state
+        entries = dict(sorted(collect(entries, stages[0]).items()))
+    return state | {"state": entries}
 
 
 def take_optimizer_state(optimizer, state: dict) -> dict:
     """This rank's part of the state of an undivided optimizer, whoever saved it, for optimizer.load_state_dict."""
     params = numbered(optimizer, state)
     here = {i: entry for i, entry in state["state"].items() if not params[i].is_meta}
-    return _map_state(optimizer, state | {"state": here}, take_like)
+    return state | {"state": _map_state(params, here, take_like)}
 
 
 # --- weights divided: FSDP (ZeRO-3) ---
@@ -247,21 +245,19 @@ class FSDP(nn.Module):
         model = FSDP(module); optimizer = AdamW(model.parameters())
         …backward(); model.finish_gradient_synchronization(); optimizer.step()
 
-    Matrices are cut by rows, ceil(rows / W) a rank, the last ranks less or none; vectors (norms, biases) stay whole on
-    every rank. `parameters()` are the parts; `.grad` has a part's shape and dtype. compute_dtype: what travels and what
-    the matrices compute in (float16, bfloat16); the parts stay as they are, and gradients are summed in float32.
+    Matrices are cut by rows, ceil(rows / W) a rank, the last ranks less or none; vectors (norms, biases) stay whole.
+    `parameters()` are the parts; `.grad` has a part's shape and dtype. compute_dtype: what travels and what the
+    matrices compute in (float16, bfloat16); the parts stay as they are, and gradients are summed in float32.
 
     A unit is an entry of a ModuleList or a module outside them; modules that share a matrix are one unit, which stays
     whole between its uses, as does the last one, whose backward comes at once. Each backward sends, so micro-batches
     add up. Works under activation checkpointing of whole units. Gathers and sends share one order: all ranks must run
     the same modules in the same order, and every trainable matrix must get a gradient. A matrix is whole only inside
-    the module that owns it: a parent that reads `child.weight` would read this rank's rows.
+    the module that owns it.
     """
 
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, group=None):
         super().__init__()
-        if compute_dtype is not None and not compute_dtype.is_floating_point:
-            raise ValueError(f"compute_dtype={compute_dtype} must be a floating point dtype, or None")
         self.module, self.group, self.units, self.sending = module, group, [], []
         broadcast([*module.parameters(), *module.buffers()], group)
         module.register_forward_pre_hook(lambda module, args: self._free_all())

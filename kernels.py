@@ -1,8 +1,8 @@
 """Kernels that read each number once, in Triton, each beside the PyTorch that says the same.
 
-A GPU has two limits: multiplications a second, and bytes a second from its memory. Work of fewer than about 200 FLOPs
-a byte (an H200's bfloat16 peak over its bandwidth) waits for memory. PyTorch runs a formula operation by operation,
-each of which reads its inputs from memory and writes its output back: silu(gate) * up moves 8 numbers, not 3.
+Work of fewer than about 200 FLOPs a byte (an H200's bfloat16 peak over its bandwidth) waits for memory. PyTorch runs a
+formula operation by operation, each of which reads its inputs from memory and writes its output back: silu(gate) * up
+moves 8 numbers, not 3.
 
     s = sigmoid(gate)    a = gate * s         y = a * up              one kernel
     read 1, write 1      read 2, write 1      read 2, write 1         read 2, write 1
@@ -12,8 +12,8 @@ order: SwiGLU (every line explained), matmul (tiles), RMSNorm (a row a program),
 one pass), linear + cross entropy (in chunks); then flash.py, attention, which needs all of it.
 
 They run on CUDA, and on the CPU through Triton's interpreter if TRITON_INTERPRET=1 is set before the import (slow; for
-tests); elsewhere, and in float64, PyTorch does the same. Left out: second derivatives, fp8, and `triton.autotune`:
-it times tiles and keeps the fastest, and the next process may keep another, with another order of summation.
+tests); elsewhere, and in float64, PyTorch does the same. Left out: second derivatives, ignored targets, fp8, and
+`triton.autotune`: the next process may find other tiles the fastest, and sums in another order.
 
 Papers: Triton (Tillet et al. 2019), SwiGLU 2002.05202, RMSNorm 1910.07467, RoPE 2104.09864, online softmax 1805.02867,
 chunked linear cross entropy 2410.10989 (Liger).
@@ -47,7 +47,7 @@ print_once = functools.cache(print)
 
 def jit(fn):
     """fn compiled by Triton, again when a width becomes a multiple of 16, but not for every length; or fn as it is."""
-    return triton.jit(fn, do_not_specialize=["rows", "T", "Tq", "Tk", "ignore_index"]) if triton else fn
+    return triton.jit(fn, do_not_specialize=["rows", "T", "Tq", "Tk"]) if triton else fn
 
 
 def use_triton(x: Tensor) -> bool:
@@ -72,12 +72,6 @@ def as_operator(fn):
     operator = torch.library.custom_op(f"kernels::{fn.__name__}", fn, mutates_args=())
     operator.register_fake(fn)
     return functools.wraps(fn)(lambda *args: operator(*args) if torch.compiler.is_compiling() else fn(*args))
-
-
-def autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in autocast's dtype where it is on: it casts nothing for a custom function."""
-    device = tensors[0].device.type
-    return [t.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else t for t in tensors]
 
 
 # --- SwiGLU: the first kernel, one number at a time ---
@@ -272,15 +266,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 # --- RoPE: pairs of numbers ---
 
 @jit
-def _rope(x, y, cos, sin, T, table_stride, HEADS: constexpr, HALF: constexpr, HALF_PAD: constexpr,
-          INTERLEAVED: constexpr, BLOCK: constexpr):
-    """BLOCK positions of one head. x, y (B · HEADS, T, 2 HALF); cos, sin (T, HALF), table_stride 0, or (B, T, HALF)."""
+def _rope(x, y, cos, sin, T, HALF: constexpr, HALF_PAD: constexpr, INTERLEAVED: constexpr, BLOCK: constexpr):
+    """BLOCK positions of one head. x, y (heads, T, 2 HALF); cos, sin (T, HALF)."""
     head = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     i = tl.arange(0, HALF_PAD)[None, :]
     mask = (t < T) & (i < HALF)
-    table = head // HEADS * table_stride + t * HALF + i
-    c, s = load(cos + table, mask), load(sin + table, mask)
+    c, s = load(cos + t * HALF + i, mask), load(sin + t * HALF + i, mask)
     first = (head * T + t) * (2 * HALF) + (2 * i if INTERLEAVED else i)
     second = first + (1 if INTERLEAVED else HALF)
     a, b = load(x + first, mask), load(x + second, mask)
@@ -295,8 +287,8 @@ class RoPE(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.interleaved, (B, H, T, D), x = interleaved, x.shape, x.contiguous()
         y, block = torch.empty_like(x), max(1, 2048 // triton.next_power_of_2(D))
-        launch(_rope, (B * H, triton.cdiv(T, block)), x, x, y, cos, sin, T, cos.stride(0) if cos.dim() == 3 else 0,
-               HEADS=H, HALF=D // 2, HALF_PAD=triton.next_power_of_2(D // 2), INTERLEAVED=interleaved, BLOCK=block)
+        launch(_rope, (B * H, triton.cdiv(T, block)), x, x, y, cos, sin, T, HALF=D // 2,
+               HALF_PAD=triton.next_power_of_2(D // 2), INTERLEAVED=interleaved, BLOCK=block)
         return y
 
     @staticmethod
@@ -305,29 +297,25 @@ class RoPE(torch.autograd.Function):
         return RoPE.apply(dy, cos, -sin, ctx.interleaved), None, None, None
 
 
-def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
-    """(q, k) with rotary positions (2104.09864, eq. 34).
-
-    q: (B, H, T, D), k: (B, K, T, D), D even. cos, sin: (T, D/2) or (B, T, D/2), as rope_tables of layers.py makes them.
-    Pairs are (i, i + D/2), or (2i, 2i + 1) when interleaved. 2 numbers moved for 3 FLOPs.
-    """
-    for x in (q, k):
-        tables = (x.shape[-2], x.shape[-1] // 2)
-        if x.dim() != 4 or x.shape[-1] % 2 or cos.shape != sin.shape or cos.shape not in (tables, (len(x), *tables)):
-            raise ValueError("apply_rope takes q (B, H, T, D), k (B, K, T, D), D even, tables ([B,] T, D/2), not "
-                             f"{q.shape}, {k.shape}, {cos.shape} and {sin.shape}")
-    cos, sin = cos.contiguous(), sin.contiguous()
-    turn = RoPE.apply if use_triton(q) else turned
-    return turn(q, cos, sin, interleaved), turn(k, cos, sin, interleaved)
-
-
 def turned(x, cos, sin, interleaved):
-    """The same in PyTorch, for one tensor: each pair (a, b) becomes (a cos - b sin, a sin + b cos)."""
-    if cos.dim() == 3:
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)              # a table for each row of the batch, for all heads
+    """The same in PyTorch: each pair (a, b) becomes (a cos - b sin, a sin + b cos)."""
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     pair = a * cos - b * sin, a * sin + b * cos
     return (torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)).to(x.dtype)
+
+
+def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """(q, k) with rotary positions (2104.09864, eq. 34).
+
+    q: (B, H, T, D), k: (B, K, T, D), D even. cos, sin: (T, D/2), as rope_tables of layers.py makes them. Pairs are
+    (i, i + D/2), or (2i, 2i + 1) when interleaved. 2 numbers moved for 3 FLOPs.
+    """
+    for x in (q, k):
+        if x.dim() != 4 or x.shape[-1] % 2 or not cos.shape == sin.shape == (x.shape[-2], x.shape[-1] // 2):
+            raise ValueError("apply_rope takes q (B, H, T, D), k (B, K, T, D), D even, and tables (T, D/2), not "
+                             f"{q.shape}, {k.shape}, {cos.shape} and {sin.shape}")
+    turn, cos, sin = RoPE.apply if use_triton(q) else turned, cos.contiguous(), sin.contiguous()
+    return turn(q, cos, sin, interleaved), turn(k, cos, sin, interleaved)
 
 
 # --- cross entropy: a row in pieces, softmax in one pass ---
@@ -353,84 +341,75 @@ def row_max_sum(x, V, BLOCK: constexpr):
 
 
 @jit
-def _cross_entropy_forward(logits, targets, losses, lse, V, ignore_index, BLOCK: constexpr):
+def _cross_entropy_forward(logits, targets, losses, lse, V, BLOCK: constexpr):
     """One row: loss = log-sum-exp - logit of the target. logits (rows, V); targets, losses, lse (rows,)."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     m, l = row_max_sum(logits + row * V, V, BLOCK)
-    log_sum = tl.log(l) + m
     inside = (target >= 0) & (target < V)                          # an id outside the vocabulary: the loss is NaN
     picked = tl.load(logits + row * V + target, mask=inside, other=float("nan")).to(tl.float32)
-    tl.store(losses + row, tl.where(target == ignore_index, 0.0, log_sum - picked))
-    tl.store(lse + row, log_sum)
+    tl.store(losses + row, tl.log(l) + m - picked)
+    tl.store(lse + row, tl.log(l) + m)
 
 
 @jit
-def _cross_entropy_backward(logits, dlogits, targets, lse, dlosses, V, ignore_index, BLOCK: constexpr):
-    """BLOCK numbers of one row: dlogits = (softmax(logits) - onehot(target)) dloss."""
+def _cross_entropy_backward(logits, dlogits, targets, lse, factor, V, BLOCK: constexpr):
+    """BLOCK numbers of one row: dlogits = (softmax(logits) - onehot(target)) factor, one number for all."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    target = tl.load(targets + row)
-    piece = load(logits + row * V + i, i < V)
-    grad = (tl.exp(piece - tl.load(lse + row)) - tl.where(i == target, 1.0, 0.0)) * tl.load(dlosses + row)
-    grad = tl.where(target == ignore_index, 0.0, grad)             # not times 0: an ignored row may hold infinities
+    p = tl.exp(load(logits + row * V + i, i < V) - tl.load(lse + row))
+    grad = (p - tl.where(i == tl.load(targets + row), 1.0, 0.0)) * tl.load(factor)
     tl.store(dlogits + row * V + i, grad.to(dlogits.dtype.element_ty), mask=i < V)
 
 
 @as_operator
-def token_losses(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """(losses, lse) of logits (N, V), each (N,) in float32; 0 where the target is ignored."""
+def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(losses, lse) of contiguous logits (N, V), each (N,) in float32."""
     if not use_triton(logits):
-        x, ignored = logits.to(torch.promote_types(logits.dtype, torch.float32)), targets == ignore_index
-        lse, picked = x.logsumexp(dim=-1), x.gather(-1, targets.masked_fill(ignored, 0)[:, None])[:, 0]
-        return (lse - picked).masked_fill(ignored, 0.0), lse
-    (N, V), losses = logits.shape, logits.new_empty(len(logits), dtype=torch.float32)
-    lse, logits = torch.empty_like(losses), logits.contiguous()
-    launch(_cross_entropy_forward, (N,), logits, logits, targets, losses, lse, V, ignore_index, **PIECES)
+        x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        lse = x.logsumexp(dim=-1)
+        return lse - x.gather(-1, targets[:, None])[:, 0], lse
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    lse = torch.empty_like(losses)
+    launch(_cross_entropy_forward, (len(logits),), logits, logits, targets, losses, lse, logits.shape[1], **PIECES)
     return losses, lse
 
 
 @as_operator
-def logits_gradient(logits: Tensor, targets: Tensor, lse: Tensor, dlosses: Tensor, ignore_index: int) -> Tensor:
-    """(softmax - onehot) * dloss of each row of logits (N, V), in their dtype; 0 in ignored rows."""
+def logits_gradient(logits: Tensor, targets: Tensor, lse: Tensor, factor: Tensor) -> Tensor:
+    """(softmax - onehot) * factor of each row of contiguous logits (N, V), in their dtype. factor: (), float32."""
     if not use_triton(logits):
-        grad, ignored = (logits - lse[:, None]).exp_(), targets == ignore_index
-        grad[torch.arange(len(grad), device=grad.device), targets.masked_fill(ignored, 0)] -= 1
-        return grad.mul_(dlosses[:, None]).masked_fill_(ignored[:, None], 0.0).to(logits.dtype)
-    logits, dlogits = logits.contiguous(), torch.empty_like(logits, memory_format=torch.contiguous_format)
-    grid, V = (len(logits), triton.cdiv(logits.shape[1], PIECES["BLOCK"])), logits.shape[1]
-    launch(_cross_entropy_backward, grid, logits, logits, dlogits, targets, lse, dlosses, V, ignore_index, **PIECES)
+        grad = (logits - lse[:, None]).exp_()
+        grad[torch.arange(len(grad), device=grad.device), targets] -= 1
+        return grad.mul_(factor).to(logits.dtype)
+    (N, V), dlogits = logits.shape, torch.empty_like(logits)
+    grid = (N, triton.cdiv(V, PIECES["BLOCK"]))
+    launch(_cross_entropy_backward, grid, logits, logits, dlogits, targets, lse, factor, V, **PIECES)
     return dlogits
 
 
 class CrossEntropy(torch.autograd.Function):
-    """A loss for each row; mean and sum are plain PyTorch outside, and so are their gradients."""
+    """The mean over rows; logits and targets are contiguous."""
     @staticmethod
-    def forward(ctx, logits, targets, ignore_index):
-        losses, lse = token_losses(logits, targets, ignore_index)
+    def forward(ctx, logits, targets):
+        losses, lse = token_losses(logits, targets)
         ctx.save_for_backward(logits, targets, lse)
-        ctx.ignore_index = ignore_index
-        return losses
+        return losses.mean()
 
     @staticmethod
-    def backward(ctx, dlosses):
-        return logits_gradient(*ctx.saved_tensors, dlosses.contiguous(), ctx.ignore_index), None, None
+    def backward(ctx, dloss):
+        logits, targets, lse = ctx.saved_tensors
+        return logits_gradient(logits, targets, lse, dloss / len(logits)), None
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
-    """-log softmax(logits)[target] in nats, float32. logits (..., V), targets (...) of ids.
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -log softmax(logits)[target] in nats, float32. logits (..., V), targets (...) of ids.
 
-    reduction: mean or sum over the targets that are not ignored, or none: (...). A mean over no target is NaN, as in
-    torch; so is the loss of an id outside the vocabulary. 1 number moved for 5 FLOPs, backward 2.
+    The loss of an id outside the vocabulary is NaN. 1 number moved for 5 FLOPs, backward 2.
     """
     if targets.shape != logits.shape[:-1] or targets.is_floating_point():
         raise ValueError(f"targets must be ids of shape {logits.shape[:-1]}, not {targets.dtype} {targets.shape}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction={reduction!r} must be mean, sum or none")
-    losses = CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).contiguous(), ignore_index)
-    if reduction == "none":
-        return losses.view(targets.shape)
-    return losses.sum() if reduction == "sum" else losses.sum() / (targets != ignore_index).sum()
+    return CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]).contiguous(), targets.reshape(-1).contiguous())
 
 
 # --- linear + cross entropy: logits that never exist all at once ---
@@ -444,34 +423,35 @@ class LinearCrossEntropy(torch.autograd.Function):
     Backward multiplies once, in float32, by that one number / N.
     """
     @staticmethod
-    def forward(ctx, x, weight, targets, ignore_index, chunk):
+    def forward(ctx, x, weight, targets, chunk):
+        """x (N, C), weight (V, C), targets (N,): the mean of N losses; `chunk` rows of logits are alive at a time."""
         wide = torch.promote_types(x.dtype, torch.float32)
         total, dx, dweight = x.new_zeros((), dtype=wide), torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
+        one = torch.ones_like(total)
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
             logits = x[rows] @ weight.T                            # (chunk, V), the largest tensor alive
-            losses, lse = token_losses(logits, targets[rows], ignore_index)
+            losses, lse = token_losses(logits, targets[rows])
             total += losses.sum()
-            dlogits = logits_gradient(logits, targets[rows], lse, torch.ones_like(losses), ignore_index)
+            dlogits = logits_gradient(logits, targets[rows], lse, one)
             dx[rows] = dlogits @ weight
             if x.is_cuda and x.dtype != wide:                      # never rounded to float16, which ends at 65,504
                 dweight += torch.mm(dlogits.T, x[rows], out_dtype=wide)
             else:
                 dweight += dlogits.T.to(wide) @ x[rows].to(wide)
-        count, ctx.dtypes = (targets != ignore_index).sum(), (x.dtype, weight.dtype)
-        ctx.save_for_backward(dx, dweight, count)
-        return total / count
+        ctx.save_for_backward(dx, dweight)
+        ctx.dtypes = x.dtype, weight.dtype
+        return total / len(x)
 
     @staticmethod
     def backward(ctx, dloss):
-        (dx, dweight, count), (x_dtype, weight_dtype) = ctx.saved_tensors, ctx.dtypes
-        factor = dloss / count
-        return (dx.to(dweight.dtype) * factor).to(x_dtype), (dweight * factor).to(weight_dtype), None, None, None
+        (dx, dweight), (x_dtype, weight_dtype) = ctx.saved_tensors, ctx.dtypes
+        factor = dloss / len(dx)
+        return (dx.to(dweight.dtype) * factor).to(x_dtype), (dweight * factor).to(weight_dtype), None, None
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100,
-                         chunk_tokens: int | None = None) -> Tensor:
-    """Mean of cross_entropy(x @ weightᵀ, targets) without ever holding all (tokens, V) logits; also without Triton.
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None) -> Tensor:
+    """cross_entropy(x @ weightᵀ, targets) without ever holding all (tokens, V) logits; also without Triton.
 
     For training: gradients are made with the loss. x: (..., C), weight: (V, C), targets: (...). chunk_tokens: rows of
     logits alive at a time; not given, as many as fill 256 MB on CUDA, 32 MB elsewhere. (64 x 1,024 tokens of GPT-2's
@@ -480,21 +460,12 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     if targets.shape != x.shape[:-1] or targets.is_floating_point() or weight.shape[1:] != x.shape[-1:]:
         raise ValueError(f"linear_cross_entropy takes x (..., C), weight (V, C) and ids (...), not {x.shape}, "
                          f"{weight.shape} and {targets.dtype} {targets.shape}")
-    x, weight = autocast(x, weight)
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
     chunk = chunk_tokens or max(128, 2 ** (28 if x.is_cuda else 25) // (len(weight) * x.element_size()))
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):             # x comes in the dtype that it wants
         return LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight.to(x.dtype),
-                                        targets.reshape(-1).contiguous(), ignore_index, chunk)
-
-
-def show_errors(page: str) -> int:
-    """Run bench.py's table of errors as a process, interpreted where there is no GPU; returns its exit status."""
-    bench = Path(__file__).with_name("bench.py")
-    words = ["kernels", f"--page={page}", *sys.argv[1:]]
-    return subprocess.run([sys.executable, bench, *words]).returncode
+                                        targets.reshape(-1).contiguous(), chunk)
 
 
 if __name__ == "__main__":
-    sys.exit(show_errors("kernels"))
+    bench = Path(__file__).with_name("bench.py")
+    sys.exit(subprocess.call([sys.executable, bench, "kernels", "--page=kernels", *sys.argv[1:]]))

@@ -33,16 +33,16 @@ def token_text(tokenizer, token: int) -> str:
     return readable(tokenizer.vocab.get(token, b""))
 
 
-def describe(logits, ids: list[int], n_tops: list[int], vocab_limit: int) -> list[dict]:
+def describe(logits, ids: list[int], n_top: int, vocab_limit: int) -> list[dict]:
     """What the model thought of each id: log probability (nats), rank, entropy (bits), likeliest. logits: (n, V)."""
     log_p = torch.log_softmax(logits[:, :vocab_limit].float(), dim=-1)
     chosen = log_p.gather(1, torch.tensor(ids, device=log_p.device)[:, None])
     ranks = (log_p > chosen).sum(dim=-1).add(1).tolist()
     entropies = (torch.special.entr(log_p.exp()).sum(dim=-1) / math.log(2)).tolist()
-    values, indices = (t.tolist() for t in log_p.topk(min(max(*n_tops, 1), log_p.shape[-1])))
-    return [dict(token=token, logprob=p, rank=rank, entropy=entropy, top=list(zip(best, logprobs))[:n])
-            for token, (p,), rank, entropy, best, logprobs, n
-            in zip(ids, chosen.tolist(), ranks, entropies, indices, values, n_tops)]
+    values, indices = (t.tolist() for t in log_p.topk(min(n_top, log_p.shape[-1])))
+    return [dict(token=token, logprob=p, rank=rank, entropy=entropy, top=list(zip(best, logprobs)))
+            for token, (p,), rank, entropy, best, logprobs
+            in zip(ids, chosen.tolist(), ranks, entropies, indices, values)]
 
 
 def feed(text, token: int) -> int:

@@ -1,8 +1,8 @@
 """Train on many ranks, the data divided: NaiveDDP, DDP with overlapped buckets, and ZeRO-1.
 
-A rank is one process with one device. All ranks run the same program on other rows of the batch and end with the
-weights that one process would have got, up to rounding. torchrun starts them, torch.distributed carries the bytes
-(gloo on CPUs, NCCL on CUDA). A model too large for one rank: fsdp.py and sharded.py.
+A rank is one process with one device. All run the same program on other rows of the batch and end with the weights
+that one process would have got, up to rounding. torchrun starts them, torch.distributed carries the bytes (gloo on
+CPUs, NCCL on CUDA). A model too large for one rank: fsdp.py and sharded.py.
 
 What an all-reduce costs. Three ranks in a ring hold gradients of three parts, a b c, and want the sums. In every step
 each rank sends one part to its right neighbour (rank 2's is rank 0), all at the same time:
@@ -181,34 +181,26 @@ def broadcast(tensors, group=None, sources=None) -> None:
 
 
 def collect(entries: dict, group=None) -> dict:
-    """{key: {name: value}} of all ranks together, on the group's rank 0 on the host; elsewhere {}. Collective.
+    """{key: entry} of all ranks together, tensors on the host, on the group's rank 0; elsewhere {}. Collective.
 
-    Tensor by tensor: the device of rank 0 holds one more at a time, and no other host a copy.
+    Entry by entry: the device of rank 0 holds one more at a time, and no other host a copy.
     """
+    def on_host(key):
+        return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, entries[key])
+
     rank, size = world(group)
-    result = {key: moved(entry, "cpu") for key, entry in entries.items()} if rank == 0 else {}
-    if size == 1:
-        return result
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    layouts = [None] * size                         # what each rank has: names, shapes and dtypes
-    dist.all_gather_object(layouts, {key: moved(entry, "meta") for key, entry in entries.items()}, group=group)
+    result, keys = {key: on_host(key) for key in entries} if rank == 0 else {}, [None] * size
+    if size > 1:
+        dist.all_gather_object(keys, list(entries), group=group)
     for source in range(1, size):
-        for key, entry in layouts[source].items():
-            for name, value in entry.items():
-                if torch.is_tensor(value) and rank == source:
-                    dist.send(entries[key][name].to(device).contiguous(), group=group, group_dst=0)
-                elif torch.is_tensor(value) and rank == 0:
-                    received = torch.empty(value.shape, dtype=value.dtype, device=device)
-                    dist.recv(received, group=group, group_src=source)
-                    entry[name] = received.cpu()
-            if rank == 0:
-                result.setdefault(key, entry)
+        for key in keys[source]:
+            if rank == source:
+                dist.send_object_list([on_host(key)], group=group, group_dst=0)
+            elif rank == 0:
+                box = [None]
+                dist.recv_object_list(box, group=group, group_src=source)
+                result.setdefault(key, box[0])
     return result
-
-
-def moved(entry: dict, device: str) -> dict:
-    """Its tensors on that device, everything else as it is."""
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in entry.items()}
 
 
 # --- data parallel ---
@@ -357,13 +349,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Take this rank's part of an undivided state dict, saved by any number of ranks or by a plain optimizer."""
         groups = [dict(group) for group in state_dict["param_groups"]]
-        counts = [len(group["params"]) for group in self.param_groups]
-        saved_counts = [len(group["params"]) for group in groups]
-        if saved_counts != counts:
-            raise ValueError(f"the saved groups hold {saved_counts} parameters, this optimizer's {counts}; "
-                             "make it with the settings that it was saved with")
-        for saved, group in zip(groups, self.param_groups):
-            saved["params"] = [i for i, p in zip(saved["params"], group["params"]) if self.owner[p] == self.rank]
+        for saved, group in zip(groups, self.param_groups, strict=True):
+            pairs = zip(saved["params"], group["params"], strict=True)
+            saved["params"] = [i for i, p in pairs if self.owner[p] == self.rank]
             group.update(settings(saved))
         ids = {i for saved in groups for i in saved["params"]}
         state = {i: entry for i, entry in state_dict["state"].items() if i in ids}

@@ -14,17 +14,14 @@
         '''x (..., T,        '''x (..., T,               '''x (..., T,             and a hint
         cos, sin = …         raise NotImplementedError   c, s = …
 
-The copy of the page keeps everything else. A second exercise of the same page takes its functions out of the copy that
-is there and changes nothing besides. `check` starts Python with practice/ before this folder on its path: every page
-that imports layers gets yours, in ranks and other processes too, and all other pages are ours. What has to go is first
-copied into practice/saved/. To stop, delete practice/: it holds all there is.
-
-The exercises stand in exercises.toml, data without code; its head says what the keys mean.
+A second exercise of the same page takes its functions out of the copy that is there and changes nothing besides.
+`check` starts Python with your page before ours on its path, in practice/checked/: every page that imports layers gets
+yours, in ranks and other processes too. What has to go is first copied into practice/saved/. To stop, delete practice/.
+The exercises stand in exercises.toml; its head says what the keys mean.
 """
 import ast
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -39,7 +36,7 @@ from configurator import command_line, fail, nearest
 ROOT = Path(__file__).resolve().parent
 FOLDER = ROOT / "practice"                   # the learner's copies, progress.json, saved/
 CHECKED = FOLDER / "checked"                 # the page as the last check ran it, and what that said
-TABLE = ROOT / "exercises.toml"
+SECONDS = 60                                 # tests that take longer are ended
 
 
 @dataclass
@@ -55,7 +52,6 @@ class StartConfig:
 @dataclass
 class CheckConfig:
     hint: bool = False                       # true = one hint more than usual when it fails
-    seconds: float = 60.0                    # tests that take longer are ended
 
 
 @dataclass
@@ -67,14 +63,18 @@ class PredictConfig:
 
 def read_table() -> tuple[dict, dict]:
     """(exercises, experiments) of exercises.toml, each {name: entry} in the course's order."""
-    table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
+    table = tomllib.loads((ROOT / "exercises.toml").read_text(encoding="utf-8"))
     return table, table.pop("predict")
 
 
 def read_page(path: Path) -> str:
-    """The text of a page. Raises SyntaxError naming the file for one that Python cannot read."""
+    """The text of a page. Raises ValueError with the line that Python cannot read."""
     text = path.read_text(encoding="utf-8")
-    ast.parse(text, str(path))
+    try:
+        ast.parse(text)
+    except SyntaxError as error:
+        raise ValueError(f"practice/{path.name}:{error.lineno} does not parse: {error.msg}: "
+                         f"{(error.text or '').strip()}") from None
     return text
 
 
@@ -137,21 +137,18 @@ def take_out(text: str, name: str, entry: dict, reference: str, overwrite: bool)
 
 
 def complete(text: str, name: str, exercises: dict) -> str:
-    """The learner's page for a check: behind it ours of the functions that other exercises have taken out.
+    """The learner's page for a check: with ours of the functions that other exercises have taken out.
 
-    So one exercise can be checked before another is written, and the learner's lines keep their numbers.
+    So one exercise can be checked before another is written.
     """
     page = exercises[name]["page"]
     reference = read_page(ROOT / page)
     for other, entry in exercises.items():
         functions = entry["functions"] if entry["page"] == page and other != name else []
-        for function, node in pick_functions(reference, functions).items():
-            if stub(other) in source_of(text, pick_functions(text, [function])[function]):
-                ours, (owner, _, method) = textwrap.dedent(source_of(reference, node, True)), function.rpartition(".")
-                if owner:                                # super() means the class around it; here is none
-                    ours = textwrap.indent(ours.replace("super()", f"super({owner}, self)"), "    ")
-                    ours = f"def _ours():\n{ours}\n    {owner}.{method} = {method}\n\n\n_ours()"
-                text += f"\n\n{ours}\n"
+        for function, ours in pick_functions(reference, functions).items():
+            node, lines = pick_functions(text, [function])[function], text.split("\n")
+            if stub(other) in source_of(text, node):
+                text = "\n".join([*lines[:node.lineno - 1], source_of(reference, ours), *lines[node.end_lineno:]])
     return text
 
 
@@ -211,14 +208,14 @@ def start(name: str, entry: dict, overwrite: bool) -> None:
     begun = target.exists()
     if begun and overwrite:
         save(target)
-    if entry.get("empty"):
+    if begun and not overwrite and entry.get("empty"):
+        text, kept = read_page(target), entry["functions"]
+    elif entry.get("empty"):
         text = "\n".join(reference.split("\n")[:ast.parse(reference).body[0].end_lineno]) + "\n"
-        if begun and not overwrite:
-            text, kept = read_page(target), entry["functions"]
     else:
         try:
             text, kept = take_out(read_page(target) if begun else reference, name, entry, reference, overwrite)
-        except (SyntaxError, ValueError):
+        except ValueError:                               # a page that cannot be read any more begins anew, if asked
             if not overwrite:
                 raise
             text, _ = take_out(reference, name, entry, reference, True)
@@ -275,12 +272,12 @@ def environment(folder: Path | None) -> dict:
                          "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "1", "PRACTICE_FOLDER": str(folder)}
 
 
-def run_limited(command: list[str], seconds: float, env: dict) -> tuple[int | None, str]:
+def run_limited(command: list[str], env: dict) -> tuple[int | None, str]:
     """(exit status or None where it was ended, what it printed). It ends with all that it has started."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, cwd=CHECKED,
                                encoding="utf-8", errors="replace", start_new_session=True)
     try:
-        said, _ = process.communicate(timeout=seconds)
+        said, _ = process.communicate(timeout=SECONDS)
         return process.returncode, said
     except BaseException as error:
         if os.name == "nt":
@@ -293,7 +290,7 @@ def run_limited(command: list[str], seconds: float, env: dict) -> tuple[int | No
         raise
 
 
-def failure_of(name: str, exercises: dict, seconds: float) -> list[str]:
+def failure_of(name: str, exercises: dict) -> list[str]:
     """What fails in an exercise, in a few lines; nothing when all tests pass. Raises as read_page, pick_functions."""
     entry, report = exercises[name], CHECKED / "report.json"
     text = read_page(FOLDER / entry["page"])
@@ -303,15 +300,13 @@ def failure_of(name: str, exercises: dict, seconds: float) -> list[str]:
     shutil.rmtree(CHECKED, ignore_errors=True)
     CHECKED.mkdir()
     (CHECKED / entry["page"]).write_text(text, encoding="utf-8")
-    # tests/explain.py notes what failed; the traceback of tests that hang comes just before they are ended.
+    # tests/explain.py notes what failed.
     command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
                *(str(ROOT / "tests" / test) for test in entry["tests"]), "-q", "--maxfail=1", "-p", "explain",
-               "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-o", f"faulthandler_timeout={max(1, 0.9 * seconds)}"]
-    status, said = run_limited(command, seconds, environment(CHECKED))
+               "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+    status, said = run_limited(command, environment(CHECKED))
     if status is None:
-        where = re.search(rf'{re.escape(str(CHECKED / entry["page"]))}", line (\d+) in (\S+)', said)
-        place = f" It was at practice/{entry['page']}:{where[1]} in {where[2]}." if where else ""
-        return [f"ended after {seconds:g} s: it does not come to an end, or is far too slow.{place}"]
+        return [f"ended after {SECONDS} s: it does not come to an end, or is far too slow"]
     seen = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
     if seen.get("failure"):
         return seen["failure"]
@@ -326,34 +321,26 @@ def best_time(entry: dict, folder: Path | None) -> str:
     """Milliseconds of the exercise's `speed` statement, the best of five, with the learner's page or ours."""
     code = (f"import timeit, torch\ntorch.set_num_threads(1)\n{entry['setup']}\ntimer = timeit.Timer(lambda: "
             f"{entry['speed']})\nn, _ = timer.autorange()\nprint(min(timer.repeat(5, n)) / n * 1e3)")
-    status, said = run_limited([sys.executable, "-c", code], 60, environment(folder))
+    status, said = run_limited([sys.executable, "-c", code], environment(folder))
     return f"{float(said.split()[-1]):.3g} ms" if status == 0 else "not to be measured in a minute"
 
 
-def broken(entry: dict, error) -> str:
-    """Why a learner's page cannot be checked."""
-    if isinstance(error, SyntaxError):
-        error = f"{error.lineno} does not parse: {error.msg}: {(error.text or '').strip()}"
-        return f"practice/{entry['page']}:{error}"
-    return f"practice/{entry['page']}: {error}"
-
-
-def check(name: str, exercises: dict, config: CheckConfig, alone: bool = True) -> bool:
-    """Run an exercise's tests and say what came of it; returns whether they hold. alone: with hints and times."""
+def check(name: str, exercises: dict, more: bool = False, alone: bool = True) -> bool:
+    """Run an exercise's tests, say what came of it; returns whether they hold. more: a hint more; alone: with hints."""
     entry = exercises[name]
     if state_of(name, entry, read_progress()) == "not begun":
         print(f"{name} is not begun: python practice.py start {name}")
         return False
     try:
-        failure = failure_of(name, exercises, config.seconds)
-    except (SyntaxError, ValueError) as error:           # no test has run: no hint either
-        failure, alone = [broken(entry, error)], False
+        failure = failure_of(name, exercises)
+    except ValueError as error:                          # no test has run: no hint either
+        failure, alone = [str(error)], False
     note(name, passed=not failure)
     print("\n  ".join([f"{name}: {'not yet' if failure else 'passed'}", *failure]), flush=True)
     if alone and not failure and "speed" in entry:
         print(f"{entry['speed']}: yours {best_time(entry, CHECKED)}, ours {best_time(entry, None)}")
     if alone and failure:
-        hints = min(len(entry["hints"]), read_progress()[name]["hints"] + 1 + config.hint)
+        hints = min(len(entry["hints"]), read_progress()[name]["hints"] + 1 + more)
         note(name, hints=hints)
         for number, text in enumerate(entry["hints"][:hints], 1):
             say(f"hint {number}", text)
@@ -369,42 +356,41 @@ VERBS = {None: NoConfig, "start": StartConfig, "check": CheckConfig, "show": NoC
          "predict": PredictConfig}
 
 
+def check_all(exercises: dict) -> int:
+    """Check all that is begun; the exit status."""
+    begun = [name for name in exercises if state_of(name, exercises[name], read_progress()) != "not begun"]
+    if not begun:
+        raise ValueError("nothing is begun: python practice.py start NAME")
+    return 0 if all([check(name, exercises, alone=False) for name in begun]) else 1
+
+
 def main(argv: list[str]) -> int:
     """Run a command; the exit status."""
     verb, words, config, _ = command_line(VERBS, argv, USAGE)
     exercises, experiments = read_table()
+    table, name = experiments if verb == "predict" else exercises, words[0] if words else ""
     if verb is None and not words:
         show_list(exercises)
-        return 0
-    if verb == "predict" and not words:
+    elif verb == "predict" and not words:
         for name, entry in experiments.items():
             print(f"{name:<20} {' '.join(entry['question'].split())}")
-        return 0
-    if verb is None or len(words) != 1:
-        near = nearest(words[0] if words else "", VERBS)
-        fail(f"{' '.join(words) or verb!r}: give a verb and one NAME.{near} {USAGE}")
-    name, table = words[0], experiments if verb == "predict" else exercises
-    if name not in table and (verb, name) != ("check", "all"):
+    elif verb is None or len(words) != 1:
+        fail(f"{' '.join(words) or verb!r}: give a verb and one NAME.{nearest(name, VERBS)} {USAGE}")
+    elif name not in table and (verb, name) != ("check", "all"):
         kind, command = ("experiment", " predict") if verb == "predict" else ("exercise", "")
         fail(f"{name!r} is no {kind}.{nearest(name, table)} `python practice.py{command}` lists them")
-    try:
-        if verb == "check":
-            names = [name]
-            if name == "all":
-                names = [one for one in table if state_of(one, table[one], read_progress()) != "not begun"]
-                if not names:
-                    raise ValueError("nothing is begun: python practice.py start NAME")
-            return 0 if all([check(one, table, config, alone=name != "all") for one in names]) else 1
-        if verb == "show":
-            show(table[name])
-        elif verb == "predict":
-            predict(name, table[name], config.answer)
-        else:
-            start(name, table[name], verb == "reset" or config.overwrite)
-    except SyntaxError as error:
-        fail(f"{broken(table[name], error)}; mend that line first, or reset {name}")
-    except (ValueError, OSError) as error:
-        fail(error)
+    else:
+        try:
+            if verb == "check":
+                return check_all(table) if name == "all" else 1 - check(name, table, config.hint)
+            if verb == "show":
+                show(table[name])
+            elif verb == "predict":
+                predict(name, table[name], config.answer)
+            else:
+                start(name, table[name], verb == "reset" or config.overwrite)
+        except (ValueError, OSError) as error:
+            fail(error)
     return 0
 
 

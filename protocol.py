@@ -77,9 +77,8 @@ async def read_json(request: Request) -> dict:
 class Fields:
     """The fields of a request. Each is taken by its name and checked; null is as if it were not there."""
 
-    # What has no effect here, with the values that ask for none.
-    NEUTRAL = {"presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "suffix": ("",),
-               "tools": ([],), "response_format": ({"type": "text"},), "store": (False,)}
+    # What has no effect here, and may come with a value that asks for none: 0, false, empty.
+    NEUTRAL = ("presence_penalty", "frequency_penalty", "logit_bias", "suffix", "tools", "store")
 
     def __init__(self, body: dict):
         self.body = {name: value for name, value in body.items() if value is not None}
@@ -123,12 +122,9 @@ class Fields:
 
     def end(self) -> None:
         """Refuse what nobody took."""
-        self.take("user", str)                             # a name for the operator's records, which there are none of
         for name, value in self.body.items():
-            if name not in self.NEUTRAL:
-                raise ApiError(400, f"{name} is not a field that is known here", name)
-            if value not in self.NEUTRAL[name]:
-                raise ApiError(400, f"{name} is not supported; leave it out", name)
+            if name != "user" and (value or name not in self.NEUTRAL):           # user: for records, which are not kept
+                raise ApiError(400, f"{name} is not supported here; leave it out", name)
 
 
 def turns_of(messages) -> list[str]:
@@ -237,9 +233,7 @@ class Answer:
         """Tokens read and written; a prompt counts once however many answers it gets."""
         read = sum(row.n_prompt for row in self.rows[::self.n])
         written = sum(len(row.ids) - row.n_prompt for row in self.rows)
-        shared = sum(row.shared_tokens for row in self.rows[::self.n])
-        return {"usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written,
-                          "prompt_tokens_details": {"cached_tokens": shared}}}
+        return {"usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}}
 
     async def send_whole(self, scope, receive, send) -> None:
         """One JSON object when all rows have ended."""

@@ -29,7 +29,6 @@ are the model's own, before temperature and cuts. Left out: penalties, tools, im
 """
 import asyncio
 import contextlib
-import functools
 import hmac
 import signal
 import socket
@@ -82,8 +81,6 @@ class ServeConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.draft == "mtp":
             raise ValueError("draft=mtp is not served: give ngram, or the folder of a smaller model")
-        if self.api_key == "":
-            raise ValueError("api_key is empty; give a password, or leave it out")
 
 
 # --- what is served ---
@@ -99,10 +96,8 @@ class Server:
                              n_blocks=config.cache_blocks, budget=config.prefill, draft=draft)
         self.device, self.requests, self.draining, self.loop = self.engine.cache.device, Counter(), False, None
         self.stop_ids = [i for text, i in self.tokenizer.special_tokens.items() if text == END_OF_TEXT]
-        self.longest_token = max(map(len, self.tokenizer.vocab.values()))
         self.n_parameters = sum(p.numel() for p in (*self.model.parameters(), *self.model.buffers()))
         self.created = int(time.time())
-        self.logits_after = functools.lru_cache(maxsize=8)(self.logits_after)    # a slider asks for the same again
 
     def notify(self, rows) -> None:
         """On the engine's thread: wake those who wait for these rows."""
@@ -114,23 +109,18 @@ class Server:
 
     # what a request asks for
 
-    def check_model(self, name: str) -> None:
-        """Raise ApiError for another model than the one there is."""
-        if name != self.name:
-            raise ApiError(404, f"there is no model {name!r} here; there is {self.name!r}", "model", "model_not_found")
-
     async def fields(self, request: Request) -> Fields:
         """What the body says, for the model that there is."""
         fields = Fields(await read_json(request))
-        self.check_model(fields.take("model", str, default=self.name))
+        name = fields.take("model", str, default=self.name)
+        if name != self.name:
+            raise ApiError(404, f"there is no model {name!r} here; there is {self.name!r}", "model", "model_not_found")
         return fields
 
     def prompt_ids(self, prompt) -> list[int]:
         """The ids of one prompt, a text or ids. Raises ApiError for one that cannot be gone on from."""
         limit, size = self.engine.limit, self.engine.vocab_limit
         if isinstance(prompt, str):
-            if len(prompt) > limit * self.longest_token:   # without encoding a megabyte to find out
-                raise ApiError(400, f"the prompt is past the context of {limit}", "prompt", "context_length_exceeded")
             try:
                 prompt = self.tokenizer.encode(prompt)
             except ValueError as error:                    # half a surrogate pair
@@ -150,7 +140,6 @@ class Server:
                echo: bool = False, n_top: int | None = None) -> Answer:
         """Take the fields that both ways of asking share, and put the rows in the queue."""
         n, how, stops = fields.whole("n", 1, 1, MAX_ROWS), fields.sampling(), fields.stops()
-        fields.whole("best_of", n, n, n)
         seed, stream = fields.whole("seed", None, -2 ** 62, 2 ** 62), fields.take("stream", bool, default=False)
         options = Fields(fields.take("stream_options", dict, default={}))
         usage = options.take("include_usage", bool, default=False)
@@ -205,10 +194,7 @@ class Server:
         """The one model there is."""
         about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "you",
                  "max_model_len": self.engine.limit}
-        if "name" not in request.path_params:
-            return JSONResponse({"object": "list", "data": [about]})
-        self.check_model(request.path_params["name"])
-        return JSONResponse(about)
+        return JSONResponse({"object": "list", "data": [about]})
 
     async def health(self, request: Request) -> JSONResponse:
         """Answered while requests are taken; 503 once the server is ending, see `guarded`."""
@@ -254,12 +240,11 @@ class Server:
         fields = await self.fields(request)
         ids, how = self.page_ids(fields), fields.sampling()
         fields.end()
-        logits = await asyncio.wrap_future(self.engine.between_steps(self.logits_after, tuple(ids)))
-        return JSONResponse(likeliest(logits, how, 24, self.tokenizer, self.engine.vocab_limit))
 
-    def logits_after(self, ids: tuple):
-        """Logits (1, V) of the token after ids."""
-        return self.model.head(self.model.hidden(torch.tensor([ids], device=self.device))[:, -1])
+        def logits_after():                                # (1, V)
+            return self.model.head(self.model.hidden(torch.tensor([ids], device=self.device))[:, -1])
+        logits = await asyncio.wrap_future(self.engine.between_steps(logits_after))
+        return JSONResponse(likeliest(logits, how, 24, self.tokenizer, self.engine.vocab_limit))
 
     async def attention_map(self, request: Request) -> JSONResponse:
         """For every token of a prompt, how much one head of one layer looks at it and at each before it."""
@@ -311,7 +296,7 @@ class Server:
     def application(self) -> Starlette:
         """All addresses."""
         get = {"/": self.page, "/health": self.health, "/metrics": self.metrics, "/v1/models": self.models,
-               "/v1/models/{name:path}": self.models, "/api/model": self.about, "/api/runs": self.runs}
+               "/api/model": self.about, "/api/runs": self.runs}
         post = {"/v1/completions": self.completions, "/v1/chat/completions": self.chat_completions,
                 "/api/next": self.next_token, "/api/attention": self.attention_map, "/api/tokens": self.tokens}
 
@@ -358,7 +343,6 @@ def main(argv: list[str]) -> None:
     keep_freed_memory()
     try:
         server = Server(files[0], config)
-        server.engine.warm_up()
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)
     try:

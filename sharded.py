@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import nn
 
 import parallel
-from fsdp import (FSDP, Cut, full_optimizer_state, full_state_dict, gather_like, take_like,  # noqa: F401
+from fsdp import (FSDP, Cut, cuts_of, full_optimizer_state, full_state_dict, gather_like, take_like,  # noqa: F401
                   take_optimizer_state, take_state_dict)
 from parallel import DDP, ShardedOptimizer, broadcast, make_mesh, reduce, start, wait, world
 
@@ -70,29 +70,20 @@ class SumOverRanks(torch.autograd.Function):
 class ColumnParallelLinear(nn.Module):
     """x @ weightᵀ, rank r computing the r-th part of the outputs. weight: (d_out / W, d_in), drawn on rank 0.
 
-    forward: x (..., d_in), the same on all ranks -> (..., d_out / W). copy_input=False: x has been through f already
-    (one f for q, k and v together).
+    forward: x (..., d_in), the same on all ranks -> (..., d_out / W). weight, bias: undivided parameters to take over
+    instead. copy_input=False: x has been through f already (one f for q, k and v together).
     """
     dim = 0
 
-    def __init__(self, d_in: int, d_out: int, group=None, copy_input: bool = True):
+    def __init__(self, d_in: int, d_out: int, group=None, weight=None, bias=None, copy_input: bool = True):
         super().__init__()
-        self.group, self.copy_input, self.bias = group, copy_input, None
-        self.weight = nn.Parameter(torch.randn(d_out, d_in) * math.sqrt(2 / (d_in + d_out)))
-        broadcast([self.weight], group)
-        Cut(self.dim, self.weight.shape[self.dim], group).apply(self.weight)
-
-    @classmethod
-    def split(cls, linear: nn.Module, group=None, copy_input: bool = True):
-        """This rank's part of `linear`, whose Parameter objects it takes over."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.group, layer.copy_input = group, copy_input
-        layer.weight, layer.bias = linear.weight, getattr(linear, "bias", None)
-        Cut(cls.dim, layer.weight.shape[cls.dim], group).apply(layer.weight)
-        if cls.dim == 0 and layer.bias is not None:            # each output has its bias; inputs have none
-            Cut(0, len(layer.bias), group).apply(layer.bias)
-        return layer
+        if weight is None:
+            weight = nn.Parameter(torch.randn(d_out, d_in) * math.sqrt(2 / (d_in + d_out)))
+            broadcast([weight], group)
+        self.weight, self.bias, self.group, self.copy_input = weight, bias, group, copy_input
+        Cut(self.dim, weight.shape[self.dim], group).apply(weight)
+        if self.dim == 0 and bias is not None:                 # each output has its bias; inputs have none
+            Cut(0, len(bias), group).apply(bias)
 
     def forward(self, x):
         y = (CopyToRanks.apply(x, self.group) if self.copy_input else x) @ self.weight.T
@@ -134,7 +125,8 @@ def tensor_parallel(model: nn.Module, group=None) -> nn.Module:
     for parent in list(model.modules()):
         names = [name for name, _ in parent.named_children() if name in LAYERS]
         for name in names:
-            setattr(parent, name, LAYERS[name].split(getattr(parent, name), group, copy_input=False))
+            linear = getattr(parent, name)
+            setattr(parent, name, LAYERS[name](*linear.weight.T.shape, group, linear.weight, linear.bias, False))
         if names:                                   # one f for all the columns that read the same x
             parent.register_forward_pre_hook(lambda _, args: (CopyToRanks.apply(args[0], group), *args[1:]))
         if "q_proj" in names:
@@ -173,7 +165,7 @@ class Pipeline(nn.Module):
     `parameters()` are this stage's. `model` keeps all names, but what stands on another stage is on the meta device
     and takes no memory. A tied embedding is on the first and the last stage, with one gradient, the sum.
     Raises ValueError for another schedule, fewer layers than ranks, and for what needs the whole model on one stage:
-    mtp_depth (embedding and head) and balance=bias (all layers).
+    mtp_depth (embedding and head) and a balance of experts (all layers).
     """
 
     def __init__(self, model: nn.Module, group=None, n_micro_batches: int = 4, schedule: str = "1f1b"):
@@ -182,23 +174,21 @@ class Pipeline(nn.Module):
         c = model.config
         if schedule not in ("gpipe", "1f1b"):
             raise ValueError(f"schedule={schedule!r} must be gpipe or 1f1b")
-        if n_micro_batches < 1:
-            raise ValueError(f"n_micro_batches={n_micro_batches} must be at least 1")
         if c.n_layers < self.n_stages:
             raise ValueError(f"n_layers={c.n_layers} cannot be divided among pp={self.n_stages} stages; choose a pp of "
                              "at most n_layers")
-        if self.n_stages > 1 and (c.mtp_depth or c.n_experts and c.balance == "bias"):
-            raise ValueError(f"pp={self.n_stages} has no mtp_depth (now {c.mtp_depth}) and no balance=bias (now "
-                             f"{c.balance}); leave them out, or choose pp=1")
+        if self.n_stages > 1 and (c.mtp_depth or c.n_experts and c.balance != "none"):
+            raise ValueError(f"pp={self.n_stages} has no mtp_depth (now {c.mtp_depth}), and experts only with "
+                             f"balance=none (now {c.balance}); leave them out, or choose pp=1")
         self.module, self.group, self.config = model, group, c
         self.n_micro_batches, self.schedule = n_micro_batches, schedule
         self.first, self.last = self.stage == 0, self.stage == self.n_stages - 1
         self.autocast = contextlib.nullcontext      # train.py's mixed precision, around forward passes only
         self.most_held = 0                          # micro-batches whose activations waited for backward, at most
-        if self.n_stages > 1:           # gradients in a group of their own: NCCL sends one message of a group at a time
-            self.backward_group = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
         broadcast([*model.parameters(), *model.buffers()], group)
         self._cut(model)
+        if self.n_stages > 1:           # gradients in a group of their own: NCCL sends one message of a group at a time
+            self.backward_group = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
 
     def _cut(self, model) -> None:
         """Keep this stage's parameters; the others become meta tensors, their layers let x through."""
@@ -207,23 +197,20 @@ class Pipeline(nn.Module):
                 return int(name.split(".")[1]) * self.n_stages // self.config.n_layers
             return self.n_stages - 1 if name.startswith(("ln_final", "lm_head")) else 0
 
-        stages, replaced = {}, {}                   # p -> stages that have it; p -> what stands here instead
+        stages, here, self.tied = {}, {}, None      # p -> stages that have it, what stands for it on this one
         for name, p in model.named_parameters(remove_duplicate=False):
             stages.setdefault(p, set()).add(stage_of(name))
-        for module in model.modules():
-            for name, p in module._parameters.items():
-                if p is not None and self.stage not in stages[p] and p not in replaced:
-                    replaced[p] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
-                    replaced[p].cuts = getattr(p, "cuts", [])
-                if p in replaced:
-                    module._parameters[name] = replaced[p]
-        self.tied = None
         for p, places in stages.items():
-            here = replaced.get(p, p)
-            here.stage = self.group, min(places)    # who saves it; see sharded.full_state_dict
-            here.repeated = self.stage != min(places)
-            if len(places) > 1 and here is p:
+            here[p] = p
+            if self.stage not in places:
+                here[p] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+                here[p].cuts = cuts_of(p)
+            elif len(places) > 1:
                 self.tied = p
+            here[p].stage = self.group, min(places)              # who saves it; see fsdp.full_state_dict
+            here[p].repeated = self.stage != min(places)
+        for module in model.modules():
+            module._parameters.update((name, here[p]) for name, p in module._parameters.items() if p is not None)
         model.embed = self._embed
         for i, layer in enumerate(model.layers):
             if stage_of(f"layers.{i}.") != self.stage:
@@ -235,17 +222,12 @@ class Pipeline(nn.Module):
 
     def _embed(self, tokens, cache, plan):
         """Instead of the model's own: a later stage goes on from what the stage before has sent."""
-        self.plan = plan
         return type(self.module).embed(self.module, tokens, cache, plan) if self.first else self.received
 
     def _layers(self, tokens, x):
-        """(the residual stream after this stage, its share of the experts' balance loss); x: what came in."""
-        self.received, c = x, self.config
-        y = self.module.hidden(tokens)
-        self.received, balance = None, self.plan.balance
-        if not balance or c.balance != "loss":
-            return y, None
-        return y, c.balance_weight * sum(balance) / c.n_layers
+        """The residual stream after this stage; x: what came in."""
+        self.received = x
+        return self.module.hidden(tokens)
 
     def _split(self, tokens, targets) -> list:
         """Micro-batches (tokens, targets, share of the rows)."""
@@ -264,26 +246,24 @@ class Pipeline(nn.Module):
         return dist.isend(y.detach().contiguous(), group=self.group, group_dst=self.stage + 1)
 
     def _forward(self, i, tokens, targets, weight, loss_of):
-        """One micro-batch; returns this stage's part of the loss, times weight."""
+        """One micro-batch; returns its loss times weight on the last stage, elsewhere 0."""
         x = self._receive(tokens)
         with self.autocast():
-            y, balance = self._layers(tokens, x)
+            y = self._layers(tokens, x)
             y = loss_of(*self.module.head_loss(y, targets), tokens) * weight if self.last else y.float()
-        roots = [y] if balance is None else [y, balance * weight]
-        sent = None if self.last else self._send(y)
-        self.held[i] = x, roots, sent
+        self.held[i] = x, y, None if self.last else self._send(y)
         self.most_held = max(self.most_held, len(self.held))
-        return sum(root.detach() for root in (roots if self.last else roots[1:]))
+        return y.detach() if self.last else 0.0
 
     def _backward(self, i, scale: float):
-        x, roots, sent = self.held.pop(i)
-        grads = [torch.full_like(root, scale) for root in roots]
+        x, y, sent = self.held.pop(i)
+        grad = torch.full_like(y, scale)
         if not self.last:
-            wait(dist.irecv(grads[0], group=self.backward_group, group_src=self.stage + 1))
+            wait(dist.irecv(grad, group=self.backward_group, group_src=self.stage + 1))
             wait(sent)
-        torch.autograd.backward(roots, grads)
+        y.backward(grad)
         if not self.first:
-            wait(self.returning[0] if self.returning else None)
+            wait(self.returning[0])                 # beside the gradient, which must live until it is sent
             self.returning = dist.isend(x.grad, group=self.backward_group, group_dst=self.stage - 1), x.grad
 
     def step(self, tokens, targets, loss_of=lambda logits, loss, tokens: loss, scale: float = 1.0) -> torch.Tensor:
@@ -292,9 +272,8 @@ class Pipeline(nn.Module):
         Gradients, times scale, are added to `.grad`. loss_of(logits, loss, tokens): the loss of a micro-batch, on the
         last stage. Micro-batches count by their rows, also ragged ones. Collective.
         """
-        parts = self._split(tokens, targets)
-        self.held, self.returning, self.most_held = {}, None, 0
-        earlier, total = None, torch.zeros((), device=tokens.device)
+        parts, total = self._split(tokens, targets), torch.zeros((), device=tokens.device)
+        self.held, self.returning, self.most_held, earlier = {}, (None, None), 0, None
         if self.tied is not None:
             earlier, self.tied.grad = self.tied.grad, None
         for kind, i in order_of_work(self.schedule, self.stage, self.n_stages, len(parts)):
@@ -302,7 +281,7 @@ class Pipeline(nn.Module):
                 total += self._forward(i, *parts[i], loss_of)
             else:
                 self._backward(i, scale)
-        wait(self.returning[0] if self.returning else None)
+        wait(self.returning[0])
         if self.tied is not None:                   # both ends add the other's gradient to theirs
             there, peer = torch.empty_like(self.tied.grad), self.n_stages - 1 - self.stage
             sent = dist.isend(self.tied.grad.clone(), group=self.group, group_dst=peer)
@@ -319,7 +298,7 @@ class Pipeline(nn.Module):
         total, logits, sends = torch.zeros((), device=tokens.device), [], []
         for x, y, share in self._split(tokens, tokens if targets is None else targets):
             with self.autocast():
-                out = self._layers(x, self._receive(x))[0]
+                out = self._layers(x, self._receive(x))
                 if not self.last:
                     sends.append(self._send(out.float()))
                 elif targets is None:
@@ -389,13 +368,11 @@ class Strategy:
         Ranks may get unequal numbers of rows, but all get equally many micro-batches, as a pass may be collective: who
         has no row left computes one that counts 0.
         """
-        starts = [rank * len(inputs) // self.dp for rank in range(self.dp + 1)]
-        first, last = starts[self.mesh.dp_rank:self.mesh.dp_rank + 2]
-        most = max(b - a for a, b in zip(starts, starts[1:]))
-        for i in range(first, first + most, size):
-            rows = slice(i, min(i + size, last))
-            if i < last:
-                yield inputs[rows], targets[rows], (rows.stop - i) * self.dp / len(inputs)
+        x, y = (ids.tensor_split(self.dp)[self.mesh.dp_rank] for ids in (inputs, targets))
+        parts = [part for part in zip(x.split(size), y.split(size)) if len(part[0])]
+        for i in range(math.ceil(math.ceil(len(inputs) / self.dp) / size)):
+            if i < len(parts):
+                yield *parts[i], len(parts[i][0]) * self.dp / len(inputs)
             else:
                 yield inputs[:1], targets[:1], 0.0
 

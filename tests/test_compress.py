@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from common import bpe_trained, ids, little_base, random_model, rng, toy  # noqa: F401
+from common import ids, rng, toy
 import checkpoint
 import compress
 import evaluate
@@ -60,18 +60,13 @@ def test_a_quantised_model_still_writes(switch):
     assert (small(text) - plain(text)).abs().max() < 0.1 * plain(text).abs().max()
     assert compress.weight_bytes(small) < 0.45 * compress.weight_bytes(plain)
     assert len(sample.generate(small, [1, 2], 8, temperature=0)) == 8
-    four = compress.quantize(plain, "int4")
-    assert any(isinstance(module, compress.Int4Linear) for module in four.modules())
-    assert torch.isfinite(four(text)).all()
-    with pytest.raises(ValueError, match="kind='int2' must be int8 or int4"):
-        compress.quantize(toy(), "int2")
+    assert torch.isfinite(compress.quantize(plain, "int4")(text)).all()
 
 
 def test_magnitude_pruning_takes_the_smallest_weights_of_every_matrix():
     model = toy("tied")
     before = copy.deepcopy(model.state_dict())
-    small = compress.prune(model, 0.3)
-    for name, layer in small.named_modules():
+    for name, layer in compress.prune(model, 0.3).named_modules():
         if isinstance(layer, model_module.Linear):
             old, zero = before[f"{name}.weight"], layer.weight == 0
             assert zero.sum() == round(0.3 * zero.numel()) and torch.equal(layer.weight[~zero], old[~zero])
@@ -79,7 +74,7 @@ def test_magnitude_pruning_takes_the_smallest_weights_of_every_matrix():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "a copy was pruned"
 
 
-WIDTHS = {"tied": (2, 2), "gpt2": (2, 2), "qwen3": (2, 1), "mqa": (4, 1), "smear": (2, 2)}       # heads left of 4
+WIDTHS = {"tied": (2, 2), "gpt2": (2, 2), "qwen3": (2, 1), "mqa": (4, 1)}       # heads left of 4
 
 
 @pytest.mark.parametrize("switch", WIDTHS)
@@ -111,8 +106,6 @@ def test_width_pruning_gives_a_smaller_dense_model_of_what_matters(switch, tmp_p
 def test_what_pruning_cannot_do_is_refused_by_name(switch, share, kind, words):
     with pytest.raises(ValueError, match=words):
         compress.prune(toy(switch), share, kind)
-    with pytest.raises(ValueError, match="rounded already"):
-        compress.prune(compress.quantize(toy(), "int8"), 0.5)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -132,19 +125,18 @@ def test_a_quantised_folder_opens_everywhere_with_the_same_numbers(kind, little_
 
 
 def test_compress_commands(little_base, tmp_path, capsys):
-    (tmp_path / "text.txt").write_text("the cat in the hat " * 9, encoding="utf-8")
+    (torch.arange(400) % 300).to(torch.uint16).numpy().tofile(tmp_path / "x.bin")
     compress.main(["prune", str(little_base), str(tmp_path / "zeros")])
     assert "of them zero" in capsys.readouterr().out and (tmp_path / "zeros" / "tokenizer.json").is_file()
-    for more in ([], [f"--data={tmp_path / 'text.txt'}"]):
+    for more in ([], [f"--data={tmp_path / 'x.bin'}"]):
         compress.main(["prune", str(little_base), str(tmp_path / "thin"), "--kind=width", "--share=0.5",
                        "--overwrite=true", *more])
         told = capsys.readouterr().out
         assert "heads 4 -> 2" in told and ("size of their weights" in told) == (not more)
-    sample.main([str(tmp_path / "thin"), "--prompt=cat", "--max_new_tokens=3"])
     for bad, words in ((["quantize", str(little_base), str(tmp_path / "thin")], "--overwrite=true"),
                        (["quantize", str(little_base), str(little_base), "--overwrite=true"], "read from"),
                        (["quantize", str(little_base), str(tmp_path / "x"), "--kind=int2"], "int2"),
-                       (["prune", str(little_base), str(tmp_path / "x"), "--data=y.txt"], "data=y.txt"),
+                       (["prune", str(little_base), str(tmp_path / "x"), "--data=y.bin"], "data=y.bin"),
                        (["prune", str(little_base)], "two folders")):
         with pytest.raises(SystemExit) as stopped:
             compress.main(bad)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from common import ROOT, python
+from common import ROOT
 import practice
 
 EXERCISES, EXPERIMENTS = practice.read_table()
@@ -105,43 +105,27 @@ def test_an_empty_file_fails_the_tests_of_its_exercise(runner, tmp_path):
 
 
 WRONG = [  # exercise, what stands in ours, what somebody might write
-    ("bytes", 'errors="replace"', 'errors="ignore"'),
-    ("count_pairs", "zip(word, word[1:])", "set(zip(word, word[1:]))"),
     ("merge_pair", "i += step", "i += 1"),
     ("bpe_train", "(pairs[pair], pair)", "pairs[pair]"),
-    ("encode_word", "min(candidates)", "max(candidates)"),
-    ("rmsnorm", "torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps)",
-     "1 / (y.square().mean(dim=-1, keepdim=True).sqrt() + eps)"),
     ("rope", "first * sin + second * cos", "first * sin - second * cos"),
-    ("softmax", "x - x.amax(dim=dim, keepdim=True)", "x"),
     ("softmax", "x.amax(dim=dim, keepdim=True)", "x.amax()"),
     ("attention", " / math.sqrt(q.shape[-1])", ""),
     ("attention", "weights.masked_fill(~mask, 0.0)", "weights"),
     ("multihead", "rotate(k, cos, sin, c.rope_interleaved)", "k"),
-    ("multihead", 'c.position == "rope"', "False"),
-    ("multihead", "self.q_norm(q), self.k_norm(k)", "self.k_norm(q), self.q_norm(k)"),
     ("multihead", "plan.masks[self.window], plan.fresh", "None, plan.fresh"),
-    ("multihead", "k, v, plan, self.window", "k, v, plan"),
     ("block", "self.ln2(x), *more", "self.ln1(x), *more"),
     ("cross_entropy", "logits = wide(logits)", "pass"),
     ("adam_loop", "1 - betas[1] ** t", "1 - betas[1]"),
     ("clipping", "(norm + eps)", "norm"),
     ("cosine", "(step - warmup_steps) /", "step /"),
     ("train_loop", "optimizer.zero_grad()", "pass"),
-    ("train_loop", "clip_grad_norm(model.parameters(), 1.0)", "pass"),
-    ("train_loop", "cosine_schedule(step, lr, 0.1 * lr, steps // 10, steps)", "lr"),
     ("batches", "len(tokens) - context_length, (", "len(tokens) - context_length - 1, ("),
     ("sampling", "ordered.cumsum(dim=-1) - ordered", "ordered.cumsum(dim=-1)"),
-    ("sampling", "< min_p", "<= min_p"),
     ("flash_kernel", "acc * shrink[:, None]", "acc"),
     ("pipeline_order", "n_stages - stage", "n_stages - stage - 1"),
     ("isoflop", "-p1 / (2 * p2)", "-p1 / p2"),
-    ("huber", "off - HUBER / 2", "off"),
     ("minhash", "(shingle >> 32)", "shingle"),
-    ("pad_rows", "places >= starts", "places > starts"),
-    ("masked_mean", "mask.bool().expand_as(x).sum(dim=dim)", "x.numel()"),
     ("advantages", "groups.std(dim=1, keepdim=True)", "groups.std(dim=1, keepdim=True, correction=0)"),
-    ("advantages", "(mean + eps)", "mean"),
     ("policy_gradient", "torch.minimum(plain", "torch.maximum(plain"),
     ("aggregate", "lengths.sum().clamp(min=1)", "response_mask.numel()"),
     ("grpo", "kept = (", "mask = mask[:, :-1]; kept = ("),
@@ -200,51 +184,19 @@ def test_a_start_keeps_what_a_learner_wrote(folder, capsys):
     assert "write  softmax" in said and "check softmax" in said and EXERCISES["softmax"]["read"] in said
     before = ours("layers.py", "softmax")
     after = page[page.index("def softmax"):page.index("def cross_entropy")].rstrip()
-    assert after.split("\n")[:2] == before.split("\n")[:2] and after.count("\n") == 2
-    assert after.endswith('    raise NotImplementedError("practice: softmax")')
+    assert after.split("\n")[:2] == before.split("\n")[:2]
+    assert after.split("\n")[2:] == ['    raise NotImplementedError("practice: softmax")']
     assert page.replace(after, before) == practice.read_page(ROOT / "layers.py"), "everything else as it is"
     write(folder, "layers.py", "softmax", MINE)
-    with_mine = practice.read_page(folder / "layers.py")
     assert run("start", "rope") == 0 and run("start", "softmax") == 0
     page = practice.read_page(folder / "layers.py")
     assert "kept" in capsys.readouterr().out and MINE in page and page.count('"practice: rope"') == 3
-    assert page.split("def rope_tables")[0] == with_mine.split("def rope_tables")[0]
-    for name in ("rope_tables", "rotate", "rope"):
-        write(folder, "layers.py", name, ours("layers.py", name))
-    assert practice.read_page(folder / "layers.py") == with_mine
     assert run("reset", "softmax") == 0 and "layers_1.py" in capsys.readouterr().out
     assert MINE in (folder / "saved" / "layers_1.py").read_text(encoding="utf-8")
     assert MINE not in practice.read_page(folder / "layers.py")
-    assert run("start", "softmax", "--overwrite=true") == 0 and (folder / "saved" / "layers_2.py").exists()
     assert run("start", "train_loop") == 0
     body, = ast.parse(practice.read_page(folder / "loop.py")).body
     assert isinstance(body.value, ast.Constant), "a docstring alone"
-
-
-def test_only_bodies_are_taken_out():
-    page = '''@wraps(lambda x: x)     # stays
-def one(a: int = 3,
-        b="):") -> dict[str, int]:      # (B, T)
-    # gives it away
-    return {"a": a}    # this too
-# stays
-
-
-class Two:
-    """Stays."""
-    def three(self):
-        """First line.
-
-        The rest.
-        """
-        return self.x
-'''
-    blanked = page
-    for name in ("one", "Two.three"):
-        blanked = practice.blank(blanked, practice.pick_functions(blanked, [name])[name], "name")
-    stub = 'raise NotImplementedError("practice: name")'
-    assert blanked == page.replace('    # gives it away\n    return {"a": a}    # this too', f"    {stub}").replace(
-        "return self.x", stub)
 
 
 def test_a_check_passes_ours_and_explains_what_fails(folder, capsys):
@@ -267,23 +219,23 @@ def test_a_check_passes_ours_and_explains_what_fails(folder, capsys):
     assert list(states) == list(EXERCISES)
     assert states["softmax"] == "passed" and states["linear"] == "begun" and states["rope"] == "not begun"
     write(folder, "layers.py", "softmax", "def softmax(x, dim):\n    return x +")
-    assert run("check", "softmax") == 1
-    assert "practice/layers.py:23 does not parse" in capsys.readouterr().out
-    assert run("check", "all") == 1 and capsys.readouterr().out.count("does not parse") == 3
+    assert run("check", "all") == 1
+    assert capsys.readouterr().out.count("practice/layers.py:23 does not parse: invalid syntax: return x +") == 3
     with pytest.raises(SystemExit, match="2"):
         run("start", "rope")
     assert run("reset", "softmax") == 0 and "layers_1.py" in capsys.readouterr().out
 
 
-def test_tests_that_hang_are_ended_with_all_that_they_started(folder, capsys):
+def test_tests_that_hang_are_ended_with_all_that_they_started(folder, capsys, monkeypatch):
+    monkeypatch.setattr(practice, "SECONDS", 8)
     assert run("start", "bytes") == 0
     page = folder / "words.py"
     child = f"import time\nwhile True:\n    open({str(folder / 'alive')!r}, 'a').write('.')\n    time.sleep(0.1)"
     hanging = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}])\nwhile True:\n    pass\n"
     page.write_text(hanging + practice.read_page(ROOT / "words.py"), encoding="utf-8")
-    assert run("check", "bytes", "--seconds=12") == 1
-    assert "ended after 12 s" in capsys.readouterr().out
-    if (folder / "alive").exists():                       # not where this machine needs 12 s to come that far
+    assert run("check", "bytes") == 1
+    assert "ended after 8 s" in capsys.readouterr().out
+    if (folder / "alive").exists():                       # not where this machine needs 8 s to come that far
         size = (folder / "alive").stat().st_size
         time.sleep(0.5)
         assert (folder / "alive").stat().st_size == size
@@ -293,15 +245,15 @@ def test_scripts_and_processes_of_a_test_get_the_learners_page(folder):
     practice.CHECKED.mkdir(parents=True)
     text = practice.read_page(ROOT / "configurator.py")
     (practice.CHECKED / "configurator.py").write_text(text + 'print("the learner\'s")\n', encoding="utf-8")
-    for command in ([str(ROOT / "practice.py"), "--help"], ["-c", "import configurator"], ["-m", "configurator"]):
-        status, said = practice.run_limited([sys.executable, *command], 60, practice.environment(practice.CHECKED))
+    for command in ([str(ROOT / "practice.py"), "--help"], ["-m", "configurator"]):
+        status, said = practice.run_limited([sys.executable, *command], practice.environment(practice.CHECKED))
         assert status == 0 and "the learner's" in said, said
 
 
 @pytest.mark.parametrize("words, told", [
-    (["start", "ropee"], "Did you mean rope?"), (["check", "soft_max"], "Did you mean softmax?"),
-    (["predict", "no_rop"], "Did you mean no_rope?"), (["start"], "one NAME"), (["strat", "rope"], "mean start?"),
-    (["check", "rope", "--hints=true"], "Did you mean hint?"), (["predict", "int8", "--answer=z"], "answer='z' must be one of a, b, c")])
+    (["start", "ropee"], "Did you mean rope?"), (["predict", "no_rop"], "Did you mean no_rope?"),
+    (["start"], "one NAME"), (["strat", "rope"], "mean start?"), (["check", "rope", "--hints=true"], "mean hint?"),
+    (["predict", "int8", "--answer=z"], "answer='z' must be one of a, b, c")])
 def test_mistakes_name_the_nearest(words, told, folder, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(*words)
@@ -318,11 +270,19 @@ def test_ours_is_shown_and_predictions_are_answered_from_results(folder, capsys)
         assert run("predict", name) == 0
         asked = capsys.readouterr().out
         assert all(outcome in asked for outcome in entry["outcomes"].values()) and entry["file"] not in asked
-        for answer in entry["outcomes"]:
-            assert run("predict", name, f"--answer={answer}") == 0
-            said = " ".join(capsys.readouterr().out.split())
-            assert f" {'yes' if answer == entry['right'] else 'no'} {entry['right']} it was" in said
-            assert entry["file"] in said and " ".join(entry["command"].split()) in said
+        assert run("predict", name, "--answer=b") == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert f" {'yes' if entry['right'] == 'b' else 'no'} {entry['right']} it was" in said and entry["file"] in said
     assert not folder.exists()
-    done = python("practice.py", "show", "rope")
-    assert done.returncode == 0 and "def rope_tables" in done.stdout, done.stderr
+
+
+def test_a_start_takes_bodies_out_and_a_check_has_ours_of_all_other_exercises():
+    for name, entry in EXERCISES.items():
+        same_page = [one for one in EXERCISES if EXERCISES[one]["page"] == entry["page"] and "empty" not in entry]
+        without = page_without([name]) if same_page else ""
+        for function in practice.pick_functions(without, entry["functions"]) if same_page else ():
+            left = practice.source_of(without, practice.pick_functions(without, [function])[function]).split("\n")
+            assert ours(entry["page"], function).split("\n")[:len(left) - 1] == left[:-1], "signature and docstring"
+            assert left[-1].strip() == practice.stub(name) and not left[-2].strip().startswith("#"), function
+        if same_page[:1] == [name]:
+            assert practice.complete(page_without(same_page), name, EXERCISES) == without
