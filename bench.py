@@ -12,6 +12,9 @@ whole cache, and a mask hides what is not written yet:
 """
 import copy
 import math
+import pickle
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import bench_course
@@ -40,7 +44,8 @@ from decoding import generate, prefill, speculate, stream
 from evaluate import perplexity
 from layers import rope_tables
 from machine import DTYPES, bandwidth, pick_device
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, bits_per_byte
+from runs import read_log
 
 # --- a decoding step that a CUDA graph can replay ---
 
@@ -277,10 +282,55 @@ def compress_table(words: list[str]) -> None:
           ["", "weights, MB", "read a token, MB", "tok/s", "bits per byte"], lines)
 
 
+# --- the record of the laptop ---
+
+def nanogpt(clone, data_dir, minutes: float) -> tuple[float, int, float]:
+    """(bits per byte of val.txt, iterations, ms each) of nanoGPT's CPU quick start, trained so long on train.txt."""
+    texts = {split: (Path(data_dir) / f"{split}.txt").read_text(encoding="utf-8") for split in ("train", "val")}
+    letters = sorted(set("".join(texts.values())))
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = shutil.copytree(clone, Path(scratch) / "nanoGPT", ignore=shutil.ignore_patterns(".git"))
+        data = copy / "data" / "plays"
+        data.mkdir()
+        for split, text in texts.items():
+            np.array([letters.index(letter) for letter in text], np.uint16).tofile(data / f"{split}.bin")
+        (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(letters)}))
+
+        def run(n: int, eval_iters: int) -> str:         # the flags of its README
+            flags = dict(dataset="plays", out_dir=data, device="cpu", compile=False, eval_iters=eval_iters,
+                         eval_interval=n, log_interval=1, block_size=64, batch_size=12, n_layer=4, n_head=4, n_embd=128,
+                         max_iters=n, lr_decay_iters=n, dropout=0.0)
+            command = [sys.executable, "train.py", "config/train_shakespeare_char.py"]
+            command += [f"--{key}={value}" for key, value in flags.items()]
+            return subprocess.run(command, cwd=copy, check=True, capture_output=True, text=True).stdout
+
+        ms = statistics.median(map(float, re.findall(r"time ([\d.]+)ms", run(200, 1))))
+        n = int(60_000 * minutes / ms)
+        loss = float(re.findall(r"val loss ([\d.]+)", run(n, 200))[-1])
+    return bits_per_byte(loss, len(texts["val"]), len(texts["val"].encode("utf-8"))), n, ms
+
+
+def record(words: list[str]) -> None:
+    """Bits per byte of the default run, seed by seed: record [SEEDS [MINUTES [a clone of nanoGPT, run in turns]]]."""
+    seeds, minutes, clone = (*words, *("3", "2.4", None)[len(words):])
+    lines, scores = [], []
+    for seed in range(1, int(seeds) + 1):
+        log = read_log(train(f"out/record/{seed}", minutes, f"--seed={seed}") / "log.jsonl")
+        last = log[-1]
+        scores.append(last["val_bits_per_byte"])
+        lines.append([f"ours, seed {seed}", f"{scores[-1]:.4f}", last["step"], 1000 * last["seconds"] / last["step"]])
+        if clone:
+            bits, n, ms = nanogpt(clone, log[0]["config"]["data_dir"], float(minutes))
+            lines.append([f"nanoGPT, beside it; ratio {scores[-1] / bits:.3f}", f"{bits:.4f}", n, ms])
+    spread = f"{min(scores):.4f} … {max(scores):.4f}"
+    table(f"{minutes} minutes of training each; ours {statistics.mean(scores):.4f}, {spread}; {on('cpu')}",
+          ["", "bits per byte", "steps", "ms"], lines)
+
+
 # --- the verbs: each takes the words after it ---
 
 VERBS = {
-    "decode": decode, "compress": compress_table,
+    "decode": decode, "compress": compress_table, "record": record,
     "profile": bench_step.profile, "memory": bench_step.memory, "sizes": bench_step.sizes,
     "checkpoints": bench_step.checkpoints, "kernels": bench_kernels.kernels, "attention": bench_kernels.attention,
     "parallel": bench_parallel.bench_parallel, "gpu": bench_gpu.gpu, "bpe": bench_data.bench_bpe,

@@ -158,7 +158,8 @@ class Muon(_Optimizer):
 
     A gradient matrix has a few large singular values and many small ones; Adam follows the large. Here all directions
     move alike: 1st and 16th singular value of a gradient 0.617 and 0.016, after five rounds 1.187 and 0.869.
-    Embeddings, the head and norms belong to AdamW. Source: Jordan 2024, kellerjordan.github.io/posts/muon; decay: Liu 2502.16982.
+    Embeddings, the head and norms belong to AdamW. Source: Jordan 2024, kellerjordan.github.io/posts/muon; its decay:
+    Liu 2025, 2502.16982.
     """
 
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0, ns_steps: int = 5):
