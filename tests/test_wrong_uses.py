@@ -54,7 +54,7 @@ def run(script, words, place, capsys):
 
 BPE = "data/tokenizer.json W/text.txt"
 SFT = "sft --data=W/sft.jsonl --out_dir=W/out --template=plain --steps=1 "
-FIT = "classify train --negative=W/lines.txt --bits=10 --out=W/m.npz --positive=W/"
+FIT = "classify train --negative=W/lines.txt --out=W/m.npz --positive=W/"
 CURATE = "curate W/x.warc.gz --out=W/out --workers=1 "
 WRONG = [line.split(" | ") for line in f"""
 bpe | train W/dir --out=W/t | dir
