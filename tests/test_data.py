@@ -58,9 +58,7 @@ def files_of(folder):
 
 @pytest.mark.parametrize("content, words", [
     (b"", "is empty"), (b"caf\xe9 " * 500, "is not UTF-8"), (b" " * 5000, "split of x.txt has .*fewer than one context"),
-    (("a text " * 500).encode("utf-16"), "utf-16; .*iconv -f utf-16 -t"),
-    (("a text " * 500).encode("utf-16-le"), "is not UTF-8 but utf-16le"), (gzip.compress(b"a" * 99), "gunzip"),
-    (("a text " * 500).encode("utf-16-be"), "iconv -f utf-16be -t utf-8")])
+    (("a text " * 500).encode("utf-16-le"), "UTF-16; .*iconv -f utf-16 -t"), (gzip.compress(b"a" * 99), "gunzip")])
 def test_a_preparation_that_fails_says_why_and_leaves_nothing(corpus, tmp_path, content, words):
     (tmp_path / "x.txt").write_bytes(content)
     good = shutil.copytree(corpus, tmp_path / "good")
@@ -92,7 +90,7 @@ def test_a_tokenizer_is_taken_byte_for_byte(corpus, tmp_path, capsys, given):
     assert bpe.Tokenizer.load(run / "tokenizer.json").decode_bytes(ids) == (tmp_path / "mine" / "train.txt").read_bytes()
     with open(shutil.copytree(corpus, tmp_path / "odd") / "tokenizer.json", "a", encoding="utf-8") as file:
         file.write("\n")                                                # its meta.json names another one
-    for tokenizer, vocab_size, words in ((path, 300, "vocab_size=300.*512"), (tmp_path, None, "holds mine, mine.txt"),
+    for tokenizer, vocab_size, words in ((path, 300, "vocab_size=300.*512"), (tmp_path, None, "there is no file"),
                                          (tmp_path / "odd", None, "another tokenizer")):
         with pytest.raises(ValueError, match=words):
             data.prepare(text, vocab_size, tmp_path / "other", tokenizer=tokenizer)
@@ -175,9 +173,10 @@ def test_crawl_fetches_and_goes_on(server, tmp_path, monkeypatch):
     files = {f"a/{i}.warc.gz": os.urandom(9000) for i in range(3)}
     files["crawl-data/CC-MAIN-2025-18/warc.paths.gz"] = gzip.compress("\n".join(files).encode())
     serve = Flaky.do_GET
+    monkeypatch.setattr(data, "COMMON_CRAWL", server)
     monkeypatch.setattr(Flaky, "do_GET", lambda self: (setattr(Flaky, "content", files[self.path[1:]]), serve(self)))
     (tmp_path / "1.warc.gz.part").write_bytes(files["a/1.warc.gz"][:5000])             # left by a kill
-    Flaky.cut, config = 3000, data.CrawlConfig(segments=2, out=str(tmp_path), base_url=server)     # downloads break
+    Flaky.cut, config = 3000, data.CrawlConfig(segments=2, out=str(tmp_path))                    # downloads break
     found = data.crawl("CC-MAIN-2025-18", config)
     assert [path.read_bytes() for path in found] == [files["a/0.warc.gz"], files["a/1.warc.gz"]]
     asked = len(Flaky.ranges)
