@@ -152,7 +152,7 @@ class Explorer:
     def long_shots(self) -> None:
         """What is left, on the largest budgets: the best size by the law so far, and a third and three times that."""
         for flops, factors in ((6e17, (1.0,)), (1e17, (0.35, 2.5)), (3e17, (1.0,)), (1e17, (1.0,)), (6e16, (0.5, 1.6))):
-            best = predict(fit_parametric(self.runs, resamples=0), flops, warn=False).n_params
+            best = predict(fit_parametric(self.runs, resamples=0), flops).n_params
             for factor in factors:
                 if self.api.used_flops + flops <= self.api.budget_flops * (1 - self.RESERVE):
                     self.runs.append(self.run(factor * best, flops))
@@ -163,7 +163,7 @@ class Explorer:
         self.isoflops()
         self.long_shots()
         self.fit = fit_parametric(self.runs)
-        best = predict(self.fit, self.target, warn=False)
+        best = predict(self.fit, self.target)
         return self.complete(best.n_params, self.target, widest=2048) | {
             key: best[key] for key in ("loss", "loss_low", "loss_high")}
 
@@ -206,6 +206,6 @@ def score(submission: dict, seed: int) -> dict:
     world = World(seed)
     true = world.loss(**{key: submission[key] for key in RANGES})
     law = np.array([[math.log(world.A), world.alpha, math.log(world.B), world.beta, math.log(world.E)]])
-    best = predict(make_fit("truth", law, np.log([submission["flops"]])), submission["flops"])
+    best = predict(make_fit("truth", law, math.log(submission["flops"])), submission["flops"])
     return {"true": true, "best": best.loss, "best_n_params": best.n_params,
             "prediction_error": 100 * (submission["loss"] / true - 1), "excess": 100 * (true / best.loss - 1)}

@@ -61,7 +61,7 @@ def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str
     figure = Figure(figsize=(15, 5), layout="constrained")
     curves, sizes, losses = figure.subplots(1, 3)
     log_n, log_d, log_c, log_l = columns(runs, "a picture")
-    counts = np.log([run.get(key) or run["compute_budget"] for run in runs])
+    counts = np.log([run[key] for run in runs])
     for number, group in enumerate(budgets_of(counts)):
         color, budget = f"C{number % 10}", math.exp(counts[group].mean())
         curves.plot(np.exp(log_n[group]), np.exp(log_l[group]), "o", color=color, ms=4, label=f"{budget:.1e} FLOPs")
@@ -72,7 +72,7 @@ def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str
             curves.plot(np.exp(x), y, color=color, linewidth=1)
             curves.plot(math.exp(x[y.argmin()]), y.min(), "o", color=color, ms=9, fillstyle="none")
     budgets = np.geomspace(math.exp(log_c.min()), target, 60)
-    along = [predict(fit, c, warn=False) for c in budgets]
+    along = [predict(fit, c) for c in budgets]
     for axis, name in ((sizes, "n_params"), (sizes, "n_tokens"), (losses, "loss")):
         axis.fill_between(budgets, *([one[name + end] for one in along] for end in ("_low", "_high")), alpha=0.25)
         axis.loglog(budgets, [one[name] for one in along], label=f"best {name}, 90 % interval")
