@@ -19,7 +19,6 @@ from laws import fit_parametric, make_fit, power_law, predict
 RANGES = {"d_model": (64, 1024), "n_layers": (2, 24), "n_heads": (2, 16), "batch_size": (128, 256),
           "learning_rate": (1e-4, 1e-3), "flops": (1e13, 1e18)}
 QUERY_FLOPS = [float(f"{m}e{e}") for e in range(13, 18) for m in (1, 3, 6)] + [1e18]
-# `real`: budgets in exact FLOPs, and the shapes (d_model, n_layers, n_heads) trained at each, around the best one.
 
 
 # --- the simulated service ---
@@ -49,16 +48,12 @@ class TrainingAPI:
         settings = dict(zip(RANGES, (d_model, n_layers, n_heads, batch_size, learning_rate, flops)))
         for name, value in settings.items():
             low, high = RANGES[name]
-            whole = name not in ("learning_rate", "flops")
-            is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-            if not is_number or not low <= value <= high or whole and value != int(value):
-                raise ValueError(f"{name}={value!r} must be {'a whole number' if whole else 'a number'} from {low:g} "
-                                 f"to {high:g}")
-            settings[name] = int(value) if whole else float(value)
-        if settings["batch_size"] not in (128, 256):
-            raise ValueError(f"batch_size={batch_size!r} must be one of 128, 256")
-        if settings["flops"] not in QUERY_FLOPS:
-            raise ValueError(f"flops={flops!r} must be one of {', '.join(f'{c:g}' for c in QUERY_FLOPS)}")
+            whole = name in ("d_model", "n_layers", "n_heads")
+            if isinstance(value, (str, bool)) or not low <= value <= high or whole and value != int(value):
+                raise ValueError(f"{name}={value!r} must be a {'whole ' if whole else ''}number from {low:g} to {high:g}")
+        for name, allowed in (("batch_size", (128, 256)), ("flops", QUERY_FLOPS)):
+            if settings[name] not in allowed:
+                raise ValueError(f"{name}={settings[name]!r} must be one of {', '.join(f'{n:g}' for n in allowed)}")
         for run in self.runs:
             if settings.items() <= run.items():
                 return run["loss"]

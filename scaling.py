@@ -7,10 +7,9 @@ A run that costs a thousand pilots cannot be tuned, so it is predicted. The orde
     long shots   a few runs at the largest budgets that can be paid, near the best size: they hold the law's far end
     prediction   the parametric law read at the target, with its 90 % interval
 
-Convention: N is the parameters without embeddings and head, and C = 6 N D. That leaves out attention scores and the
-head, most of the bill at d_model 64; `real` budgets with accounting.py's exact count, `flops_exact`. "D = 20 N" does
-not hold where alpha and beta differ, for other data and tokenizers, for a model that serves many tokens (predict's
-inference_tokens), or past four epochs of repeated data (2305.16264).
+N is the parameters without embeddings and head, and C = 6 N D. That leaves out attention scores and the head, most of
+the bill at d_model 64; `real` budgets with accounting.py's exact count. "D = 20 N" does not hold where alpha and beta
+differ, for other data, for a model that serves many tokens, or past four epochs of repeated data (2305.16264).
 
     python scaling.py                                   a simulated service explored, fitted, scored; pictures
     python scaling.py fit RUNS.json --flops=1e21        all fits of one's own runs, and what they say at a budget
@@ -214,18 +213,14 @@ def exact_flops(config: ModelConfig) -> float:
 def read_runs(path) -> list[dict]:
     """The runs in a JSON file. Raises ValueError naming the file when it holds anything else."""
     try:
-        runs = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); give another file") from None
-    if not isinstance(runs, list):
-        raise ValueError(f"{path} does not hold a list of runs; give another file")
-    return runs
+        return list(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON list of runs ({error}); give another file") from None
 
 
 def write_json(path, value) -> None:
     """Write a JSON file whole or not at all, a line a run."""
-    text = json.dumps(value).replace("}, {", "},\n {") + "\n"
-    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+    checkpoint.write_text(path, json.dumps(value).replace("}, {", "},\n {") + "\n")
 
 
 def real_job(shape: tuple, budget: float, seed: int, vocab_size: int) -> tuple:
@@ -242,7 +237,7 @@ def real_job(shape: tuple, budget: float, seed: int, vocab_size: int) -> tuple:
                                   "warmup_steps": max(10, steps // 20)}, record
 
 
-def train_missing(jobs: list[tuple], path: Path, out_dir: str, common: dict) -> list[dict]:
+def train_missing(jobs: list[tuple], path: Path, out_dir: str, data_dir: str) -> list[dict]:
     """Train, or go on with, what `path` does not hold yet, saving each record as it comes; the jobs' records."""
     records = read_runs(path) if path.exists() else []
     done = {record["name"] for record in records}
@@ -253,8 +248,7 @@ def train_missing(jobs: list[tuple], path: Path, out_dir: str, common: dict) -> 
         folder = Path(out_dir) / record["name"]
         # A folder with a log alone is of a run that was stopped before it saved: it begins again.
         resume = (folder / "ckpt.pt").exists()
-        config = train.TrainConfig(**settings | common | {"out_dir": str(folder), "resume": resume,
-                                                          "overwrite": not resume})
+        config = train.TrainConfig(**settings, data_dir=data_dir, out_dir=str(folder), resume=resume, overwrite=not resume)
         with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
             figures = train.main(config)           # its log.jsonl has all that it prints
         if figures["interrupted"] is not None:
@@ -273,12 +267,11 @@ def real(settings: "RealSettings") -> dict:
     if settings.data_dir is None and not (Path(data_dir) / "meta.json").exists():
         train.data.prepare("shakespeare", 4096, data_dir, REAL_RECIPE["context_length"])
     meta = checkpoint.read_meta(data_dir)
-    common = {"data_dir": data_dir, "device": settings.train_device, "dtype": settings.dtype}
     # Seed 2 at the smallest budget only, to see the noise.
     jobs = [real_job(shape, budget, seed, meta["vocab_size"]) for budget, shapes in REAL_GRID.items()
             for seed in ((1, 2) if budget == min(REAL_GRID) else (1,)) for shape in shapes]
     path, count = folder / "scaling_runs.json", len(REAL_GRID[min(REAL_GRID)])
-    runs = train_missing(jobs, path, settings.out_dir, common)
+    runs = train_missing(jobs, path, settings.out_dir, data_dir)
     fit = fit_parametric(runs)
     print(f"fit of {len(runs)} runs: " + ", ".join(f"{key} {fit[key]:.4g} ({fit[key + '_low']:.4g} … "
                                                    f"{fit[key + '_high']:.4g})" for key in LAW))
@@ -292,7 +285,7 @@ def real(settings: "RealSettings") -> dict:
     figures.add("predicted", guesses[pick])
     print("predicted for {}: {predicted:.4f} ({predicted_low:.4f} … {predicted_high:.4f})".format(
         options[pick][1]["name"], **figures), flush=True)
-    check, = train_missing([options[pick]], path, settings.out_dir, common)
+    check, = train_missing([options[pick]], path, settings.out_dir, data_dir)
     figures.update(measured=check["loss"], error_percent=100 * (figures.predicted / check["loss"] - 1),
                    seed_noise_percent=100 * math.sqrt(sum(gap ** 2 for gap in gaps) / 2 / len(gaps)),
                    times_exact=check["flops_exact"] / max(run["flops_exact"] for run in runs),
@@ -340,15 +333,9 @@ class RealSettings:
     data_dir: str | None = None      # token files; none = Shakespeare in 4,096 tokens, prepared when missing
     out_dir: str = "out/scaling"     # checkpoints of the runs
     results_dir: str = "results"     # where runs, figures and picture are kept
-    train_device: str | None = None  # cpu, cuda, mps; none = the best there is
-    dtype: str | None = None         # float32 | bfloat16; none = what the device is fast at
 
 
-USAGE = """usage: python scaling.py [fit RUNS.json | plan | real] [--key=value …]
-  (nothing)   explore a simulated service, fit, predict, score; a picture in OUT_DIR
-  fit         all fits of the runs in a file, and their prediction at --flops
-  plan        write a config for train.py that spends --flops
-  real        train a grid of small models, predict a larger one, train it, compare"""
+USAGE = "usage: python scaling.py [fit RUNS.json | plan | real] [--key=value …]"
 SETTINGS = {None: DemoSettings, "fit": FitSettings, "plan": PlanSettings, "real": RealSettings}
 
 
