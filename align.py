@@ -46,7 +46,6 @@ Sources: GRPO 2402.03300, R1 2501.12948, Dr. GRPO 2503.20783, DAPO 2503.14476, G
 import copy
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -70,7 +69,6 @@ from optim import AdamW, Muon, cosine_schedule
 from sample import stream
 
 DEAD_ROLLOUTS = 5                    # so many in a row without anything to learn from end the run
-NEW_LOG = "log.new.jsonl"
 CHAT_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 
 
@@ -114,17 +112,14 @@ class AlignConfig:
         for name in ("lr", "grad_clip", "beta", "temperature", "clip"):
             if not 0 < getattr(self, name, 1.0) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("muon_lr", "warmup_steps", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if not self.warmup_steps >= 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be at least 0")
         if not 0 < getattr(self, "val_fraction", 0.5) < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
         for name, allowed in (("baseline", BASELINES), ("normalizer", NORMALIZERS), ("reweight", REWEIGHTS),
                               ("normalize", NORMALIZE), ("reward", REWARDS), ("template", (None, *TEMPLATES))):
             if hasattr(self, name):
                 check_choice(name, getattr(self, name), allowed)
-        if getattr(self, "normalizer", None) == "std" and self.group_size == 1:
-            raise ValueError("group_size=1 has no standard deviation; give --normalizer=none, or larger groups")
 
 
 @dataclass
@@ -309,7 +304,7 @@ def learn(model, optimizers, batch: dict, advantages, config, generator) -> dict
                 old_log_probs=None if old is None else old[rows], clip=config.clip, normalize=config.normalize,
                 constant=len(rows) * config.max_new_tokens, temperature=config.temperature)
             figures.append(info)
-    figures = [info for info in figures if not math.isnan(info["entropy"])] or figures[:1]
+    figures = [info for info in figures if info["norm"] > 0] or figures[:1]          # batches with something to learn
     return {name: sum(info[name] for info in figures) / len(figures) for name in figures[0]}
 
 
@@ -345,11 +340,10 @@ def grpo(model, problems: list[tuple], tokenizer, config, stop: int, log=None, e
             log(step=step, **info)
         dead_in_a_row = dead_in_a_row + 1 if dead["dead_groups"] == 1 else 0
         if dead_in_a_row == DEAD_ROLLOUTS:
-            advice = (f"{DEAD_ROLLOUTS} rollouts in a row had dead groups only (mean reward {info['reward']:.2f}, in "
-                      f"form {info.get('format_reward', 0):.2f}, {info['distinct']:.1f} of {config.group_size} "
-                      "responses distinct): nothing to learn from. Reward 0: teach the form first (align.py sft), look "
-                      "at --template and --reward, take easier problems or a larger --group_size. Reward 1: take "
-                      "harder ones. Few distinct: raise --temperature")
+            advice = (f"{DEAD_ROLLOUTS} rollouts in a row had dead groups only (mean reward {info['reward']:.2f}, "
+                      f"{info['distinct']:.1f} of {config.group_size} responses distinct): nothing to learn from. Reward "
+                      "0: teach the form first (align.py sft), take easier problems or a larger --group_size. Reward 1: "
+                      "take harder ones. Few distinct: raise --temperature")
             if step == DEAD_ROLLOUTS:
                 raise ValueError(advice)
             print(advice)
@@ -393,7 +387,7 @@ def load_base(config) -> tuple:
     return model, tokenizer, template
 
 
-def save(model, tokenizer, folder, config, template: str) -> None:
+def save(model, tokenizer, folder, config, template: str, log) -> None:
     """A folder that sample.py, evaluate.py and another stage can start from; never one of a diverged model."""
     if not all(p.isfinite().all() for p in model.parameters()):
         raise FloatingPointError("the weights are no numbers any more: nothing is saved; lower --lr (or --muon_lr)")
@@ -402,29 +396,18 @@ def save(model, tokenizer, folder, config, template: str) -> None:
     tokenizer.save(folder / "tokenizer.json")
     save_checkpoint(model, None, config.steps, folder / "ckpt.pt", template=template,
                     align_config=asdict(config), tokenizer_sha256=sha256(folder / "tokenizer.json"))
-    if (folder / NEW_LOG).exists():
-        os.replace(folder / NEW_LOG, folder / "log.jsonl")
+    write_text(folder / "log.jsonl", *(json.dumps(line) + "\n" for line in log.lines))
 
 
-def make_log(folder, **header):
-    """A function that appends a line to a log, begun anew with the header, and prints it; `save` gives it its name.
+class Log:
+    """Prints what a run logs, and keeps it for `save` to write: a run that fails leaves no log and no folder."""
 
-    So a run that fails leaves neither a log beside somebody else's checkpoint nor a folder that counts as a run.
-    """
-    path = Path(folder) / NEW_LOG
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(header) + "\n")
+    def __init__(self, name: str, **header):
+        self.name, self.lines = name, [header]
 
-    def log(**entry):
-        entry = {name: value for name, value in entry.items() if not math.isnan(value)}
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-        except OSError as error:                 # a full disk does not say which file
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        print(f"{Path(folder).name:<5}", " | ".join(f"{name} {value:.4g}" for name, value in entry.items()), flush=True)
-
-    return log
+    def __call__(self, **entry):
+        self.lines.append({name: value for name, value in entry.items() if not math.isnan(value)})
+        print(f"{self.name:<5}", " | ".join(f"{name} {value:.4g}" for name, value in self.lines[-1].items()), flush=True)
 
 
 def run_verb(verb: str, config) -> None:
@@ -436,7 +419,7 @@ def run_verb(verb: str, config) -> None:
     model, tokenizer, template = load_base(config)
     rows, held = read_rows(verb, config, tokenizer, template, model.config.context_length)
     pad_id = padding_id(tokenizer)
-    log = make_log(config.out_dir, verb=verb, template=template, torch=torch.__version__, config=asdict(config))
+    log = Log(verb, template=template, torch=torch.__version__, config=asdict(config))
     if verb == "sft":
         def nats():
             return -sums(model, held, 1, config).sum().item() / sum(len(row[1]) for row in held)
@@ -449,7 +432,7 @@ def run_verb(verb: str, config) -> None:
               f"{standard_error(best['accuracy'], len(held)):.1%} at step {best['step']}, margin {best['margin']:.3f}")
     else:
         grpo(model, rows, tokenizer, config, end_id(tokenizer, template), log)
-    save(model, tokenizer, config.out_dir, config, template)
+    save(model, tokenizer, config.out_dir, config, template, log)
     print(f"saved {config.out_dir}; see: python sample.py {config.out_dir} --prompt=…")
 
 

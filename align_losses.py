@@ -276,9 +276,7 @@ def policy_step(model, optimizers, batch: dict, advantages, *, rows_at_a_time: i
     kept = ((advantages != 0) & mask.any(dim=-1)).nonzero().flatten()
     model.zero_grad(set_to_none=True)
     if len(kept) == 0:                   # no step either: momentum alone would move the model
-        # The mean of -log p over what was sampled is the entropy on average; without it there is nothing to tell it by.
-        entropy = math.nan if old_log_probs is None else -masked_mean(old_log_probs.to(mask.device), mask).item()
-        return torch.tensor(0.0), {"entropy": entropy, "norm": 0.0, "clip_fraction": 0.0}
+        return torch.tensor(0.0), {"entropy": math.nan, "norm": 0.0, "clip_fraction": 0.0}
     kept = kept[mask[kept].sum(dim=-1).argsort()]                    # like lengths pad less
     loss, tokens, info = 0.0, mask[kept].sum(), {"entropy": 0.0, "clip_fraction": 0.0}
     for rows in kept.split(rows_at_a_time):
@@ -306,7 +304,7 @@ def grpo_train_step(model, tokenizer, optimizer, prompts: list[str], responses: 
 
     accumulation_steps: at most ceil(N / accumulation_steps) rows pass through the model at a time; the gradient is the
     same. Rows of zero advantage do not; when none is left, the loss is 0 and nothing moves. old_log_probs: (N, T) of
-    all rows. info: reward, format_reward, …, dead_groups, norm, clip_fraction, entropy (NaN when it cannot be told).
+    all rows. info: reward, format_reward, …, dead_groups, norm, clip_fraction, entropy (NaN when nothing is passed).
     """
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={accumulation_steps} must be at least 1")

@@ -205,8 +205,6 @@ def test_a_step_over_dead_groups_moves_nothing(bpe_trained):
     model, (loss, info), before = grpo_once(bpe_trained, ["b"] * 8)
     assert loss.item() == 0 and info["dead_groups"] == 1 and model.rows == [] and math.isnan(info["entropy"])
     assert all(torch.equal(old, p) and p.grad is None for old, p in zip(before, model.parameters()))
-    _, (_, info), _ = grpo_once(bpe_trained, ["b"] * 8, reweight="grpo", clip=0.2, old_log_probs=torch.full((8, 4), -2.5))
-    assert info["entropy"] == 2.5                # by the sampler's log-probabilities
 
 
 def test_rewards_of_rollouts_and_their_means():
@@ -256,23 +254,18 @@ def test_packed_documents_are_cut_into_shifted_chunks(bpe_trained, tmp_path):
 def test_layouts_that_people_publish_read_alike():
     user, assistant = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
     for record in ({"prompt": "2+2?", "response": "4"}, {"messages": [user, assistant]},
-                   {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
-                   {"prompt": [user], "completion": [assistant]}, {"instruction": "2+2?", "input": "", "output": "4"}):
+                   {"instruction": "2+2?", "input": "", "output": "4"}):
         assert align_data.read_pair(record) == (["2+2?"], "4")
-    wrong = {"role": "assistant", "content": "5"}
-    for record in ({"prompt": [user], "chosen": [assistant], "rejected": [wrong]},
-                   {"chosen": [user, assistant], "rejected": [user, wrong]},
-                   {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"}):
-        assert align_data.read_preference(record) == (["2+2?"], "4", "5")
     asked = "What does 'Assistant: ' mean?\nHuman: is a word"       # a name inside a message begins no turn
     sides = [f"\n\nHuman: {asked}\n\nAssistant: {answer}" for answer in ("a", "b")]
-    assert align_data.read_preference(dict(zip(("chosen", "rejected"), sides))) == ([asked], "a", "b")
+    for record in ({"prompt": asked, "chosen": "a", "rejected": "b"}, dict(zip(("chosen", "rejected"), sides))):
+        assert align_data.read_preference(record) == ([asked], "a", "b")
 
 
 @pytest.mark.parametrize("verb, bad", [
     ("sft", bad) for bad in ({"messages": []}, {"messages": [{"role": "system", "content": "x"}]}, {"messages": 3},
-                             {"messages": [{"role": "user"}]}, {"prompt": 5, "response": "x"}, {"prompt": []},
-                             {"prompt": "x", "response": []}, {"instruction": "x", "input": 7, "output": "y"})] + [
+                             {"messages": [{"role": "user"}]}, {"prompt": 5, "response": "x"}, {"prompt": "x", "response": []},
+                             {"instruction": "x", "input": 7, "output": "y"})] + [
     ("dpo", {"chosen": [], "rejected": []}), ("dpo", {"prompt": "x", "chosen": 1, "rejected": 2}),
     ("grpo", {"question": {}, "answer": "x"})])
 def test_any_bad_line_is_named_and_can_be_skipped(verb, bad, bpe_trained, tmp_path):
@@ -298,7 +291,7 @@ def align_run(verb, base, data, out_dir, **more):
 
 
 def test_sft_learns_to_answer_and_to_stop_and_names_every_bad_line(little_base, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"5 bad lines(?s:.*)jsonl:9: (?s:.*)11: empty response"):
+    with pytest.raises(ValueError, match=r"5 bad lines(?s:.*)jsonl:9: (?s:.*)11: an empty response"):
         align_run("sft", little_base, little_base / "sft.jsonl", tmp_path, skip_bad=False)
     (model, tokenizer), log = align_run("sft", little_base, little_base / "sft.jsonl", tmp_path, steps=60)
     assert "8 usable lines, 5 bad ones skipped" in capsys.readouterr().out and log[-1]["loss"] < 0.05 < log[0]["loss"]
@@ -361,7 +354,7 @@ def test_a_base_of_nan_is_named_and_an_older_run_stays_whole(verb, little_base, 
         align.main(words + [f"--base={little_base}", f"--out_dir={tmp_path}/new", "--lr=1e30", "--grad_clip=1e30",
                             "--warmup_steps=0"])
     assert end.value.code == 2 and capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["log.new.jsonl"]       # no run: no flag to start again
+    assert not (tmp_path / "new").exists()                               # no run: no flag to start again
     base, out = (shutil.copytree(little_base, tmp_path / name) for name in ("base", "out"))
     state = checkpoint.read_checkpoint(base / "ckpt.pt")
     state["model"]["layers.0.ffn.w1.weight"][0, 0] = math.nan
