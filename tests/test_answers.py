@@ -28,10 +28,9 @@ def test_every_letter_is_read_alike(phrase):
 
 @pytest.mark.parametrize("output, letter", [
     ("(c) is right", "C"), ("Answer: d", "D"), ("A good question", None), ("The correct answer is Apple", None),
-    ("A Tale of Two Cities", None), ("A man walks. I think B.", "B"), ("The answer is a bird", None),
-    ("The answer is J", "J"), ("K. is the last", "K")])
+    ("A man walks. I think B.", "B"), ("The answer is a bird", None), ("The answer is J", "J")])
 def test_articles_small_letters_and_many_options(output, letter):
-    assert answers.parse_mmlu({"options": list("0123456789x") if letter in ("J", "K") else None}, output) == letter
+    assert answers.parse_mmlu({"options": list("0123456789") if letter == "J" else None}, output) == letter
 
 
 @pytest.mark.parametrize("output, number", [
@@ -68,37 +67,34 @@ def test_answers_are_equal_as_math_verify_says(pair):
 
 def test_files_with_marks_long_fields_and_gzip_are_read(tmp_path):
     line = b"\xef\xbb\xbf" + b'{"prompt": "a"}\r\n'
-    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfid,prompt\n1,\"" + b"long, " * 40_000 + b"\"\n")
-    (tmp_path / "a.jsonl").write_bytes(line)
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(line))
-    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + b'[{"prompt": "a"}]')
-    for name, size in (("a.csv", 240_000), ("a.jsonl", 1), ("b.jsonl.gz", 1), ("a.json", 1)):
+    files = {"a.csv": b"\xef\xbb\xbfid,prompt\n1,\"" + b"long, " * 40_000 + b"\"\n", "a.jsonl": line,
+             "b.jsonl.gz": gzip.compress(line), "a.json": b'\xef\xbb\xbf[{"prompt": "a"}]'}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
         items, field = answers.read_prompts(tmp_path / name)
-        assert field == "prompt" and len(items[0]["prompt"]) == size, name
+        assert field == "prompt" and len(items[0]["prompt"]) == (240_000 if name == "a.csv" else 1), name
+    (tmp_path / "dev").mkdir()
+    for row, words in ((b"q,1,2,3,4,AB", "row 1"), (b"q,1,2,3,4,A\nq,1", "row 2"), (b"\xe9", "a_dev.csv is not UTF-8")):
+        (tmp_path / "dev" / "a_dev.csv").write_bytes(row)
+        with pytest.raises(ValueError, match=words):
+            answers.read_mmlu(tmp_path, "dev")
 
 
 @pytest.mark.parametrize("record, letter", [
     ({"question": "q", "choices": ["x", "y"], "answer": 1}, "B"), ({"ctx": "c", "endings": ["x", "y"], "label": "1"}, "B"),
-    ({"question": "q", "choices": {"text": list("abcdefghijkl"), "label": list(range(12))}, "answerKey": "11"}, "L"),
-    ({"question": "q", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "E"}, "'E' is none of"),
-    ({"ctx": "c", "endings": ["x", "y"], "label": ""}, "'' is none of"), ({"question": "q", "options": []}, "no 'answerKey'")])
+    ({"question": "q", "choices": {"text": list("abcdefghijkl"), "label": list(range(12))}, "answerKey": "11"}, "L")])
 def test_choices_in_every_layout(record, letter):
-    if len(letter) == 1:
-        assert answers.read_choices(record)["answer"] == letter
-        return
-    with pytest.raises(ValueError, match=letter):
-        answers.read_choices(record)
+    assert answers.read_choices(record)["answer"] == letter
+    for name in {"label", "answer", "answerKey"} & record.keys():
+        with pytest.raises(ValueError, match="'' is none of"):
+            answers.read_choices(record | {name: ""})
 
 
 @pytest.mark.parametrize("text, box", [
-    ("\\boxed 5", "5"), ("\\boxed -3.5 ", "-3.5"), ("\\fbox C.", "C"), ("\\fbox C here", "C"), ("5", None),
-    ("\\boxed{5}. Mark it with \\boxed notation", "5"), ("\\boxed{5} so \\boxed{", "5"), ("\\boxed{1}\\boxed{}", ""),
-    ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}")])
+    ("\\boxed 5", "5"), ("\\boxed -3.5 ", "-3.5"), ("\\fbox C here", "C"), ("5", None), ("\\boxed{1}\\boxed{}", ""),
+    ("\\boxed{5}. Mark it with \\boxed notation", "5"), ("\\boxed{5} so \\boxed{", "5"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}")])
 def test_the_last_box(text, box):
     assert answers.last_boxed(text) == box
-
-
-def test_nothing_equals_an_answer_that_is_empty():
     assert not any(answers.same_answer(nothing, nothing) for nothing in (None, "", "$ $", "\\boxed{}", " . "))
 
 

@@ -42,14 +42,16 @@ def test_fits_find_the_law_behind_clean_runs(law):
 
 
 @pytest.mark.parametrize("fit", [laws.fit_parametric, laws.fit_isoflop])
-def test_intervals_hold_the_truth_nine_times_in_ten(fit):
-    held, keys = Counter(), ("n_params", "n_tokens", "loss", *laws.LAW)
-    truth = dict(zip(keys, (*best_by_hand(LAWS[1], 1e21), *LAWS[1])))
+def test_intervals_hold_the_truth_nine_times_in_ten_and_are_of_use(fit):
+    held, truth = Counter(), dict(zip(("n_params", "n_tokens", "loss"), best_by_hand(LAWS[1], 1e21))) | dict(
+        zip(laws.LAW, LAWS[1]))
     for seed in range(16):
         made = fit(law_runs(noise=0.01, seed=seed), resamples=50)
         made.update(laws.predict(made, 1e21))
         held.update(key for key in truth if made[f"{key}_low"] <= truth[key] <= made[f"{key}_high"])
     assert all(11 <= held[key] for key in truth), held            # 14.4 expected; 11 is three sigma of a binomial below
+    guess = laws.predict(fit(law_runs(noise=0.003, budgets=np.geomspace(1e18, 1e20, 6))), 3e21)
+    assert guess.n_params_high / guess.n_params_low <= 2.5
 
 
 @pytest.mark.parametrize("name, n, d", [("hoffmann", 3.22e10, 2.98e12), ("besiroglu", 7.22e10, 1.33e12)])
@@ -97,11 +99,6 @@ def test_kaplans_law_behind_runs_that_follow_it():
     assert laws.fit_kaplan(pure)["N"] == pytest.approx((8.8e13, 0.076))
 
 
-def test_intervals_are_narrow_enough_to_be_of_use():
-    guess = laws.predict(laws.fit_parametric(law_runs(noise=0.003, budgets=np.geomspace(1e18, 1e20, 6))), 3e21)
-    assert guess.n_params_high / guess.n_params_low <= 2.5
-
-
 def test_serving_tokens_makes_the_best_model_smaller():
     fit = laws.published("besiroglu")
     plain, served = laws.predict(fit, 1e21), laws.predict(fit, 1e21, inference_tokens=2e10)
@@ -113,16 +110,12 @@ def test_serving_tokens_makes_the_best_model_smaller():
         laws.predict(laws.published("besiroglu"), 1e18, inference_tokens=1e30)
 
 
-GOOD = {"n_params": 1e8, "n_tokens": 1e9, "flops": 6e17, "loss": 3.0}
-
-
 @pytest.mark.parametrize("fit, runs, words", [
     (laws.fit_isoflop, law_runs(budgets=(1e18, 1e19)), "2 budgets with 4 or more sizes are too few"),
     (laws.fit_isoflop, law_runs(spread=3, shift=4), "one side of the minimum.*smaller models"),
     (laws.fit_parametric, law_runs(budgets=(1e18,)), "one budget"),
     (laws.fit_parametric, law_runs()[:5], "5 runs are too few"),
-    (laws.fit_parametric, [*law_runs(), GOOD | {"loss": math.nan}], "loss=nan"),
-    (laws.fit_isoflop, [*law_runs(), GOOD | {"n_params": -1}], "n_params=-1"),
+    (laws.fit_parametric, [*law_runs(), law_runs()[0] | {"loss": math.nan}], "loss=nan"),
     (laws.fit_parametric, [{"n_params": 1e8}], "n_tokens=None"),
     (lambda runs: laws.predict(laws.published("besiroglu"), runs), -1, "flops=-1")])
 def test_what_cannot_be_fitted_says_what_is_missing(fit, runs, words):
