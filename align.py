@@ -2,9 +2,8 @@
 
     python align.py                                        the whole way on generated tasks: align_demo.py
     python align.py sft  --base=out/base --data=pairs.jsonl --out_dir=out/sft      instructions and responses
-    python align.py dpo  --base=out/sft --data=preferences.jsonl --out_dir=out/dpo --lr=1e-5
+    python align.py dpo  --base=out/sft --data=preferences.jsonl --out_dir=out/dpo
     python align.py grpo --base=out/sft --data=problems.jsonl --out_dir=out/grpo --template=r1_zero
-    python align.py grpo --help                            the settings of one verb
 
 A base model goes on with a text. SFT shows it the form of an answer, on few examples. DPO raises what people prefer
 over what they do not, without a reward model. GRPO lets it answer, checks the answers by program and makes the better
@@ -165,9 +164,9 @@ def make_optimizers(model, config) -> list:
     return [adamw, Muon(by_muon, config.muon_lr)] if by_muon else [adamw]
 
 
-def set_lr(optimizers, config, step: int, total: int) -> None:
+def set_lr(optimizers, config, step: int) -> None:
     """The learning rates of one step: up linearly over warmup_steps, then down a cosine to a tenth."""
-    factor = cosine_schedule(step, 1.0, 0.1, config.warmup_steps, total)
+    factor = cosine_schedule(step, 1.0, 0.1, config.warmup_steps, config.steps)
     for optimizer, peak in zip(optimizers, (config.lr, config.muon_lr)):
         for group in optimizer.param_groups:
             group["lr"] = factor * peak
@@ -191,14 +190,14 @@ def precision(config):
 def sft(model, rows: list[tuple], config, pad_id: int = 0, log=None) -> None:
     """Fine-tune on (prompt ids, response ids), loss on the responses only: the sum over a step's tokens / their number.
 
-    A row is one document, so no attention crosses documents; rows of like length share a batch instead of being packed.
+    A row is one document; rows of like length share a batch instead of being packed.
     """
     optimizers, generator = make_optimizers(model.train(), config), torch.Generator().manual_seed(config.seed)
     batches = bucketed([len(prompt) + len(response) for prompt, response in rows], config.batch_size, generator)
     for step in counted(config.steps):
         group, loss, size = [rows[i] for i in next(batches)], 0.0, config.micro_batch_size
         mean_length = sum(len(response) for _, response in group) / len(group)
-        set_lr(optimizers, config, step, config.steps)
+        set_lr(optimizers, config, step)
         for start in range(0, len(group), size):
             batch = padded(group[start:start + size], config, pad_id)
             with precision(config):
@@ -240,31 +239,30 @@ def dpo(model, pairs: list[tuple], held_out: list[tuple], config, pad_id: int = 
                                  for part in (pairs, held_out))      # (2, N) each
     batches = bucketed([len(p) + len(c) + len(r) for p, c, r in pairs], config.batch_size, generator)
 
-    def look(step: int) -> dict:
+    def look(step: int, **more) -> dict:
         now = preference(*(sums(model, held_out, side, config) for side in (1, 2)), *held_reference, config.beta)
         if log:
-            log(step=step, **{f"val_{name}": value for name, value in now.items()})
+            log(step=step, **more, **{f"val_{name}": value for name, value in now.items()})
         return now | {"step": step}
 
     best, best_weights = look(0), copy.deepcopy(model.state_dict())
     before, size = best["accuracy"], max(1, config.micro_batch_size // 2)
     for step in counted(config.steps):
-        group, seen = next(batches), []
+        group, loss = next(batches), 0.0
         model.train()
-        set_lr(optimizers, config, step, config.steps)
+        set_lr(optimizers, config, step)
         for part in (group[i:i + size] for i in range(0, len(group), size)):
             batch = padded([(pairs[i][0], pairs[i][side]) for side in (1, 2) for i in part], config, pad_id)
             with precision(config):
                 log_probs = response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"]
             sides = [*masked_normalize(log_probs, batch["response_mask"], -1).chunk(2),
                      *reference[:, part].to(log_probs.device)]
-            (dpo_loss(*sides, config.beta).sum() / len(group)).backward()
-            seen.append([side.detach() for side in sides])
+            part_loss = dpo_loss(*sides, config.beta).sum() / len(group)
+            part_loss.backward()
+            loss += part_loss.item()
         norm = take_step(model, optimizers, config.grad_clip)
         if step % config.log_every == 0 or step == config.steps:
-            if log:
-                log(step=step, norm=norm, **preference(*map(torch.cat, zip(*seen)), config.beta))
-            now = look(step)
+            now = look(step, loss=loss, norm=norm)
             if now["loss"] < best["loss"]:
                 best, best_weights = now, copy.deepcopy(model.state_dict())
     model.load_state_dict(best_weights)
@@ -285,17 +283,14 @@ def rollout(model, prompts: list[list[int]], config, stop: int, vocab_limit: int
     return rows
 
 
-@torch.no_grad()
-def old_log_probs(model, batch: dict, config) -> torch.Tensor:
-    """log p (N, T) of a rollout by the policy that sampled it."""
-    parts = zip(batch["input_ids"].split(config.micro_batch_size), batch["labels"].split(config.micro_batch_size))
-    return torch.cat([response_log_probs(model, ids, labels, temperature=config.temperature)["log_probs"]
-                      for ids, labels in parts])
-
-
 def learn(model, optimizers, batch: dict, advantages, config, generator) -> dict:
     """`epochs` passes over one rollout in shuffled batches of batch_size; returns means over all of them."""
-    old, figures = old_log_probs(model, batch, config) if config.reweight != "none" else None, []
+    old, figures = None, []
+    if config.reweight != "none":        # log p (N, T) by the policy that sampled
+        parts = zip(batch["input_ids"].split(config.micro_batch_size), batch["labels"].split(config.micro_batch_size))
+        with torch.no_grad():
+            old = torch.cat([response_log_probs(model, ids, labels, temperature=config.temperature)["log_probs"]
+                             for ids, labels in parts])
     for _ in range(config.epochs):
         for rows in torch.randperm(len(advantages), generator=generator).split(config.batch_size):
             _, info = policy_step(
@@ -312,12 +307,11 @@ def grpo(model, problems: list[tuple], tokenizer, config, stop: int, log=None, e
     """Group-relative policy optimization on (prompt ids, truth) with a verifier (2402.03300, algorithm 1).
 
     A step: prompts_per_step x group_size responses are sampled, graded and learnt from. DEAD_ROLLOUTS in a row of dead
-    groups only end it: with ValueError when nothing was learnt before, else with a message. estimator: takes what
-    `group_advantages` takes and gives what it gives; your own goes here.
+    groups only end it with advice. estimator: your own in the place of `group_advantages`.
     """
     optimizers = make_optimizers(model, config)
     generator = torch.Generator(config.device).manual_seed(config.seed)
-    shuffle, queue, dead_in_a_row, pad_id = torch.Generator().manual_seed(config.seed), [], 0, padding_id(tokenizer)
+    shuffle, queue, dead_in_a_row = torch.Generator().manual_seed(config.seed), [], 0
     for step in counted(config.steps):
         while len(queue) < config.prompts_per_step:
             queue += torch.randperm(len(problems), generator=shuffle).tolist()
@@ -331,9 +325,9 @@ def grpo(model, problems: list[tuple], tokenizer, config, stop: int, log=None, e
         info |= dead | {"distinct": sum(len(set(group)) for group in groups) / len(groups),
                         "eos_rate": sum(row[-1] == stop for row in responses) / len(responses),
                         "length": sum(map(len, responses)) / len(responses)}
-        set_lr(optimizers, config, step, config.steps)
+        set_lr(optimizers, config, step)
         model.train()
-        batch = padded([(prompt, row) for (prompt, _), row in zip(asked, responses)], config, pad_id)
+        batch = padded([(prompt, row) for (prompt, _), row in zip(asked, responses)], config, padding_id(tokenizer))
         with precision(config):
             info |= learn(model, optimizers, batch, advantages, config, shuffle)
         if log and (step % config.log_every == 0 or step in (1, config.steps)):
@@ -346,7 +340,7 @@ def grpo(model, problems: list[tuple], tokenizer, config, stop: int, log=None, e
                       "take harder ones. Few distinct: raise --temperature")
             if step == DEAD_ROLLOUTS:
                 raise ValueError(advice)
-            print(advice)
+            print(advice)                # what was learnt before is kept
             break
     model.eval()
 
