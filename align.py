@@ -335,9 +335,9 @@ def grpo(model, problems: list[tuple], tokenizer, config, stop: int, log=None, e
         dead_in_a_row = dead_in_a_row + 1 if dead["dead_groups"] == 1 else 0
         if dead_in_a_row == DEAD_ROLLOUTS:
             advice = (f"{DEAD_ROLLOUTS} rollouts in a row had dead groups only (mean reward {info['reward']:.2f}, "
-                      f"{info['distinct']:.1f} of {config.group_size} responses distinct): nothing to learn from. Reward "
-                      "0: teach the form first (align.py sft), take easier problems or a larger --group_size. Reward 1: "
-                      "take harder ones. Few distinct: raise --temperature")
+                      f"{info['distinct']:.1f} of {config.group_size} responses distinct): nothing to learn from. "
+                      "Reward 0: teach the form first (align.py sft), take easier problems or a larger --group_size. "
+                      "Reward 1: take harder ones. Few distinct: raise --temperature")
             if step == DEAD_ROLLOUTS:
                 raise ValueError(advice)
             print(advice)                # what was learnt before is kept
@@ -400,8 +400,9 @@ class Log:
         self.name, self.lines = name, [header]
 
     def __call__(self, **entry):
-        self.lines.append({name: value for name, value in entry.items() if not math.isnan(value)})
-        print(f"{self.name:<5}", " | ".join(f"{name} {value:.4g}" for name, value in self.lines[-1].items()), flush=True)
+        entry = {name: value for name, value in entry.items() if not math.isnan(value)}
+        self.lines.append(entry)
+        print(f"{self.name:<5}", " | ".join(f"{name} {value:.4g}" for name, value in entry.items()), flush=True)
 
 
 def run_verb(verb: str, config) -> None:

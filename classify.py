@@ -26,8 +26,8 @@ MIN_UPDATES = 2000                               # fewer texts are shown more of
 class Classifier:
     """A linear model over hashed words and word pairs, after fastText's recipe.
 
-    Two departures: no hidden layer, which between two linear maps adds nothing for a few labels; a text's vector has
-    length 1 (not the mean, whose gradient fades with the text's length), so that one rate fits short and long texts.
+    Two departures: no hidden layer, which adds nothing between two linear maps; a text's vector has length 1 (not the
+    mean, whose gradient fades with the text's length), so that one rate fits short and long texts.
     """
 
     def __init__(self, ngrams: int = 2, bits: int = 18, lr: float = 1.0, epochs: int = 5, seed: int = 0):

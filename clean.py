@@ -22,8 +22,7 @@ probability 1 − (1 − s⁸)¹⁶:
     s          0.3    0.5    0.6    0.7    0.8    0.9
     they meet  0.1 %  6 %    24 %   61 %   95 %   99.99 %            and then the true similarity decides: 0.8
 
-Gopher's rules: Rae et al. 2112.11446, A1. Language: 1612.03651.
-Left out: IPv6, phone numbers outside the US, word rules for scripts without spaces.
+Gopher's rules: Rae et al. 2112.11446, A1. Left out: IPv6, phone numbers outside the US, scripts without spaces.
 """
 import functools
 import hashlib
@@ -296,7 +295,7 @@ def output_names(paths, out_dir) -> tuple[list[Path], list[Path]]:
 def dedup_lines(paths, out_dir) -> int:
     """Copy each file to out_dir without the lines that stand more than once in all of them; returns how many went.
 
-    Bytes are compared, without the line's end: any encoding will do. A file left with no line is an empty file.
+    Bytes are compared, without the line's end: any encoding will do.
     """
     paths, targets = output_names(paths, out_dir)
     drop = duplicate_lines(line for path in paths for line in path.read_bytes().splitlines())
@@ -310,10 +309,7 @@ def dedup_lines(paths, out_dir) -> int:
 # --- near duplicates ---
 
 def minhash_by_sets(shingles: set[int], num_hashes: int, seed: int = 0) -> list[int]:
-    """The form to read: the least value of each hash function a·x + b modulo 2^32 over a set of shingles.
-
-    x is a shingle's 32 high bits. Without a shingle every place is 2^32 − 1.
-    """
+    """The form to read: the least a·x + b modulo 2^32 of each hash function; x: a shingle's 32 high bits."""
     a, b = hash_functions(num_hashes, seed)
     signature = []
     for i in range(num_hashes):

@@ -93,8 +93,8 @@ def download(url: str, path) -> None:
             failures = 0 if file.tell() > before else failures + 1    # progress, however slow, is never given up
             time.sleep(2 ** failures if reason else 0)
     if reason:
-        raise OSError(f"cannot download {url}: {reason}. Fetch it by any means, put it at {path}, and run this again; or "
-                      "set DATA_MIRROR to an address that has the file")
+        raise OSError(f"cannot download {url}: {reason}. Fetch it by any means and put it at {path}, or set DATA_MIRROR to "
+                      "an address that has the file; then run this again")
     os.replace(part, path)
 
 
@@ -156,7 +156,7 @@ text_file = functools.partial(open, encoding="utf-8", newline="")     # line end
 
 
 def check_encoding(path) -> None:
-    """Raises ValueError for a file that begins as gzip or UTF-16 does: English in the latter is valid UTF-8 with NULs."""
+    """Raises ValueError for a file that begins as gzip or UTF-16 does: English in that is valid UTF-8 with NULs."""
     with open(path, "rb") as file:
         start = file.read(4096)
     if start[:2] == b"\x1f\x8b":
@@ -191,8 +191,8 @@ def split_file(path, train_path, val_path) -> int:
                 train.write(source.readline(n_chars // 100))          # a text may be one line
                 shutil.copyfileobj(source, val, CHUNK_CHARS)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason} near byte {error.start} of a block; convert it first, for "
-                         f"example: iconv -f latin1 -t utf-8 {path} > text.txt") from None
+        raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it first, for example: iconv -f latin1 -t utf-8 "
+                         f"{path} > text.txt") from None
     if not n_chars:
         raise ValueError(f"{path} is empty; give a text of at least a few thousand characters")
     return number
@@ -299,7 +299,7 @@ def fetch_split(url: str, path: Path) -> None:
     raw.unlink()
 
 
-def tokenize(texts, out, vocab_size: int, source: str, context_length: int, workers: int | None, tokenizer_path) -> dict:
+def tokenize(texts, out, vocab_size: int, source: str, context_length: int, workers, tokenizer_path) -> dict:
     """Encode two text files as OUT/train.bin and OUT/val.bin, with tokenizer.json and meta.json; returns the latter.
 
     tokenizer_path: copied as it is; None trains BPE with `vocab_size` on the training text.

@@ -4,9 +4,8 @@
     Explorer             learning rates, shapes and batches first, then IsoFLOPs, then long shots; at last a prediction
     World                the law itself, at the end of the page: predict first, then read
 
-The service has the form of CS336's third assignment: its ranges, the budgets that can be asked, sequences of 512
-tokens. Here it is simulated, so that a strategy can be tried in twenty worlds in a minute. Strategy: Chinchilla's
-IsoFLOPs (2203.15556, approach 2) with settings found before, since a badly tuned run bends the parabola.
+The service has the form of CS336's third assignment, simulated, so that a strategy can be tried in twenty worlds in a
+minute. Settings come first, since a badly tuned run bends the parabola of an IsoFLOP (2203.15556, approach 2).
 """
 import hashlib
 import math
@@ -24,10 +23,7 @@ QUERY_FLOPS = [float(f"{m}e{e}") for e in range(13, 18) for m in (1, 3, 6)] + [1
 # --- the simulated service ---
 
 class TrainingAPI:
-    """A service that trains any model within RANGES and answers with its loss, until the FLOP budget is gone.
-
-    seed: which world, that is, which hidden law. `runs`: all so far, as records with their settings.
-    """
+    """Trains any model within RANGES and answers with its loss, until the FLOP budget is gone; seed: which world."""
 
     def __init__(self, budget_flops: float = 2e18, seed: int = 0):
         if not 0 < budget_flops < math.inf:

@@ -146,8 +146,8 @@ def fit_isoflop(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) -> 
     groups = budgets_of(log_c)
     usable = [group for group in groups if len(np.unique(np.round(log_n[group], 6))) >= 4]
     if len(usable) < 3:
-        raise ValueError(f"{len(usable)} budgets with 4 or more sizes are too few, of {len(groups)} budgets; an IsoFLOP "
-                         "fit needs 3, better 5: give runs at more budgets, or more sizes at these")
+        raise ValueError(f"{len(usable)} budgets with 4 or more sizes are too few: an IsoFLOP fit needs 3, better 5; give "
+                         "runs at more budgets, or more sizes at these")
     rng, where, lowest = np.random.default_rng(seed), [], []
     for group in usable:
         best, sizes = log_n[group][log_l[group].argmin()], log_n[group]

@@ -50,10 +50,9 @@ REAL_RECIPE = dict(context_length=256, batch_tokens=1024, optimizer="muon", qk_n
 # --- pictures and tables ---
 
 def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str = "flops", mark=None) -> str:
-    """One picture of three panels: loss against N at equal `key`, the best N and D against C, the loss against C.
+    """Three panels: loss against N at equal `key`, the best N and D against C, the loss against C; returns the path.
 
-    mark: (label, record) of a point to set beside the prediction: the hidden truth, or a run that was predicted and
-    then trained. The rings are each budget's minimum by the law. Returns the path, for printing.
+    mark: (label, record) of a point to set beside the prediction. The rings are each budget's minimum by the law.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
@@ -161,8 +160,7 @@ def demonstrate(settings: "DemoSettings") -> None:
 def plan(settings: "PlanSettings") -> Path:
     """Write a config for train.py that spends settings.flops at its best, and say what to expect; returns its path.
 
-    The law is the re-fit of Hoffmann's. Learning rate and batch are DeepSeek's for AdamW, 0.3118 C^-0.125 and
-    0.2920 C^0.3271 tokens, fitted from 1e17 to 2e19 FLOPs (2401.02954, eq. 1).
+    The law is the re-fit of Hoffmann's; learning rate and batch are DeepSeek's for AdamW (2401.02954, eq. 1).
     """
     device = next((name for name in DEVICES if name.lower() == settings.device.lower()), None)
     if device is None:
@@ -248,7 +246,8 @@ def train_missing(jobs: list[tuple], path: Path, out_dir: str, data_dir: str) ->
         folder = Path(out_dir) / record["name"]
         # A folder with a log alone is of a run that was stopped before it saved: it begins again.
         resume = (folder / "ckpt.pt").exists()
-        config = train.TrainConfig(**settings, data_dir=data_dir, out_dir=str(folder), resume=resume, overwrite=not resume)
+        config = train.TrainConfig(**settings, data_dir=data_dir, out_dir=str(folder), resume=resume,
+                                   overwrite=not resume)
         with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
             figures = train.main(config)           # its log.jsonl has all that it prints
         if figures["interrupted"] is not None:

@@ -164,8 +164,8 @@ def grpo_once(bpe_trained, responses=tuple("abbbcccc"), group_size=4, **more):
     model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = optim.SGD(model.parameters(), lr=1.0, momentum=0.0)
-    result = align.grpo_train_step(model, tokenizer, optimizer, ["the cat "] * 8, list(responses), list("aaaacccc"), equal,
-                                   group_size, **more)
+    result = align.grpo_train_step(model, tokenizer, optimizer, ["the cat "] * 8, list(responses), list("aaaacccc"),
+                                   equal, group_size, **more)
     return model, rows, result, before
 
 

@@ -12,8 +12,8 @@ I choose X because it fits|I would go with X here.|It must be X since others fai
 So X is the answer.|Therefore X seems right.|The answer would be X.|The correct option: X|The answer is **X**.
 I think it’s X.|The final answer is $\\boxed{X}$.|"X"|X, because the sky is blue.|ANSWER: X|The answer is \\text{X}
 Answer - X|X, not Y|The right answer is X, not Y.|The answer is not Y but X.|Y is wrong. X is right.|Y isn't right, so X
-Not Y. X!|neither Y nor Z, but X|The answer isn’t Y. It is X.|I thought the answer is Y, but the answer is X|X should be it.
-Option Y is incorrect, so it has to be X.|The answer is Y? No, the answer is X.|Y cannot be, so X"""
+Not Y. X!|neither Y nor Z, but X|The answer isn’t Y. It is X.|I thought the answer is Y, but the answer is X
+X should be it.|Option Y is incorrect, so it has to be X.|The answer is Y? No, the answer is X.|Y cannot be, so X"""
 NONE = """X or Y|X and Y|neither X nor Y|Neither X nor Y is right|X is wrong.|X is not correct.|X isn't right|X isn’t it
 X cannot be right.|X can't be true.|Not X.|The answer is not X.|Both X and Y are right|X was false
 The answer is X or Y|10000 polyominoes|I do not know|"""
@@ -34,23 +34,23 @@ def test_articles_small_letters_and_many_options(output, letter):
 
 
 @pytest.mark.parametrize("output, number", [
-    ("48/2 = 24, so 48+24 = 72 clips.", "72"), ("$1,072.50.", "1072.50"), ("none", None), ("it is -5", "-5"), ("", None),
-    ("10-5", "5"), ("1,2,3", "3"), (".5", ".5"), ("9{,}500", "9500"), ("10\\,000 km", "10000"), ("11,\\! 111", "11111"),
+    ("48/2 = 24, so 48+24 = 72 clips.", "72"), ("$1,072.50.", "1072.50"), ("none", None), ("it is -5", "-5"),
+    ("", None), ("10-5", "5"), ("1,2,3", "3"), (".5", ".5"), ("9{,}500", "9500"), ("10\\,000 km", "10000"), ("11,\\! 111", "11111"),
     ("72 clips\n#### 72\n\nQ: 3 cats?\n#### 5", "72"), ("#### $1,000\n2 of them", "1000"), ("7 and #### nothing", "7"),
     ("−5", "-5"), ("= $<<5+5=10>>10", "10"), ("**42**", "42"), ("1\u202f000", "1000"), ("42!", "42")])
 def test_parse_gsm8k(output, number):
     assert answers.parse_gsm8k(output) == number
 
 
-EQUAL = r"""1,000|1000;\frac{1}{2}|0.5;$12.50|12.5;x + 1|x+1;\boxed{7}|7;\sqrt2|\sqrt{2};5\text{ cm}|5;x=5|5;\displaystyle 5|5
-\boxed 5|5;\fbox{5}|5;\frac{1}{-2}|-0.5;1\frac12|1.5;-1\frac{1}{2}|-1.5;15\,000|15000;11,\! 111|11111;1 000|1000;50\%|50
+EQUAL = r"""1,000|1000;\frac{1}{2}|0.5;$12.50|12.5;x + 1|x+1;\boxed{7}|7;\sqrt2|\sqrt{2};5\text{ cm}|5;x=5|5
+\displaystyle 5|5;\boxed 5|5;\fbox{5}|5;\frac{1}{-2}|-0.5;1\frac12|1.5;-1\frac{1}{2}|-1.5;15\,000|15000;11,\! 111|11111;1 000|1000;50\%|50
 50 percent|50;90^\circ|90;90 degrees|90;5\text{ cm}^2|5;\frac{1}{3}\text{ meters}|1/3;(1,\frac92)|(1,4.5)
 \left(1,2\right)|(1,2);x \geq 5|x\ge5;x\leqslant 5|x <= 5;x<3|x \lt 3;x \neq 1|x != 1;\text{(C)}|C;\dfrac34|\tfrac{3}{4}
 \cfrac{1}{3}|1/3;\frac{\sqrt3}{2}|\sqrt{3}/2;\frac{x+1}{2}|(x+1)/2;x^{10}|x^10;\left(5\right)|5;x\in[0,1]|[0,1];2 x|2x
 52_8|52;1,-2|-2,1;\{3,1\}|\{1,3\}
 5.0|5;+5|5;.50|0.5;−5|-5;\[ 9 \]|9;\( \frac{1}{3} \)|1/3;5{,}000{,}000|5000000;\frac{12}{24}|\frac12;\quad 5|5;5\$|5"""
-UNLIKE = r"""-3|3;1 2|12;1/0|0;\sqrt2|2;1,2|12;(1,2)|(2,1);(1,2)|[1,2];\frac{a+b}{c}|a+b/c;x+1/2|\frac{x+1}{2};x<3|x\leq 3
-\infty|-\infty;0.333|1/3;3.14|\pi;A|B;2\pi|2;\overline{12}|12;5,00|500;\sqrt{23}|\sqrt23;1e999999999|1;\emptyset|0"""
+UNLIKE = r"""-3|3;1 2|12;1/0|0;\sqrt2|2;1,2|12;(1,2)|(2,1);(1,2)|[1,2];\frac{a+b}{c}|a+b/c;x+1/2|\frac{x+1}{2}
+x<3|x\leq 3;\infty|-\infty;0.333|1/3;3.14|\pi;A|B;2\pi|2;\overline{12}|12;5,00|500;\sqrt{23}|\sqrt23;1e999999999|1;\emptyset|0"""
 
 
 @pytest.mark.parametrize("pair", re.split(r"[;\n]", EQUAL + "\n" + UNLIKE))
@@ -81,7 +81,8 @@ def test_files_with_marks_long_fields_and_gzip_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("record, letter", [
-    ({"question": "q", "choices": ["x", "y"], "answer": 1}, "B"), ({"ctx": "c", "endings": ["x", "y"], "label": "1"}, "B"),
+    ({"question": "q", "choices": ["x", "y"], "answer": 1}, "B"),
+    ({"ctx": "c", "endings": ["x", "y"], "label": "1"}, "B"),
     ({"question": "q", "choices": {"text": list("abcdefghijkl"), "label": list(range(12))}, "answerKey": "11"}, "L")])
 def test_choices_in_every_layout(record, letter):
     assert answers.read_choices(record)["answer"] == letter
@@ -92,7 +93,8 @@ def test_choices_in_every_layout(record, letter):
 
 @pytest.mark.parametrize("text, box", [
     ("\\boxed 5", "5"), ("\\boxed -3.5 ", "-3.5"), ("\\fbox C here", "C"), ("5", None), ("\\boxed{1}\\boxed{}", ""),
-    ("\\boxed{5}. Mark it with \\boxed notation", "5"), ("\\boxed{5} so \\boxed{", "5"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}")])
+    ("\\boxed{5}. Mark it with \\boxed notation", "5"), ("\\boxed{5} so \\boxed{", "5"),
+    ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}")])
 def test_the_last_box(text, box):
     assert answers.last_boxed(text) == box
     assert not any(answers.same_answer(nothing, nothing) for nothing in (None, "", "$ $", "\\boxed{}", " . "))

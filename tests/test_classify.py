@@ -24,7 +24,8 @@ def test_classifier_learns_reports_and_comes_back(tmp_path):
     assert predict("one line\nand another one") == ("en", pytest.approx(0.9, abs=0.1)) and len(labels) == 176
     again = data.Classifier(bits=10).train(["one two", "three four"], ["x", "y"])
     assert again.predict("one\ntwo")[0] == "x" and again.predict("")[1] == 0.5
-    for bad, words in ((lambda: again.train(["a"], ["x"]), "two kinds"), (lambda: data.Classifier().predict("a"), "not trained"),
+    for bad, words in ((lambda: again.train(["a"], ["x"]), "two kinds"),
+                       (lambda: data.Classifier().predict("a"), "not trained"),
                        (lambda: data.Classifier.load(tmp_path / "m.json"), "m.json")):
         with pytest.raises(ValueError, match=words):
             bad()

@@ -87,7 +87,8 @@ def test_repetition_rules_against_counting_by_hand(n, times):
 
 
 def test_signatures_agree_as_often_as_the_sets():
-    shingles = set(clean.shingles_of("to be or not to be that is the question whether tis nobler in the mind", 2).tolist())
+    text = "to be or not to be that is the question whether tis nobler in the mind"
+    shingles = set(clean.shingles_of(text, 2).tolist())
     assert len(shingles) == 14 and clean.jaccard({1, 2, 3}, {5, 2, 3, 4}) == 2 / 5
     fast = clean.minhash(np.array(sorted(shingles), dtype=np.uint64), 32, seed=3)
     assert fast.tolist() == clean.minhash_by_sets(shingles, 32, seed=3)            # the form to read and the fast one
@@ -100,11 +101,11 @@ def test_signatures_agree_as_often_as_the_sets():
     clusters = clean.near_duplicates(signatures, lambda i: f"text {i // 2}", 16, 5, 1.0)
     for share, chance, size in (((signatures[::2] == signatures[1::2]).mean(), true, 128 * n),
                                 (len(clusters) / n, 1 - (1 - true ** 8) ** 16, n)):
-        assert abs(share - chance) < 4 * (chance * (1 - chance) / size) ** 0.5, (share, chance)       # four sigma, seeded
+        assert abs(share - chance) < 4 * (chance * (1 - chance) / size) ** 0.5, (share, chance)     # four sigma
 
 
 def test_a_group_of_near_duplicates_is_compared_in_linear_time():
-    asked, texts = [], ("the same page", "the same page of cookies in every place, number 1", "number 2 of other cookies")
+    asked, texts = [], ("the same page", "the same page of cookies in every place, number 1", "number 2 of others")
     signatures = np.tile(np.arange(8, dtype=np.uint32), (600, 1))
     clusters = clean.near_duplicates(signatures, lambda i: asked.append(i) or texts[i % 3], 2, 3, 0.8)
     assert sorted(map(len, clusters)) == [200, 200, 200] and len(asked) < 3 * 600

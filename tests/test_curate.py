@@ -45,7 +45,8 @@ def test_curate_counts_resumes_and_gives_the_same_bytes_by_any_executor(archives
         (tmp_path / "4" / name).unlink()
     assert curated(archives, tmp_path / "4")[1] == files
     assert (tmp_path / "4" / "counts" / "0.warc.gz.json").stat().st_mtime_ns == before
-    for out, more, words in (("4", dict(seed=1), "other settings"), ("5", dict(languages="de, eng"), "'eng' is no language")):
+    for out, more, words in (("4", dict(seed=1), "other settings"),
+                             ("5", dict(languages="de, eng"), "'eng' is no language")):
         with pytest.raises(ValueError, match=words):
             curated(archives, tmp_path / out, **more)
 

@@ -38,7 +38,7 @@ def test_few_documents_are_cut_near_nine_tenths(tmp_path, monkeypatch, text):
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"", "is empty"), (b"caf\xe9 " * 500, "is not UTF-8"), (b" " * 5000, "split of x.txt has .*fewer than one context"),
+    (b"", "is empty"), (b"caf\xe9 " * 500, "is not UTF-8"), (b" " * 5000, "of x.txt has .*fewer than one context"),
     (("a text " * 500).encode("utf-16-le"), "UTF-16; .*iconv -f utf-16 -t"), (gzip.compress(b"a" * 99), "gunzip")])
 def test_a_preparation_that_fails_says_why_and_leaves_nothing(corpus, tmp_path, content, words):
     (tmp_path / "x.txt").write_bytes(content)
@@ -67,7 +67,8 @@ def test_prepare_writes_what_the_design_names_and_takes_a_tokenizer_byte_for_byt
     assert (f"--init_from={run}" in last) == (given == "folder")
     written = (mine / "tokenizer.json").read_bytes()
     meta = json.loads((mine / "meta.json").read_text(encoding="utf-8"))
-    assert written == (run / "tokenizer.json").read_bytes() and meta["tokenizer_sha256"] == hashlib.sha256(written).hexdigest()
+    assert written == (run / "tokenizer.json").read_bytes()
+    assert meta["tokenizer_sha256"] == hashlib.sha256(written).hexdigest()
     assert (meta["dtype"], meta["vocab_size"], meta["source"]) == ("uint16", 512, "mine.txt")
     for split in ("train", "val"):
         ids, split_text = data.open_tokens(mine, split), (mine / f"{split}.txt").read_bytes()

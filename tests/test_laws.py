@@ -69,9 +69,10 @@ def test_arg_min_is_biased_by_the_grid_and_the_parabola_is_not():
 
 
 def test_the_handouts_isoflop_by_hand():
-    """Budgets of 1e18, 1e19 and 1e20 whose best run of three is the one of 1e7, 1e7.5 and 1e8 parameters: N = 0.01 √C."""
+    """Budgets of 1e18, 1e19 and 1e20 whose best run of three has 1e7, 1e7.5 and 1e8 parameters: N = 0.01 √C."""
     runs = [{"n_params": 10 ** (power / 2 - 2 + step / 4), "n_tokens": 10 ** (power / 2 + 2 - step / 4) / 6,
-             "flops": 10 ** power, "loss": 40 / power + step ** 2 / 10} for power in (18, 19, 20) for step in (-1, 0, 1)]
+             "flops": 10 ** power, "loss": 40 / power + step ** 2 / 10}
+            for power in (18, 19, 20) for step in (-1, 0, 1)]
     assert laws.best_of_each_budget(runs, 1e24) == pytest.approx(1e10, rel=1e-6)
     x = np.linspace(1, 5, 7)
     level, slope = laws.power_law(x, np.stack([3 - 0.5 * x, 1 + 2 * x]))
@@ -90,7 +91,7 @@ def test_the_loss_of_a_fit_by_hand():
     assert log_loss == pytest.approx(np.log(losses)) and shares.sum(0) == pytest.approx(np.ones((2, 3)))
     assert shares[2] == pytest.approx(np.array([[1.7], [1.0]]) / losses)
     target, weights = log_loss[0] + np.array([0.0, 5e-4, -3e-3]), np.array([1.0, 2.0, 4.0])
-    exact = 2 * 5e-4 ** 2 / 2 + 4 * laws.HUBER * (3e-3 - laws.HUBER / 2)          # HUBER 1e-3: a square, a straight line
+    exact = 2 * 5e-4 ** 2 / 2 + 4 * laws.HUBER * (3e-3 - laws.HUBER / 2)      # HUBER 1e-3: a square, a straight line
     assert laws.huber(law, np.log(n), np.log(d), target, weights)[0] == pytest.approx(exact)
 
 
