@@ -66,8 +66,9 @@ class CurateConfig:
 class Page:
     """A text on its way: where it comes from, what is known of it and, once a rule asks, its words as numbers."""
 
-    def __init__(self, address: str, text: str):
+    def __init__(self, address: str, text: str, failure: str = ""):
         self.address, self.text, self.facts = address, text, {}
+        self.failure = failure or ("" if text.strip() else "no text")
 
     @functools.cached_property
     def words(self) -> tuple[np.ndarray, np.ndarray]:
@@ -75,54 +76,48 @@ class Page:
         return clean.hash_words(clean.normalize(self.text))
 
 
-def model_rule(name: str, config: CurateConfig):
-    """A function of a Page: why a classifier wants it dropped. A label of MODELS[name] is what the model looks for."""
-    predict, labels = load_classifier(getattr(config, name))
-    if not set(labels) & set(MODELS[name]):
-        raise ValueError(f"{getattr(config, name)} gives {', '.join(map(str, labels[:5]))}; a model for {name} must "
-                         f"have one of the labels {', '.join(MODELS[name])}")
-
-    def rule(page: Page) -> str:
-        label, score = predict(page.text)
-        page.facts[name] = [label, score]
-        p = score if label in MODELS[name] else 1 - score
-        drop = p < config.quality_threshold if name == "quality" else p >= config.harm_threshold
-        return f"{label} {score:.3f}" if drop else ""
-    return rule
+def load_models(config: CurateConfig) -> dict:
+    """{name: function of a text that gives (label, probability)} of the models named. Raises ValueError for others."""
+    models = {}
+    for name in filter(lambda name: getattr(config, name), MODELS):
+        models[name], labels = load_classifier(getattr(config, name))
+        if not set(labels) & set(MODELS[name]):
+            raise ValueError(f"{getattr(config, name)} gives {', '.join(map(str, labels[:5]))}; a model for {name} must "
+                             f"have one of the labels {', '.join(MODELS[name])}")
+    return models
 
 
-def rules_of(config: CurateConfig, counts: dict) -> dict:
-    """{name: function of a Page that gives why it must go, or an empty string}, in the order they are asked."""
-    def language(page: Page) -> str:
-        code, score = clean.identify_language(page.text)
-        counts["languages"][code] += 1
-        page.facts |= {"language": code, "score": round(score, 4)}
-        wanted = not config.languages or code in config.languages.split(",") and score >= config.language_score
-        return "" if wanted else f"{code} {score:.2f}"
-
-    def masks(page: Page) -> str:                # drops nothing
+def judge(page: Page, config: CurateConfig, models: dict, counts: dict):
+    """Yield (step, why the page must go, or an empty string) of one step after another."""
+    yield "text", page.failure
+    code, score = clean.identify_language(page.text)
+    counts["languages"][code] += 1
+    page.facts |= {"language": code, "score": round(score, 4)}
+    wanted = not config.languages or code in config.languages.split(",") and score >= config.language_score
+    yield "language", "" if wanted else f"{code} {score:.2f}"
+    if config.mask:                              # drops nothing
         for mask in (clean.mask_emails, clean.mask_phone_numbers, clean.mask_ips):
             page.text, n = mask(page.text)
             counts["masked"][mask.__name__] += n
-        return ""
-
-    rules = {"text": lambda page: "" if page.text.strip() else "no text", "language": language}
-    if config.mask:
-        rules["masks"] = masks
+        yield "masks", ""
     if config.gopher:
-        rules["gopher"] = lambda page: clean.gopher_reason(page.text)
-        rules["repetition"] = lambda page: clean.repetition_reason(page.text, *page.words)
-    return rules | {name: model_rule(name, config) for name in MODELS if getattr(config, name)}
+        yield "gopher", clean.gopher_reason(page.text)
+        yield "repetition", clean.repetition_reason(page.text, *page.words)
+    for name, predict in models.items():
+        label, score = page.facts[name] = predict(page.text)
+        p = score if label in MODELS[name] else 1 - score
+        drop = p < config.quality_threshold if name == "quality" else p >= config.harm_threshold
+        yield name, f"{label} {score:.3f}" if drop else ""
 
 
 # --- one archive ---
 
 def count_page(counts: dict, step: str, page: Page, reason: str) -> None:
     """Count a page that passed a step, and keep the first ones that did not to look at."""
-    samples = counts["samples"].setdefault(step, [])
+    samples, passed = counts["samples"].setdefault(step, []), counts["funnel"].setdefault(step, [0, 0])
     if not reason:
-        counts["funnel"][step][0] += 1
-        counts["funnel"][step][1] += len(page.text.encode("utf-8", "replace"))
+        passed[0] += 1
+        passed[1] += len(page.text.encode("utf-8", "replace"))
     elif len(samples) < SAMPLES:
         samples.append([page.address, reason, page.text[:EXCERPT_CHARS]])
 
@@ -133,31 +128,28 @@ def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
     Raises ValueError for a file of which nothing can be read.
     """
     out, name = Path(out_dir), Path(path).name
-    counts = {"input_bytes": os.path.getsize(path), "damage": Counter(), "masked": Counter(), "languages": Counter(),
-              "samples": {}}
-    rules = rules_of(config, counts)
-    counts["funnel"] = {step: [0, 0] for step in ("archive", *rules)}
-    lines, signatures = [], []
+    counts = {"damage": Counter(), "masked": Counter(), "languages": Counter(), "samples": {},
+              "funnel": {"archive": [0, 0]}}
+    lines, signatures, models = [], [], load_models(config)
     with contextlib.closing(Extractor()) as extract:
         for address, content, is_html in read_archive(path, counts["damage"]):
             counts["funnel"]["archive"][0] += 1
             counts["funnel"]["archive"][1] += len(content)
             text, failure = extract(content) if is_html else (content.decode("utf-8", "replace"), "")
-            page = Page(address, text)
-            for step, rule in rules.items():
-                reason = failure or rule(page)
+            page = Page(address, text, failure)
+            for step, reason in judge(page, config, models, counts):
                 count_page(counts, step, page, reason)
                 if reason:
                     break
-            else:                                # no rule dropped it
+            else:                                # nothing speaks against it
                 lines.append(json.dumps({"id": address} | page.facts | {"text": page.text}, ensure_ascii=False))
                 if config.num_hashes:
                     grams = clean.hash_ngrams(page.words[0], config.ngrams)
                     signatures.append(clean.minhash(grams, config.num_hashes, config.seed))
-            if failure:
-                counts["damage"][failure] += 1
+            if page.failure:
+                counts["damage"][page.failure] += 1
     if not counts["funnel"]["archive"][0] and not counts["damage"]["no page"]:
-        raise ValueError(f"{path}: no page could be read of its {counts['input_bytes']:,} bytes "
+        raise ValueError(f"{path}: no page could be read of its {os.path.getsize(path):,} bytes "
                          f"({dict(counts['damage']) or 'no records'}); is it a WARC or WET file, gzip, zstd or plain?")
     array = np.array(signatures, dtype=np.uint32).reshape(len(signatures), config.num_hashes or 0)
     write_text(out / "shards" / f"{name}.jsonl", *(f"{line}\n" for line in lines))
@@ -194,8 +186,7 @@ def check_settings(config: CurateConfig) -> dict:
         clean.check_bands(config.num_hashes, config.num_bands, config.ngrams, config.threshold)
     if config.workers is not None and config.workers < 1 or config.seed < 0:
         raise ValueError(f"workers={config.workers} must be at least 1 or none, seed={config.seed} at least 0")
-    for name in filter(lambda name: getattr(config, name), MODELS):
-        model_rule(name, config)                 # a mistake is known before the first archive is read
+    load_models(config)                          # a mistake is known before the first archive is read
     config.languages = (config.languages or "").replace(" ", "").lower() or None
     for code in config.languages.split(",") if config.languages else ():
         if code not in load_classifier(None)[1]:
@@ -231,8 +222,8 @@ def run_archives(paths: list[Path], out: Path, config: CurateConfig, executor) -
 def merge(counts: list[dict]) -> dict:
     """The sum of the counts of all archives, with a few samples of what each step dropped."""
     report = {"files": len(counts), "funnel": {}, "samples": {}}
-    for step in counts[0]["funnel"]:
-        report["funnel"][step] = np.sum([one["funnel"][step] for one in counts], axis=0).tolist()
+    for step in max((one["funnel"] for one in counts), key=len):
+        report["funnel"][step] = np.sum([one["funnel"].get(step, (0, 0)) for one in counts], axis=0).tolist()
         # The first of every archive, then the second of every one.
         ranks = itertools.zip_longest(*(one["samples"].get(step, ()) for one in counts))
         report["samples"][step] = [sample for rank in ranks for sample in rank if sample][:SAMPLES]

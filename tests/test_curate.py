@@ -35,7 +35,7 @@ def test_curate_counts_resumes_and_gives_the_same_bytes_by_any_executor(archives
     report, files = curated(archives, tmp_path / "1", workers=1)
     assert {step: documents for step, (documents, _) in report["funnel"].items()} == {
         "archive": 48, "text": 47, "language": 46, "masks": 46, "gopher": 45, "repetition": 44,
-        "near duplicates": 38, "lines": 38} and report["damage"] == {"truncated": 1}
+        "near duplicates": 38, "lines": 38} and report["damage"] == {"truncated": 1, "no text": 1}
     assert set(report["masked"].values()) == {1} and report["clusters"] == 6
     assert b"repetition: dropped" in files["report.html"] and {"train.bin", "val.bin", "meta.json"} <= files.keys()
     with ThreadPoolExecutor(2) as threads:
