@@ -59,7 +59,6 @@ class PrepareConfig:
     """What `python data.py prepare` can be told."""
     vocab_size: int | None = None        # bytes + merges + special tokens; none = the corpus's own (4096 for a file)
     data_dir: str | None = None          # where the files go; none = data/NAME
-    workers: int | None = None           # processes for the tokenizer; none = one per core
     tokenizer: str | None = None         # tokenizer.json or a folder with one, taken unchanged; none = train one
 
 
@@ -215,12 +214,11 @@ def unfinished(folder: Path):
             shutil.rmtree(place)
 
 
-def prepare(name_or_path, vocab_size: int | None = None, data_dir=None, context_length: int = 128,
-            workers: int | None = None, tokenizer=None) -> dict:
+def prepare(name_or_path, vocab_size=None, data_dir=None, context_length: int = 128, tokenizer=None) -> dict:
     """Make the token files of a named corpus or of any UTF-8 text file; returns what meta.json holds.
 
-    tokenizer: a tokenizer.json, or a folder with one, taken byte for byte; None trains one on the training split. When
-    it fails, files from before are as they were and no new ones stay, except what was downloaded.
+    tokenizer: a tokenizer.json, or a folder with one, taken byte for byte; None trains one of vocab_size on the
+    training split. When it fails, files from before are as they were and no new ones stay, but what was downloaded.
     """
     name, started = str(name_or_path), time.time()
     folder = Path(data_dir or Path("data") / Path(name).stem)
@@ -248,7 +246,7 @@ def prepare(name_or_path, vocab_size: int | None = None, data_dir=None, context_
             print(f"{folder}: {split_file(name_or_path, *texts)} documents")
             (place / "plays.txt").unlink(missing_ok=True)
         vocab_size = VOCAB_SIZES.get(name, 4096) if vocab_size is None else vocab_size
-        meta = tokenize(texts, place, vocab_size, source, context_length, workers, tokenizer)
+        meta = tokenize(texts, place, vocab_size, source, context_length, tokenizer)
         (folder / "meta.json").unlink(missing_ok=True)                # a folder that has one is complete: it comes last
         for path in sorted(place.iterdir(), key=lambda path: path.name == "meta.json"):
             os.replace(path, folder / path.name)
@@ -299,27 +297,27 @@ def fetch_split(url: str, path: Path) -> None:
     raw.unlink()
 
 
-def tokenize(texts, out, vocab_size: int, source: str, context_length: int, workers, tokenizer_path) -> dict:
+def tokenize(texts, out: Path, vocab_size: int, source: str, context_length: int, tokenizer_path) -> dict:
     """Encode two text files as OUT/train.bin and OUT/val.bin, with tokenizer.json and meta.json; returns the latter.
 
     tokenizer_path: copied as it is; None trains BPE with `vocab_size` on the training text.
     """
-    path = Path(out) / "tokenizer.json"
+    path = out / "tokenizer.json"
     if tokenizer_path is None:
-        Tokenizer(*train_bpe(texts[0], vocab_size, [SEPARATOR], workers=workers), [SEPARATOR]).save(path)
+        Tokenizer(*train_bpe(texts[0], vocab_size, [SEPARATOR]), [SEPARATOR]).save(path)
     else:
         shutil.copyfile(tokenizer_path, path)
     tokenizer = Tokenizer.load(path)
     meta = {"dtype": "uint16" if tokenizer.vocab_size <= 65_536 else "uint32", "vocab_size": tokenizer.vocab_size,
             "tokenizer_sha256": sha256(path)}
-    for split, text in zip(("train", "val"), map(Path, texts)):
-        n_tokens = tokenizer.encode_file(text, Path(out) / f"{split}.bin", workers=workers)
+    for split, text in zip(("train", "val"), texts):
+        n_tokens = tokenizer.encode_file(text, out / f"{split}.bin")
         if n_tokens <= context_length:
             raise ValueError(f"the {split} split of {source} has {n_tokens} tokens, fewer than one context of "
                              f"{context_length} and the token after it; give more text")
         meta |= {f"{split}_tokens": n_tokens, f"{split}_bytes": text.stat().st_size}
     meta |= {"source": source, "created_by": "data.py prepare"}
-    write_text(Path(out) / "meta.json", json.dumps(meta, indent=1))
+    write_text(out / "meta.json", json.dumps(meta, indent=1))
     return meta
 
 
@@ -336,7 +334,7 @@ def curate(paths, out_dir="data/crawl", *, executor=None, **settings) -> dict:
         report = curate_archives(paths, out, executor, **settings)
     if config.vocab_size:
         try:
-            meta = prepare(out / "corpus.txt", config.vocab_size, out, workers=config.workers)
+            meta = prepare(out / "corpus.txt", config.vocab_size, out)
             report["tokens"] = {split: meta[f"{split}_tokens"] for split in ("train", "val")}
         except ValueError as error:      # too little text is a finding, not a reason to lose the report
             report["tokens"] = {"none": str(error)}
