@@ -68,7 +68,7 @@ def read_messages(messages) -> list[tuple[str, str]]:
     turns = [(message["role"], message["content"]) for message in messages]
     for role, text in turns:
         if role not in ("system", "user", "assistant") or not isinstance(text, str):
-            raise ValueError(f"a message needs a role of system, user or assistant and a text, not {role!r}: {text!r:.80}")
+            raise ValueError(f"a message has a role, system, user or assistant, and a text, not {role!r}: {text!r:.80}")
     return turns
 
 

@@ -82,8 +82,8 @@ def load_models(config: CurateConfig) -> dict:
     for name in filter(lambda name: getattr(config, name), MODELS):
         models[name], labels = load_classifier(getattr(config, name))
         if not set(labels) & set(MODELS[name]):
-            raise ValueError(f"{getattr(config, name)} gives {', '.join(map(str, labels[:5]))}; a model for {name} must "
-                             f"have one of the labels {', '.join(MODELS[name])}")
+            raise ValueError(f"{getattr(config, name)} gives {', '.join(map(str, labels[:5]))}; a model for {name} "
+                             f"must have one of the labels {', '.join(MODELS[name])}")
     return models
 
 

@@ -92,8 +92,8 @@ def download(url: str, path) -> None:
             failures = 0 if file.tell() > before else failures + 1    # progress, however slow, is never given up
             time.sleep(2 ** failures if reason else 0)
     if reason:
-        raise OSError(f"cannot download {url}: {reason}. Fetch it by any means and put it at {path}, or set DATA_MIRROR to "
-                      "an address that has the file; then run this again")
+        raise OSError(f"cannot download {url}: {reason}. Fetch it by any means and put it at {path}, or set DATA_MIRROR"
+                      " to an address that has the file; then run this again")
     os.replace(part, path)
 
 
@@ -190,8 +190,8 @@ def split_file(path, train_path, val_path) -> int:
                 train.write(source.readline(n_chars // 100))          # a text may be one line
                 shutil.copyfileobj(source, val, CHUNK_CHARS)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it first, for example: iconv -f latin1 -t utf-8 "
-                         f"{path} > text.txt") from None
+        raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it first, for example: "
+                         f"iconv -f latin1 -t utf-8 {path} > text.txt") from None
     if not n_chars:
         raise ValueError(f"{path} is empty; give a text of at least a few thousand characters")
     return number

@@ -46,7 +46,8 @@ class TrainingAPI:
             low, high = RANGES[name]
             whole = name in ("d_model", "n_layers", "n_heads")
             if isinstance(value, (str, bool)) or not low <= value <= high or whole and value != int(value):
-                raise ValueError(f"{name}={value!r} must be a {'whole ' if whole else ''}number from {low:g} to {high:g}")
+                kind = "whole number" if whole else "number"
+                raise ValueError(f"{name}={value!r} must be a {kind} from {low:g} to {high:g}")
         for name, allowed in (("batch_size", (128, 256)), ("flops", QUERY_FLOPS)):
             if settings[name] not in allowed:
                 raise ValueError(f"{name}={settings[name]!r} must be one of {', '.join(f'{n:g}' for n in allowed)}")

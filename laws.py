@@ -146,8 +146,8 @@ def fit_isoflop(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) -> 
     groups = budgets_of(log_c)
     usable = [group for group in groups if len(np.unique(np.round(log_n[group], 6))) >= 4]
     if len(usable) < 3:
-        raise ValueError(f"{len(usable)} budgets with 4 or more sizes are too few: an IsoFLOP fit needs 3, better 5; give "
-                         "runs at more budgets, or more sizes at these")
+        raise ValueError(f"{len(usable)} budgets with 4 or more sizes are too few: an IsoFLOP fit needs 3, better 5; "
+                         "give runs at more budgets, or more sizes at these")
     rng, where, lowest = np.random.default_rng(seed), [], []
     for group in usable:
         best, sizes = log_n[group][log_l[group].argmin()], log_n[group]
@@ -163,7 +163,10 @@ def fit_isoflop(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) -> 
         lowest.append(loss[0] + spread * (loss - loss[0]))
     at, where, lowest = np.array([log_c[group].mean() for group in usable]), np.stack(where, 1), np.stack(lowest, 1)
     n0, a = power_law(at, where)
-    a = np.clip(a, 0.05, 0.95)                               # of any law of N and D
+    if not 0.05 < a[0] < 0.95 or np.polyfit(at, lowest[0], 1)[0] >= 0:
+        raise ValueError(f"isoflop: the best N goes as C^{a[0]:.2f}, or the lowest loss does not fall with C, which no "
+                         "law of N and D does; give more runs around each minimum, trained to their end")
+    a = np.clip(a, 0.05, 0.95)
     log_e, log_k, gamma = floor_and_power(at, np.exp(lowest))
     log_a, log_b = np.log(a) + log_k + gamma / a * n0, np.log(1 - a) + log_k - gamma / (1 - a) * (n0 + math.log(6))
     return make_fit("isoflop", np.stack([log_a, gamma / a, log_b, gamma / (1 - a), log_e], 1), log_c.max())
