@@ -84,7 +84,7 @@ class DemoConfig:
 @dataclass
 class AlignConfig:
     """What all verbs can be told."""
-    base: str | None = None              # folder of a checkpoint, or of Hugging Face's form, to start from
+    base: str | None = None              # folder of a checkpoint to start from (convert.py import makes one)
     data: str | None = None              # JSONL: sft pairs, dpo preferences, grpo problems
     out_dir: str = "out/align"           # checkpoint, tokenizer, log
     overwrite: bool = False              # replace the run that out_dir holds
@@ -360,18 +360,12 @@ def add_tokens(model, tokenizer, tokens) -> tuple:
 
 
 def load_base(config) -> tuple:
-    """(model, tokenizer, template) from a checkpoint of ours or a Hugging Face folder; the template's tokens added."""
-    folder, tuned = Path(config.base), None
-    if (folder / "config.json").is_file() and not (folder / "ckpt.pt").is_file():
-        from convert import from_pretrained
-        model, tokenizer = from_pretrained(folder, torch.float32)
-        model.to(config.device)
-    else:
-        model, tokenizer = load_model(folder, config.device)
-        tuned = read_checkpoint(folder / "ckpt.pt").get("template")
+    """(model, tokenizer, template) from a checkpoint; the template's tokens are added where they are missing."""
+    model, tokenizer = load_model(config.base, config.device)
     model.float()                            # bfloat16 weights would lose small steps
     if tokenizer is None:
-        raise ValueError(f"{folder} has no tokenizer.json that can be read")
+        raise ValueError(f"{config.base} has no tokenizer.json that can be read")
+    tuned = read_checkpoint(Path(config.base) / "ckpt.pt").get("template")
     template = pick_template(tokenizer, config.template or tuned, "alpaca")
     tokens = list(CHAT_TOKENS) if template == "chat" else []
     if end_id(tokenizer, template) is None:

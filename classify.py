@@ -147,8 +147,7 @@ def train_classifier(config: ClassifyConfig) -> dict:
     right = int((chosen & truth).sum())
     report = {
         "trained_on": len(training), "held_out": len(held_out), "accuracy": float(np.mean(chosen == truth)),
-        "precision": right / max(chosen.sum(), 1), "recall": right / max(truth.sum(), 1),
-        "threshold_to_keep": {f"{share:.0%}": float(np.quantile(p, 1 - share)) for share in (.1, .25, .5, .75, .9)}}
+        "precision": right / max(chosen.sum(), 1), "recall": right / max(truth.sum(), 1)}
     text = json.dumps(report, indent=1)
     write_text(Path(config.out).with_suffix(".json"), text)
     print(text)

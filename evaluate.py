@@ -194,11 +194,11 @@ def render(tokenizer, template: str, turns: list[str]) -> list[int]:
     return ids + conversation(tokenizer, form, end if template in CHATS else "\n\n", turns)
 
 
-def with_shots(tokenizer, shots: list[str], question: str, room: int) -> str:
-    """Worked examples, then the question; examples are left out from the first on until the ids fit `room`."""
+def with_shots(model, tokenizer, shots: list[str], question: str) -> str:
+    """Worked examples, then the question; the first ones are left out until a quarter of the context is free."""
     for first in range(len(shots)):
         text = "\n\n".join([*shots[first:], question])
-        if len(tokenizer.encode(text, allowed_special=set())) <= room:
+        if len(tokenizer.encode(text, allowed_special=set())) <= 3 * model.config.context_length // 4:
             return text
     return question
 
@@ -261,20 +261,15 @@ def choose(model, tokenizer, items: list[dict], letters: bool, batch_size: int) 
 
 # --- verbs: each gives a list of answers {…, output or chosen, right} ---
 
-def answer_room(model, config) -> int:
-    """Tokens of the context kept for an answer, whatever the prompt: at most a quarter of it."""
-    return max(1, min(config.max_new_tokens, model.config.context_length // 4))
-
-
 def write_answers(model, tokenizer, template: str, prompts: list[str], config) -> list[str]:
     """A greedy answer to each prompt: what the prompt leaves of the context, max_new_tokens at most.
 
-    Longer ones would push the question out of the window. A prompt that leaves less than `answer_room` loses its
-    beginning, and the number of such prompts is printed.
+    Longer ones would push the question out of the window. A prompt that leaves less than that, or than a quarter of the
+    context, loses its beginning, and the number of such prompts is printed.
     """
     context, stop = model.config.context_length, end_id(tokenizer, template)
     ids = [render(tokenizer, template, [prompt]) for prompt in prompts]
-    longest = context - answer_room(model, config)
+    longest = context - max(1, min(config.max_new_tokens, context // 4))
     say_cut([len(row) for row in ids], longest)
     ids = [row[-longest:] for row in ids]
     texts, order = [""] * len(ids), sorted(range(len(ids)), key=lambda i: len(ids[i]))     # like lengths, like rooms
@@ -296,12 +291,10 @@ def ask_mmlu(model, tokenizer, template, config) -> list[dict]:
 
     items = read_mmlu(config.data, "test")[:config.limit]
     examples = read_mmlu(config.data, "dev") if config.shots else []
-    # 64 tokens are enough for the header and the template around the prompt.
-    room = model.config.context_length - (answer_room(model, config) if config.by == "generate" else 0) - 64
     for item in items:
         header = f"The following are multiple choice questions (with answers) about {item['subject']}.\n\n"
         shots = [f"{ask(shot)} {shot['answer']}" for shot in examples if shot["subject"] == item["subject"]]
-        item["prompt"] = header + with_shots(tokenizer, shots[:config.shots], ask(item), room)
+        item["prompt"] = header + with_shots(model, tokenizer, shots[:config.shots], ask(item))
     if config.by != "generate":
         return choose(model, tokenizer, items, True, config.batch_size)
     texts = write_answers(model, tokenizer, template, [item["prompt"] for item in items], config)
@@ -318,7 +311,7 @@ def ask_choices(model, tokenizer, template, config) -> list[dict]:
         shots = [f"{item['question']} {item['options'][LETTERS.index(item['answer'])].strip()}"
                  for item in read_jsonl(config.shots_data, read_choices)[0][:config.shots]]
     for item in items:
-        item["prompt"] = with_shots(tokenizer, shots, item["question"], model.config.context_length - 64)
+        item["prompt"] = with_shots(model, tokenizer, shots, item["question"])
     return choose(model, tokenizer, items, False, config.batch_size)
 
 
@@ -334,8 +327,7 @@ def ask_gsm8k(model, tokenizer, template, config) -> list[dict]:
     prompts = [question for question, _ in items]
     if config.shots:
         shots = [f"Question: {q}\nAnswer: {a}" for q, a in read_jsonl(config.shots_data, pair)[0][:config.shots]]
-        room = model.config.context_length - answer_room(model, config) - 64
-        prompts = [with_shots(tokenizer, shots, f"Question: {question}\nAnswer:", room) for question in prompts]
+        prompts = [with_shots(model, tokenizer, shots, f"Question: {question}\nAnswer:") for question in prompts]
         template = config.template or "plain"
     # A base model goes on with a next question, whose numbers are not this one's answer.
     texts = [text.split("\nQuestion:")[0] for text in write_answers(model, tokenizer, template, prompts, config)]
@@ -373,7 +365,7 @@ def ask_open(model, tokenizer, template, config) -> list[dict]:
     """AlpacaEval's JSON list, SimpleSafetyTests' CSV or any JSONL with `prompt`: answers, and whether they refuse."""
     items, field = read_prompts(config.data)
     items = items[:config.limit]
-    texts = write_answers(model, tokenizer, template, [str(need(item, field)[0]) for item in items], config)
+    texts = write_answers(model, tokenizer, template, [str(item[field]) for item in items], config)
     return [item | {"output": text, "right": bool(REFUSAL.search(text))} for item, text in zip(items, texts)]
 
 

@@ -37,7 +37,6 @@ from laws import (LAW, PUBLISHED, RECORD, Fit, best_of_each_budget, budgets_of, 
                   fit_kaplan, fit_parametric, law_terms, make_fit, power_law, predict, published)
 from model import ModelConfig
 
-GOPHER_FLOPS = 5.76e23
 # `real`: budgets in exact FLOPs, and the shapes (d_model, n_layers, n_heads) trained at each, around the best one.
 REAL_GRID = {5.0e11: [(24, 2, 1), (32, 2, 1), (40, 2, 1), (48, 2, 1), (64, 2, 2)],
              1.5e12: [(24, 2, 1), (32, 2, 1), (48, 2, 1), (64, 2, 2), (64, 4, 2)],
@@ -134,7 +133,7 @@ def fit_file(settings: "FitSettings", path: str) -> None:
 
 
 def demonstrate(settings: "DemoSettings") -> None:
-    """A world explored, each fit beside the hidden truth, what serving changes, the published laws, a picture."""
+    """A world explored, each fit beside the hidden truth, what serving changes, a picture."""
     target = settings.flops or 1e19
     explorer = Explorer(TrainingAPI(2e18, settings.seed), target)
     submission = explorer.spend()
@@ -148,8 +147,7 @@ def demonstrate(settings: "DemoSettings") -> None:
           f"per parameter, loss {served.loss:.3f}")
     print("submission: " + ", ".join(f"{key} {value:.4g}" for key, value in submission.items()))
     print(f"scored: prediction {result['prediction_error']:+.2f} % off the truth, model {result['excess']:.2f} % "
-          "above the best loss\n\nGopher's budget by the published laws:")
-    print_fits([published(name) for name in PUBLISHED], GOPHER_FLOPS)
+          "above the best loss")
     truth = {"n_params": result["best_n_params"], "loss": result["best"], "flops": target}
     print(draw(explorer.fit, explorer.runs, target, f"{settings.out_dir}/scaling.png", "python scaling.py",
                mark=("the hidden truth", truth)))
