@@ -1,5 +1,4 @@
 """Claims about answers.py: what is read out of an answer. Half of the inputs come from other projects' bug reports."""
-import gzip
 import re
 
 import pytest
@@ -65,10 +64,10 @@ def test_answers_are_equal_as_math_verify_says(pair):
     assert math_verify.verify(gold, read, timeout_seconds=None) is equal
 
 
-def test_files_with_marks_long_fields_and_gzip_are_read(tmp_path):
+def test_files_with_marks_and_long_fields_are_read(tmp_path):
     line = b"\xef\xbb\xbf" + b'{"prompt": "a"}\r\n'
     files = {"a.csv": b"\xef\xbb\xbfid,prompt\n1,\"" + b"long, " * 40_000 + b"\"\n", "a.jsonl": line,
-             "b.jsonl.gz": gzip.compress(line), "a.json": b'\xef\xbb\xbf[{"prompt": "a"}]'}
+             "a.json": b'\xef\xbb\xbf[{"prompt": "a"}]'}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         items, field = answers.read_prompts(tmp_path / name)
