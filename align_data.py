@@ -138,38 +138,29 @@ def make_reader(verb: str, tokenizer, template: str, context: int, max_new_token
 
     It raises ValueError for what cannot be used; a gold answer that cannot be read gives None: none could be right.
     """
-    stop = end_id(tokenizer, template)
-    lead = " " if template in ("qa", "r1_zero") else ""              # the template ends in a word
-
-    def prompt_ids(turns, room: int):
-        ids = render(tokenizer, template, turns)
-        if len(ids) + room > context:
-            raise ValueError(f"{len(ids)} tokens of prompt and {room} of response pass the context of {context}")
-        return ids
-
     def response_ids(text):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"an empty response, or none that is text: {text!r:.80}")
-        return tokenizer.encode(lead + text, allowed_special=set()) + [stop]
+        lead = " " if template in ("qa", "r1_zero") else ""          # the template ends in a word
+        return tokenizer.encode(lead + text, allowed_special=set()) + [end_id(tokenizer, template)]
 
-    def read_sft(record):
-        turns, response = read_pair(record)
-        response = response_ids(response)
-        return prompt_ids(turns, len(response)), response
-
-    def read_dpo(record):
-        turns, chosen, rejected = read_preference(record)
-        if chosen == rejected:
-            raise ValueError("chosen and rejected are equal")
-        chosen, rejected = response_ids(chosen), response_ids(rejected)
-        return prompt_ids(turns, max(len(chosen), len(rejected))), chosen, rejected
-
-    def read_grpo(record):
-        turns, truth = read_truth(record)
-        prompt = prompt_ids(turns, max_new_tokens)
-        return None if truth is None else (prompt, truth)
-
-    return {"sft": read_sft, "dpo": read_dpo, "grpo": read_grpo}[verb]
+    def read(record):
+        if verb == "sft":
+            turns, *texts = read_pair(record)
+        elif verb == "dpo":
+            turns, *texts = read_preference(record)
+            if texts[0] == texts[1]:
+                raise ValueError("chosen and rejected are equal")
+        else:
+            (turns, truth), texts = read_truth(record), []
+        responses = [response_ids(text) for text in texts]
+        ids, room = render(tokenizer, template, turns), max(map(len, responses), default=max_new_tokens)
+        if len(ids) + room > context:
+            raise ValueError(f"{len(ids)} tokens of prompt and {room} of response pass the context of {context}")
+        if verb == "grpo":
+            return None if truth is None else (ids, truth)
+        return ids, *responses
+    return read
 
 
 def read_rows(verb: str, config, tokenizer, template: str, context: int) -> tuple[list, list]:

@@ -372,10 +372,7 @@ def crawl(name: str, config: CrawlConfig) -> list[Path]:
 USAGE = """usage: python data.py prepare NAME_OR_FILE [--key=value …]
        python data.py curate FILES_OR_PATTERNS… [--key=value …]
        python data.py classify train --positive=FILES --negative=FILES [--key=value …]
-       python data.py crawl CC-MAIN-2025-18 --segments=5 [--key=value …]
-
-  NAME is shakespeare, tinystories or owt; FILE is any UTF-8 text, documents separated by <|endoftext|>.
-  python data.py VERB --help lists the keys of each verb."""
+       python data.py crawl CC-MAIN-2025-18 --segments=5 [--key=value …]"""
 VERBS = {"prepare": PrepareConfig, "curate": CurateConfig, "classify": ClassifyConfig, "crawl": CrawlConfig}
 
 
