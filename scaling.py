@@ -174,8 +174,7 @@ def plan(settings: "PlanSettings") -> Path:
     loss = math.exp(law_terms(fit.law, np.log([n_params]), np.log([steps * batch]))[0].item())
     micro = largest_batch(config, DEVICES[device].memory_bytes, dtype="bfloat16")
     if not micro:
-        raise ValueError(f"not one sequence of a model of {n_params:.3g} parameters fits {device}; choose a larger "
-                         "device or fewer flops")
+        raise ValueError(f"device={device} cannot hold one sequence of {n_params:.3g} parameters; give fewer flops")
     values = {"data_dir": settings.data_dir, "out_dir": "out/plan", "context_length": T, **shape,
               "qk_norm": True, "batch_tokens": batch, "micro_batch_size": min(batch // T, micro, 64),
               "max_steps": steps, "lr": float(f"{min(0.3118 * flops ** -0.125, 1e-2):.3g}"),
@@ -183,9 +182,8 @@ def plan(settings: "PlanSettings") -> Path:
     text = f'''"""{flops:.3g} FLOPs well spent: `python train.py {settings.config}`, by `python scaling.py plan`.
 
 N {n_params:,} (best {best.n_params:.3g}), D {steps * batch:,} tokens, {steps * batch / n_params:.0f} a parameter, by
-the re-fit of Chinchilla's law (2404.10102). Expected loss {loss:.2f} nats a token with that law's data and tokenizer;
-elsewhere only differences carry over. 6 N D = {6 * n_params * steps * batch:.3g}, with head and attention {exact:.3g}:
-{hours:.3g} hours on one {device} at an assumed 40 % of its peak.
+the re-fit of Chinchilla's law (2404.10102). Expected loss {loss:.2f} nats a token with that law's data and tokenizer.
+With head and attention {exact:.3g} FLOPs: {hours:.3g} hours on one {device} at an assumed 40 % of its peak.
 """
 ''' + "".join(f"{key} = {value!r}\n" for key, value in values.items())
     Path(settings.config).write_text(text, encoding="utf-8")
