@@ -281,8 +281,9 @@ def gold_answer(text: str) -> str | None:
 # --- rewards: the same reading, as a number to learn from (align.py) ---
 
 def grade(answer: str | None, truth) -> dict:
-    """Rewards of an answer that was read in the right form (None: it was not)."""
-    right = float(same_answer(answer, truth))
+    """Rewards of an answer that was read in the right form (None: it was not); truth may be several spellings."""
+    truths = truth if isinstance(truth, (list, tuple)) else [truth]
+    right = float(any(same_answer(answer, one) for one in truths))
     return {"reward": right, "format_reward": float(answer is not None), "answer_reward": right}
 
 

@@ -202,7 +202,7 @@ def test_a_step_over_dead_groups_moves_nothing(bpe_trained):
 # --- verifiers and lines ---
 
 @pytest.mark.parametrize("response, truth, rewards", [
-    ("so </think> <answer> 1,000 </answer>", 1000, (1, 1)), ("</think> <answer>1/2</answer> and more", "0.5", (1, 1)),
+    ("so </think> <answer> 1,000 </answer>", 1000, (1, 1)), ("</think> <answer>1/2</answer> and", ["2", "0.5"], (1, 1)),
     ("</think> <answer>4</answer>", "5", (1, 0)), ("</think> <answer></answer>", "", (1, 0)),
     ("<answer>5</answer>", "5", (0, 0)), ("</think> <answer>5", "5", (0, 0)), ("", "", (0, 0))])
 def test_r1_zero_reward_wants_the_form_and_the_answer(response, truth, rewards):
