@@ -114,12 +114,14 @@ def judge(page: Page, config: CurateConfig, models: dict, counts: dict):
 
 def count_page(counts: dict, step: str, page: Page, reason: str) -> None:
     """Count a page that passed a step, and keep the first ones that did not to look at."""
-    samples, passed = counts["samples"].setdefault(step, []), counts["funnel"].setdefault(step, [0, 0])
-    if not reason:
+    passed = counts["funnel"].setdefault(step, [0, 0])
+    if reason:
+        samples = counts["samples"].setdefault(f"{step}: dropped", [])
+        if len(samples) < SAMPLES:
+            samples.append([page.address, reason, page.text[:EXCERPT_CHARS]])
+    else:
         passed[0] += 1
         passed[1] += len(page.text.encode("utf-8", "replace"))
-    elif len(samples) < SAMPLES:
-        samples.append([page.address, reason, page.text[:EXCERPT_CHARS]])
 
 
 def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
@@ -225,8 +227,9 @@ def merge(counts: list[dict]) -> dict:
     for step in max((one["funnel"] for one in counts), key=len):
         report["funnel"][step] = np.sum([one["funnel"].get(step, (0, 0)) for one in counts], axis=0).tolist()
         # The first of every archive, then the second of every one.
-        ranks = itertools.zip_longest(*(one["samples"].get(step, ()) for one in counts))
-        report["samples"][step] = [sample for rank in ranks for sample in rank if sample][:SAMPLES]
+        title = f"{step}: dropped"
+        ranks = itertools.zip_longest(*(one["samples"].get(title, ()) for one in counts))
+        report["samples"][title] = [sample for rank in ranks for sample in rank if sample][:SAMPLES]
     for key in ("damage", "masked", "languages"):
         report[key] = dict(sum((Counter(one[key]) for one in counts), Counter()))
     return report
@@ -292,8 +295,8 @@ def write_report(report: dict, out: Path) -> None:
              table("Damaged or unreadable", sorted(report["damage"].items())),
              table("Masked", sorted(report["masked"].items())),
              table("Languages", Counter(report["languages"]).most_common())]
-    for step, samples in report["samples"].items():
-        parts.append(table(f"{step}: dropped", samples, ("document", "reason", "beginning")))
+    for title, samples in report["samples"].items():
+        parts.append(table(title, samples, ("document", "reason", "beginning")))
     write_text(out / "report.html", "\n".join(parts))
     write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     print(f"{out}: {before:,} of {report['funnel']['archive'][0]:,} documents are left; {out / 'report.html'} says why")
