@@ -2,9 +2,8 @@
 
     python align.py                                        the whole way on generated tasks: align_demo.py
     python align.py sft  --base=out/base --data=pairs.jsonl --out_dir=out/sft      instructions and responses
-    python align.py dpo  --base=out/sft --data=preferences.jsonl --out_dir=out/dpo --lr=1e-5
+    python align.py dpo  --base=out/sft --data=preferences.jsonl --out_dir=out/dpo
     python align.py grpo --base=out/sft --data=problems.jsonl --out_dir=out/grpo --template=r1_zero
-    python align.py grpo --help                            the settings of one verb
 
 A base model goes on with a text. SFT shows it the form of an answer, on few examples. DPO raises what people prefer
 over what they do not, without a reward model. GRPO lets it answer, checks the answers by program and makes the better
@@ -46,7 +45,6 @@ Sources: GRPO 2402.03300, R1 2501.12948, Dr. GRPO 2503.20783, DAPO 2503.14476, G
 import copy
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -70,7 +68,6 @@ from optim import AdamW, Muon, cosine_schedule
 from sample import stream
 
 DEAD_ROLLOUTS = 5                    # so many in a row without anything to learn from end the run
-NEW_LOG = "log.new.jsonl"
 CHAT_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 
 
@@ -87,7 +84,7 @@ class DemoConfig:
 @dataclass
 class AlignConfig:
     """What all verbs can be told."""
-    base: str | None = None              # folder of a checkpoint, or of Hugging Face's form, to start from
+    base: str | None = None              # folder of a checkpoint to start from (convert.py import makes one)
     data: str | None = None              # JSONL: sft pairs, dpo preferences, grpo problems
     out_dir: str = "out/align"           # checkpoint, tokenizer, log
     overwrite: bool = False              # replace the run that out_dir holds
@@ -114,17 +111,14 @@ class AlignConfig:
         for name in ("lr", "grad_clip", "beta", "temperature", "clip"):
             if not 0 < getattr(self, name, 1.0) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("muon_lr", "warmup_steps", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if not self.warmup_steps >= 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be at least 0")
         if not 0 < getattr(self, "val_fraction", 0.5) < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
         for name, allowed in (("baseline", BASELINES), ("normalizer", NORMALIZERS), ("reweight", REWEIGHTS),
                               ("normalize", NORMALIZE), ("reward", REWARDS), ("template", (None, *TEMPLATES))):
             if hasattr(self, name):
                 check_choice(name, getattr(self, name), allowed)
-        if getattr(self, "normalizer", None) == "std" and self.group_size == 1:
-            raise ValueError("group_size=1 has no standard deviation; give --normalizer=none, or larger groups")
 
 
 @dataclass
@@ -170,9 +164,9 @@ def make_optimizers(model, config) -> list:
     return [adamw, Muon(by_muon, config.muon_lr)] if by_muon else [adamw]
 
 
-def set_lr(optimizers, config, step: int, total: int) -> None:
+def set_lr(optimizers, config, step: int) -> None:
     """The learning rates of one step: up linearly over warmup_steps, then down a cosine to a tenth."""
-    factor = cosine_schedule(step, 1.0, 0.1, config.warmup_steps, total)
+    factor = cosine_schedule(step, 1.0, 0.1, config.warmup_steps, config.steps)
     for optimizer, peak in zip(optimizers, (config.lr, config.muon_lr)):
         for group in optimizer.param_groups:
             group["lr"] = factor * peak
@@ -196,14 +190,14 @@ def precision(config):
 def sft(model, rows: list[tuple], config, pad_id: int = 0, log=None) -> None:
     """Fine-tune on (prompt ids, response ids), loss on the responses only: the sum over a step's tokens / their number.
 
-    A row is one document, so no attention crosses documents; rows of like length share a batch instead of being packed.
+    A row is one document; rows of like length share a batch instead of being packed.
     """
     optimizers, generator = make_optimizers(model.train(), config), torch.Generator().manual_seed(config.seed)
     batches = bucketed([len(prompt) + len(response) for prompt, response in rows], config.batch_size, generator)
     for step in counted(config.steps):
         group, loss, size = [rows[i] for i in next(batches)], 0.0, config.micro_batch_size
         mean_length = sum(len(response) for _, response in group) / len(group)
-        set_lr(optimizers, config, step, config.steps)
+        set_lr(optimizers, config, step)
         for start in range(0, len(group), size):
             batch = padded(group[start:start + size], config, pad_id)
             with precision(config):
@@ -245,31 +239,30 @@ def dpo(model, pairs: list[tuple], held_out: list[tuple], config, pad_id: int = 
                                  for part in (pairs, held_out))      # (2, N) each
     batches = bucketed([len(p) + len(c) + len(r) for p, c, r in pairs], config.batch_size, generator)
 
-    def look(step: int) -> dict:
+    def look(step: int, **more) -> dict:
         now = preference(*(sums(model, held_out, side, config) for side in (1, 2)), *held_reference, config.beta)
         if log:
-            log(step=step, **{f"val_{name}": value for name, value in now.items()})
+            log(step=step, **more, **{f"val_{name}": value for name, value in now.items()})
         return now | {"step": step}
 
     best, best_weights = look(0), copy.deepcopy(model.state_dict())
     before, size = best["accuracy"], max(1, config.micro_batch_size // 2)
     for step in counted(config.steps):
-        group, seen = next(batches), []
+        group, loss = next(batches), 0.0
         model.train()
-        set_lr(optimizers, config, step, config.steps)
+        set_lr(optimizers, config, step)
         for part in (group[i:i + size] for i in range(0, len(group), size)):
             batch = padded([(pairs[i][0], pairs[i][side]) for side in (1, 2) for i in part], config, pad_id)
             with precision(config):
                 log_probs = response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"]
             sides = [*masked_normalize(log_probs, batch["response_mask"], -1).chunk(2),
                      *reference[:, part].to(log_probs.device)]
-            (dpo_loss(*sides, config.beta).sum() / len(group)).backward()
-            seen.append([side.detach() for side in sides])
+            part_loss = dpo_loss(*sides, config.beta).sum() / len(group)
+            part_loss.backward()
+            loss += part_loss.item()
         norm = take_step(model, optimizers, config.grad_clip)
         if step % config.log_every == 0 or step == config.steps:
-            if log:
-                log(step=step, norm=norm, **preference(*map(torch.cat, zip(*seen)), config.beta))
-            now = look(step)
+            now = look(step, loss=loss, norm=norm)
             if now["loss"] < best["loss"]:
                 best, best_weights = now, copy.deepcopy(model.state_dict())
     model.load_state_dict(best_weights)
@@ -290,17 +283,14 @@ def rollout(model, prompts: list[list[int]], config, stop: int, vocab_limit: int
     return rows
 
 
-@torch.no_grad()
-def old_log_probs(model, batch: dict, config) -> torch.Tensor:
-    """log p (N, T) of a rollout by the policy that sampled it."""
-    parts = zip(batch["input_ids"].split(config.micro_batch_size), batch["labels"].split(config.micro_batch_size))
-    return torch.cat([response_log_probs(model, ids, labels, temperature=config.temperature)["log_probs"]
-                      for ids, labels in parts])
-
-
 def learn(model, optimizers, batch: dict, advantages, config, generator) -> dict:
     """`epochs` passes over one rollout in shuffled batches of batch_size; returns means over all of them."""
-    old, figures = old_log_probs(model, batch, config) if config.reweight != "none" else None, []
+    old, figures = None, []
+    if config.reweight != "none":        # log p (N, T) by the policy that sampled
+        parts = zip(batch["input_ids"].split(config.micro_batch_size), batch["labels"].split(config.micro_batch_size))
+        with torch.no_grad():
+            old = torch.cat([response_log_probs(model, ids, labels, temperature=config.temperature)["log_probs"]
+                             for ids, labels in parts])
     for _ in range(config.epochs):
         for rows in torch.randperm(len(advantages), generator=generator).split(config.batch_size):
             _, info = policy_step(
@@ -309,7 +299,7 @@ def learn(model, optimizers, batch: dict, advantages, config, generator) -> dict
                 old_log_probs=None if old is None else old[rows], clip=config.clip, normalize=config.normalize,
                 constant=len(rows) * config.max_new_tokens, temperature=config.temperature)
             figures.append(info)
-    figures = [info for info in figures if not math.isnan(info["entropy"])] or figures[:1]
+    figures = [info for info in figures if info["norm"] > 0] or figures[:1]          # batches with something to learn
     return {name: sum(info[name] for info in figures) / len(figures) for name in figures[0]}
 
 
@@ -317,12 +307,11 @@ def grpo(model, problems: list[tuple], tokenizer, config, stop: int, log=None, e
     """Group-relative policy optimization on (prompt ids, truth) with a verifier (2402.03300, algorithm 1).
 
     A step: prompts_per_step x group_size responses are sampled, graded and learnt from. DEAD_ROLLOUTS in a row of dead
-    groups only end it: with ValueError when nothing was learnt before, else with a message. estimator: takes what
-    `group_advantages` takes and gives what it gives; your own goes here.
+    groups only end it with advice. estimator: your own in the place of `group_advantages`.
     """
     optimizers = make_optimizers(model, config)
     generator = torch.Generator(config.device).manual_seed(config.seed)
-    shuffle, queue, dead_in_a_row, pad_id = torch.Generator().manual_seed(config.seed), [], 0, padding_id(tokenizer)
+    shuffle, queue, dead_in_a_row = torch.Generator().manual_seed(config.seed), [], 0
     for step in counted(config.steps):
         while len(queue) < config.prompts_per_step:
             queue += torch.randperm(len(problems), generator=shuffle).tolist()
@@ -336,23 +325,22 @@ def grpo(model, problems: list[tuple], tokenizer, config, stop: int, log=None, e
         info |= dead | {"distinct": sum(len(set(group)) for group in groups) / len(groups),
                         "eos_rate": sum(row[-1] == stop for row in responses) / len(responses),
                         "length": sum(map(len, responses)) / len(responses)}
-        set_lr(optimizers, config, step, config.steps)
+        set_lr(optimizers, config, step)
         model.train()
-        batch = padded([(prompt, row) for (prompt, _), row in zip(asked, responses)], config, pad_id)
+        batch = padded([(prompt, row) for (prompt, _), row in zip(asked, responses)], config, padding_id(tokenizer))
         with precision(config):
             info |= learn(model, optimizers, batch, advantages, config, shuffle)
         if log and (step % config.log_every == 0 or step in (1, config.steps)):
             log(step=step, **info)
         dead_in_a_row = dead_in_a_row + 1 if dead["dead_groups"] == 1 else 0
         if dead_in_a_row == DEAD_ROLLOUTS:
-            advice = (f"{DEAD_ROLLOUTS} rollouts in a row had dead groups only (mean reward {info['reward']:.2f}, in "
-                      f"form {info.get('format_reward', 0):.2f}, {info['distinct']:.1f} of {config.group_size} "
-                      "responses distinct): nothing to learn from. Reward 0: teach the form first (align.py sft), look "
-                      "at --template and --reward, take easier problems or a larger --group_size. Reward 1: take "
-                      "harder ones. Few distinct: raise --temperature")
+            advice = (f"{DEAD_ROLLOUTS} rollouts in a row had dead groups only (mean reward {info['reward']:.2f}, "
+                      f"{info['distinct']:.1f} of {config.group_size} responses distinct): nothing to learn from. "
+                      "Reward 0: teach the form first (align.py sft), take easier problems or a larger --group_size. "
+                      "Reward 1: take harder ones. Few distinct: raise --temperature")
             if step == DEAD_ROLLOUTS:
                 raise ValueError(advice)
-            print(advice)
+            print(advice)                # what was learnt before is kept
             break
     model.eval()
 
@@ -372,18 +360,12 @@ def add_tokens(model, tokenizer, tokens) -> tuple:
 
 
 def load_base(config) -> tuple:
-    """(model, tokenizer, template) from a checkpoint of ours or a Hugging Face folder; the template's tokens added."""
-    folder, tuned = Path(config.base), None
-    if (folder / "config.json").is_file() and not (folder / "ckpt.pt").is_file():
-        from convert import from_pretrained
-        model, tokenizer = from_pretrained(folder, torch.float32)
-        model.to(config.device)
-    else:
-        model, tokenizer = load_model(folder, config.device)
-        tuned = read_checkpoint(folder / "ckpt.pt").get("template")
+    """(model, tokenizer, template) from a checkpoint; the template's tokens are added where they are missing."""
+    model, tokenizer = load_model(config.base, config.device)
     model.float()                            # bfloat16 weights would lose small steps
     if tokenizer is None:
-        raise ValueError(f"{folder} has no tokenizer.json that can be read")
+        raise ValueError(f"{config.base} has no tokenizer.json that can be read")
+    tuned = read_checkpoint(Path(config.base) / "ckpt.pt").get("template")
     template = pick_template(tokenizer, config.template or tuned, "alpaca")
     tokens = list(CHAT_TOKENS) if template == "chat" else []
     if end_id(tokenizer, template) is None:
@@ -393,7 +375,7 @@ def load_base(config) -> tuple:
     return model, tokenizer, template
 
 
-def save(model, tokenizer, folder, config, template: str) -> None:
+def save(model, tokenizer, folder, config, template: str, log) -> None:
     """A folder that sample.py, evaluate.py and another stage can start from; never one of a diverged model."""
     if not all(p.isfinite().all() for p in model.parameters()):
         raise FloatingPointError("the weights are no numbers any more: nothing is saved; lower --lr (or --muon_lr)")
@@ -402,29 +384,19 @@ def save(model, tokenizer, folder, config, template: str) -> None:
     tokenizer.save(folder / "tokenizer.json")
     save_checkpoint(model, None, config.steps, folder / "ckpt.pt", template=template,
                     align_config=asdict(config), tokenizer_sha256=sha256(folder / "tokenizer.json"))
-    if (folder / NEW_LOG).exists():
-        os.replace(folder / NEW_LOG, folder / "log.jsonl")
+    write_text(folder / "log.jsonl", *(json.dumps(line) + "\n" for line in log.lines))
 
 
-def make_log(folder, **header):
-    """A function that appends a line to a log, begun anew with the header, and prints it; `save` gives it its name.
+class Log:
+    """Prints what a run logs, and keeps it for `save` to write: a run that fails leaves no log and no folder."""
 
-    So a run that fails leaves neither a log beside somebody else's checkpoint nor a folder that counts as a run.
-    """
-    path = Path(folder) / NEW_LOG
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(header) + "\n")
+    def __init__(self, name: str, **header):
+        self.name, self.lines = name, [header]
 
-    def log(**entry):
+    def __call__(self, **entry):
         entry = {name: value for name, value in entry.items() if not math.isnan(value)}
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-        except OSError as error:                 # a full disk does not say which file
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        print(f"{Path(folder).name:<5}", " | ".join(f"{name} {value:.4g}" for name, value in entry.items()), flush=True)
-
-    return log
+        self.lines.append(entry)
+        print(f"{self.name:<5}", " | ".join(f"{name} {value:.4g}" for name, value in entry.items()), flush=True)
 
 
 def run_verb(verb: str, config) -> None:
@@ -436,7 +408,7 @@ def run_verb(verb: str, config) -> None:
     model, tokenizer, template = load_base(config)
     rows, held = read_rows(verb, config, tokenizer, template, model.config.context_length)
     pad_id = padding_id(tokenizer)
-    log = make_log(config.out_dir, verb=verb, template=template, torch=torch.__version__, config=asdict(config))
+    log = Log(verb, template=template, torch=torch.__version__, config=asdict(config))
     if verb == "sft":
         def nats():
             return -sums(model, held, 1, config).sum().item() / sum(len(row[1]) for row in held)
@@ -449,7 +421,7 @@ def run_verb(verb: str, config) -> None:
               f"{standard_error(best['accuracy'], len(held)):.1%} at step {best['step']}, margin {best['margin']:.3f}")
     else:
         grpo(model, rows, tokenizer, config, end_id(tokenizer, template), log)
-    save(model, tokenizer, config.out_dir, config, template)
+    save(model, tokenizer, config.out_dir, config, template, log)
     print(f"saved {config.out_dir}; see: python sample.py {config.out_dir} --prompt=…")
 
 

@@ -2,9 +2,8 @@
 
     {"prompt": "2+2?", "response": "4"}                               also instruction (+ input), question, problem,
                                                                       with output, answer, solution
-    {"messages": [{"role": "user", "content": "2+2?"}, …]}            OpenAI and TRL
-    {"conversations": [{"from": "human", "value": "2+2?"}, …]}        ShareGPT
-    {"prompt": "2+2?", "chosen": "4", "rejected": "5"}                preferences; all three may be lists of messages
+    {"messages": [{"role": "user", "content": "2+2?"}, …]}            a dialogue that ends in an answer
+    {"prompt": "2+2?", "chosen": "4", "rejected": "5"}                preferences
     {"chosen": "\\n\\nHuman: 2+2?\\n\\nAssistant: 4", "rejected": …}      HH's dialogues (2204.05862)
     {"question": "2+2?", "answer": "two and two #### 4"}              problems: GSM8K's form, or the last \\boxed{4}
 
@@ -22,8 +21,6 @@ import torch
 
 from answers import gold_answer, need, read_jsonl, same_answer
 from evaluate import TEMPLATES, end_id, pad_rows, render
-
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
 
 # --- the course's packed data set ---
@@ -67,34 +64,29 @@ def iterate_batches(dataset, batch_size: int, shuffle: bool):
 # --- dialogues ---
 
 def read_messages(messages) -> list[tuple[str, str]]:
-    """[(role, text)] of a list of {role, content} or {from, value}."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f"a list of messages belongs here, not {messages!r:.100}")
-    turns = []
-    for message in messages:
-        role, text = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if not isinstance(role, str) or role.lower() not in ROLES or not isinstance(text, str):
-            raise ValueError(f"a message needs a role of user, assistant or system and a text, not {message!r:.100}")
-        turns.append((ROLES[role.lower()], text))
+    """[(role, text)] of a list of {role, content}."""
+    turns = [(message["role"], message["content"]) for message in messages]
+    for role, text in turns:
+        if role not in ("system", "user", "assistant") or not isinstance(text, str):
+            raise ValueError(f"a message has a role, system, user or assistant, and a text, not {role!r}: {text!r:.80}")
     return turns
 
 
 def read_hh(text: str) -> list[tuple[str, str]]:
     """[(role, text)] of HH's form. A turn begins after an empty line only: people write "Human:" inside a message."""
     parts = re.split(r"\n\n(Human|Assistant): ", "\n\n" + text.lstrip())
-    return [(ROLES[role.lower()], words.strip()) for role, words in zip(parts[1::2], parts[2::2])]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [(roles[name], words.strip()) for name, words in zip(parts[1::2], parts[2::2])]
 
 
-def split_dialogue(turns: list[tuple[str, str]], answered: bool = True) -> tuple[list[str], str | None]:
+def split_dialogue(turns: list[tuple[str, str]]) -> tuple[list[str], str]:
     """(turns up to the last user's, the answer); a system message becomes the beginning of the first user's turn."""
     if len(turns) > 1 and turns[0][0] == "system":
         turns = [(turns[1][0], turns[0][1] + "\n\n" + turns[1][1]), *turns[2:]]
-    roles = [role for role, _ in turns]
-    whole = ["user", "assistant"] * (len(turns) // 2) + ["user"] * (not answered)
-    if not turns or roles != whole:
-        raise ValueError(f"roles {roles} do not alternate from user to {'assistant' if answered else 'user'}")
-    texts = [text for _, text in turns]
-    return (texts[:-1], texts[-1]) if answered else (texts, None)
+    roles, texts = [role for role, _ in turns], [text for _, text in turns]
+    if not turns or roles != ["user", "assistant"] * (len(turns) // 2):
+        raise ValueError(f"roles {roles} do not alternate from user to assistant")
+    return texts[:-1], texts[-1]
 
 
 def first_of(record: dict, *names) -> str:
@@ -102,45 +94,32 @@ def first_of(record: dict, *names) -> str:
     return next((name for name in names if name in record), names[0])
 
 
-def read_prompt(record: dict) -> list[str]:
-    """The turns of a record's prompt, a text or a list of messages."""
-    prompt, = need(record, first_of(record, "prompt", "instruction", "question", "problem"))
-    if isinstance(prompt, list):
-        return split_dialogue(read_messages(prompt), answered=False)[0]
-    extra = record.get("input") or ""
-    for text in (prompt, extra):
-        if not isinstance(text, str):
-            raise ValueError(f"a prompt that is a {type(text).__name__}, not text")
-    return [prompt + "\n\n" + extra] if extra else [prompt]
-
-
 def read_pair(record: dict) -> tuple[list[str], object]:
     """(turns up to the last user's, response) of a line in any of the layouts above."""
-    for name in ("messages", "conversations"):
-        if name in record:
-            return split_dialogue(read_messages(record[name]))
-    response, = need(record, first_of(record, "response", "completion", "output", "answer", "solution"))
-    if isinstance(response, list):
-        response = split_dialogue([("user", ""), *read_messages(response)])[1]
+    if "messages" in record:
+        return split_dialogue(read_messages(record["messages"]))
+    response, = need(record, first_of(record, "response", "output", "answer", "solution"))
     return read_prompt(record), response
+
+
+def read_prompt(record: dict) -> list[str]:
+    """The one turn of a record's prompt."""
+    prompt, = need(record, first_of(record, "prompt", "instruction", "question", "problem"))
+    parts = [prompt] + ([record["input"]] if record.get("input") else [])
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"a prompt that is no text: {parts!r:.80}")
+    return ["\n\n".join(parts)]
 
 
 def read_preference(record: dict) -> tuple[list[str], str, str]:
     """(turns up to the last user's, chosen, rejected) of a line in any of the layouts above."""
-    sides = need(record, "chosen", "rejected")
-    if all(isinstance(side, list) for side in sides):
-        shared = [("user", turn) for turn in read_prompt(record)] if "prompt" in record else []
-        dialogues = [read_messages(side) for side in sides]
-        if dialogues[0][:1] and dialogues[0][0][0] == "assistant":   # TRL: the answers alone, the question in prompt
-            dialogues = [[*shared, *side] for side in dialogues]
-        dialogues = [split_dialogue(side) for side in dialogues]
-    elif isinstance(sides[0], str) and sides[0].lstrip().startswith("Human:") and isinstance(sides[1], str):
-        dialogues = [split_dialogue(read_hh(side)) for side in sides]
-    else:
-        dialogues = [(read_prompt(record), side) for side in sides]
-    if dialogues[0][0] != dialogues[1][0]:
+    chosen, rejected = need(record, "chosen", "rejected")
+    if "prompt" in record:
+        return read_prompt(record), chosen, rejected
+    (prompt, chosen), (other_prompt, rejected) = (split_dialogue(read_hh(side)) for side in (chosen, rejected))
+    if prompt != other_prompt:
         raise ValueError("chosen and rejected answer different prompts")
-    return dialogues[0][0], dialogues[0][1], dialogues[1][1]
+    return prompt, chosen, rejected
 
 
 def read_truth(record: dict) -> tuple[list[str], str | None]:
@@ -159,40 +138,29 @@ def make_reader(verb: str, tokenizer, template: str, context: int, max_new_token
 
     It raises ValueError for what cannot be used; a gold answer that cannot be read gives None: none could be right.
     """
-    stop = end_id(tokenizer, template)
-    lead = " " if template in ("qa", "r1_zero") else ""              # the template ends in a word
+    def response_ids(text):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"an empty response, or none that is text: {text!r:.80}")
+        lead = " " if template in ("qa", "r1_zero") else ""          # the template ends in a word
+        return tokenizer.encode(lead + text, allowed_special=set()) + [end_id(tokenizer, template)]
 
-    def prompt_ids(turns, room: int):
-        ids = render(tokenizer, template, turns)
+    def read(record):
+        if verb == "sft":
+            turns, *texts = read_pair(record)
+        elif verb == "dpo":
+            turns, *texts = read_preference(record)
+            if texts[0] == texts[1]:
+                raise ValueError("chosen and rejected are equal")
+        else:
+            (turns, truth), texts = read_truth(record), []
+        responses = [response_ids(text) for text in texts]
+        ids, room = render(tokenizer, template, turns), max(map(len, responses), default=max_new_tokens)
         if len(ids) + room > context:
             raise ValueError(f"{len(ids)} tokens of prompt and {room} of response pass the context of {context}")
-        return ids
-
-    def response_ids(text):
-        if not isinstance(text, str):
-            raise ValueError(f"a response that is a {type(text).__name__}, not text")
-        if not text.strip():
-            raise ValueError("empty response")
-        return tokenizer.encode(lead + text, allowed_special=set()) + [stop]
-
-    def read_sft(record):
-        turns, response = read_pair(record)
-        response = response_ids(response)
-        return prompt_ids(turns, len(response)), response
-
-    def read_dpo(record):
-        turns, chosen, rejected = read_preference(record)
-        if chosen == rejected:
-            raise ValueError("chosen and rejected are equal")
-        chosen, rejected = response_ids(chosen), response_ids(rejected)
-        return prompt_ids(turns, max(len(chosen), len(rejected))), chosen, rejected
-
-    def read_grpo(record):
-        turns, truth = read_truth(record)
-        prompt = prompt_ids(turns, max_new_tokens)
-        return None if truth is None else (prompt, truth)
-
-    return {"sft": read_sft, "dpo": read_dpo, "grpo": read_grpo}[verb]
+        if verb == "grpo":
+            return None if truth is None else (ids, truth)
+        return ids, *responses
+    return read
 
 
 def read_rows(verb: str, config, tokenizer, template: str, context: int) -> tuple[list, list]:

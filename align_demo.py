@@ -13,7 +13,6 @@ Every figure is of held-out tasks: the hash of a question says whether it is for
 """
 import copy
 import hashlib
-import json
 import random
 import re
 import sys
@@ -25,10 +24,10 @@ from statistics import fmean
 import torch
 
 import bpe
-from align import DemoConfig, DPOConfig, GRPOConfig, SFTConfig, dpo, grpo, make_log, r1_zero_reward, rollout, save, sft
+from align import DemoConfig, DPOConfig, GRPOConfig, Log, SFTConfig, dpo, grpo, r1_zero_reward, rollout, save, sft
 from checkpoint import claim_out_dir
 from configurator import command_line, fail
-from evaluate import REFUSAL, continuation_log_probs, read_jsonl, standard_error
+from evaluate import REFUSAL, standard_error
 from model import ModelConfig, Transformer
 
 # GPT-2's pattern with every digit alone, so that 15 is always the same two tokens.
@@ -138,10 +137,10 @@ class Laboratory:
                        torch.Generator().manual_seed(self.seed))
         return rows, [self.tokenizer.decode([i for i in row if i != self.stop]) for row in rows]
 
-    def measure(self, model, sft_model=None, n: int = 400) -> dict:
+    def measure(self, model, n: int = 400) -> dict:
         """Held-out figures of one model: on test tasks sampled at temperature 1 (and greedy), and its refusals."""
         tasks = self.pick("test", n)
-        prompts, answers = [self.prompt(task) for task in tasks], [task["answer"] for task in tasks]
+        answers = [task["answer"] for task in tasks]
         rows, texts = self.texts(model, tasks)
         grades = list(map(r1_zero_reward, texts, answers))
         greedy = map(r1_zero_reward, self.texts(model, tasks, 0.0)[1], answers)
@@ -153,9 +152,6 @@ class Laboratory:
             "greedy": fmean(grade["reward"] for grade in greedy),
             "any_form": fmean(said[-len(answer.split()):] == answer.split() for said, answer in zip(words, answers))}
         figures["error"] = standard_error(figures["accuracy"], len(tasks))
-        if sft_model is not None:        # E over the model's own responses of log p - log p_sft, in nats a response
-            new, old = (continuation_log_probs(one, prompts, rows, 100) for one in (model, sft_model))
-            figures["kl"] = (new - old).mean().item()
         for name, kinds in (("refuses_harmful", ("open",)), ("refuses_harmless", HARMLESS)):
             texts = self.texts(model, self.pick("test", 150, kinds))[1]
             figures[name] = fmean(bool(REFUSAL.search(text)) for text in texts)
@@ -198,51 +194,48 @@ class Laboratory:
 # --- the four stages ---
 
 COLUMNS = {"accuracy": "right", "error": "±", "greedy": "greedy", "any_form": "any form", "format": "format",
-           "length": "tokens", "kl": "KL, nats", "refuses_harmful": "refuses harm", "refuses_harmless": "refuses rest"}
+           "length": "tokens", "refuses_harmful": "refuses harm", "refuses_harmless": "refuses rest"}
+# What is drawn of each stage's log.
+CURVES = {"base": ["loss"], "sft": ["loss"], "dpo": ["val_accuracy", "val_loss"],
+          "grpo": ["reward", "format_reward", "dead_groups", "entropy"]}
 
 
-def train_base(lab: Laboratory, config):
+def train_base(lab: Laboratory, config, log=None):
     """A base model of the little web."""
     torch.manual_seed(lab.seed)
     model = Transformer(ModelConfig(vocab_size=lab.tokenizer.vocab_size, **SHAPE)).to(config.device)
-    sft(model, [([lab.stop], lab.reply(text)) for text in lab.corpus], config, 0, make_log(lab.folder / "base"))
+    sft(model, [([lab.stop], lab.reply(text)) for text in lab.corpus], config, 0, log)
     return model
 
 
 def demonstrate(config: DemoConfig, stages=STAGES, lab=None) -> dict:
     """Base, SFT, then DPO and GRPO from the SFT model, all measured on the same held-out tasks; returns the figures."""
-    folder, began, seconds, table, models = Path(config.out_dir), time.perf_counter(), {}, {}, {}
+    folder, began, table, models, logs = Path(config.out_dir), time.perf_counter(), {}, {}, {}
     for stage in stages:
         claim_out_dir(folder / stage, config.overwrite)
-    print(f"base, SFT, DPO, GRPO: about {sum(SECONDS.values()) / 60:.0f} minutes on one core", flush=True)
+    total, done = sum(SECONDS.values()), 0
+    print(f"base, SFT, DPO, GRPO: about {total / 60:.0f} minutes on one core", flush=True)
     lab = lab or Laboratory(folder, config.seed)
-    for number, (stage, settings) in enumerate(stages.items()):
-        settings, log, start = replace(settings, seed=config.seed), make_log(folder / stage), time.perf_counter()
-        if stage != "base":
-            model = copy.deepcopy(models["base" if stage == "sft" else "sft"])
+    for stage, settings in stages.items():
+        settings, log = replace(settings, seed=config.seed), Log(stage)
         if stage == "base":
-            model = train_base(lab, settings)
-        elif stage == "sft":
+            model = train_base(lab, settings, log)
+        else:
+            model = copy.deepcopy(models["base" if stage == "sft" else "sft"])
+        if stage == "sft":
             sft(model, lab.demonstrations(1000), settings, 0, log)
         elif stage == "dpo":
             pairs, held = lab.pairs(model, "train", 3000), lab.pairs(model, "val", 400)
-            best = dpo(model, pairs, held, settings, 0, log) | {"pairs": len(pairs), "held_out": len(held)}
-        else:
+            best = dpo(model, pairs, held, settings, 0, log) | {"held_out": len(held)}
+        elif stage == "grpo":
             grpo(model, lab.problems(), lab.tokenizer, settings, lab.stop, log)
-        save(model, lab.tokenizer, folder / stage, settings, "plain")
-        models[stage], seconds[stage] = model, time.perf_counter() - start
-        table[stage] = lab.measure(model, models.get("sft"))
-        # What is left, by how much slower this machine was so far than the one of SECONDS.
-        slower = sum(seconds.values()) / sum(SECONDS[name] for name in seconds)
-        left = slower * sum(SECONDS[name] for name in list(stages)[number + 1:])
+        save(model, lab.tokenizer, folder / stage, settings, "plain", log)
+        models[stage], logs[stage], table[stage] = model, log.lines[1:], lab.measure(model)
+        done, seconds = done + SECONDS[stage], time.perf_counter() - began
         print(f"{stage} done: {table[stage]['accuracy']:.1%} right, {table[stage]['format']:.1%} in form; "
-              f"{time.perf_counter() - began:.0f} s so far, about {left:.0f} s to go", flush=True)
-    figures = {"seed": config.seed, "table": table, "preference": best, "seconds": seconds,
-               "total_seconds": time.perf_counter() - began, "torch": torch.__version__,
-               "threads": torch.get_num_threads(), "dialogue": dialogue(lab, models)}
-    (folder / "results.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    plot(folder, table)
-    return figures
+              f"{seconds:.0f} s so far, about {seconds / done * (total - done):.0f} s to go", flush=True)
+    plot(folder, logs)
+    return {"table": table, "preference": best, "dialogue": dialogue(lab, models)}
 
 
 def dialogue(lab: Laboratory, models: dict) -> list[str]:
@@ -259,40 +252,25 @@ def report(figures: dict, out_dir) -> str:
     """The figures of `demonstrate` as a table, the dialogue, and what to do next."""
     lines = [f"{'':<5}" + "".join(f"{title:>14}" for title in COLUMNS.values())]
     for stage, row in figures["table"].items():
-        cells = [f"{row[name]:{'.1f' if name in ('length', 'kl') else '.1%'}}" if name in row else "–"
-                 for name in COLUMNS]
+        cells = [f"{row[name]:{'.1f' if name == 'length' else '.1%'}}" for name in COLUMNS]
         lines.append(f"{stage:<5}" + "".join(f"{cell:>14}" for cell in cells))
     best = figures["preference"]
-    lines.append(f"{best['held_out']} held-out preferences: accuracy {best['before']:.1%} before DPO, "
-                 f"{best['accuracy']:.1%} after")
-    times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in figures["seconds"].items())
-    lines += [f"{times}, in all {figures['total_seconds']:.0f} s", "", *figures["dialogue"], "",
+    lines += [f"{best['held_out']} held-out preferences: accuracy {best['before']:.1%} before DPO, "
+              f"{best['accuracy']:.1%} after", "", *figures["dialogue"], "",
               f"learning curves: {Path(out_dir) / 'curves.png'}; ask the result yourself:",
               f"python sample.py {Path(out_dir) / 'grpo'} --temperature=0 "
               "--prompt=\"<|endoftext|>Q: sum of a 1 b 2 c 3 d 4 e 5\nA:\""]
     return "\n".join(lines)
 
 
-CURVES = (("nats a token", {"base": ["loss"], "sft": ["loss"]}),
-          ("share, or nats", {"dpo": ["val_accuracy", "val_margin", "val_loss"]}),
-          ("share of answers or groups", {"grpo": ["reward", "format_reward", "dead_groups", "eos_rate"]}),
-          ("tokens an answer", {"grpo": ["length"]}), ("nats a token", {"grpo": ["entropy"]}))
-
-
-def plot(folder, table: dict) -> None:
-    """Learning curves of all stages to FOLDER/curves.png, from their logs."""
+def plot(folder, logs: dict) -> None:
+    """Learning curves of all stages to FOLDER/curves.png, a panel a stage."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(20, 4), layout="constrained")
-    axes = figure.subplots(1, len(CURVES))
-    for axis, (label, curves) in zip(axes, CURVES):
-        for stage, names in curves.items():
-            entries = read_jsonl(Path(folder) / stage / "log.jsonl")[0]
-            for name in names:
-                points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-                axis.plot(*zip(*points), label=f"{stage} {name}")
-        axis.set(xlabel="step", ylabel=label)
-    axes[2].axhline(table["sft"]["accuracy"], linestyle=":", color="grey", label="sft, held out")
-    for axis in axes:
+    figure = Figure(figsize=(16, 4), layout="constrained")
+    for axis, (stage, entries) in zip(figure.subplots(1, len(logs)), logs.items()):
+        for name in CURVES[stage]:
+            axis.plot(*zip(*[(entry["step"], entry[name]) for entry in entries if name in entry]), label=name)
+        axis.set(title=stage, xlabel="step")
         axis.legend(fontsize=8)
     figure.suptitle(f"python align.py --out_dir={folder}", fontsize=9)
     figure.savefig(Path(folder) / "curves.png", dpi=100)

@@ -10,11 +10,9 @@ they are the same number, exactly (fractions, no floats), or the same string onc
 Left out: algebra ("(x+1)^2" is not "x^2+2x+1" here), units that are converted. Patterns stay linear on long texts.
 """
 import csv
-import gzip
 import io
 import json
 import re
-import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -69,43 +67,38 @@ def read_prompts(path) -> tuple[list[dict], str]:
     if str(path).endswith(".csv"):
         header, *rows = read_csv(path) or [[]]
         items = [dict(zip(header, row)) for row in rows]
-    elif not str(path).endswith(".gz") and read_text(path).lstrip().startswith("["):
+    elif read_text(path).lstrip().startswith("["):
         try:
             items = json.loads(read_text(path))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
     else:
         items = read_jsonl(path)[0]
-    first = items[0] if items and isinstance(items[0], dict) else {}
-    field = next((name for name in ("instruction", "prompts_final", "prompt") if name in first), None)
-    if field is None or not all(isinstance(item, dict) and item.get(field) is not None for item in items):
-        raise ValueError(f"{path}: every record needs the same of instruction, prompts_final or prompt, and the first "
-                         f"has {', '.join(map(repr, first)) or 'none'}")
-    return items, field
+    for field in ("instruction", "prompts_final", "prompt"):
+        if items and all(isinstance(item, dict) and item.get(field) is not None for item in items):
+            return items, field
+    raise ValueError(f"{path}: every record needs the same of instruction, prompts_final or prompt")
 
 
 def read_jsonl(path, check=None, skip: bool = False) -> tuple[list, list[str]]:
-    """(records, complaints) of a JSONL file, gzipped or not. check(record) gives what to keep, or raises.
+    """(records, complaints) of a JSONL file. check(record) gives what to keep, or raises.
 
     A bad line is a complaint `path:line: why`. Unless `skip`, they are raised as one ValueError that counts them and
     quotes the first five.
     """
     records, complaints = [], []
-    try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    text = line.decode("utf-8-sig").strip()
-                    if text:
-                        record = json.loads(text)
-                        if not isinstance(record, dict):
-                            raise ValueError(f"a {type(record).__name__} where an object is wanted")
-                        records.append(check(record) if check else record)
-                except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-                    why = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                    complaints.append(f"{path}:{number}: {why}")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is no whole gzip file: {error}") from None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig").strip()
+                if text:
+                    record = json.loads(text)
+                    if not isinstance(record, dict):
+                        raise ValueError(f"a {type(record).__name__} where an object is wanted")
+                    records.append(check(record) if check else record)
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+                why = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                complaints.append(f"{path}:{number}: {why}")
     if complaints and not skip:
         raise ValueError(f"{len(complaints)} bad lines; mend them, or leave them out (align.py has --skip_bad=true):"
                          + "".join("\n  " + complaint for complaint in complaints[:5]))
@@ -290,7 +283,7 @@ def gold_answer(text: str) -> str | None:
 def grade(answer: str | None, truth) -> dict:
     """Rewards of an answer that was read in the right form (None: it was not); truth may be several spellings."""
     truths = truth if isinstance(truth, (list, tuple)) else [truth]
-    right = float(answer is not None and any(same_answer(answer, one) for one in truths))
+    right = float(any(same_answer(answer, one) for one in truths))
     return {"reward": right, "format_reward": float(answer is not None), "answer_reward": right}
 
 

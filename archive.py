@@ -12,6 +12,7 @@ Whatever is left out is counted by its reason. FastWARC reads the records; its i
 it cannot pass, such as an empty gzip member, and is started again. WARC: ISO 28500. Chunks: RFC 9112, 7.1.
 """
 import contextlib
+import functools
 import glob
 import io
 import multiprocessing
@@ -146,36 +147,40 @@ def unpack(content: bytes, http) -> bytes:
 
 # --- the parser, in a process of its own ---
 
-def answer_pages(pipe, other_end, function, main_content: bool) -> None:
+main_text = functools.partial(extract_text, main_content=True)       # without navigation, headers and footers
+
+
+def answer_pages(pipe, other_end, function) -> None:
     """What the extraction process does: answer every page by (text, "") or ("", why there is none)."""
     other_end.close()                            # else the end of the other side would go unnoticed
     pipe.send("ready")
     with contextlib.suppress(EOFError):
         while page := pipe.recv_bytes():
             try:
-                pipe.send((function(page, main_content), ""))
+                pipe.send((function(page), ""))
             except Exception as error:           # whatever a page does to the parser is the page's fault: counted
                 pipe.send(("", f"not parsed: {type(error).__name__}"))
 
 
 class Extractor:
-    """Calls extract_text in a process of its own: a page that hangs or crashes the parser costs that page only.
+    """Calls main_text in a process of its own: a page that hangs or crashes the parser costs that page only.
 
-    The parser is C and cannot be interrupted from within: the process is killed with the page, the next gets a new one.
+    The parser is C and cannot be interrupted: the process is killed with the page, the next gets a new one. (With a
+    multiprocessing.Pool in its place all steps take a fifth longer.)
     """
 
-    def __init__(self, main_content: bool = True, function=extract_text, seconds: float = MAX_SECONDS):
-        self.arguments, self.seconds, self.process = (function, main_content), seconds, None
+    def __init__(self, function=main_text, seconds: float = MAX_SECONDS):
+        self.function, self.seconds, self.process = function, seconds, None
 
     def start(self) -> None:
         """Start the process and wait until it has imported what it needs: the first page does not pay for that."""
         # Dask's workers are daemons, which may have no children; this one's end with the archive.
         multiprocessing.current_process()._config["daemon"] = False
-        # Forking takes no time, and is safe where no other thread may hold a lock: in an executor's processes.
+        # Forking is quick, and safe where no other thread may hold a lock: in an executor's processes.
         forks = sys.platform == "linux" and threading.active_count() == 1
         context = multiprocessing.get_context("fork" if forks else "spawn")
         self.pipe, other_end = context.Pipe()
-        self.process = context.Process(target=answer_pages, args=(other_end, self.pipe, *self.arguments), daemon=True)
+        self.process = context.Process(target=answer_pages, args=(other_end, self.pipe, self.function), daemon=True)
         self.process.start()
         other_end.close()
         self.pipe.recv()                         # EOFError: the calling script has no `if __name__ == "__main__":`

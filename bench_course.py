@@ -195,9 +195,9 @@ def intervals(words: list[str]) -> None:
           f"and median high / low\n{'fit':<16}{'law':<11}{'noise':>7}" + "".join(f"{key:>16}" for key in keys))
     for fit in (laws.fit_isoflop, laws.fit_parametric):
         for name, law in laws.PUBLISHED.items():
-            truth = laws.predict(laws.published(name), target, warn=False)
+            truth = laws.predict(laws.published(name), target)
             for noise in (0.002, 0.003, 0.01, 0.03):
-                made = [laws.predict(fit(law_runs(law, noise, seed)), target, warn=False)
+                made = [laws.predict(fit(law_runs(law, noise, seed)), target)
                         for seed in range(config.worlds)]
                 cells = []
                 for key in keys:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from answers import need, read_jsonl, read_text
+from answers import read_text
 from archive import expand, read_archive
 from checkpoint import claim_file, write_atomically, write_text
 from clean import MODEL_CHARS, extract_text, fasttext_predict, hash_ngrams, hash_words, load_fasttext, normalize
@@ -26,14 +26,11 @@ MIN_UPDATES = 2000                               # fewer texts are shown more of
 class Classifier:
     """A linear model over hashed words and word pairs, after fastText's recipe.
 
-    Two departures: no hidden layer, which between two linear maps adds nothing for a few labels; a text's vector has
-    length 1 (not the mean, whose gradient fades with the text's length), so that one rate fits short and long texts.
+    Two departures: no hidden layer, which adds nothing between two linear maps; a text's vector has length 1 (not the
+    mean, whose gradient fades with the text's length), so that one rate fits short and long texts.
     """
 
     def __init__(self, ngrams: int = 2, bits: int = 18, lr: float = 1.0, epochs: int = 5, seed: int = 0):
-        for name, value, most in (("ngrams", ngrams, 9), ("bits", bits, 30), ("epochs", epochs, 1000), ("lr", lr, 99)):
-            if not 0 < value <= most:
-                raise ValueError(f"{name}={value} must be above 0 and at most {most}")
         self.settings = {"ngrams": ngrams, "bits": bits, "lr": lr, "epochs": epochs, "seed": seed}
         self.labels, self.weights = [], np.zeros((1 << bits, 0), dtype=np.float32)
 
@@ -73,7 +70,7 @@ class Classifier:
     def save(self, path) -> None:
         """Write a plain .npz of the weights that are not zero; loading it runs no code."""
         rows = np.flatnonzero(self.weights.any(axis=1))
-        about = np.frombuffer(json.dumps({"labels": self.labels, "hash": 2} | self.settings).encode(), dtype=np.uint8)
+        about = np.frombuffer(json.dumps({"labels": self.labels} | self.settings).encode(), dtype=np.uint8)
         arrays = {"about": about, "rows": rows, "weights": self.weights[rows]}
         write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
@@ -84,8 +81,6 @@ class Classifier:
             with np.load(path, allow_pickle=False) as arrays:
                 settings = json.loads(arrays["about"].tobytes())
                 labels = settings.pop("labels")
-                if settings.pop("hash", 1) != 2:
-                    raise ValueError("it is of an earlier version, which hashed words otherwise; train it again")
                 model = cls(**settings)
                 model.labels, model.weights = labels, np.zeros((1 << settings["bits"], len(labels)), dtype=np.float32)
                 model.weights[arrays["rows"]] = arrays["weights"]
@@ -117,22 +112,16 @@ class ClassifyConfig:
     positive: str | None = None          # texts of the kind looked for: a file or a pattern
     negative: str | None = None          # texts of the other kind
     out: str = "classifier.npz"          # the model; its report goes beside it as .json
-    ngrams: int = 2                      # words to the longest feature
-    bits: int = 20                       # 2^bits weights a label
-    lr: float = 1.0                      # first step size, falling to zero
-    epochs: int = 5                      # rounds over the texts
     seed: int = 0                        # of the split and the order
 
 
 def read_texts(pattern: str) -> list[str]:
-    """The documents of files: WARC, WET, .jsonl with a `text`, or plain text, by <|endoftext|> or else by line."""
+    """The documents of files: WARC, WET, or plain text, by <|endoftext|> or else by line."""
     texts = []
     for path in expand(pattern):
         if {".warc", ".wet"} & set(Path(path).suffixes):
             texts += [extract_text(content) if is_html else content.decode("utf-8", "replace")
                       for _, content, is_html in read_archive(path, Counter())]
-        elif path.endswith(".jsonl"):
-            texts += [str(text) for text, in read_jsonl(path, lambda record: need(record, "text"))[0]]
         else:
             text = read_text(path)
             texts += text.split(SEPARATOR if SEPARATOR in text else "\n")
@@ -150,16 +139,15 @@ def train_classifier(config: ClassifyConfig) -> dict:
     pairs = [(text, label) for label in ("positive", "negative") for text in read_texts(getattr(config, label))]
     pairs = [pairs[i] for i in np.random.default_rng(config.seed).permutation(len(pairs))]
     held_out, training = pairs[:len(pairs) // 10], pairs[len(pairs) // 10:]
-    model = Classifier(config.ngrams, config.bits, config.lr, config.epochs, config.seed)
-    model.train(*map(list, zip(*training))).save(config.out)
+    model = Classifier(bits=20, seed=config.seed).train(*map(list, zip(*training)))
+    model.save(config.out)
     answers = [model.predict(text) for text, _ in held_out]
     p = np.array([score if label == "positive" else 1 - score for label, score in answers])
     chosen, truth = p >= 0.5, np.array([label == "positive" for _, label in held_out])
+    right = int((chosen & truth).sum())
     report = {
         "trained_on": len(training), "held_out": len(held_out), "accuracy": float(np.mean(chosen == truth)),
-        "precision": float(truth[chosen].mean()) if chosen.any() else None,
-        "recall": float(chosen[truth].mean()) if truth.any() else None,
-        "threshold_to_keep": {f"{share:.0%}": float(np.quantile(p, 1 - share)) for share in (.1, .25, .5, .75, .9)}}
+        "precision": right / max(chosen.sum(), 1), "recall": right / max(truth.sum(), 1)}
     text = json.dumps(report, indent=1)
     write_text(Path(config.out).with_suffix(".json"), text)
     print(text)

@@ -22,8 +22,7 @@ probability 1 − (1 − s⁸)¹⁶:
     s          0.3    0.5    0.6    0.7    0.8    0.9
     they meet  0.1 %  6 %    24 %   61 %   95 %   99.99 %            and then the true similarity decides: 0.8
 
-Gopher's rules: Rae et al. 2112.11446, A1. Language: 1612.03651.
-Left out: IPv6, phone numbers outside the US, word rules for scripts without spaces.
+Gopher's rules: Rae et al. 2112.11446, A1. Left out: IPv6, phone numbers outside the US, scripts without spaces.
 """
 import functools
 import hashlib
@@ -42,7 +41,6 @@ META_CHARSET = re.compile(rb"(?i)<(?:meta[^>]{0,200}?charset|\?xml[^>]{0,99}?enc
                           rb"\s{0,9}[\"']?([a-z0-9_:.-]{1,40})")
 SUPERSETS = {"euc_kr": "cp949", "shift_jis": "cp932", "gbk": "gb18030"}      # what pages that name the former hold
 LANGUAGE_CHARS, MODEL_CHARS = 500, 20_000        # how much of a text the language model and the classifiers read
-BLOCK_BYTES = 1 << 16                            # of text hashed at a time
 ODD = np.uint64(0x9E3779B97F4A7C15)              # 2^64 over the golden ratio: odd, its bits irregular
 NO_SHINGLE = np.uint32(0xFFFFFFFF)               # every place of the signature of a text without words
 NGRAM_SHARES = {2: .20, 3: .18, 4: .16, 5: .15, 6: .14, 7: .13, 8: .12, 9: .11, 10: .10}     # Gopher, table A1
@@ -141,8 +139,6 @@ def mask_ips(text: str) -> tuple[str, int]:
 
 _FOLD = bytes.maketrans(string.ascii_uppercase.encode() + bytes(range(32)), string.ascii_lowercase.encode() + b" " * 32)
 _VALUES = np.random.default_rng(0).integers(0, 1 << 64, 256, dtype=np.uint64)    # of the bytes of a word
-_POWERS, _INVERSES = (np.multiply.accumulate(np.full(BLOCK_BYTES + 2, number, dtype=np.uint64))
-                      for number in (ODD, pow(int(ODD), -1, 1 << 64)))
 
 
 @functools.lru_cache(4096)
@@ -163,23 +159,24 @@ def normalize(text: str) -> bytes:
     return text.encode("utf-8", "replace").translate(_FOLD, PUNCTUATION)
 
 
+@functools.cache
+def powers_of_odd(n: int) -> list[np.ndarray]:
+    """ODD^1 … ODD^n and their inverses modulo 2^64, (n,) each."""
+    return [np.multiply.accumulate(np.full(n, base, dtype=np.uint64)) for base in (ODD, pow(int(ODD), -1, 1 << 64))]
+
+
 def hash_words(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     """(hashes uint64, lengths in bytes) of the words of a normalised text, (n,) each; the same on every machine.
 
     Rabin and Karp's: with S the sums of value(byte i) · ODD^i modulo 2^64, a word from s to e is (S_e − S_s) / ODD^s.
     """
-    hashes, lengths, blocks = [], [], [text]
-    if len(text) > BLOCK_BYTES:                  # cut at blanks
-        blocks = re.findall(rb".{1,%d}(?: |\Z)|.{%d}" % (BLOCK_BYTES - 1, BLOCK_BYTES), text, re.DOTALL)
-    for block in blocks:
-        codes = np.frombuffer(b" " + block + b" ", dtype=np.uint8)
-        blank = codes == 32
-        borders = np.flatnonzero(blank[1:] != blank[:-1])             # before a word, its end, before the next …
-        starts, ends = borders[::2], borders[1::2]
-        sums = np.cumsum(_VALUES[codes] * _POWERS[:len(codes)])
-        hashes.append((sums[ends] - sums[starts]) * _INVERSES[starts])
-        lengths.append(ends - starts)
-    return hash_rows([np.concatenate(hashes)]), np.concatenate(lengths)
+    codes = np.frombuffer(b" " + text + b" ", dtype=np.uint8)
+    blank = codes == 32
+    borders = np.flatnonzero(blank[1:] != blank[:-1])                 # before a word, its end, before the next …
+    starts, ends = borders[::2], borders[1::2]
+    powers, inverses = powers_of_odd(1 << len(codes).bit_length())
+    sums = np.cumsum(_VALUES[codes] * powers[:len(codes)])
+    return hash_rows([(sums[ends] - sums[starts]) * inverses[starts]]), ends - starts
 
 
 def hash_rows(columns) -> np.ndarray:
@@ -203,7 +200,7 @@ def hash_ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
 
 def gopher_filter(text: str) -> bool:
     """True for a text to keep."""
-    return not gopher_reason(text)
+    return gopher_reason(text) == ""
 
 
 def gopher_reason(text: str) -> str:
@@ -246,49 +243,41 @@ def repetition_reason(text: str, hashes: np.ndarray, lengths: np.ndarray) -> str
 
 def ngram_reason(hashes: np.ndarray, lengths: np.ndarray) -> str:
     """The first rule of table A1 about repeated n-grams that the words break. Shares are shares of the words' bytes."""
-    hashes, bits = hashes[:1 << 20], np.uint64(20)                    # a place must fit 20 bits
-    ends = np.append(0, np.cumsum(lengths[:len(hashes)]))             # bytes before each word
-    places, grams = np.arange(len(hashes)), hashes.copy()
-    for n in range(2, 11):
-        # An n-gram can only be duplicated where the (n-1)-gram was: the places left shrink from n to n.
-        places = places[places <= len(hashes) - n]
-        grams[places] = grams[places] * ODD + hashes[places + n - 1]
-        keys = np.sort((grams[places] << bits) | places.astype(np.uint64))        # 44 bits of hash, then the place
-        places = (keys & np.uint64((1 << 20) - 1)).astype(np.int64)
-        borders = np.append(np.flatnonzero(np.append(True, (keys[1:] ^ keys[:-1]) >> bits)), len(keys))
-        counts = borders[1:] - borders[:-1]      # how often each n-gram stands
-        if counts.max(initial=0) < 2:
+    ends = np.append(0, np.cumsum(lengths))                           # bytes before each word
+    places, grams = np.arange(len(hashes)), hashes
+    for n, limit in NGRAM_SHARES.items():
+        # An n-gram can only be repeated where the (n-1)-gram was: the places left shrink from n to n.
+        inside = places <= len(hashes) - n
+        places = places[inside]
+        grams = grams[inside] * ODD + hashes[places + n - 1]
+        _, number, counts = np.unique(grams, return_inverse=True, return_counts=True)
+        times = counts[number]                   # how often the n-gram of each place stands
+        if times.max(initial=0) < 2:
             return ""
         if n <= 4:                               # of equally frequent n-grams the longest counts
-            first = places[borders[:-1][counts == counts.max()]]
-            kind, size = "the most frequent", counts.max() * (ends[first + n] - ends[first]).max()
-        places = places[np.repeat(counts > 1, counts)]
-        if n > 4:                                # a duplicated n-gram counts wherever it stands, every word once
+            first = places[times == times.max()]
+            kind, size = "the most frequent", times.max() * (ends[first + n] - ends[first]).max()
+        places, grams = places[times > 1], grams[times > 1]
+        if n > 4:                                # a repeated n-gram counts wherever it stands, every word once
             covered = np.zeros(len(hashes), dtype=bool)
             covered[np.add.outer(places, np.arange(n))] = True
             kind, size = "duplicated", lengths[covered].sum()
-        share, limit = size / ends[-1], NGRAM_SHARES[n]
-        if share > limit:
-            return f"{kind} {n}-grams hold {share:.0%} of the text, over {limit:.0%}"
-        if n > 4 and share <= NGRAM_SHARES[10]:  # longer ones stand within these, and no limit is lower
-            return ""
+        if size > limit * ends[-1]:
+            return f"{kind} {n}-grams hold {size / ends[-1]:.0%} of the text, over {limit:.0%}"
     return ""
 
 
 # --- duplicates: lines that stand more than once ---
 
-def duplicate_lines(lines, keep_first: bool = False) -> np.ndarray:
-    """(n,) bool: True for each of n lines (bytes) to drop: those that stand more than once, or all but their first.
+def duplicate_lines(lines) -> np.ndarray:
+    """(n,) bool: True for each of n lines (bytes) to drop: those that stand more than once.
 
     A line is known by 8 bytes: among a thousand million lines one is lost by accident with probability 3 %.
     """
     digests = [hashlib.blake2b(line, digest_size=8).digest() for line in lines]
-    _, first, number, counts = np.unique(np.frombuffer(b"".join(digests), dtype="<u8"), return_index=True,
-                                         return_inverse=True, return_counts=True)
-    drop = counts[number] > 1
-    if keep_first:
-        drop[first] = False
-    return drop
+    keys = np.frombuffer(b"".join(digests), dtype="<u8")
+    _, number, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    return counts[number] > 1
 
 
 def output_names(paths, out_dir) -> tuple[list[Path], list[Path]]:
@@ -303,14 +292,13 @@ def output_names(paths, out_dir) -> tuple[list[Path], list[Path]]:
     return paths, targets
 
 
-def dedup_lines(paths, out_dir, *, keep_first: bool = False) -> int:
+def dedup_lines(paths, out_dir) -> int:
     """Copy each file to out_dir without the lines that stand more than once in all of them; returns how many went.
 
-    keep_first: the first of equal lines stays. Bytes are compared, without the line's end: any encoding will do. A file
-    left with no line is an empty file. Memory: about 100 bytes a line.
+    Bytes are compared, without the line's end: any encoding will do.
     """
     paths, targets = output_names(paths, out_dir)
-    drop = duplicate_lines((line for path in paths for line in path.read_bytes().splitlines()), keep_first)
+    drop = duplicate_lines(line for path in paths for line in path.read_bytes().splitlines())
     goes = iter(drop)                            # in the order of all lines of all files
     for path, target in zip(paths, targets):
         kept = [line for line in path.read_bytes().splitlines(keepends=True) if not next(goes)]
@@ -321,10 +309,7 @@ def dedup_lines(paths, out_dir, *, keep_first: bool = False) -> int:
 # --- near duplicates ---
 
 def minhash_by_sets(shingles: set[int], num_hashes: int, seed: int = 0) -> list[int]:
-    """The form to read: the least value of each hash function a·x + b modulo 2^32 over a set of shingles.
-
-    x is a shingle's 32 high bits. Without a shingle every place is 2^32 − 1.
-    """
+    """The form to read: the least a·x + b modulo 2^32 of each hash function; x: a shingle's 32 high bits."""
     a, b = hash_functions(num_hashes, seed)
     signature = []
     for i in range(num_hashes):
@@ -364,8 +349,8 @@ def near_duplicates(signatures: np.ndarray, text_of, num_bands: int, ngrams: int
                     seed: int = 0) -> list[list[int]]:
     """Clusters of documents whose Jaccard similarity over word n-grams reaches the threshold; the kept one first.
 
-    signatures: (n, k). text_of(i): the text of document i, asked for candidates only. Of those that share a band, each
-    is compared with one of every cluster so far and joined by union–find.
+    signatures: (n, k). text_of(i): the text of a candidate. Of those that share a band, each is compared with one of
+    every cluster so far and joined by union–find.
     """
     shingles = functools.lru_cache(256)(lambda i: set(shingles_of(text_of(i), ngrams).tolist()))
     parent = list(range(len(signatures)))
@@ -404,8 +389,8 @@ def dedup_minhash(paths, num_hashes: int, num_bands: int, ngrams: int, threshold
                   seed: int = 0) -> list[list[str]]:
     """Copy to out_dir one file of each cluster of near duplicates, and every file that has none, under their names.
 
-    ngrams: words to a shingle. threshold: the Jaccard similarity, 0 … 1, from which two files are the same. Returns the
-    clusters as lists of paths, the kept one first.
+    ngrams: words to a shingle. threshold: Jaccard similarity of two files that are the same. Returns the clusters as
+    lists of paths, the kept one first.
     """
     check_bands(num_hashes, num_bands, ngrams, threshold)
     paths, targets = output_names(paths, out_dir)

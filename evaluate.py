@@ -71,10 +71,6 @@ class OpenConfig:
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if getattr(self, "shots", 0) < 0:
-            raise ValueError(f"shots={self.shots} must be at least 0")
-        if not 0 <= getattr(self, "temperature", 0.0) < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be at least 0")
 
 
 @dataclass
@@ -101,12 +97,10 @@ class ChooseConfig(OpenConfig):
 
 @dataclass
 class WriteConfig(OpenConfig):
-    """What `instructions` can be told, and every other verb whose answers are written."""
+    """What `instructions` can be told, and every other verb whose answers are written, greedily."""
     limit: int | None = None             # questions to ask; none = all (instructions: 60)
     template: str | None = None          # plain qa alpaca r1_zero chat chatml; none = what the run was tuned with
     max_new_tokens: int = 256            # longest answer
-    temperature: float = 0.0             # of answers; 0 = greedy
-    seed: int = 0                        # of sampling, and of the instructions
 
 
 @dataclass
@@ -129,9 +123,8 @@ class MMLUConfig(WriteConfig):
         super().__post_init__()
         if self.by not in ("letter", "generate"):
             raise ValueError(f"by={self.by!r} must be letter or generate")
-        written = (self.template, self.max_new_tokens, self.temperature, self.seed)
-        if self.by != "generate" and written != (None, 256, 0, 0):
-            raise ValueError(f"template, max_new_tokens, temperature and seed need by=generate, not {self.by}")
+        if self.by == "letter" and (self.template, self.max_new_tokens) != (None, 256):
+            raise ValueError("template and max_new_tokens need by=generate, not letter")
 
 
 # --- loss of a text ---
@@ -139,8 +132,8 @@ class MMLUConfig(WriteConfig):
 def perplexity(model, tokens, n_bytes: int | None = None, stride: int | None = None, batch_size: int = 16) -> dict:
     """Loss (nats per token), perplexity, bits_per_byte (None without n_bytes) and tokens of a sequence of ids.
 
-    tokens: (n,) ids. n_bytes: bytes of UTF-8 that all of them stand for. The first token has nothing before it and is
-    not predicted; the others have at least context_length - stride tokens before them, as far as the text has so many.
+    tokens: (n,) ids. n_bytes: bytes of UTF-8 that all of them stand for. The first token is not predicted; the others
+    have at least context_length - stride tokens before them, as far as the text has so many.
     """
     with evaluating(model):
         loss = check_numbers(token_losses(model, tokens, stride, batch_size).double().mean()).item()
@@ -163,8 +156,6 @@ def read_tokens(path, tokenizer, tokenizer_sha256: str | None = None):
         ids = open_tokens(path.parent, path.stem)
         if tokenizer is None:
             return ids, None
-        if int(ids.max()) >= tokenizer.vocab_size:
-            raise ValueError(f"{path} holds id {ids.max()}, but the tokenizer has only {tokenizer.vocab_size} ids")
         counts = np.bincount(ids, minlength=tokenizer.vocab_size)
         return ids, sum(int(counts[token]) * len(piece) for token, piece in tokenizer.vocab.items())
     if tokenizer is None:
@@ -203,11 +194,11 @@ def render(tokenizer, template: str, turns: list[str]) -> list[int]:
     return ids + conversation(tokenizer, form, end if template in CHATS else "\n\n", turns)
 
 
-def with_shots(tokenizer, shots: list[str], question: str, room: int) -> str:
-    """Worked examples, then the question; examples are left out from the first on until the ids fit `room`."""
+def with_shots(model, tokenizer, shots: list[str], question: str) -> str:
+    """Worked examples, then the question; the first ones are left out until a quarter of the context is free."""
     for first in range(len(shots)):
         text = "\n\n".join([*shots[first:], question])
-        if len(tokenizer.encode(text, allowed_special=set())) <= room:
+        if len(tokenizer.encode(text, allowed_special=set())) <= 3 * model.config.context_length // 4:
             return text
     return question
 
@@ -250,10 +241,7 @@ def say_cut(lengths: list[int], room: int) -> None:
 
 
 def choose(model, tokenizer, items: list[dict], letters: bool, batch_size: int) -> list[dict]:
-    """Items {prompt, options, answer} with {scores, chosen, right}: the likeliest letter, or the likeliest option.
-
-    An option's log-likelihood is divided by its bytes: a long one is at no disadvantage, whatever the tokenizer.
-    """
+    """Items {prompt, options, answer} with {scores, chosen, right}: the likeliest letter, or the likeliest option."""
     rows = []                                                     # (item, text of one of its options)
     for item in items:
         options = LETTERS[:len(item["options"])] if letters else item["options"]
@@ -273,29 +261,23 @@ def choose(model, tokenizer, items: list[dict], letters: bool, batch_size: int) 
 
 # --- verbs: each gives a list of answers {…, output or chosen, right} ---
 
-def answer_room(model, config) -> int:
-    """Tokens of the context kept for an answer, whatever the prompt: at most a quarter of it."""
-    return max(1, min(config.max_new_tokens, model.config.context_length // 4))
-
-
 def write_answers(model, tokenizer, template: str, prompts: list[str], config) -> list[str]:
-    """An answer to each prompt: what the prompt leaves of the context, max_new_tokens at most.
+    """A greedy answer to each prompt: what the prompt leaves of the context, max_new_tokens at most.
 
-    Longer ones would push the question out of the window. A prompt that leaves less than `answer_room` loses its
-    beginning, and the number of such prompts is printed.
+    Longer ones would push the question out of the window. A prompt that leaves less than that, or than a quarter of the
+    context, loses its beginning, and the number of such prompts is printed.
     """
     context, stop = model.config.context_length, end_id(tokenizer, template)
     ids = [render(tokenizer, template, [prompt]) for prompt in prompts]
-    longest = context - answer_room(model, config)
+    longest = context - max(1, min(config.max_new_tokens, context // 4))
     say_cut([len(row) for row in ids], longest)
     ids = [row[-longest:] for row in ids]
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(config.seed)
     texts, order = [""] * len(ids), sorted(range(len(ids)), key=lambda i: len(ids[i]))     # like lengths, like rooms
     for start in range(0, len(order), config.batch_size):
         batch = order[start:start + config.batch_size]
         n_new = min(config.max_new_tokens, context - len(ids[batch[0]]))
-        rows = generate(model, [ids[i] for i in batch], n_new, temperature=config.temperature, generator=generator,
-                        stop_ids=() if stop is None else (stop,), vocab_limit=tokenizer.vocab_size)
+        rows = generate(model, [ids[i] for i in batch], n_new, temperature=0, vocab_limit=tokenizer.vocab_size,
+                        stop_ids=() if stop is None else (stop,))
         for i, row in zip(batch, rows):
             texts[i] = tokenizer.decode([token for token in row[:context - len(ids[i])] if token != stop])
     return texts
@@ -309,12 +291,10 @@ def ask_mmlu(model, tokenizer, template, config) -> list[dict]:
 
     items = read_mmlu(config.data, "test")[:config.limit]
     examples = read_mmlu(config.data, "dev") if config.shots else []
-    # 64 tokens are enough for the header and the template around the prompt.
-    room = model.config.context_length - (answer_room(model, config) if config.by == "generate" else 0) - 64
     for item in items:
         header = f"The following are multiple choice questions (with answers) about {item['subject']}.\n\n"
         shots = [f"{ask(shot)} {shot['answer']}" for shot in examples if shot["subject"] == item["subject"]]
-        item["prompt"] = header + with_shots(tokenizer, shots[:config.shots], ask(item), room)
+        item["prompt"] = header + with_shots(model, tokenizer, shots[:config.shots], ask(item))
     if config.by != "generate":
         return choose(model, tokenizer, items, True, config.batch_size)
     texts = write_answers(model, tokenizer, template, [item["prompt"] for item in items], config)
@@ -331,7 +311,7 @@ def ask_choices(model, tokenizer, template, config) -> list[dict]:
         shots = [f"{item['question']} {item['options'][LETTERS.index(item['answer'])].strip()}"
                  for item in read_jsonl(config.shots_data, read_choices)[0][:config.shots]]
     for item in items:
-        item["prompt"] = with_shots(tokenizer, shots, item["question"], model.config.context_length - 64)
+        item["prompt"] = with_shots(model, tokenizer, shots, item["question"])
     return choose(model, tokenizer, items, False, config.batch_size)
 
 
@@ -347,8 +327,7 @@ def ask_gsm8k(model, tokenizer, template, config) -> list[dict]:
     prompts = [question for question, _ in items]
     if config.shots:
         shots = [f"Question: {q}\nAnswer: {a}" for q, a in read_jsonl(config.shots_data, pair)[0][:config.shots]]
-        room = model.config.context_length - answer_room(model, config) - 64
-        prompts = [with_shots(tokenizer, shots, f"Question: {question}\nAnswer:", room) for question in prompts]
+        prompts = [with_shots(model, tokenizer, shots, f"Question: {question}\nAnswer:") for question in prompts]
         template = config.template or "plain"
     # A base model goes on with a next question, whose numbers are not this one's answer.
     texts = [text.split("\nQuestion:")[0] for text in write_answers(model, tokenizer, template, prompts, config)]
@@ -357,8 +336,8 @@ def ask_gsm8k(model, tokenizer, template, config) -> list[dict]:
             for (question, answer), text in zip(items, texts)]
 
 
-def instructions(n: int, seed: int) -> list[tuple]:
-    """n pairs (instruction, check(answer) -> bool) drawn by seed: exact counts, a keyword, JSON, case, no comma."""
+def instructions(n: int, seed: int = 0) -> list[tuple]:
+    """n pairs (instruction, check(answer) -> bool) drawn by seed: exact counts, a keyword, case, no comma."""
     pick, pairs = random.Random(seed), []
     for i in range(n):
         topic, word = pick.choice(["the sea", "a town", "winter", "music"]), pick.choice(["river", "green"])
@@ -369,24 +348,14 @@ def instructions(n: int, seed: int) -> list[tuple]:
             (f"Write exactly {count} words about {topic}.", lambda text, n=count: len(text.split()) == n),
             (f"Write about {topic} and use the word \"{word}\" exactly {count} times.",
              lambda text, n=count, w=word: len(re.findall(rf"\b{w}\b", text, re.IGNORECASE)) == n),
-            (f"Describe {topic} as a JSON object with the keys \"name\" and \"{word}\" and nothing else.",
-             lambda text, w=word: json_keys(text) == {"name", w}),
             (f"Write about {topic} in upper case letters only.", lambda text: text.isupper()),
-            (f"Write about {topic} without a comma.", lambda text: bool(text.strip()) and "," not in text)][i % 6])
+            (f"Write about {topic} without a comma.", lambda text: bool(text.strip()) and "," not in text)][i % 5])
     return pairs
-
-
-def json_keys(text: str) -> set | None:
-    """The keys of a JSON object, or None for anything else."""
-    try:
-        return set(json.loads(text).keys())
-    except (ValueError, AttributeError, RecursionError):     # so many brackets that Python's parser gives up
-        return None
 
 
 def ask_instructions(model, tokenizer, template, config) -> list[dict]:
     """Instructions whose following a program can check."""
-    pairs = instructions(config.limit or 60, config.seed)
+    pairs = instructions(config.limit or 60)
     texts = write_answers(model, tokenizer, template, [instruction for instruction, _ in pairs], config)
     return [{"instruction": instruction, "output": text, "right": check(text)}
             for (instruction, check), text in zip(pairs, texts)]
@@ -396,11 +365,16 @@ def ask_open(model, tokenizer, template, config) -> list[dict]:
     """AlpacaEval's JSON list, SimpleSafetyTests' CSV or any JSONL with `prompt`: answers, and whether they refuse."""
     items, field = read_prompts(config.data)
     items = items[:config.limit]
-    texts = write_answers(model, tokenizer, template, [str(need(item, field)[0]) for item in items], config)
+    texts = write_answers(model, tokenizer, template, [str(item[field]) for item in items], config)
     return [item | {"output": text, "right": bool(REFUSAL.search(text))} for item, text in zip(items, texts)]
 
 
 # --- the command ---
+
+def standard_error(p: float, n: int) -> float:
+    """Of a share p of n questions."""
+    return math.sqrt(p * (1 - p) / n)
+
 
 VERBS = {None: (None, ReadConfig), "mmlu": (ask_mmlu, MMLUConfig), "hellaswag": (ask_choices, ChooseConfig),
          "arc": (ask_choices, ChooseConfig), "gsm8k": (ask_gsm8k, GSM8KConfig), "alpaca": (ask_open, OpenEndedConfig),
@@ -431,13 +405,8 @@ def ask(verb: str, out_dir: str, config) -> str:
     n, share = len(answers), sum(answer["right"] for answer in answers) / len(answers)
     line = (f"{out_dir}: {verb}, {n} questions, {time.perf_counter() - started:.0f} s | "
             f"{'refused' if verb in ('alpaca', 'safety') else 'right'} {share:.1%} ± {standard_error(share, n):.1%}")
-    if "chosen" in answers[0]:
-        line += f" | unreadable {sum(answer['chosen'] is None for answer in answers)}"
-    return f"{line} | {path}"
-
-
-def standard_error(p: float, n: int) -> float:
-    return math.sqrt(p * (1 - p) / n)
+    unreadable = sum(answer.get("chosen", "") is None for answer in answers)
+    return f"{line} | unreadable {unreadable} | {path}"
 
 
 def read(out_dir: str, config: ReadConfig) -> str:

@@ -4,9 +4,8 @@
     Explorer             learning rates, shapes and batches first, then IsoFLOPs, then long shots; at last a prediction
     World                the law itself, at the end of the page: predict first, then read
 
-The service has the form of CS336's third assignment: its ranges, the budgets that can be asked, sequences of 512
-tokens. Here it is simulated, so that a strategy can be tried in twenty worlds in a minute. Strategy: Chinchilla's
-IsoFLOPs (2203.15556, approach 2) with settings found before, since a badly tuned run bends the parabola.
+The service has the form of CS336's third assignment, simulated, so that a strategy can be tried in twenty worlds in a
+minute. Settings come first, since a badly tuned run bends the parabola of an IsoFLOP (2203.15556, approach 2).
 """
 import hashlib
 import math
@@ -19,16 +18,12 @@ from laws import fit_parametric, make_fit, power_law, predict
 RANGES = {"d_model": (64, 1024), "n_layers": (2, 24), "n_heads": (2, 16), "batch_size": (128, 256),
           "learning_rate": (1e-4, 1e-3), "flops": (1e13, 1e18)}
 QUERY_FLOPS = [float(f"{m}e{e}") for e in range(13, 18) for m in (1, 3, 6)] + [1e18]
-# `real`: budgets in exact FLOPs, and the shapes (d_model, n_layers, n_heads) trained at each, around the best one.
 
 
 # --- the simulated service ---
 
 class TrainingAPI:
-    """A service that trains any model within RANGES and answers with its loss, until the FLOP budget is gone.
-
-    seed: which world, that is, which hidden law. `runs`: all so far, as records with their settings.
-    """
+    """Trains any model within RANGES and answers with its loss, until the FLOP budget is gone; seed: which world."""
 
     def __init__(self, budget_flops: float = 2e18, seed: int = 0):
         if not 0 < budget_flops < math.inf:
@@ -49,16 +44,13 @@ class TrainingAPI:
         settings = dict(zip(RANGES, (d_model, n_layers, n_heads, batch_size, learning_rate, flops)))
         for name, value in settings.items():
             low, high = RANGES[name]
-            whole = name not in ("learning_rate", "flops")
-            is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-            if not is_number or not low <= value <= high or whole and value != int(value):
-                raise ValueError(f"{name}={value!r} must be {'a whole number' if whole else 'a number'} from {low:g} "
-                                 f"to {high:g}")
-            settings[name] = int(value) if whole else float(value)
-        if settings["batch_size"] not in (128, 256):
-            raise ValueError(f"batch_size={batch_size!r} must be one of 128, 256")
-        if settings["flops"] not in QUERY_FLOPS:
-            raise ValueError(f"flops={flops!r} must be one of {', '.join(f'{c:g}' for c in QUERY_FLOPS)}")
+            whole = name in ("d_model", "n_layers", "n_heads")
+            if isinstance(value, (str, bool)) or not low <= value <= high or whole and value != int(value):
+                kind = "whole number" if whole else "number"
+                raise ValueError(f"{name}={value!r} must be a {kind} from {low:g} to {high:g}")
+        for name, allowed in (("batch_size", (128, 256)), ("flops", QUERY_FLOPS)):
+            if settings[name] not in allowed:
+                raise ValueError(f"{name}={settings[name]!r} must be one of {', '.join(f'{n:g}' for n in allowed)}")
         for run in self.runs:
             if settings.items() <= run.items():
                 return run["loss"]
@@ -152,7 +144,7 @@ class Explorer:
     def long_shots(self) -> None:
         """What is left, on the largest budgets: the best size by the law so far, and a third and three times that."""
         for flops, factors in ((6e17, (1.0,)), (1e17, (0.35, 2.5)), (3e17, (1.0,)), (1e17, (1.0,)), (6e16, (0.5, 1.6))):
-            best = predict(fit_parametric(self.runs, resamples=0), flops, warn=False).n_params
+            best = predict(fit_parametric(self.runs, resamples=0), flops).n_params
             for factor in factors:
                 if self.api.used_flops + flops <= self.api.budget_flops * (1 - self.RESERVE):
                     self.runs.append(self.run(factor * best, flops))
@@ -163,7 +155,7 @@ class Explorer:
         self.isoflops()
         self.long_shots()
         self.fit = fit_parametric(self.runs)
-        best = predict(self.fit, self.target, warn=False)
+        best = predict(self.fit, self.target)
         return self.complete(best.n_params, self.target, widest=2048) | {
             key: best[key] for key in ("loss", "loss_low", "loss_high")}
 
@@ -206,6 +198,6 @@ def score(submission: dict, seed: int) -> dict:
     world = World(seed)
     true = world.loss(**{key: submission[key] for key in RANGES})
     law = np.array([[math.log(world.A), world.alpha, math.log(world.B), world.beta, math.log(world.E)]])
-    best = predict(make_fit("truth", law, np.log([submission["flops"]])), submission["flops"])
+    best = predict(make_fit("truth", law, math.log(submission["flops"])), submission["flops"])
     return {"true": true, "best": best.loss, "best_n_params": best.n_params,
             "prediction_error": 100 * (submission["loss"] / true - 1), "excess": 100 * (true / best.loss - 1)}

@@ -7,10 +7,9 @@ A run that costs a thousand pilots cannot be tuned, so it is predicted. The orde
     long shots   a few runs at the largest budgets that can be paid, near the best size: they hold the law's far end
     prediction   the parametric law read at the target, with its 90 % interval
 
-Convention: N is the parameters without embeddings and head, and C = 6 N D. That leaves out attention scores and the
-head, most of the bill at d_model 64; `real` budgets with accounting.py's exact count, `flops_exact`. "D = 20 N" does
-not hold where alpha and beta differ, for other data and tokenizers, for a model that serves many tokens (predict's
-inference_tokens), or past four epochs of repeated data (2305.16264).
+N is the parameters without embeddings and head, and C = 6 N D. That leaves out attention scores and the head, most of
+the bill at d_model 64; `real` budgets with accounting.py's exact count. "D = 20 N" does not hold where alpha and beta
+differ, for other data, for a model that serves many tokens, or past four epochs of repeated data (2305.16264).
 
     python scaling.py                                   a simulated service explored, fitted, scored; pictures
     python scaling.py fit RUNS.json --flops=1e21        all fits of one's own runs, and what they say at a budget
@@ -38,7 +37,6 @@ from laws import (LAW, PUBLISHED, RECORD, Fit, best_of_each_budget, budgets_of, 
                   fit_kaplan, fit_parametric, law_terms, make_fit, power_law, predict, published)
 from model import ModelConfig
 
-GOPHER_FLOPS = 5.76e23
 # `real`: budgets in exact FLOPs, and the shapes (d_model, n_layers, n_heads) trained at each, around the best one.
 REAL_GRID = {5.0e11: [(24, 2, 1), (32, 2, 1), (40, 2, 1), (48, 2, 1), (64, 2, 2)],
              1.5e12: [(24, 2, 1), (32, 2, 1), (48, 2, 1), (64, 2, 2), (64, 4, 2)],
@@ -51,17 +49,16 @@ REAL_RECIPE = dict(context_length=256, batch_tokens=1024, optimizer="muon", qk_n
 # --- pictures and tables ---
 
 def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str = "flops", mark=None) -> str:
-    """One picture of three panels: loss against N at equal `key`, the best N and D against C, the loss against C.
+    """Three panels: loss against N at equal `key`, the best N and D against C, the loss against C; returns the path.
 
-    mark: (label, record) of a point to set beside the prediction: the hidden truth, or a run that was predicted and
-    then trained. The rings are each budget's minimum by the law. Returns the path, for printing.
+    mark: (label, record) of a point to set beside the prediction. The rings are each budget's minimum by the law.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
     figure = Figure(figsize=(15, 5), layout="constrained")
     curves, sizes, losses = figure.subplots(1, 3)
     log_n, log_d, log_c, log_l = columns(runs, "a picture")
-    counts = np.log([run.get(key) or run["compute_budget"] for run in runs])
+    counts = np.log([run[key] for run in runs])
     for number, group in enumerate(budgets_of(counts)):
         color, budget = f"C{number % 10}", math.exp(counts[group].mean())
         curves.plot(np.exp(log_n[group]), np.exp(log_l[group]), "o", color=color, ms=4, label=f"{budget:.1e} FLOPs")
@@ -72,7 +69,7 @@ def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str
             curves.plot(np.exp(x), y, color=color, linewidth=1)
             curves.plot(math.exp(x[y.argmin()]), y.min(), "o", color=color, ms=9, fillstyle="none")
     budgets = np.geomspace(math.exp(log_c.min()), target, 60)
-    along = [predict(fit, c, warn=False) for c in budgets]
+    along = [predict(fit, c) for c in budgets]
     for axis, name in ((sizes, "n_params"), (sizes, "n_tokens"), (losses, "loss")):
         axis.fill_between(budgets, *([one[name + end] for one in along] for end in ("_low", "_high")), alpha=0.25)
         axis.loglog(budgets, [one[name] for one in along], label=f"best {name}, 90 % interval")
@@ -136,7 +133,7 @@ def fit_file(settings: "FitSettings", path: str) -> None:
 
 
 def demonstrate(settings: "DemoSettings") -> None:
-    """A world explored, each fit beside the hidden truth, what serving changes, the published laws, a picture."""
+    """A world explored, each fit beside the hidden truth, what serving changes, a picture."""
     target = settings.flops or 1e19
     explorer = Explorer(TrainingAPI(2e18, settings.seed), target)
     submission = explorer.spend()
@@ -150,8 +147,7 @@ def demonstrate(settings: "DemoSettings") -> None:
           f"per parameter, loss {served.loss:.3f}")
     print("submission: " + ", ".join(f"{key} {value:.4g}" for key, value in submission.items()))
     print(f"scored: prediction {result['prediction_error']:+.2f} % off the truth, model {result['excess']:.2f} % "
-          "above the best loss\n\nGopher's budget by the published laws:")
-    print_fits([published(name) for name in PUBLISHED], GOPHER_FLOPS)
+          "above the best loss")
     truth = {"n_params": result["best_n_params"], "loss": result["best"], "flops": target}
     print(draw(explorer.fit, explorer.runs, target, f"{settings.out_dir}/scaling.png", "python scaling.py",
                mark=("the hidden truth", truth)))
@@ -162,8 +158,7 @@ def demonstrate(settings: "DemoSettings") -> None:
 def plan(settings: "PlanSettings") -> Path:
     """Write a config for train.py that spends settings.flops at its best, and say what to expect; returns its path.
 
-    The law is the re-fit of Hoffmann's. Learning rate and batch are DeepSeek's for AdamW, 0.3118 C^-0.125 and
-    0.2920 C^0.3271 tokens, fitted from 1e17 to 2e19 FLOPs (2401.02954, eq. 1).
+    The law is the re-fit of Hoffmann's; learning rate and batch are DeepSeek's for AdamW (2401.02954, eq. 1).
     """
     device = next((name for name in DEVICES if name.lower() == settings.device.lower()), None)
     if device is None:
@@ -179,8 +174,7 @@ def plan(settings: "PlanSettings") -> Path:
     loss = math.exp(law_terms(fit.law, np.log([n_params]), np.log([steps * batch]))[0].item())
     micro = largest_batch(config, DEVICES[device].memory_bytes, dtype="bfloat16")
     if not micro:
-        raise ValueError(f"not one sequence of a model of {n_params:.3g} parameters fits {device}; choose a larger "
-                         "device or fewer flops")
+        raise ValueError(f"device={device} cannot hold one sequence of {n_params:.3g} parameters; give fewer flops")
     values = {"data_dir": settings.data_dir, "out_dir": "out/plan", "context_length": T, **shape,
               "qk_norm": True, "batch_tokens": batch, "micro_batch_size": min(batch // T, micro, 64),
               "max_steps": steps, "lr": float(f"{min(0.3118 * flops ** -0.125, 1e-2):.3g}"),
@@ -188,9 +182,8 @@ def plan(settings: "PlanSettings") -> Path:
     text = f'''"""{flops:.3g} FLOPs well spent: `python train.py {settings.config}`, by `python scaling.py plan`.
 
 N {n_params:,} (best {best.n_params:.3g}), D {steps * batch:,} tokens, {steps * batch / n_params:.0f} a parameter, by
-the re-fit of Chinchilla's law (2404.10102). Expected loss {loss:.2f} nats a token with that law's data and tokenizer;
-elsewhere only differences carry over. 6 N D = {6 * n_params * steps * batch:.3g}, with head and attention {exact:.3g}:
-{hours:.3g} hours on one {device} at an assumed 40 % of its peak.
+the re-fit of Chinchilla's law (2404.10102). Expected loss {loss:.2f} nats a token with that law's data and tokenizer.
+With head and attention {exact:.3g} FLOPs: {hours:.3g} hours on one {device} at an assumed 40 % of its peak.
 """
 ''' + "".join(f"{key} = {value!r}\n" for key, value in values.items())
     Path(settings.config).write_text(text, encoding="utf-8")
@@ -214,18 +207,14 @@ def exact_flops(config: ModelConfig) -> float:
 def read_runs(path) -> list[dict]:
     """The runs in a JSON file. Raises ValueError naming the file when it holds anything else."""
     try:
-        runs = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); give another file") from None
-    if not isinstance(runs, list):
-        raise ValueError(f"{path} does not hold a list of runs; give another file")
-    return runs
+        return list(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON list of runs ({error}); give another file") from None
 
 
 def write_json(path, value) -> None:
     """Write a JSON file whole or not at all, a line a run."""
-    text = json.dumps(value).replace("}, {", "},\n {") + "\n"
-    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+    checkpoint.write_text(path, json.dumps(value).replace("}, {", "},\n {") + "\n")
 
 
 def real_job(shape: tuple, budget: float, seed: int, vocab_size: int) -> tuple:
@@ -242,7 +231,7 @@ def real_job(shape: tuple, budget: float, seed: int, vocab_size: int) -> tuple:
                                   "warmup_steps": max(10, steps // 20)}, record
 
 
-def train_missing(jobs: list[tuple], path: Path, out_dir: str, common: dict) -> list[dict]:
+def train_missing(jobs: list[tuple], path: Path, out_dir: str, data_dir: str) -> list[dict]:
     """Train, or go on with, what `path` does not hold yet, saving each record as it comes; the jobs' records."""
     records = read_runs(path) if path.exists() else []
     done = {record["name"] for record in records}
@@ -253,8 +242,8 @@ def train_missing(jobs: list[tuple], path: Path, out_dir: str, common: dict) -> 
         folder = Path(out_dir) / record["name"]
         # A folder with a log alone is of a run that was stopped before it saved: it begins again.
         resume = (folder / "ckpt.pt").exists()
-        config = train.TrainConfig(**settings | common | {"out_dir": str(folder), "resume": resume,
-                                                          "overwrite": not resume})
+        config = train.TrainConfig(**settings, data_dir=data_dir, out_dir=str(folder), resume=resume,
+                                   overwrite=not resume)
         with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
             figures = train.main(config)           # its log.jsonl has all that it prints
         if figures["interrupted"] is not None:
@@ -273,12 +262,11 @@ def real(settings: "RealSettings") -> dict:
     if settings.data_dir is None and not (Path(data_dir) / "meta.json").exists():
         train.data.prepare("shakespeare", 4096, data_dir, REAL_RECIPE["context_length"])
     meta = checkpoint.read_meta(data_dir)
-    common = {"data_dir": data_dir, "device": settings.train_device, "dtype": settings.dtype}
     # Seed 2 at the smallest budget only, to see the noise.
     jobs = [real_job(shape, budget, seed, meta["vocab_size"]) for budget, shapes in REAL_GRID.items()
             for seed in ((1, 2) if budget == min(REAL_GRID) else (1,)) for shape in shapes]
     path, count = folder / "scaling_runs.json", len(REAL_GRID[min(REAL_GRID)])
-    runs = train_missing(jobs, path, settings.out_dir, common)
+    runs = train_missing(jobs, path, settings.out_dir, data_dir)
     fit = fit_parametric(runs)
     print(f"fit of {len(runs)} runs: " + ", ".join(f"{key} {fit[key]:.4g} ({fit[key + '_low']:.4g} … "
                                                    f"{fit[key + '_high']:.4g})" for key in LAW))
@@ -292,7 +280,7 @@ def real(settings: "RealSettings") -> dict:
     figures.add("predicted", guesses[pick])
     print("predicted for {}: {predicted:.4f} ({predicted_low:.4f} … {predicted_high:.4f})".format(
         options[pick][1]["name"], **figures), flush=True)
-    check, = train_missing([options[pick]], path, settings.out_dir, common)
+    check, = train_missing([options[pick]], path, settings.out_dir, data_dir)
     figures.update(measured=check["loss"], error_percent=100 * (figures.predicted / check["loss"] - 1),
                    seed_noise_percent=100 * math.sqrt(sum(gap ** 2 for gap in gaps) / 2 / len(gaps)),
                    times_exact=check["flops_exact"] / max(run["flops_exact"] for run in runs),
@@ -340,15 +328,9 @@ class RealSettings:
     data_dir: str | None = None      # token files; none = Shakespeare in 4,096 tokens, prepared when missing
     out_dir: str = "out/scaling"     # checkpoints of the runs
     results_dir: str = "results"     # where runs, figures and picture are kept
-    train_device: str | None = None  # cpu, cuda, mps; none = the best there is
-    dtype: str | None = None         # float32 | bfloat16; none = what the device is fast at
 
 
-USAGE = """usage: python scaling.py [fit RUNS.json | plan | real] [--key=value …]
-  (nothing)   explore a simulated service, fit, predict, score; a picture in OUT_DIR
-  fit         all fits of the runs in a file, and their prediction at --flops
-  plan        write a config for train.py that spends --flops
-  real        train a grid of small models, predict a larger one, train it, compare"""
+USAGE = "usage: python scaling.py [fit RUNS.json | plan | real] [--key=value …]"
 SETTINGS = {None: DemoSettings, "fit": FitSettings, "plan": PlanSettings, "real": RealSettings}
 
 

@@ -24,16 +24,15 @@ import sample
 
 @pytest.mark.parametrize("kind", ["ours", "tokenizers", "transformers"])
 def test_prompts_and_responses_become_shifted_rows_with_an_aligned_mask(kind, bpe_trained, tmp_path):
-    ours = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>", "<|pad|>"])
+    tokenizer = ours = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>", "<|pad|>"])
     ours.save(tmp_path / "tokenizer.json")
-    tokenizer, pad = ours, ours.special_tokens["<|pad|>"]
+    pad = ours.special_tokens["<|endoftext|>" if kind == "transformers" else "<|pad|>"]
     if kind == "tokenizers":
         tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     if kind == "transformers":           # without a padding token: the end of text
         transformers = pytest.importorskip("transformers", reason="transformers is not installed")
         tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|endoftext|>")
-        pad = ours.special_tokens["<|endoftext|>"]
     prompts, responses = ["the cat", "the hat in the hat"], [" sat<|endoftext|>", " x"]
     batch = align.tokenize_prompt_and_output(prompts, responses, tokenizer)
     rows = [(ours.encode(p), ours.encode(r)) for p, r in zip(prompts, responses)]
@@ -43,8 +42,6 @@ def test_prompts_and_responses_become_shifted_rows_with_an_aligned_mask(kind, bp
         mask = [len(prompt) <= place < len(prompt + response) for place in range(width)]
         assert batch["input_ids"][i].tolist() == whole[:-1] and batch["labels"][i].tolist() == whole[1:]
         assert batch["response_mask"][i].tolist() == mask[1:]
-    with pytest.raises(ValueError, match="2 prompts and 1 responses"):
-        align.tokenize_prompt_and_output(prompts, responses[:1], tokenizer)
 
 
 def test_log_probs_and_entropy_are_those_of_the_logits():
@@ -90,13 +87,19 @@ def test_dpo_starts_at_ln_2_and_its_reference_gets_no_gradient():
 
 # --- policy gradients ---
 
+def equal(response, truth):
+    """A reward function, one of whose entries not every response has."""
+    return {"reward": response == truth, "format_reward": 1} | ({"odd": 1} if response == "a" else {})
+
+
 @pytest.mark.parametrize("baseline, normalizer, expected", [
     ("mean", "std", [1.5, -0.5, -0.5, -0.5]), ("mean", "none", [0.75, -0.25, -0.25, -0.25]),
     ("mean", "mean", [3, -1, -1, -1]), ("none", "none", [1, 0, 0, 0])])
 def test_group_advantages_by_hand(baseline, normalizer, expected):
-    rewards, info = align.rollout_rewards(lambda response, truth: {"reward": response == truth, "format_reward": 1},
-                                          list("abbbcccc"), list("aaaacccc"))
-    assert info == {"reward": 5 / 8, "format_reward": 1}
+    rewards, info = align.rollout_rewards(equal, list("abbbcccc"), list("aaaacccc"))
+    assert info == {"reward": 5 / 8, "format_reward": 1} and rewards.dtype == torch.float32
+    with pytest.raises(ValueError, match="as many of both"):
+        align.rollout_rewards(equal, ["a"], ["a", "b"])
     advantages, info = align.group_advantages(rewards, 4, baseline, normalizer)
     torch.testing.assert_close(advantages[:4], torch.tensor(expected).float(), atol=1e-4, rtol=0)
     assert advantages[4:].tolist() == [float(baseline == "none")] * 4       # equal rewards: exactly 0 with a baseline
@@ -147,41 +150,30 @@ def test_three_ways_to_average(normalize, constant, expected):
 @pytest.mark.parametrize("wrong, match", [
     (dict(baseline="median"), "baseline='median'"), (dict(normalizer="max"), "normalizer='max'"),
     (dict(reweight="ppo"), "reweight='ppo'"), (dict(normalize="row"), "normalize='row'"),
-    (dict(reweight="noclip"), "old_log_probs"), (dict(reweight="grpo", old_log_probs=torch.zeros(8, 5)), "needs clip"),
-    (dict(normalize="constant"), "needs constant"), (dict(group_size=3), "groups"), (dict(group_size=1), "deviation")])
+    (dict(reweight="noclip"), "old_log_probs"), (dict(reweight="grpo", old_log_probs=torch.zeros(8, 4)), "needs clip"),
+    (dict(normalize="constant"), "needs constant"), (dict(group_size=3), "groups"), (dict(group_size=1), "deviation"),
+    (dict(responses=["a"]), "8 prompts and 1 responses")])
 def test_what_is_unknown_or_missing_is_named(wrong, match, bpe_trained):
     with pytest.raises(ValueError, match=match):
         grpo_once(bpe_trained, **wrong)
 
 
-class Counting(torch.nn.Module):
-    """Passes calls on to a model and remembers how many rows each had."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.rows = model, []
-
-    def forward(self, ids):
-        self.rows.append(len(ids))
-        return self.model(ids)
-
-
-def grpo_once(bpe_trained, responses=("a", "b", "bb", "b", "c", "cc", "c", "cc"), group_size=4, **more):
-    """(model, what the step returned, weights before) of one grpo_train_step with plain SGD."""
-    model, tokenizer = Counting(random_model(vocab_size=340)), bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
+def grpo_once(bpe_trained, responses=tuple("abbbcccc"), group_size=4, **more):
+    """(model, rows of each forward pass, what the step returned, weights before) of a step with plain SGD."""
+    model, tokenizer, rows = random_model(vocab_size=340), bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"]), []
+    model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     before = [p.detach().clone() for p in model.parameters()]
-    result = align.grpo_train_step(
-        model, tokenizer, optim.SGD(model.parameters(), lr=1.0, momentum=0.0), ["the cat "] * 8, list(responses),
-        ["a"] * 4 + ["c"] * 4, lambda response, truth: {"reward": float(response == truth), "format_reward": 1.0},
-        group_size, **more)
-    return model, result, before
+    optimizer = optim.SGD(model.parameters(), lr=1.0, momentum=0.0)
+    result = align.grpo_train_step(model, tokenizer, optimizer, ["the cat "] * 8, list(responses), list("aaaacccc"),
+                                   equal, group_size, **more)
+    return model, rows, result, before
 
 
 @pytest.mark.parametrize("normalize, constant", [("sequence", None), ("token", None), ("constant", 30)])
 def test_a_step_is_the_plain_ten_lines_however_it_is_divided(bpe_trained, normalize, constant):
     responses = ("a", "bb", "b", "bbb", "a", "cc", "b", "a")                   # the second group is dead
     plain, tokenizer = random_model(vocab_size=340), bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
-    groups = torch.tensor([float(r == t) for r, t in zip(responses, ["a"] * 4 + ["c"] * 4)]).view(-1, 4)
+    groups = torch.tensor([float(r == t) for r, t in zip(responses, "aaaacccc")]).view(-1, 4)
     advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
     batch = align.tokenize_prompt_and_output(["the cat "] * 8, list(responses), tokenizer)
     mask, log_p = batch["response_mask"], align.response_log_probs(plain, batch["input_ids"], batch["labels"])
@@ -190,9 +182,9 @@ def test_a_step_is_the_plain_ten_lines_however_it_is_divided(bpe_trained, normal
             "constant": per_token.sum() / 30}[normalize]
     loss.backward()
     for parts in (1, 3, 8):
-        model, (got, info), before = grpo_once(bpe_trained, responses, accumulation_steps=parts, normalize=normalize,
-                                               constant=constant)
-        assert sum(model.rows) == 4 and max(model.rows) <= math.ceil(8 / parts)
+        model, rows, (got, info), before = grpo_once(bpe_trained, responses, accumulation_steps=parts,
+                                                     normalize=normalize, constant=constant)
+        assert sum(rows) == 4 and max(rows) <= math.ceil(8 / parts)
         torch.testing.assert_close(got, loss.detach(), atol=1e-6, rtol=0)
         for old, p, q in zip(before, model.parameters(), plain.parameters()):
             torch.testing.assert_close(old - p, q.grad, atol=1e-6, rtol=1e-4)
@@ -202,40 +194,23 @@ def test_a_step_is_the_plain_ten_lines_however_it_is_divided(bpe_trained, normal
 
 
 def test_a_step_over_dead_groups_moves_nothing(bpe_trained):
-    model, (loss, info), before = grpo_once(bpe_trained, ["b"] * 8)
-    assert loss.item() == 0 and info["dead_groups"] == 1 and model.rows == [] and math.isnan(info["entropy"])
+    model, rows, (loss, info), before = grpo_once(bpe_trained, "bbbbbbbb")
+    assert loss.item() == 0 and info["dead_groups"] == 1 and rows == [] and math.isnan(info["entropy"])
     assert all(torch.equal(old, p) and p.grad is None for old, p in zip(before, model.parameters()))
-    _, (_, info), _ = grpo_once(bpe_trained, ["b"] * 8, reweight="grpo", clip=0.2, old_log_probs=torch.full((8, 4), -2.5))
-    assert info["entropy"] == 2.5                # by the sampler's log-probabilities
 
 
-def test_rewards_of_rollouts_and_their_means():
-    def reward_fn(response, truth):
-        return {"reward": float(response == truth), "length": len(response)} | ({"odd": 1} if response == "a" else {})
-    rewards, info = align.rollout_rewards(reward_fn, ["a", "bb", "c"], ["a", "b", "c"])
-    assert rewards.dtype == torch.float32 and rewards.tolist() == [1, 0, 1]
-    assert info == pytest.approx({"reward": 2 / 3, "length": 4 / 3}), "an entry that not all have has no mean"
-    with pytest.raises(ValueError, match="as many of both"):
-        align.rollout_rewards(reward_fn, ["a"], ["a", "b"])
-
-
-# --- verifiers ---
+# --- verifiers and lines ---
 
 @pytest.mark.parametrize("response, truth, rewards", [
-    ("so </think> <answer> 1,000 </answer>", 1000, (1, 1)), ("</think> <answer>1/2</answer> and more", "0.5", (1, 1)),
+    ("so </think> <answer> 1,000 </answer>", 1000, (1, 1)), ("</think> <answer>1/2</answer> and", ["2", "0.5"], (1, 1)),
     ("</think> <answer>4</answer>", "5", (1, 0)), ("</think> <answer></answer>", "", (1, 0)),
     ("<answer>5</answer>", "5", (0, 0)), ("</think> <answer>5", "5", (0, 0)), ("", "", (0, 0))])
 def test_r1_zero_reward_wants_the_form_and_the_answer(response, truth, rewards):
     form, right = rewards
     assert align.r1_zero_reward(response, truth) == {"reward": right, "format_reward": form, "answer_reward": right}
-
-
-def test_boxed_reward_reads_balanced_braces():
     assert align.boxed_reward("so \\boxed{1} or \\boxed{\\frac{3}{4}}.", "0.75")["reward"] == 1
     assert align.boxed_reward("3/4", "0.75") == {"reward": 0, "format_reward": 0, "answer_reward": 0}
 
-
-# --- lines ---
 
 def test_packed_documents_are_cut_into_shifted_chunks(bpe_trained, tmp_path):
     tokenizer, path = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"]), tmp_path / "sft.jsonl"
@@ -256,32 +231,30 @@ def test_packed_documents_are_cut_into_shifted_chunks(bpe_trained, tmp_path):
 def test_layouts_that_people_publish_read_alike():
     user, assistant = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
     for record in ({"prompt": "2+2?", "response": "4"}, {"messages": [user, assistant]},
-                   {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
-                   {"prompt": [user], "completion": [assistant]}, {"instruction": "2+2?", "input": "", "output": "4"}):
+                   {"instruction": "2+2?", "input": "", "output": "4"}):
         assert align_data.read_pair(record) == (["2+2?"], "4")
-    wrong = {"role": "assistant", "content": "5"}
-    for record in ({"prompt": [user], "chosen": [assistant], "rejected": [wrong]},
-                   {"chosen": [user, assistant], "rejected": [user, wrong]},
-                   {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"}):
-        assert align_data.read_preference(record) == (["2+2?"], "4", "5")
     asked = "What does 'Assistant: ' mean?\nHuman: is a word"       # a name inside a message begins no turn
     sides = [f"\n\nHuman: {asked}\n\nAssistant: {answer}" for answer in ("a", "b")]
-    assert align_data.read_preference(dict(zip(("chosen", "rejected"), sides))) == ([asked], "a", "b")
+    for record in ({"prompt": asked, "chosen": "a", "rejected": "b"}, dict(zip(("chosen", "rejected"), sides))):
+        assert align_data.read_preference(record) == ([asked], "a", "b")
 
 
-@pytest.mark.parametrize("verb, bad", [
-    ("sft", bad) for bad in ({"messages": []}, {"messages": [{"role": "system", "content": "x"}]}, {"messages": 3},
-                             {"messages": [{"role": "user"}]}, {"prompt": 5, "response": "x"}, {"prompt": []},
-                             {"prompt": "x", "response": []}, {"instruction": "x", "input": 7, "output": "y"})] + [
-    ("dpo", {"chosen": [], "rejected": []}), ("dpo", {"prompt": "x", "chosen": 1, "rejected": 2}),
-    ("grpo", {"question": {}, "answer": "x"})])
-def test_any_bad_line_is_named_and_can_be_skipped(verb, bad, bpe_trained, tmp_path):
+BAD = {"sft": [{"messages": []}, {"messages": [{"role": "system", "content": "x"}]}, {"messages": 3}, {"prompt": "x"},
+               {"messages": [{"role": "user"}]}, {"prompt": 5, "response": "x"}, {"prompt": "x", "response": []}],
+       "dpo": [{"chosen": [], "rejected": []}, {"prompt": "x", "chosen": 1, "rejected": 2},
+               {"prompt": "a", "chosen": "b", "rejected": "b"},
+               {name: f"\n\nHuman: {name}\n\nAssistant: a" for name in ("chosen", "rejected")}],
+       "grpo": [{"question": {}, "answer": "x"}]}
+
+
+@pytest.mark.parametrize("verb", BAD)
+def test_any_bad_line_is_named_and_can_be_skipped(verb, bpe_trained, tmp_path):
     path, tokenizer = tmp_path / "x.jsonl", bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
     good = {"prompt": "x", "response": "y", "chosen": "y", "rejected": "z"}
-    path.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n", encoding="utf-8")
+    path.write_text("".join(json.dumps(line) + "\n" for line in (good, *BAD[verb])), encoding="utf-8")
     reader = align_data.make_reader(verb, tokenizer, "alpaca", 999)
     rows, complaints = evaluate.read_jsonl(path, reader, skip=True)
-    assert len(rows) == len(complaints) == 1 and complaints[0].startswith(f"{path}:2: ")
+    assert len(rows) == 1 and len(complaints) == len(BAD[verb]) and complaints[0].startswith(f"{path}:2: ")
     with pytest.raises(ValueError, match="x.jsonl:2: "):
         evaluate.read_jsonl(path, reader)
 
@@ -298,7 +271,7 @@ def align_run(verb, base, data, out_dir, **more):
 
 
 def test_sft_learns_to_answer_and_to_stop_and_names_every_bad_line(little_base, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"5 bad lines(?s:.*)jsonl:9: (?s:.*)11: empty response"):
+    with pytest.raises(ValueError, match=r"5 bad lines(?s:.*)jsonl:9: (?s:.*)11: an empty response"):
         align_run("sft", little_base, little_base / "sft.jsonl", tmp_path, skip_bad=False)
     (model, tokenizer), log = align_run("sft", little_base, little_base / "sft.jsonl", tmp_path, steps=60)
     assert "8 usable lines, 5 bad ones skipped" in capsys.readouterr().out and log[-1]["loss"] < 0.05 < log[0]["loss"]
@@ -311,24 +284,6 @@ def test_sft_learns_to_answer_and_to_stop_and_names_every_bad_line(little_base, 
         align_run("sft", little_base, little_base / "sft.jsonl", tmp_path)
 
 
-def test_dead_groups_only_end_the_run_with_advice(little_base, tmp_path):
-    with pytest.raises(ValueError, match="5 rollouts in a row.*align.py sft.*--group_size"):
-        align_run("grpo", little_base, little_base / "grpo.jsonl", tmp_path, reward="boxed", max_new_tokens=4, steps=20)
-    assert not (tmp_path / "ckpt.pt").exists()
-
-
-def test_a_sample_is_scored_by_the_distribution_it_came_from(little_base):
-    model, tokenizer = model_module.load_model(little_base)
-    config, stop = align.GRPOConfig(group_size=200, max_new_tokens=1, temperature=0.5), 0
-    prompt = tokenizer.encode("the cat")
-    rows = align.rollout(model, [prompt], config, stop, tokenizer.vocab_size, rng())
-    batch = align.padded([(prompt, [token]) for token in range(tokenizer.vocab_size)], config, 0)
-    scored = align.response_log_probs(model, batch["input_ids"], batch["labels"], temperature=0.5)["log_probs"][:, -1].detach()
-    assert scored.exp().sum().item() == pytest.approx(1, abs=1e-4)
-    drawn = torch.tensor([scored[row[0]] for row in rows])           # its mean estimates minus the entropy
-    assert drawn.mean().item() == pytest.approx((scored.exp() * scored).sum().item(), abs=5 * drawn.std().item() / 14)
-
-
 def test_dpo_starts_at_ln_2_and_turns_a_model_round(little_base, tmp_path):
     align_run("sft", little_base, little_base / "sft.jsonl", tmp_path / "sft", steps=40)
     settings = dict(steps=30, lr=3e-3, val_fraction=0.25)
@@ -336,17 +291,18 @@ def test_dpo_starts_at_ln_2_and_turns_a_model_round(little_base, tmp_path):
     held = [line for line in log if "val_loss" in line]
     assert held[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-4) and held[0]["val_accuracy"] == 0.5
     assert held[-1]["val_accuracy"] == 1 and held[-1]["val_margin"] > 0.1
-    with pytest.raises(ValueError, match="(?s)9: chosen and rejected are equal.*10: .* answer different prompts"):
-        align_run("dpo", tmp_path / "sft", little_base / "dpo.jsonl", tmp_path / "x", skip_bad=False)
 
 
-@pytest.mark.parametrize("more", [dict(), dict(reweight="none", baseline="none", normalizer="none", normalize="token"),
+@pytest.mark.parametrize("more", [dict(reweight="none", baseline="none", normalizer="none", normalize="token"),
                                   dict(reweight="gspo", normalize="constant", epochs=2, batch_size=5)])
 def test_grpo_raises_a_reward_that_can_be_had(little_base, tmp_path, monkeypatch, more):
-    monkeypatch.setitem(align.REWARDS, "boxed", lambda response, truth: {"reward": float(response[:1] in "aeiou ")})
     settings = dict(reward="boxed", prompts_per_step=4, group_size=8, batch_size=32, micro_batch_size=16,
-                    max_new_tokens=4, lr=1e-2, steps=25, log_every=1)
-    _, log = align_run("grpo", little_base, little_base / "grpo.jsonl", tmp_path, **settings | more)
+                    max_new_tokens=4, lr=1e-2, steps=25, log_every=1) | more
+    with pytest.raises(ValueError, match="5 rollouts in a row.*align.py sft.*--group_size"):       # no answer is right
+        align_run("grpo", little_base, little_base / "grpo.jsonl", tmp_path, **settings | dict(baseline="mean"))
+    assert not (tmp_path / "ckpt.pt").exists()
+    monkeypatch.setitem(align.REWARDS, "boxed", lambda response, truth: {"reward": float(response[:1] in "aeiou ")})
+    _, log = align_run("grpo", little_base, little_base / "grpo.jsonl", tmp_path, **settings)
     first, last = (sum(line["reward"] for line in part) / 5 for part in (log[:5], log[-5:]))
     assert last > first + 0.15, (first, last)       # of 160 answers each: some four standard deviations
     assert {"dead_groups", "distinct", "eos_rate", "length", "entropy", "clip_fraction", "norm"} <= set(log[0])
@@ -360,8 +316,7 @@ def test_a_base_of_nan_is_named_and_an_older_run_stays_whole(verb, little_base, 
     with pytest.raises(SystemExit) as end:
         align.main(words + [f"--base={little_base}", f"--out_dir={tmp_path}/new", "--lr=1e30", "--grad_clip=1e30",
                             "--warmup_steps=0"])
-    assert end.value.code == 2 and capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["log.new.jsonl"]       # no run: no flag to start again
+    assert end.value.code == 2 and not (tmp_path / "new").exists()       # no run: no flag to start again
     base, out = (shutil.copytree(little_base, tmp_path / name) for name in ("base", "out"))
     state = checkpoint.read_checkpoint(base / "ckpt.pt")
     state["model"]["layers.0.ffn.w1.weight"][0, 0] = math.nan
@@ -370,18 +325,13 @@ def test_a_base_of_nan_is_named_and_an_older_run_stays_whole(verb, little_base, 
     with pytest.raises(SystemExit) as end:
         align.main(words + [f"--base={base}", f"--out_dir={out}", "--steps=2", "--overwrite=true"])
     assert end.value.code == 2 and "the model gives NaN" in capsys.readouterr().err
-    assert {name: (out / name).read_bytes() for name in before} == before
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_log_probs_of_hugging_face_models_are_ours(little_base, tmp_path):
+def test_log_probs_of_hugging_face_models_are_theirs():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)).eval()
     ids = torch.randint(0, 400, (2, 12), generator=rng())
     log_probs = align.response_log_probs(theirs, ids[:, :-1], ids[:, 1:])["log_probs"]
     assert -log_probs.mean().item() == pytest.approx(theirs(ids, labels=ids).loss.item(), abs=1e-5)
-    theirs.save_pretrained(tmp_path / "hf")
-    shutil.copy(little_base / "tokenizer.json", tmp_path / "hf")
-    _, log = align_run("sft", tmp_path / "hf", little_base / "sft.jsonl", tmp_path / "out", steps=5, template="alpaca")
-    assert log[-1]["loss"] < log[0]["loss"]

@@ -11,11 +11,11 @@ import data
 
 def test_classifier_learns_reports_and_comes_back(tmp_path):
     rng = random.Random(0)
-    for name, words in (("good", "theory light field proof energy"), ("bad", "buy casino cheap pills win")):
+    for name, words in (("good[1]", "theory light field proof energy"), ("bad", "buy casino cheap pills win")):
         lines = [" ".join(rng.choices(words.split() + ["the", "of", "and"], k=12)) for _ in range(60)]
         (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
     out = tmp_path / "m.npz"
-    data.main(["classify", "train", f"--positive={tmp_path}/good", f"--negative={tmp_path}/bad", f"--out={out}"])
+    data.main(["classify", "train", f"--positive={tmp_path}/good[1]", f"--negative={tmp_path}/b*", f"--out={out}"])
     report, model = json.loads(out.with_suffix(".json").read_text(encoding="utf-8")), data.Classifier.load(out)
     assert report["held_out"] == 12 and report["precision"] == 1
     assert model.predict("a proof of the theory")[0] == "positive" and model.predict("win the casino")[1] > 0.9
@@ -29,10 +29,3 @@ def test_classifier_learns_reports_and_comes_back(tmp_path):
                        (lambda: data.Classifier.load(tmp_path / "m.json"), "m.json")):
         with pytest.raises(ValueError, match=words):
             bad()
-
-
-def test_texts_are_read_from_names_with_brackets(tmp_path):
-    (tmp_path / "wiki[1].txt").write_text("\n".join(f"line {i}" for i in range(12)), encoding="utf-8")
-    assert len(data.read_texts(str(tmp_path / "wiki[1].txt"))) == 12 == len(data.read_texts(str(tmp_path / "w*.txt")))
-    with pytest.raises(OSError, match="none.txt"):
-        data.read_texts(str(tmp_path / "none.txt"))

@@ -1,9 +1,7 @@
 """Claims about evaluate.py."""
 import json
 import math
-import re
 
-import numpy as np
 import pytest
 import torch
 
@@ -24,18 +22,11 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary():
     assert model_module.perplexity_of(1e5) == math.inf and math.isnan(model_module.perplexity_of(math.nan))
 
 
-def test_bytes_of_a_token_file_are_those_of_its_text(corpus):
-    tokenizer = bpe.Tokenizer.load(corpus / "tokenizer.json")
-    from_bin, from_text = (evaluate.read_tokens(corpus / f"val.{kind}", tokenizer) for kind in ("bin", "txt"))
-    assert from_bin[1] == from_text[1] == (corpus / "val.txt").stat().st_size
-    assert np.array_equal(from_bin[0], from_text[0])
-
-
 @pytest.mark.parametrize("verb, data, n, more", [
     ("mmlu", "", 2, ["--shots=1"]), ("mmlu", "", 2, ["--by=generate", "--max_new_tokens=8"]),
     ("hellaswag", "hellaswag.jsonl", 1, []), ("arc", "arc.jsonl", 2, ["--shots=1", "--shots_data=hellaswag.jsonl"]),
     ("gsm8k", "gsm8k.jsonl", 2, ["--shots=1", "--shots_data=train.jsonl", "--quantize=int8"]),
-    ("instructions", None, 6, []), ("alpaca", "alpaca.json", 1, []), ("safety", "sst.csv", 1, ["--temperature=1"])])
+    ("instructions", None, 6, []), ("alpaca", "alpaca.json", 1, []), ("safety", "sst.csv", 1, [])])
 def test_every_kind_of_question_is_asked_and_its_answers_kept(little_base, questions, verb, data, n, more, capsys):
     (questions / "train.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4"}\n', encoding="utf-8")
     more = [word.replace("shots_data=", f"shots_data={questions}/") for word in more]
@@ -48,18 +39,6 @@ def test_every_kind_of_question_is_asked_and_its_answers_kept(little_base, quest
     if verb == "alpaca":
         judged, = json.loads((little_base / "alpaca.json").read_text(encoding="utf-8"))
         assert {"instruction", "output", "generator", "dataset"} <= set(judged)
-
-
-def test_a_table_with_bad_rows_names_them(tmp_path):
-    (tmp_path / "dev").mkdir()
-    path = tmp_path / "dev" / "a_dev.csv"
-    for row, words in (("q,1,2,3,4,AB", "row 1"), ("q\x851,1,2,3,4,A\nq,1", "row 2")):
-        path.write_text(row, encoding="utf-8-sig")
-        with pytest.raises(ValueError, match=f"a_dev.csv, {words}"):
-            evaluate.read_mmlu(tmp_path, "dev")
-    path.write_bytes("é".encode("latin-1"))
-    with pytest.raises(ValueError, match="a_dev.csv is not UTF-8"):
-        evaluate.read_mmlu(tmp_path, "dev")
 
 
 def test_the_answer_gets_what_the_prompt_leaves_of_the_context(little_base, monkeypatch, capsys):
@@ -76,12 +55,15 @@ def test_the_answer_gets_what_the_prompt_leaves_of_the_context(little_base, monk
     assert together == texts
 
 
-def test_token_files_of_another_tokenizer_are_refused(corpus, little_base, tmp_path, capsys):
+def test_a_text_and_its_token_file_score_alike_and_another_tokenizers_is_refused(corpus, little_base, capsys):
+    tokenizer = bpe.Tokenizer.load(corpus / "tokenizer.json")
+    from_bin, from_text = (evaluate.read_tokens(corpus / f"val.{kind}", tokenizer) for kind in ("bin", "txt"))
+    assert from_bin[1] == from_text[1] == (corpus / "val.txt").stat().st_size
+    assert from_bin[0].tolist() == from_text[0].tolist()
     with pytest.raises(SystemExit):
         evaluate.main([str(little_base), f"--data={corpus / 'val.bin'}"])
     assert "val.bin was made with another tokenizer" in capsys.readouterr().err
-    (tmp_path / "text.txt").write_text("the cat in the hat " * 9, encoding="utf-8")
-    evaluate.main([str(little_base), f"--data={tmp_path / 'text.txt'}", "--batch_size=3"])
+    evaluate.main([str(little_base), f"--data={corpus / 'val.txt'}", "--batch_size=3"])
     assert "bits per byte" in capsys.readouterr().out
 
 
@@ -97,10 +79,8 @@ def test_choices_are_scored_by_the_model_s_own_log_probabilities(little_base):
 
 
 def test_instructions_can_be_followed_and_failed():
+    texts = ["It is so. " * 4, "river " * 4, "LOUD.", "no such mark"]
     for instruction, check in evaluate.instructions(30, 3):
-        assert not check("") and not check("A, b. c, d! e? F, g; h, and so on, " * 9)
-        if "JSON" in instruction:
-            assert check(json.dumps(dict.fromkeys(re.findall('"([a-z]+)"', instruction), 1)))
-        if "sentences" in instruction:
-            assert check("It is so. " * int(re.search(r"\d", instruction)[0]))
-    assert [text for text, _ in evaluate.instructions(9, 1)] == [text for text, _ in evaluate.instructions(9, 1)]
+        assert not check("") and not check("A, b. c, d! e? F, g; h, and so on, " * 9), instruction
+    followed = {text.split(" in ")[-1] for text, check in evaluate.instructions(60) if any(map(check, texts))}
+    assert {"exactly 4 sentences.", "upper case letters only."} <= followed

@@ -42,14 +42,16 @@ def test_fits_find_the_law_behind_clean_runs(law):
 
 
 @pytest.mark.parametrize("fit", [laws.fit_parametric, laws.fit_isoflop])
-def test_intervals_hold_the_truth_nine_times_in_ten(fit):
-    held, keys = Counter(), ("n_params", "n_tokens", "loss", *laws.LAW)
-    truth = dict(zip(keys, (*best_by_hand(LAWS[1], 1e21), *LAWS[1])))
-    for seed in range(30):
-        found = fit(law_runs(noise=0.01, seed=seed))
-        found.update(laws.predict(found, 1e21))
-        held.update(key for key in truth if found[f"{key}_low"] <= truth[key] <= found[f"{key}_high"])
-    assert all(22 <= held[key] <= 30 for key in truth), held      # 27 expected; 22 is three sigma of a binomial below
+def test_intervals_hold_the_truth_nine_times_in_ten_and_are_of_use(fit):
+    held, truth = Counter(), dict(zip(("n_params", "n_tokens", "loss"), best_by_hand(LAWS[1], 1e21))) | dict(
+        zip(laws.LAW, LAWS[1]))
+    for seed in range(16):
+        made = fit(law_runs(noise=0.01, seed=seed), resamples=50)
+        made.update(laws.predict(made, 1e21))
+        held.update(key for key in truth if made[f"{key}_low"] <= truth[key] <= made[f"{key}_high"])
+    assert all(11 <= held[key] for key in truth), held            # 14.4 expected; 11 is three sigma of a binomial below
+    guess = laws.predict(fit(law_runs(noise=0.003, budgets=np.geomspace(1e18, 1e20, 6))), 3e21)
+    assert guess.n_params_high / guess.n_params_low <= 2.5
 
 
 @pytest.mark.parametrize("name, n, d", [("hoffmann", 3.22e10, 2.98e12), ("besiroglu", 7.22e10, 1.33e12)])
@@ -67,9 +69,10 @@ def test_arg_min_is_biased_by_the_grid_and_the_parabola_is_not():
 
 
 def test_the_handouts_isoflop_by_hand():
-    """Budgets of 1e18, 1e19 and 1e20 whose best run of three is the one of 1e7, 1e7.5 and 1e8 parameters: N = 0.01 √C."""
+    """Budgets of 1e18, 1e19 and 1e20 whose best run of three has 1e7, 1e7.5 and 1e8 parameters: N = 0.01 √C."""
     runs = [{"n_params": 10 ** (power / 2 - 2 + step / 4), "n_tokens": 10 ** (power / 2 + 2 - step / 4) / 6,
-             "flops": 10 ** power, "loss": 40 / power + step ** 2 / 10} for power in (18, 19, 20) for step in (-1, 0, 1)]
+             "flops": 10 ** power, "loss": 40 / power + step ** 2 / 10}
+            for power in (18, 19, 20) for step in (-1, 0, 1)]
     assert laws.best_of_each_budget(runs, 1e24) == pytest.approx(1e10, rel=1e-6)
     x = np.linspace(1, 5, 7)
     level, slope = laws.power_law(x, np.stack([3 - 0.5 * x, 1 + 2 * x]))
@@ -88,19 +91,13 @@ def test_the_loss_of_a_fit_by_hand():
     assert log_loss == pytest.approx(np.log(losses)) and shares.sum(0) == pytest.approx(np.ones((2, 3)))
     assert shares[2] == pytest.approx(np.array([[1.7], [1.0]]) / losses)
     target, weights = log_loss[0] + np.array([0.0, 5e-4, -3e-3]), np.array([1.0, 2.0, 4.0])
-    exact = 2 * 5e-4 ** 2 / 2 + 4 * laws.HUBER * (3e-3 - laws.HUBER / 2)          # HUBER 1e-3: a square, a straight line
+    exact = 2 * 5e-4 ** 2 / 2 + 4 * laws.HUBER * (3e-3 - laws.HUBER / 2)      # HUBER 1e-3: a square, a straight line
     assert laws.huber(law, np.log(n), np.log(d), target, weights)[0] == pytest.approx(exact)
 
 
 def test_kaplans_law_behind_runs_that_follow_it():
     pure = [run | {"loss": (8.8e13 / run["n_params"]) ** 0.076} for run in law_runs()]
     assert laws.fit_kaplan(pure)["N"] == pytest.approx((8.8e13, 0.076))
-
-
-def test_intervals_are_narrow_enough_to_be_of_use():
-    for seed in range(3):
-        guess = laws.predict(laws.fit_parametric(law_runs(noise=0.003, seed=seed, budgets=np.geomspace(1e18, 1e20, 6))), 3e21)
-        assert guess.n_params_high / guess.n_params_low <= 2.5
 
 
 def test_serving_tokens_makes_the_best_model_smaller():
@@ -110,34 +107,18 @@ def test_serving_tokens_makes_the_best_model_smaller():
     n = np.geomspace(1e8, 1e10, 20_000)
     losses = law_loss(LAWS[1], n, (1e21 / n - 2 * 2e10) / 6)                 # 6 N D + 2 N T = C
     assert (served.loss, served.n_params) == pytest.approx((losses.min(), n[losses.argmin()]), rel=0.01)
-
-
-def test_serving_that_leaves_nothing_to_train_on_is_refused():
     with pytest.raises(ValueError, match="inference_tokens=1e.30 costs more than flops=1e.18"):
         laws.predict(laws.published("besiroglu"), 1e18, inference_tokens=1e30)
-
-
-GOOD = {"n_params": 1e8, "n_tokens": 1e9, "flops": 6e17, "loss": 3.0}
 
 
 @pytest.mark.parametrize("fit, runs, words", [
     (laws.fit_isoflop, law_runs(budgets=(1e18, 1e19)), "2 budgets with 4 or more sizes are too few"),
     (laws.fit_isoflop, law_runs(spread=3, shift=4), "one side of the minimum.*smaller models"),
-    (laws.fit_isoflop, law_runs(spread=3, shift=1 / 4), "one side of the minimum.*larger models"),
     (laws.fit_parametric, law_runs(budgets=(1e18,)), "one budget"),
     (laws.fit_parametric, law_runs()[:5], "5 runs are too few"),
-    (laws.fit_parametric, [*law_runs(), GOOD | {"loss": math.nan}], "loss=nan"),
-    (laws.fit_isoflop, [*law_runs(), GOOD | {"n_params": -1}], "n_params=-1"),
+    (laws.fit_parametric, [*law_runs(), law_runs()[0] | {"loss": math.nan}], "loss=nan"),
     (laws.fit_parametric, [{"n_params": 1e8}], "n_tokens=None"),
     (lambda runs: laws.predict(laws.published("besiroglu"), runs), -1, "flops=-1")])
 def test_what_cannot_be_fitted_says_what_is_missing(fit, runs, words):
     with pytest.raises(ValueError, match=words):
         fit(runs)
-
-
-@pytest.mark.filterwarnings("error")
-def test_predicting_beyond_a_thousandfold_warns():
-    fit = laws.fit_parametric(law_runs(), resamples=0)
-    laws.predict(fit, 0.9e23)
-    with pytest.warns(UserWarning, match="times outside the fitted budgets"):
-        laws.predict(fit, 1.1e23)

@@ -31,7 +31,7 @@ def place(corpus, little_base, tmp_path_factory):
         "empty": b"", "lines.txt": b"a line of text\n" * 40, "file": b"x", "text.txt": text.encode(), "odd.bin": b"abc",
         "bytes": bytes(range(256)) * 20, "utf16.txt": text.encode("utf-16"), "latin.py": b"lr = 1 # \xe9",
         "list.json": b"[]", "broken.json": b'[{"prompt": ', "other.jsonl": b'{"a": 1}\n', "numbers.jsonl": b"5\n",
-        "latin.jsonl": b'{"prompt": "\xe9"}\n', "cut.jsonl.gz": gzip.compress(b"{}")[:9], "hf/config.json": b"{}",
+        "latin.jsonl": b'{"prompt": "\xe9"}\n', "hf/config.json": b"{}",
         "short.csv": b"id,prompts_final\n1\n", "sft.jsonl": b'{"prompt": "cat", "response": "hat"}\n' * 12,
         "x.warc.gz": gzip.compress(warc_record("http://a", page)),
         "gold.jsonl": b'{"question": "q", "answer": "many"}\n'}
@@ -54,7 +54,7 @@ def run(script, words, place, capsys):
 
 BPE = "data/tokenizer.json W/text.txt"
 SFT = "sft --data=W/sft.jsonl --out_dir=W/out --template=plain --steps=1 "
-FIT = "classify train --negative=W/lines.txt --bits=10 --out=W/m.npz --positive=W/"
+FIT = "classify train --negative=W/lines.txt --out=W/m.npz --positive=W/"
 CURATE = "curate W/x.warc.gz --out=W/out --workers=1 "
 WRONG = [line.split(" | ") for line in f"""
 bpe | train W/dir --out=W/t | dir
@@ -76,11 +76,8 @@ data | prepare W/text.txt --data_dir=W/out --vocab_size=10 | vocab_size is 10
 data | prepare W/data/val.txt --data_dir=W/data | where the split itself is written
 data | {FIT}dir | no file
 data | {FIT}empty | empty holds 0 texts
-data | {FIT}other.jsonl | other.jsonl:1: no 'text'
-data | {FIT}lines.txt --bits=99 | bits=99
 data | curate W/none* | no file
 data | {CURATE}--quality=W/text.txt | text.txt is no classifier
-data | {CURATE}--evaluation=W/empty | empty holds no text
 data | {CURATE}--num_bands=7 | num_bands=7
 data | crawl CC-MAIN-2025-18 --kind=x --out=W/out | kind 'x'
 sample | W/file | file/ckpt.pt
@@ -93,7 +90,6 @@ evaluate | W/base --data=W/dir | dir is no file
 evaluate | W/base --data=W/empty | empty has 0 tokens
 evaluate | W/base --data=W/odd.bin | odd.bin has 3 bytes
 evaluate | mmlu W/base --data=W/file | no *_test.csv
-evaluate | gsm8k W/base --data=W/cut.jsonl.gz | cut.jsonl.gz is no whole gzip
 evaluate | gsm8k W/base --data=W/gold.jsonl | gold.jsonl:1: no number after ####
 evaluate | hellaswag W/base --data=W/numbers.jsonl | numbers.jsonl:1
 evaluate | alpaca W/base --data=W/broken.json | broken.json is not JSON
