@@ -40,7 +40,7 @@ from answers import (LETTERS, REFUSAL, REWARDS, boxed_reward, gold_answer, last_
 from checkpoint import claim_file, contents, open_tokens, read_checkpoint, read_meta, sha256, write_text
 from configurator import command_line, fail
 from decoding import check_numbers, evaluating, generate
-from machine import pick_device
+from machine import Threads, pick_device
 from model import bits_per_byte, perplexity_of, token_cross_entropy, token_losses
 from sample import CHATS, conversation
 
@@ -435,7 +435,8 @@ def main(argv: list[str]) -> None:
         fail(f"give the folder of a training run. {USAGE}")
     try:
         for out_dir in files:
-            line = ask(verb, out_dir, config) if verb else read(out_dir, config)
+            with Threads():              # fewer where another program keeps a core busy
+                line = ask(verb, out_dir, config) if verb else read(out_dir, config)
             print(line if verb or len(files) == 1 else f"{out_dir:<24} {line}")
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)

@@ -341,8 +341,9 @@ def check_attention(q, k, v) -> None:
     heads, key_heads = q.shape[-3:-2], k.shape[-3:-2]              # of (T, D) alone there are none
     grouped = heads == key_heads or (alike and key_heads[0] > 0 and heads[0] % key_heads[0] == 0)
     if not alike or not grouped or q.shape[:-3] != k.shape[:-3] or q.shape[-1] != k.shape[-1]:
-        raise ValueError("attention takes q (..., H, Tq, D) and k, v (..., K, Tk, D) of floats, H a multiple of K, else "
-                         f"equal, not {q.dtype} {tuple(q.shape)}, {k.dtype} {tuple(k.shape)}, {v.dtype} {tuple(v.shape)}")
+        shapes = ", ".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (q, k, v))
+        raise ValueError("attention takes q (..., H, Tq, D) and k, v (..., K, Tk, D) of floats, H a multiple of K, "
+                         f"else equal, not {shapes}")
 
 
 def flat(x: Tensor, last: int = 2) -> Tensor:
