@@ -66,12 +66,13 @@ def library():
     flags = ["-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
              "-fno-math-errno", "-shared", "-fPIC", "-lm"]
     flags += ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
-    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0] if platform.system() == "Linux" else ""
-    features = [line for line in cpu.splitlines() if line.startswith(("model", "flags", "Features"))]
-    name = hashlib.sha256(repr((source.read_bytes(), flags, features)).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onetoken"
-    path = folder / f"{name}.so"
     try:
+        linux = platform.system() == "Linux"             # a home may be shared by machines of several kinds
+        cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0] if linux else ""
+        features = [line for line in cpu.splitlines() if line.startswith(("model", "flags", "Features"))]
+        name = hashlib.sha256(repr((source.read_bytes(), flags, features)).encode()).hexdigest()[:16]
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "onetoken"
+        path = folder / f"{name}.so"
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:     # whole or not at all, for several processes
@@ -81,8 +82,8 @@ def library():
         for runtime in Path(torch.__file__).parent.glob("lib/libgomp*"):
             ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
         made = ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError):
-        return None                  # a home that cannot be written, a compiler without OpenMP: torch does it
+    except (OSError, RuntimeError, subprocess.CalledProcessError):
+        return None                  # no home that can be written, a compiler without OpenMP: torch does it
     made.one_token.argtypes, made.linear.argtypes = (P, P, P, I, P, P, P, P, P), (P, P, P, I, P)
     made.one_token.restype = made.linear.restype = None
     return made
