@@ -124,11 +124,11 @@ class PagedCache:
             self.ids[range(len(rows)), before] = torch.tensor([row.ids[i] for row, i in zip(rows, before)],
                                                               device=self.device)
 
-    def one_token(self, in_c, rows: list):
-        """Logits (B, V) after the next token of each row, by onetoken.c, which finds the blocks where they lie."""
-        self.turn_to(rows, [1] * len(rows))
+    def read_on(self, in_c, rows: list, n: int):
+        """Logits (B, n, V) of each row's next n tokens, by onetoken.c, which finds the blocks where they lie."""
+        self.turn_to(rows, [n] * len(rows))
         slots = self.tables.view(len(rows), -1, 1) * self.size + torch.arange(self.size)
-        return in_c([row.ids[row.cached] for row in rows], self.rows[0], self, self.keys, self.values,
+        return in_c([row.ids[row.cached:row.cached + n] for row in rows], self.rows[0], self, self.keys, self.values,
                     slots.flatten(1).int())
 
     def append(self, layer: int, k, v, plan, window: int | None):
@@ -339,7 +339,7 @@ class Engine:
         if self.in_c is None or len(rows) > onetoken.MAX_ROWS or not all(row.max_new for row in rows):
             self.forward(rows, [1] * len(rows))
             return
-        logits = self.cache.one_token(self.in_c, rows)
+        logits = self.cache.read_on(self.in_c, rows, 1)[:, 0]
         for row in rows:
             self.advance(row, 1)
             row.drafter = None                             # what its cache holds is not this text any more
@@ -434,11 +434,13 @@ class Engine:
         guesses = row.drafter.propose(row.ids, k, how, None)[0] if k > 0 else []
         self.provide(row, 1 + len(guesses))                # the only row, and within the limit: there is always room
         row.ids += guesses
-        logits = self.model.head(self.read([row], [1 + len(guesses)])[0])        # (1 + k, V)
+        n = 1 + len(guesses)
+        in_c = self.in_c is not None
+        logits = self.cache.read_on(self.in_c, [row], n) if in_c else self.model.head(self.read([row], [n]))
         del row.ids[len(row.ids) - len(guesses):]
-        for place in range(len(logits)):
+        for place in range(n):
             self.advance(row, 1)
-            self.accept([row], logits[place:place + 1])
+            self.accept([row], logits[:, place])
             if row.finish or place == len(guesses) or row.ids[-1] != guesses[place]:
                 break
             self.counts["guessed_tokens"] += 1

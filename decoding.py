@@ -193,11 +193,16 @@ def prefill(model, windows: list[list[int]], cache: bool, n_new: int):
 
 def decode(model, last: list[int], memory):
     """Logits (B, V) after one more token of each row."""
-    if memory.in_c is not None and len(last) <= onetoken.MAX_ROWS:
-        logits = memory.in_c(last, memory.lengths, memory, memory.k, memory.v)
-        memory.grow(1)
-        return logits
-    return model(torch.tensor(last, device=memory.device)[:, None], cache=memory)[:, -1]
+    return read_on(model, torch.tensor(last, device=memory.device)[:, None], memory)[:, -1]
+
+
+def read_on(model, tokens, memory):
+    """Logits (B, T, V) after each of a few more tokens (B, T), which join the cache; by onetoken.c where it can."""
+    if memory.in_c is None or tokens.numel() > onetoken.MAX_ROWS:
+        return model(tokens, cache=memory)
+    logits = memory.in_c(tokens, memory.lengths, memory, memory.k, memory.v)
+    memory.grow(tokens.shape[1])
+    return logits
 
 
 @torch.inference_mode()
@@ -296,12 +301,16 @@ class Reader:
 
     def __init__(self, model, size: int):
         self.model, self.memory = model, model.new_cache(1, size)
+        if not model.config.mtp_depth:               # whose head drafts from hidden states, which C does not give
+            self.memory.in_c = onetoken.prepare(model, size)
 
     def read(self, text, drafts=()):
         """Logits (1 + drafts, V) after text and after each draft. What the cache held beyond text[:-1] is forgotten."""
         self.first = min(self.memory.length, len(text) - 1)
         self.memory.set_lengths(self.first)
         tokens = torch.tensor([[*text[self.first:], *drafts]], device=self.memory.device)
+        if self.memory.in_c is not None and tokens.numel() <= onetoken.MAX_ROWS:
+            return read_on(self.model, tokens, self.memory)[0, -1 - len(drafts):]
         self.hidden = self.model.hidden(tokens, self.memory)                    # (1, T, C), positions first …
         return self.model.head(self.hidden[0, -1 - len(drafts):])
 

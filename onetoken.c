@@ -34,7 +34,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, ffn, rotate, interleaved, cache_kind, max_length, n_slots;
+    int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, ffn, rotate, interleaved, cache_kind, max_length, n_slots, n_tokens;
     int64_t next_row, next_head, next_slot;              // in the cache, in numbers
     const float *cos, *sin;                              // (max_length, D / 2)
     const Layer *layers;
@@ -215,9 +215,9 @@ static float activation(int kind, float x) {
     return x / (1 + expf(-x));
 }
 
-// x (rows, C): embeddings in, overwritten. positions (rows): where each token stands. keys, values: a pointer for each
-// layer. slots: (rows, n_slots), the slot of each position, or NULL: slot p for position p. logits (rows, V) out.
-// scratch: as many numbers as onetoken.py counts.
+// x (rows, C): embeddings in, overwritten; every n_tokens of them belong to one text, whose later ones see the earlier.
+// positions (rows): where each token stands. keys, values: a pointer for each layer. slots: (texts, n_slots), the slot
+// of each position, or NULL: slot p for position p. logits (rows, V) out. scratch: what onetoken.py counts.
 void one_token(const Model *m, float *x, const int *positions, int rows, void **keys, void **values, const int *slots,
                float *logits, float *scratch) {
     int C = m->d_model, H = m->n_heads, K = m->n_kv_heads, D = m->head_dim, S = m->max_length, F = m->d_ff;
@@ -237,8 +237,9 @@ void one_token(const Model *m, float *x, const int *positions, int rows, void **
             if (m->rotate) rotate(m, head, positions[i < rows * H ? i / H : (i - rows * H) / K]);
         }
         for (int i = 0; i < rows * K * D; i++) {         // into the cache, in its dtype
-            int r = i / (K * D), slot = slots ? slots[(int64_t)r * m->n_slots + positions[r]] : positions[r];
-            int64_t at = r * m->next_row + i / D % K * m->next_head + slot * m->next_slot + i % D;
+            int r = i / (K * D), text = r / m->n_tokens;
+            int slot = slots ? slots[(int64_t)text * m->n_slots + positions[r]] : positions[r];
+            int64_t at = text * m->next_row + i / D % K * m->next_head + slot * m->next_slot + i % D;
             if (m->cache_kind == F32)
                 ((float *)keys[l])[at] = k[i], ((float *)values[l])[at] = v[i];
             else
@@ -246,9 +247,9 @@ void one_token(const Model *m, float *x, const int *positions, int rows, void **
         }
         #pragma omp parallel for schedule(static)
         for (int i = 0; i < rows * H; i++) {             // each row's heads; H / K of them share a key head
-            int r = i / H, first = layer->window ? positions[r] - layer->window + 1 : 0;
-            int64_t start = r * m->next_row + i % H / (H / K) * m->next_head;
-            attend(m, q + (int64_t)i * D, keys[l], values[l], start, slots ? slots + (int64_t)r * m->n_slots : NULL,
+            int r = i / H, text = r / m->n_tokens, first = layer->window ? positions[r] - layer->window + 1 : 0;
+            int64_t start = text * m->next_row + i % H / (H / K) * m->next_head;
+            attend(m, q + (int64_t)i * D, keys[l], values[l], start, slots ? slots + (int64_t)text * m->n_slots : NULL,
                    first > 0 ? first : 0, positions[r], scores + (int64_t)i * S, y + (int64_t)i * D);
         }
         linear(&layer->o, y, h, rows, more);

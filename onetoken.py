@@ -1,4 +1,4 @@
-"""One token of each row through the model in C: what decoding a few texts on a CPU runs, where a compiler is at hand.
+"""One token, or a few, of each row through the model in C: what decoding on a CPU runs, where a compiler is at hand.
 
 Between two products of a pass stand sixty small operators a block. Alone each takes microseconds; here their code and
 Python's have to come back into the cache every time that a matrix has run through it, which took as long again as the
@@ -49,7 +49,8 @@ class Layer(ctypes.Structure):
 
 class Model(ctypes.Structure):
     _fields_ = [(name, I) for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "ffn",
-                                       "rotate", "interleaved", "cache_kind", "max_length", "n_slots")] + [
+                                       "rotate", "interleaved", "cache_kind", "max_length", "n_slots",
+                                       "n_tokens")] + [
         (name, ctypes.c_int64) for name in ("next_row", "next_head", "next_slot")] + [
         ("cos", P), ("sin", P), ("layers", ctypes.POINTER(Layer)), ("last", Norm), ("head", Matrix)]
 
@@ -130,7 +131,7 @@ class Pass:
             cos, sin = (self.floats(table) for table in tables)
         d_ff = max(matrix(block.ffn.w1).d_out for block in model.layers)
         self.c = Model(c.n_layers, c.d_model, c.n_heads, c.n_kv_heads, c.head_dim, d_ff, FFNS.index(c.ffn),
-                       c.position == "rope", c.rope_interleaved, KINDS[dtype], max_length, 0, 0, 0, 0, cos, sin,
+                       c.position == "rope", c.rope_interleaved, KINDS[dtype], max_length, 0, 1, 0, 0, 0, cos, sin,
                        self.layers, self.norm(model.ln_final), self.matrix(model.lm_head))
         self.numbers = c.d_model + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * d_ff + c.n_heads * max_length
         self.numbers += 2 * max(c.d_model, d_ff, c.n_heads * c.head_dim)         # for int4
@@ -162,24 +163,27 @@ class Pass:
         return Layer(*(self.norm(one) for one in norms), *(self.matrix(one) for one in matrices), window or 0)
 
     @torch.inference_mode()
-    def __call__(self, last: list[int], positions: list[int], cache, keys, values, slots=None):
-        """Logits (rows, V) after one more token of each row, whose key and value are added to the cache.
+    def __call__(self, tokens, pasts: list[int], cache, keys, values, slots=None):
+        """Logits (B, T, V) after each of T more tokens of every row, whose keys and values are added to the cache.
 
-        keys, values: a tensor (rows, K, slots, D) for each layer, of any strides but the last. slots: (rows, …) int32,
-        the slot of each position; none: its own number. cache: what the model's embedding asks for earlier ids.
+        tokens: (B, T), lists or a tensor. pasts: positions that each row holds. keys, values: a tensor (B, K, slots, D)
+        for each layer, of any strides but the last. slots: (B, …) int32, the slot of each position; none: its own
+        number. cache: what the model's embedding asks for earlier ids.
         """
-        if max(positions) >= self.c.max_length:
-            raise ValueError(f"{max(positions) + 1} tokens pass the cache of {self.c.max_length}")
-        at, rows, c = torch.tensor(positions)[:, None], len(last), self.model.config
-        x = self.model.embed(torch.tensor(last)[:, None], cache, SimpleNamespace(slots=at, positions=at))    # (B, 1, C)
+        tokens, c = torch.as_tensor(tokens), self.model.config
+        B, T = tokens.shape
+        at = torch.tensor(pasts)[:, None] + torch.arange(T)                      # (B, T)
+        if max(pasts) + T > self.c.max_length:
+            raise ValueError(f"{max(pasts) + T} tokens pass the cache of {self.c.max_length}")
+        x = self.model.embed(tokens, cache, SimpleNamespace(slots=at, positions=at))
         x, at = x.float().contiguous(), at.int()
-        if len(self.scratch) < rows * self.numbers:
-            self.scratch = torch.empty(rows * self.numbers)
-        logits = torch.empty(rows, c.vocab_size)
-        self.c.n_slots = 0 if slots is None else slots.shape[1]
+        if len(self.scratch) < B * T * self.numbers:
+            self.scratch = torch.empty(B * T * self.numbers)
+        logits = torch.empty(B, T, c.vocab_size)
+        self.c.n_tokens, self.c.n_slots = T, 0 if slots is None else slots.shape[1]
         self.c.next_row, self.c.next_head, self.c.next_slot, _ = keys[0].stride()
         pointers = [(P * len(stores))(*(store.data_ptr() for store in stores)) for stores in (keys, values)]
-        library().one_token(ctypes.byref(self.c), x.data_ptr(), at.data_ptr(), rows, *pointers,
+        library().one_token(ctypes.byref(self.c), x.data_ptr(), at.data_ptr(), B * T, *pointers,
                             None if slots is None else slots.data_ptr(), logits.data_ptr(), self.scratch.data_ptr())
         return logits if c.logit_softcap is None else c.logit_softcap * torch.tanh(logits / c.logit_softcap)
 

@@ -56,6 +56,10 @@ def test_logits_equal_the_models_own_in_float32(name, kind):
         expected = decoding.decode(plain, ids, memory)
         torch.testing.assert_close(decoding.decode(small, ids, cache), expected, rtol=close, atol=close * expected.abs().max().item())
     assert cache.lengths == memory.lengths == [n + 7 for n in (5, 9, 14, 3, 20)]
+    three = torch.tensor([[3, 9, i] for i in range(5)])              # several tokens at once see each other in order
+    expected = torch.stack([decoding.decode(plain, ids, memory) for ids in three.T.tolist()], dim=1)
+    scale = close * expected.abs().max().item()
+    torch.testing.assert_close(decoding.read_on(small, three, cache), expected, rtol=close, atol=scale)
     torch.testing.assert_close(cache.k[1], memory.k[1], rtol=close, atol=close)
 
 
