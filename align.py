@@ -58,7 +58,7 @@ from align_losses import (BASELINES, NORMALIZE, NORMALIZERS, REWEIGHTS, aggregat
                           dpo_loss, group_advantages, grpo_step, grpo_train_step, masked_mean, masked_normalize,
                           padding_id, policy_gradient_loss, policy_step, response_log_probs, rollout_rewards, sft_step,
                           take_step, token_entropy, tokenize_prompt_and_output)
-from checkpoint import claim_out_dir, only_writer, read_checkpoint, save_checkpoint, sha256, write_text
+from checkpoint import claim_out_dir, only_writer, read_checkpoint, save_checkpoint, sha256
 from configurator import command_line, fail, print_config
 from evaluate import (REWARDS, TEMPLATES, boxed_reward, continuation_log_probs, end_id, pick_template,  # noqa: F401
                       r1_zero_reward, standard_error)
@@ -384,18 +384,28 @@ def save(model, tokenizer, folder, config, template: str, log) -> None:
     tokenizer.save(folder / "tokenizer.json")
     save_checkpoint(model, None, config.steps, folder / "ckpt.pt", template=template,
                     align_config=asdict(config), tokenizer_sha256=sha256(folder / "tokenizer.json"))
-    write_text(folder / "log.jsonl", *(json.dumps(line) + "\n" for line in log.lines))
+    log.path.replace(folder / "log.jsonl")
 
 
 class Log:
-    """Prints what a run logs, and keeps it for `save` to write: a run that fails leaves no log and no folder."""
+    """Prints what a run logs and writes it to log.new.jsonl at once; `save` gives that its name beside the checkpoint,
+    so that a run which fails leaves what it logged and nothing that counts as a run."""
 
-    def __init__(self, name: str, **header):
-        self.name, self.lines = name, [header]
+    def __init__(self, name: str, folder, **header):
+        self.name, self.path, self.lines = name, Path(folder) / "log.new.jsonl", []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.unlink(missing_ok=True)
+        self.write(header)
+
+    def write(self, entry: dict) -> None:
+        """Add a line."""
+        self.lines.append(entry)
+        with open(self.path, "a", encoding="utf-8") as file:
+            print(json.dumps(entry), file=file)
 
     def __call__(self, **entry):
         entry = {name: value for name, value in entry.items() if not math.isnan(value)}
-        self.lines.append(entry)
+        self.write(entry)
         print(f"{self.name:<5}", " | ".join(f"{name} {value:.4g}" for name, value in entry.items()), flush=True)
 
 
@@ -408,7 +418,7 @@ def run_verb(verb: str, config) -> None:
     model, tokenizer, template = load_base(config)
     rows, held = read_rows(verb, config, tokenizer, template, model.config.context_length)
     pad_id = padding_id(tokenizer)
-    log = Log(verb, template=template, torch=torch.__version__, config=asdict(config))
+    log = Log(verb, config.out_dir, template=template, torch=torch.__version__, config=asdict(config))
     if verb == "sft":
         def nats():
             return -sums(model, held, 1, config).sum().item() / sum(len(row[1]) for row in held)
