@@ -1,11 +1,11 @@
 """One token, or a few, of each row through the model in C: what decoding on a CPU runs, where a compiler is at hand.
 
-Between two products of a pass stand sixty small operators a block. Alone each takes microseconds; here their code and
-Python's have to come back into the cache every time that a matrix has run through it, which took as long again as the
-reading of the weights. onetoken.c is the same pass as one C function; this page compiles it once (a second, kept in
+Between the products of a block stand sixty small operators. Alone each takes microseconds; here their code and
+Python's have to come back into the cache every time that a matrix has run through it, which took as long again as
+reading the weights. onetoken.c is the same pass as one C function; this page compiles it once (a second, kept in
 ~/.cache), fills in its structures from a model's tensors without a copy, and says for which models it stands in:
 
-    decoding.decode ── can_run? ──> onetoken.Pass ─> onetoken.c        float32, bfloat16, int8, int4 weights
+    decoding.decode ── prepare? ──> onetoken.Pass ─> onetoken.c        float32, bfloat16, int8, int4 weights
                           └─ else ─> model(tokens, cache=cache)        post-norm, experts, MLA, GPUs, no compiler
 
 Both fill the same cache and differ by rounding alone. `python bench.py decode --reference=true` has the figures. The
