@@ -342,7 +342,7 @@ def print_model(bill: Bill) -> None:
 
 
 def print_speed(bill: Bill) -> None:
-    """What the strategies of parallel.py and sharded.py send beside their arithmetic; hours and dollars."""
+    """What the strategies of parallel.py and sharded.py send beside their arithmetic, and hours."""
     ranks = max(2, bill.n_devices)
     rates = bill.batch_tokens, ranks, find_device(bill.device).flops * bill.mfu, bill.link_gb_per_s * 1e9
     fsdp, tp, mixed = best_mix(bill, *rates, bill.dtype)
@@ -361,7 +361,7 @@ def print_speed(bill: Bill) -> None:
 
 def main(argv: list[str]) -> None:
     """Print the bill of one command line."""
-    usage = f"python accounting.py CONFIG_OR_PRESET [--key=value …]\npresets: {', '.join(PRESETS)}"
+    usage = f"usage: python accounting.py CONFIG_OR_PRESET [--key=value …]\npresets: {', '.join(PRESETS)}"
     names, settings = [word for word in argv if not word.startswith("-")], {}
     try:
         if len(names) > 1:
