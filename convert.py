@@ -245,7 +245,7 @@ def place(tensor, their: str, ours: list, transposed: bool, state: dict, folder)
     rows = [state[our].shape[0] for our in ours]
     if tensor.shape[0] != sum(rows) or tensor.shape[1:] != state[ours[0]].shape[1:] or not tensor.is_floating_point():
         raise ValueError(f"{folder}: {their} is {tensor.dtype} {tuple(tensor.shape)} (transposed: {transposed}) and "
-                         f" {' + '.join(ours)} each {tuple(state[ours[0]].shape)}; config.json and weights differ")
+                         f"{' + '.join(ours)} each {tuple(state[ours[0]].shape)}; config.json and weights differ")
     for our, part in zip(ours, tensor.split(rows)):
         state[our] = part if len(ours) == 1 else part.clone()
 
