@@ -21,7 +21,7 @@ softmax's gradient is dS = P ∘ (dP - delta), delta the sum of P ∘ dP over a 
 has a part of it. But dP = dO vᵀ, so sum_j P_ij dP_ij = sum_j P_ij (dO_i · v_j) = dO_i · sum_j P_ij v_j = dO_i · O_i:
 delta = rowsum(dO ∘ O), known before the first tile.
 
-Left out: dropout, arbitrary masks and sliding windows (model.py takes torch's sdpa for those), Hopper's TMA, fp8.
+Left out: dropout, arbitrary masks and sliding windows (attention.py takes torch's sdpa for those), Hopper's TMA, fp8.
 Papers: FlashAttention 2205.14135, FlashAttention-2 2307.08691 (algorithms 1 and 2).
 
     python flash.py               errors beside torch's own attention
