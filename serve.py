@@ -197,7 +197,7 @@ class Server:
         return JSONResponse({"object": "list", "data": [about]})
 
     async def health(self, request: Request) -> JSONResponse:
-        """Answered while requests are taken; 503 once the server is ending, see `guarded`."""
+        """Answered while requests are taken; 503 once the server is ending, see `check_access`."""
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> PlainTextResponse:
