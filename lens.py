@@ -1,9 +1,9 @@
 """What there is to see of a model: what it thought of a token, where it looked, how a text was cut, how it learnt.
 
-A model gives each token a probability. The others are compared with it: the rank (1 = it was the likeliest) and the
+A model gives each token a probability. Two more numbers place it: its rank (1 = it was the likeliest) and the
 entropy of the whole distribution, in bits: 0 = the model was sure, 1 = as open as a coin, 11 = all of 2,048 tokens
 alike. Attention says which earlier tokens a head took something from; it does not say what it took.
-batching.py asks `describe` for the log probabilities of what is written, serve.py all of it for the page.
+batching.py asks `describe` for the log probabilities of what is written, serve.py shows all of it on its page.
 """
 import math
 import re
