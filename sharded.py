@@ -381,7 +381,7 @@ class Strategy:
         """Add the gradients of a batch that all ranks have drawn alike to `.grad`, averaged; returns its mean loss.
 
         inputs, targets: (B, T) ids. micro_batch_size: rows of a forward pass; None is all of a rank's rows, in a
-        pipeline an eighth of them for two stages, 1/4pp for pp, so that the bubble is at most a fifth.
+        pipeline of pp stages 1/(4 pp) of them, so that the bubble is at most a fifth.
         loss_of(logits, loss, inputs): the loss of a micro-batch, called under autocast. Gradients are times `scale`,
         the loss is not. Every micro-batch counts by its rows, also a ragged one: no mean of means. Collective.
         """
