@@ -43,8 +43,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import accounting
 import data
-from checkpoint import (claim_out_dir, load_checkpoint, load_optimizer, load_weights, only_writer,  # noqa: F401
-                        read_checkpoint, save_checkpoint)
+from checkpoint import (claim_out_dir, load_optimizer, load_weights, only_writer, read_checkpoint,
+                        save_checkpoint)
 from compress import distillation_loss
 from configurator import command_line, fail, print_config
 from machine import DTYPES, Stop, Threads, keep_freed_memory, peak_flops, pick_device, pick_dtype
