@@ -7,7 +7,7 @@
 A state is one dict of tensors and plain containers: model, optimizer, step, tokens, rng, data_position, settings. It is
 written to `ckpt.pt.tmp`, flushed to the disk, then renamed over the old one: a kill or a full disk at any moment
 leaves the old file or the new one, each whole. `weights_only=True` refuses pickled code when a stranger's is opened.
-torch, which takes two seconds, is imported only there: processes that clean text need files alone.
+torch, which takes two seconds, is imported for states alone: processes that clean text need only files.
 """
 import contextlib
 import dataclasses
