@@ -274,7 +274,7 @@ class Engine:
         for row in [row for row in (*self.running, *self.waiting) if row.cancelled]:
             self.end(row, "cancelled")
         self.admit()
-        if self.draft is not None and len(self.running) == 1 and self.running[0].left == 1:
+        if self.draft is not None and len(self.running) == 1 and self.running[0].left == 1 and self.running[0].max_new:
             self.guess(self.running[0])
         else:
             pieces = self.plan()
