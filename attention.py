@@ -73,7 +73,7 @@ def attend(backend: str, q, k, v, mask, fresh: bool):
     (B, H, T, D), K, causal = q.shape, k.shape[1], fresh and mask is None
     k, v = k.to(q.dtype), v.to(q.dtype)                            # a cache may be kept in another dtype
     if backend == "triton" and causal:           # it knows neither a past nor windows: those go to sdpa
-        from flash import flash_attention      # here: Triton is not on every platform
+        from flash import flash_attention      # here: only this backend needs it
         return flash_attention(q, k, v, True)
     if backend == "sdpa" and causal and q.dtype == torch.bfloat16 and q.device.type == "cpu" and T <= SHORT_CONTEXT:
         return short_attention(q, k, v)
