@@ -16,7 +16,7 @@ enum { F32, BF16, INT8, INT4 };                          // how numbers are stor
 enum { NONE, RMS, LAYER };                               // norms
 enum { SWIGLU, SILU, GELU, RELU2 };                      // feed-forward layers
 #define GROUP 64                                         // numbers of int4 that share a scale and a shift
-#define AHEAD 4096                                       // bytes: what is asked for so early has come when its turn does
+#define AHEAD 4096                                       // bytes: weights asked for so early are there in time
 
 typedef struct {                                         // (d_out, d_in), row by row, and a bias or NULL
     const void *w;
@@ -34,7 +34,8 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, ffn, rotate, interleaved, cache_kind, max_length, n_slots, n_tokens;
+    int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, ffn, rotate, interleaved, cache_kind, max_length;
+    int n_slots, n_tokens;
     int64_t next_row, next_head, next_slot;              // in the cache, in numbers
     const float *cos, *sin;                              // (max_length, D / 2)
     const Layer *layers;
