@@ -58,7 +58,7 @@ from align_losses import (BASELINES, NORMALIZE, NORMALIZERS, REWEIGHTS, aggregat
                           dpo_loss, group_advantages, grpo_step, grpo_train_step, masked_mean, masked_normalize,
                           padding_id, policy_gradient_loss, policy_step, response_log_probs, rollout_rewards, sft_step,
                           take_step, token_entropy, tokenize_prompt_and_output)
-from checkpoint import claim_out_dir, only_writer, read_checkpoint, save_checkpoint, sha256
+from checkpoint import claim_out_dir, forget_former, only_writer, read_checkpoint, save_checkpoint, sha256
 from configurator import command_line, fail, print_config
 from evaluate import (REWARDS, TEMPLATES, boxed_reward, continuation_log_probs, end_id, pick_template,  # noqa: F401
                       r1_zero_reward, standard_error)
@@ -384,6 +384,7 @@ def save(model, tokenizer, folder, config, template: str, log) -> None:
     tokenizer.save(folder / "tokenizer.json")
     save_checkpoint(model, None, config.steps, folder / "ckpt.pt", template=template,
                     align_config=asdict(config), tokenizer_sha256=sha256(folder / "tokenizer.json"))
+    forget_former(folder)
     log.path.replace(folder / "log.jsonl")
 
 

@@ -103,7 +103,7 @@ class PagedCache:
         self.pool = [torch.zeros((n_blocks + 1) * size, self.heads, self.width, device=weight.device,
                                  dtype=weight.dtype) for _ in range(c.n_layers)]
         self.size, self.device, self.smear, self.max_length = size, weight.device, c.smear, c.context_length
-        # As onetoken.py wants them, (rows, K, slots, D): every row sees all slots.
+        # As onetoken.py wants them, (rows, K, slots, D): every row sees all slots, which expand says by a stride of 0.
         keys, values = zip(*(pool.transpose(0, 1).expand(2, -1, -1, -1).tensor_split((self.key_width,), dim=-1)
                              for pool in self.pool))
         self.keys, self.values = keys, values

@@ -122,6 +122,12 @@ def claim_out_dir(out_dir, overwrite: bool = False, inputs=(), resume: bool = Fa
                          f"--overwrite=true to replace the run{resume}")
 
 
+def forget_former(folder) -> None:
+    """Remove what a run that is written over left beside the ckpt.pt that has taken its place."""
+    for name in ("best.pt", "log.jsonl"):
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
 # --- token files ---
 
 def read_meta(folder) -> dict:

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 import onetoken
-from checkpoint import claim_out_dir, multiplied_out, open_tokens, read_checkpoint, save_checkpoint
+from checkpoint import claim_out_dir, forget_former, multiplied_out, open_tokens, read_checkpoint, save_checkpoint
 from configurator import command_line, fail
 from machine import product
 from model import Linear, Transformer, load_model
@@ -297,9 +297,11 @@ def write(out_dir, new_out_dir, config, model_config, weights: dict, **more) -> 
     entries = read_checkpoint(old, map_location="meta")
     kept = {key: entries[key] for key in ("train_config", "tokenizer_sha256", "tokens", "template") if key in entries}
     new.mkdir(parents=True, exist_ok=True)
+    (new / "tokenizer.json").unlink(missing_ok=True)
     if (Path(out_dir) / "tokenizer.json").is_file():
         shutil.copyfile(Path(out_dir) / "tokenizer.json", new / "tokenizer.json")
     save_checkpoint(weights, None, entries["step"], new / "ckpt.pt", model_config=asdict(model_config), **kept, **more)
+    forget_former(new)
     before, after = old.stat().st_size, (new / "ckpt.pt").stat().st_size
     print(f"{old}: {before / 1e6:.2f} MB -> {new / 'ckpt.pt'}: {after / 1e6:.2f} MB")
 

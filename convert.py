@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from bpe import Tokenizer
-from checkpoint import claim_out_dir, save_checkpoint, sha256, write_atomically, write_text
+from checkpoint import claim_out_dir, forget_former, save_checkpoint, sha256, write_atomically, write_text
 from configurator import command_line, fail
 from model import ModelConfig, Transformer, load_model, with_weights
 
@@ -306,6 +306,7 @@ def import_folder(folder, out_dir, overwrite: bool = False) -> None:
         shutil.copyfile(Path(folder) / "tokenizer.json", out_dir / "tokenizer.json")
         entries["tokenizer_sha256"] = sha256(out_dir / "tokenizer.json")
     save_checkpoint(model, None, 0, out_dir / "ckpt.pt", **entries)
+    forget_former(out_dir)
     print(f"{out_dir / 'ckpt.pt'}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{'with' if tokenizer else 'without'} a tokenizer")
 

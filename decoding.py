@@ -301,7 +301,7 @@ class Reader:
 
     def __init__(self, model, size: int):
         self.model, self.memory = model, model.new_cache(1, size)
-        if not model.config.mtp_depth:               # whose head drafts from hidden states, which C does not give
+        if not model.config.mtp_depth:               # a further head drafts from hidden states, which C does not give
             self.memory.in_c = onetoken.prepare(model, size)
 
     def read(self, text, drafts=()):

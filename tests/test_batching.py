@@ -95,3 +95,9 @@ def test_a_step_that_fails_ends_its_rows_and_not_the_engine():
     bad.how = (1.0, "five", None, None)
     run([bad, good], toy().eval(), max_batch=1)
     assert bad.finish == "error" and "TypeError" in bad.error and good.finish == "length"
+
+
+def test_a_prompt_that_is_only_read_ends_beside_a_draft():
+    row = batching.Row([5], 0, SixtyOne())
+    run([row], toy("plain").eval(), draft="ngram")
+    assert row.finish == "length" and row.ids == [5]

@@ -129,9 +129,12 @@ def test_compress_commands(little_base, tmp_path, capsys):
     compress.main(["prune", str(little_base), str(tmp_path / "zeros")])
     assert "of them zero" in capsys.readouterr().out and (tmp_path / "zeros" / "tokenizer.json").is_file()
     for more in ([], [f"--data={tmp_path / 'x.bin'}"]):
+        (tmp_path / "thin").mkdir(exist_ok=True)
+        (tmp_path / "thin" / "best.pt").write_bytes(b"of a former run")
         compress.main(["prune", str(little_base), str(tmp_path / "thin"), "--kind=width", "--share=0.5",
                        "--overwrite=true", *more])
         told = capsys.readouterr().out
+        assert not (tmp_path / "thin" / "best.pt").exists(), "--checkpoint=best.pt would open another model"
         assert "heads 4 -> 2" in told and ("size of their weights" in told) == (not more)
     for bad, words in ((["quantize", str(little_base), str(tmp_path / "thin")], "--overwrite=true"),
                        (["quantize", str(little_base), str(little_base), "--overwrite=true"], "read from"),

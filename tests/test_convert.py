@@ -188,7 +188,9 @@ def test_folders_by_command_with_their_tokenizer(tmp_path, capsys):
             convert.main(words)
         assert error.value.code == 2 and message in capsys.readouterr().err
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == kept
+    (tmp_path / "run" / "best.pt").write_bytes(b"of the former run")
     convert.main(["import", folder, run, "--overwrite=true"])
+    assert not (tmp_path / "run" / "best.pt").exists(), "--checkpoint=best.pt would open another model"
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() != kept
     theirs = reference().AutoTokenizer.from_pretrained(folder)
     assert theirs("the<|endoftext|>")["input_ids"] == tokenizer.encode("the<|endoftext|>")
