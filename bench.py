@@ -1,6 +1,6 @@
 """Every measured figure of the README, one verb each: `python bench.py VERB [--key=value …]`; --help lists them.
 
-Models that write and models made smaller stand here, the others' verbs in bench_*.py.
+Models that write, models made smaller and the laptop's record stand here, the other verbs in bench_*.py.
 
 A step of decoding reads every weight for one row of products, so the share of the bandwidth counts. Before it stands
 the host: GPT-2 in eager mode launches 400 kernels for a token, 5 µs each, where reading its weights takes 80 µs on an
@@ -38,7 +38,7 @@ import compress
 from accounting import PRESETS, kv_cache_bytes, table
 from bench_step import alternate, on, seconds_of
 from checkpoint import open_tokens, read_checkpoint, read_meta
-from configurator import command_line
+from configurator import command_line, fail
 from convert import save_pretrained
 from decoding import generate, prefill, speculate, stream
 from evaluate import perplexity
@@ -253,8 +253,9 @@ def train(out_dir, minutes: str, *flags: str) -> Path:
 
 
 def compress_table(words: list[str]) -> None:
-    """Bytes, tokens per second and bits per byte of a model in int8, int4, pruned by half, and that trained further
-    alone, by distillation, and from scratch for equal minutes: compress [OUT_DIR [MINUTES]]."""
+    """Bytes, speed and bits per byte of a model in int8, in int4 and pruned by half: compress [OUT_DIR [MINUTES]].
+
+    Half as wide it is also trained further, alone and by distillation, and from scratch, for MINUTES each."""
     full, minutes, made = Path(words[0] if words else "out/shakespeare"), (*words, "2.4", "2.4")[1], {}
     made["full"] = full
     for label, verb, *flags in (("int8", "quantize", "--kind=int8"), ("int4", "quantize", "--kind=int4"),
@@ -347,6 +348,8 @@ def main(argv: list[str]) -> None:
         for name, function in VERBS.items():
             print(f"  {name:<12} {(function.__doc__ or '').strip().splitlines()[0]}")
         sys.exit(0 if argv and argv[0] in ("--help", "-h") else 2)
+    if argv[1:] and argv[0] in ("checkpoints", "toy", "precision"):
+        fail(f"bench.py {argv[0]} has no settings, but got {' '.join(argv[1:])}")
     VERBS[argv[0]](argv[1:])
 
 

@@ -45,7 +45,7 @@ import laws
 from accounting import table
 from align_losses import group_advantages
 from checkpoint import open_tokens, read_meta, write_atomically
-from configurator import command_line
+from configurator import command_line, fail
 from layers import LayerNorm, Linear, cross_entropy
 from machine import pick_device
 from model import bits_per_byte
@@ -73,7 +73,7 @@ def toy(words: list[str]) -> None:
 
 
 STEPS = "--max_minutes=none --eval_every=0 --num_samples=0 --max_steps=300 --warmup_steps=30"
-SWEEPS = {                                     # name -> command lines of `train.py sweep`, all of equal tokens
+SWEEPS = {              # name -> command lines of `train.py sweep`: of equal tokens; width and depth of equal time
     "ablations": ["", "smear=false", "norm=none", "norm=none muon_lr=0.003 lr=0.0008 embedding_lr=0.016",
                   "norm_position=post", "position=none", "qk_norm=false", "ffn=silu d_ff=512"],
     "learning_rate": ["lr=1e-3,3e-3,1e-2,1e-1,30 --optimizer=adamw --embedding_lr=none"],
@@ -410,7 +410,10 @@ def draw(bench: Bench) -> None:
 def align_bench(argv: list[str]) -> None:
     """Alignment's experiments from one SFT model: prompts, amounts of data, expert iteration, GRPO's variants."""
     config = command_line(AlignBenchConfig, argv, "usage: python bench.py align [--key=value …]")[2]
-    experiments = {name: EXPERIMENTS[name] for name in config.experiments.split(",")}
+    names = config.experiments.split(",")
+    if not set(names) <= set(EXPERIMENTS):
+        fail(f"experiments={config.experiments}: give some of {', '.join(EXPERIMENTS)}, with commas between")
+    experiments = {name: EXPERIMENTS[name] for name in names}
     bench = Bench(config)
     bench.run("sft", "none", 0, lambda: bench.figures(bench.base))
     for experiment, runs in experiments.items():

@@ -7,6 +7,7 @@
     python bench.py minhash                     near duplicates beside datasketch
 """
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -178,17 +179,18 @@ def packed(paths, archive: Path) -> Path:
 def by_eye(archive: Path, n: int, report: dict) -> list[str]:
     """Three of the n records, as they come and as text; up to three documents that each rule dropped, with its reason,
     and three that were kept."""
-    lines, kept = ["three records, as they come and as text:"], f"{list(report['funnel'])[-1]}: kept"
+    lines = ["three records, as they come and as text:"]
     for number, (address, content, _) in enumerate(curate.read_archive(archive, Counter())):
         if number % max(1, -(-n // 3)) == 0:
             text = " / ".join(clean.extract_text(content, main_content=True).split("\n"))
             lines += [f"  {Path(address).name}", f"    {len(content):,} bytes: {content[:150]!r}",
                       f"    {len(text):,} characters: {text[:220]}"]
     lines.append("what each rule dropped, and what was kept:")
-    for kind, samples in report["samples"].items():
-        if kind.endswith("dropped") or kind == kept:
-            lines += [f"  {kind:<20} {Path(address).name[:40]} | {reason or '-'} | {' '.join(text.split())[:130]}"
-                      for address, reason, text in samples[:3]]
+    with open(archive.with_name("kept") / "documents.jsonl", encoding="utf-8") as file:
+        kept = [(one["id"], "-", one["text"]) for one in map(json.loads, itertools.islice(file, 3))]
+    for kind, samples in (report["samples"] | {"kept": kept}).items():
+        lines += [f"  {kind:<20} {Path(address).name[:40]} | {reason} | {' '.join(text.split())[:130]}"
+                  for address, reason, text in samples[:3]]
     return lines
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench_step import can_compile, on, seconds_of
-from configurator import command_line
+from configurator import command_line, fail
 from machine import DTYPES, pick_device
 
 
@@ -105,6 +105,8 @@ def errors(function, reference, inputs, dtype) -> list[float]:
 def kernels(argv: list[str]) -> None:
     """The largest error of every kernel beside plain PyTorch's, by dtype; exits with 1 for one that is too large."""
     config = command_line(KernelConfig, argv, "usage: python bench.py kernels [--page=kernels | flash | both]")[2]
+    if config.page not in ("kernels", "flash", "both"):
+        fail(f"page={config.page} must be kernels, flash or both")
     gpu, long, cases, wrong = torch.cuda.is_available(), config.long, [], 0
     device = "cuda" if gpu else "cpu"
     if not gpu:
@@ -259,7 +261,7 @@ def draw(path: Path, kind: str, x: str, y: str, lines: dict) -> None:
 class AttentionConfig:
     """What `python bench.py attention` can be told."""
     widths: str = "16,64,128"                 # of the one head
-    lengths: str = ""                         # with commas between; none = by device
+    lengths: str | None = None                # with commas between; none = by device
     dtype: str = "float32"                    # float32, bfloat16
     device: str | None = None                 # cpu, cuda; none = the best there is
 

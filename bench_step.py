@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import train
 from accounting import flops_per_token, preset, table
 from checkpoint import read_meta
-from configurator import command_line
+from configurator import command_line, fail
 from convert import their_config
 from machine import DTYPES, peak_flops, pick_device, pick_dtype
 from model import Transformer
@@ -262,7 +262,7 @@ def checkpoints(words: list[str]) -> None:
 LABELS = ("attention", "feed-forward", "norm", "loss", "clip", "optimizer")
 
 
-def profile(argv: list[str]) -> dict | None:
+def profile(argv: list[str]) -> None:
     """One training step by phase and by region, its ten largest kernels; writes OUT_DIR/trace.json.
 
     Random tokens stand for the data. The step is one micro-batch, not compiled: the regions are modules, and a compiled
@@ -296,7 +296,7 @@ def profile(argv: list[str]) -> dict | None:
         torch.cuda.profiler.start()
         step_ms(parts, device, region)
         torch.cuda.profiler.stop()
-        return None
+        return
     with torch.profiler.profile() as profiler:             # the CPU, and CUDA where there is one
         wall_ms = sum(step_ms(parts, device, region))
     totals = report(profiler, wall_ms, device.startswith("cuda"))
@@ -309,7 +309,6 @@ def profile(argv: list[str]) -> dict | None:
     trace = os.path.join(config.out_dir, "trace.json")
     profiler.export_chrome_trace(trace)
     print(f"trace: {trace}, to open in https://ui.perfetto.dev")
-    return totals
 
 
 def report(profiler, wall_ms: float, on_gpu: bool) -> dict:
@@ -356,8 +355,8 @@ VARIANTS = {            # switches of the model; the name says the rest
 @dataclass
 class SizesConfig:
     """What `python bench.py sizes` can be told."""
-    shapes: str = ""                          # d_model x n_layers with commas between, or presets; none = by device
-    variants: str = ""                        # all: also Triton's attention, the fused loss, transformers' GPT-2
+    shapes: str | None = None                 # d_model x n_layers with commas between, or presets; none = by device
+    variants: str | None = None               # all: also Triton's attention, the fused loss, transformers' GPT-2
     context_length: int = 256                 # tokens a sequence
     batch_size: str = "4"                     # sequences; with commas between: the first that fits
     vocab_size: int = 10_000                  # ids
@@ -386,7 +385,9 @@ def sizes(words: list[str]) -> None:
     config = command_line(SizesConfig, words, "usage: python bench.py sizes [--key=value …]")[2]
     device = pick_device(config.device)
     names = config.shapes or ("small,medium,large,xl" if device.startswith("cuda") else "128x4,256x6,512x8")
-    variants = list(VARIANTS) if config.variants == "all" else list(VARIANTS)[:3 if can_compile(device) else 2]
+    if config.variants not in (None, "all"):
+        fail(f"variants={config.variants} must be all or none")
+    variants = list(VARIANTS) if config.variants else list(VARIANTS)[:3 if can_compile(device) else 2]
     print(f"{on(device)}; context {config.context_length}, vocabulary {config.vocab_size:,}, {config.steps} steps "
           f"after {config.warmup}; first step: without warm-up\n{'model':<12}{'params':>11}{'rows':>5} {'':<28}"
           f"{'forward':>16}{'backward':>16}{'optimizer':>16}{'first step':>12}{'tokens/s':>10}{'MFU':>7}")

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from bpe import Tokenizer, train_bpe
 from checkpoint import only_writer, open_tokens, read_meta, sha256, write_atomically, write_text  # noqa: F401
-from classify import SEPARATOR, Classifier, ClassifyConfig, read_texts, train_classifier  # noqa: F401
+from classify import SEPARATOR, Classifier, ClassifyConfig, train_classifier  # noqa: F401
 from clean import (dedup_lines, dedup_minhash, extract_text, gopher_filter, identify_language,  # noqa: F401
                    mask_emails, mask_ips, mask_phone_numbers)
 from configurator import command_line, fail

@@ -34,9 +34,8 @@ import numpy as np
 import torch
 
 import compress
-from answers import (LETTERS, REFUSAL, REWARDS, boxed_reward, gold_answer, last_boxed, need, parse_gsm8k,  # noqa: F401
-                     parse_mmlu, r1_zero_reward, read_choices, read_jsonl, read_mmlu, read_prompts, read_text,
-                     same_answer)
+from answers import (LETTERS, REFUSAL, REWARDS, boxed_reward, gold_answer, need, parse_gsm8k, parse_mmlu,  # noqa: F401
+                     r1_zero_reward, read_choices, read_jsonl, read_mmlu, read_prompts, read_text, same_answer)
 from checkpoint import claim_file, contents, open_tokens, read_checkpoint, read_meta, sha256, write_text
 from configurator import command_line, fail
 from decoding import check_numbers, evaluating, generate
@@ -264,8 +263,8 @@ def choose(model, tokenizer, items: list[dict], letters: bool, batch_size: int) 
 def write_answers(model, tokenizer, template: str, prompts: list[str], config) -> list[str]:
     """A greedy answer to each prompt: what the prompt leaves of the context, max_new_tokens at most.
 
-    Longer ones would push the question out of the window. A prompt that leaves less than that, or than a quarter of the
-    context, loses its beginning, and the number of such prompts is printed.
+    Longer ones would push the question out of the window. A prompt that leaves less than max_new_tokens and less than a
+    quarter of the context loses its beginning, and the number of such prompts is printed.
     """
     context, stop = model.config.context_length, end_id(tokenizer, template)
     ids = [render(tokenizer, template, [prompt]) for prompt in prompts]

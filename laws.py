@@ -79,7 +79,7 @@ class Fit(dict):
 
 
 def make_fit(method: str, law, max_log_c: float) -> Fit:
-    """The Fit of laws (S, 5) that were fitted to runs of up to these ln C."""
+    """The Fit of laws (S, 5), the estimate in row 0, that were fitted to runs of up to max_log_c = ln C."""
     fit = Fit(method=method, law=law, max_flops=math.exp(max_log_c))
     (log_a, alpha, log_b, beta, log_e), (_, a, gamma, _) = law.T, frontier(law)
     columns_by_name = (np.exp(log_e), np.exp(log_a), np.exp(log_b), alpha, beta, a, 1 - a, gamma)

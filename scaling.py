@@ -2,7 +2,7 @@
 
 A run that costs a thousand pilots cannot be tuned, so it is predicted. The order in which the money goes:
 
-    settings     learning rates at four sizes, shapes and batches at one: laws for the settings, a twelfth of the budget
+    settings     learning rates at four sizes, shapes at one, batches at six lengths: a twelfth of the budget
     IsoFLOPs     seven sizes at each of four small budgets, each set around the best size of the budget before
     long shots   a few runs at the largest budgets that can be paid, near the best size: they hold the law's far end
     prediction   the parametric law read at the target, with its 90 % interval
@@ -32,9 +32,9 @@ import checkpoint
 import train
 from accounting import DEVICES, count_params, flops_per_token, largest_batch, training_hours
 from configurator import command_line, fail
-from explorer import Explorer, TrainingAPI, block_params, score, shape_for  # noqa: F401
-from laws import (LAW, PUBLISHED, RECORD, Fit, best_of_each_budget, budgets_of, columns, fit_isoflop,  # noqa: F401
-                  fit_kaplan, fit_parametric, law_terms, make_fit, power_law, predict, published)
+from explorer import Explorer, TrainingAPI, score, shape_for
+from laws import (LAW, Fit, best_of_each_budget, budgets_of, columns, fit_isoflop, fit_kaplan, fit_parametric,
+                  law_terms, predict, published)
 from model import ModelConfig
 
 # `real`: budgets in exact FLOPs, and the shapes (d_model, n_layers, n_heads) trained at each, around the best one.

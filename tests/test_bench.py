@@ -41,6 +41,7 @@ def test_a_web_from_pages_to_two_models(tmp_path):
                 "--held_out=20", "--workers=1"])
     table = (tmp_path / "web" / "table.txt").read_text(encoding="utf-8")
     assert "three records" in table and re.search(r"archive +40 ", table) and "language: dropped" in table, table
+    assert len(re.findall(r"^  kept +\d+\.html \| - \| \w", table, re.MULTILINE)) == 3, table
     assert len(re.findall(r"after 2 steps: \d\.\d+ bits per byte", table)) == 2, table
 
 
