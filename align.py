@@ -90,7 +90,7 @@ class AlignConfig:
     overwrite: bool = False              # replace the run that out_dir holds
     template: str | None = None          # plain qa alpaca r1_zero chat chatml; none = the base's own, else alpaca
     skip_bad: bool = False               # leave bad lines out and count them instead of stopping
-    device: str = "cpu"                  # cpu, cuda, mps
+    device: str | None = None            # cpu, cuda, mps; none = the best there is
     seed: int = 0                        # of everything random
     steps: int = 100                     # optimizer steps (grpo: rollouts, each with its optimizer steps)
     batch_size: int = 32                 # rows per optimizer step (sft, dpo: examples; grpo: rollout rows)
@@ -102,6 +102,9 @@ class AlignConfig:
     grad_clip: float = 1.0               # largest gradient norm
     log_every: int = 10                  # steps between log lines
 
+    def __post_init__(self):
+        self.device = self.device or pick_device(None)
+
     def check(self) -> None:
         """Raises ValueError naming a setting that cannot be used."""
         for name in ("steps", "batch_size", "micro_batch_size", "log_every", "prompts_per_step", "group_size",
@@ -111,8 +114,9 @@ class AlignConfig:
         for name in ("lr", "grad_clip", "beta", "temperature", "clip"):
             if not 0 < getattr(self, name, 1.0) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        if not self.warmup_steps >= 0:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must be at least 0")
+        for name in ("warmup_steps", "muon_lr", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
         if not 0 < getattr(self, "val_fraction", 0.5) < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
         for name, allowed in (("baseline", BASELINES), ("normalizer", NORMALIZERS), ("reweight", REWEIGHTS),

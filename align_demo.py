@@ -217,7 +217,7 @@ def demonstrate(config: DemoConfig, stages=STAGES, lab=None) -> dict:
     print(f"base, SFT, DPO, GRPO: about {total / 60:.0f} minutes on one core", flush=True)
     lab = lab or Laboratory(folder, config.seed)
     for stage, settings in stages.items():
-        settings, log = replace(settings, seed=config.seed), Log(stage, folder / stage)
+        settings, log = replace(settings, seed=config.seed, device="cpu"), Log(stage, folder / stage)
         if stage == "base":
             model = train_base(lab, settings, log)
         else:

@@ -269,8 +269,9 @@ def compress_table(words: list[str]) -> None:
     repair += [f"--{key}={trained[key] / 10}" for key in ("lr", "muon_lr", "embedding_lr") if trained.get(key)]
     made["trained"] = train(full.with_name(f"{full.name}-trained"), minutes, *repair)
     made["distilled"] = train(full.with_name(f"{full.name}-distilled"), minutes, *repair, f"--teacher={full}")
+    sizes = [f"--{key}={shape[key]}" for key in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff")]
     made["from scratch"] = train(full.with_name(f"{full.name}-scratch"), minutes, f"--data_dir={trained['data_dir']}",
-                                 *(f"--{key}={shape[key]}" for key in ("n_heads", "n_kv_heads", "head_dim", "d_ff")))
+                                 *sizes)
     models, lines = {label: compress.load(folder)[0] for label, folder in made.items()}, []
     speeds = alternate({label: partial(time_stream, one, [[1]], 128) for label, one in models.items()}, rounds=3)
     for label, model in models.items():

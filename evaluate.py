@@ -70,6 +70,8 @@ class OpenConfig:
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if getattr(self, "shots", 0) < 0:
+            raise ValueError(f"shots={self.shots} must be at least 0")
 
 
 @dataclass

@@ -4,7 +4,7 @@
 //
 // Decoding reads every weight once for a token, so its speed is bandwidth over bytes, if nothing else takes time. From
 // Python much does: sixty operators a block, each with code that the weights have pushed out of the cache meanwhile.
-// Here nearly all of it is `products`: rows of weights divided among the threads, each number read once, whatever it is
+// Here nearly all of it is `linear`: rows of weights divided among the threads, each number read once, whatever it is
 // stored in. onetoken.py compiles this page, fills in the structures, and says which models it can run.
 
 #include <math.h>
@@ -16,7 +16,7 @@ enum { F32, BF16, INT8, INT4 };                          // how numbers are stor
 enum { NONE, RMS, LAYER };                               // norms
 enum { SWIGLU, SILU, GELU, RELU2 };                      // feed-forward layers
 #define GROUP 64                                         // numbers of int4 that share a scale and a shift
-#define AHEAD 4096                                       // bytes: asked for so early, they have come when needed
+#define AHEAD 4096                                       // bytes: weights asked for so early are there in time
 
 typedef struct {                                         // (d_out, d_in), row by row, and a bias or NULL
     const void *w;
@@ -34,8 +34,8 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, ffn, rotate, interleaved, cache_kind;
-    int max_length, n_slots, n_tokens;                   // of a text; columns of `slots`; tokens of each text in a pass
+    int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, ffn, rotate, interleaved, cache_kind, max_length;
+    int n_slots, n_tokens;
     int64_t next_row, next_head, next_slot;              // in the cache, in numbers
     const float *cos, *sin;                              // (max_length, D / 2)
     const Layer *layers;
@@ -114,60 +114,46 @@ static void widen_int4(const uint8_t *restrict w, const uint16_t *scale, float *
     }
 }
 
-// --- products: y (rows, d_out) = x (rows, d_in) Wᵀ + bias ---
-
-// Outputs o … o + 3 of every row. x: for int4 as `unzip` orders it, with its totals.
-static void four(const Matrix *m, const float *x, const float *totals, float *y, int rows, int o) {
-    int n = m->d_in, d_out = m->d_out, kind = m->kind, row_bytes = kind == INT4 ? n / 2 : n * bytes[kind];
-    int outputs = d_out - o < 4 ? d_out - o : 4, stride = row_bytes;
-    const char *w = (const char *)m->w + (int64_t)o * row_bytes;
-    const uint16_t *pairs = m->scale + (int64_t)o * (n / GROUP) * 2;             // of int4
-    for (int i = 0; i < 4 * row_bytes; i += 64) __builtin_prefetch(w + AHEAD + i);
-    float widened[kind == INT4 && rows > 1 ? 4 * n : 1], sum[16];
-    if (kind == INT4 && rows > 1) {                      // several rows share the widening
-        for (int k = 0; k < outputs; k++)
-            widen_int4((const uint8_t *)w + k * row_bytes, pairs + k * (n / GROUP) * 2, widened + k * n, n);
-        w = (const char *)widened, kind = F32, stride = 4 * n;
-    }
-    for (int r = 0, step; r < rows; r += step) {
-        const float *row = x + (int64_t)r * n;
-        step = rows - r < 4 ? 1 : 4;
-        if (kind == INT4)
-            for (int k = 0; k < outputs; k++)
-                sum[k] = dot_int4(row, totals, (const uint8_t *)w + k * row_bytes, pairs + k * (n / GROUP) * 2, n);
-        else if (outputs == 4)
-            dots[kind][step == 4][1](row, w, sum, n);
-        else
-            for (int i = 0; i < step * outputs; i++)
-                dots[kind][0][0](row + i / outputs * n, w + (int64_t)(i % outputs) * stride, sum + i, n);
-        for (int i = 0; i < step * outputs; i++) {
-            int k = o + i % outputs;
-            float scale = kind == INT8 ? from_bf16(m->scale[k]) : 1, bias = m->bias ? m->bias[k] : 0;
-            y[(int64_t)(r + i / outputs) * d_out + k] = sum[i] * scale + bias;
-        }
-    }
-}
-
-typedef struct { const Matrix *m; float *y; } Product;
-
-// Products of the same x, as one piece of work for the threads. scratch: rows · d_in · (1 + 1 / GROUP) numbers.
-static void products(const Product *all, int count, const float *x, int rows, float *scratch) {
-    int n = all[0].m->d_in, blocks = 0, any_int4 = 0;
-    float *totals = scratch + (int64_t)rows * n;
-    for (int i = 0; i < count; i++) blocks += (all[i].m->d_out + 3) / 4, any_int4 |= all[i].m->kind == INT4;
-    for (int r = 0; r < rows && any_int4; r++)
-        unzip(x + (int64_t)r * n, scratch + (int64_t)r * n, totals + (int64_t)r * (n / GROUP), n);
-    #pragma omp parallel for schedule(static)
-    for (int block = 0; block < blocks; block++) {
-        const Product *one = all;
-        int place = block;
-        for (; place >= (one->m->d_out + 3) / 4; one++) place -= (one->m->d_out + 3) / 4;
-        four(one->m, one->m->kind == INT4 ? scratch : x, totals, one->y, rows, 4 * place);
-    }
-}
+// --- products: y (rows, d_out) = x (rows, d_in) Wᵀ + bias; scratch: rows · d_in · (1 + 1 / GROUP) numbers ---
 
 void linear(const Matrix *m, const float *x, float *y, int rows, float *scratch) {
-    products(&(Product){m, y}, 1, x, rows, scratch);
+    int n = m->d_in, d_out = m->d_out, kind = m->kind, row_bytes = kind == INT4 ? n / 2 : n * bytes[kind];
+    float *totals = scratch + (int64_t)rows * n;
+    if (kind == INT4) {
+        for (int r = 0; r < rows; r++)
+            unzip(x + (int64_t)r * n, scratch + (int64_t)r * n, totals + (int64_t)r * (n / GROUP), n);
+        x = scratch;
+    }
+    #pragma omp parallel for schedule(static)
+    for (int o = 0; o < d_out; o += 4) {
+        int outputs = d_out - o < 4 ? d_out - o : 4, type = kind, stride = row_bytes;
+        const char *w = (const char *)m->w + (int64_t)o * row_bytes;
+        const uint16_t *pairs = m->scale + (int64_t)o * (n / GROUP) * 2;         // of int4
+        for (int i = 0; i < 4 * row_bytes; i += 64) __builtin_prefetch(w + AHEAD + i);
+        float widened[kind == INT4 && rows > 1 ? 4 * n : 1], sum[16];
+        if (kind == INT4 && rows > 1) {                  // several rows share the widening
+            for (int k = 0; k < outputs; k++)
+                widen_int4((const uint8_t *)w + k * row_bytes, pairs + k * (n / GROUP) * 2, widened + k * n, n);
+            w = (const char *)widened, type = F32, stride = 4 * n;
+        }
+        for (int r = 0, step; r < rows; r += step) {
+            const float *row = x + (int64_t)r * n;
+            step = rows - r < 4 ? 1 : 4;
+            if (type == INT4)
+                for (int k = 0; k < outputs; k++)
+                    sum[k] = dot_int4(row, totals, (const uint8_t *)w + k * row_bytes, pairs + k * (n / GROUP) * 2, n);
+            else if (outputs == 4)
+                dots[type][step == 4][1](row, w, sum, n);
+            else
+                for (int i = 0; i < step * outputs; i++)
+                    dots[type][0][0](row + i / outputs * n, w + (int64_t)(i % outputs) * stride, sum + i, n);
+            for (int i = 0; i < step * outputs; i++) {
+                int k = o + i % outputs;
+                float scale = kind == INT8 ? from_bf16(m->scale[k]) : 1, bias = m->bias ? m->bias[k] : 0;
+                y[(int64_t)(r + i / outputs) * d_out + k] = sum[i] * scale + bias;
+            }
+        }
+    }
 }
 
 // --- the rest, a row at a time ---
@@ -242,7 +228,9 @@ void one_token(const Model *m, float *x, const int *positions, int rows, void **
     for (int l = 0; l < m->n_layers; l++) {
         const Layer *layer = m->layers + l;
         for (int r = 0; r < rows; r++) norm(&layer->ln1, x + (int64_t)r * C, h + (int64_t)r * C, C);
-        products((Product[]){{&layer->q, q}, {&layer->k, k}, {&layer->v, v}}, 3, h, rows, more);
+        linear(&layer->q, h, q, rows, more);
+        linear(&layer->k, h, k, rows, more);
+        linear(&layer->v, h, v, rows, more);
         for (int i = 0; i < rows * (H + K); i++) {       // every head of q, then of k
             float *head = i < rows * H ? q + (int64_t)i * D : k + (int64_t)(i - rows * H) * D;
             const Norm *own = i < rows * H ? &layer->q_norm : &layer->k_norm;
@@ -268,7 +256,8 @@ void one_token(const Model *m, float *x, const int *positions, int rows, void **
         linear(&layer->o, y, h, rows, more);
         for (int i = 0; i < rows * C; i++) x[i] += h[i];
         for (int r = 0; r < rows; r++) norm(&layer->ln2, x + (int64_t)r * C, h + (int64_t)r * C, C);
-        products((Product[]){{&layer->w1, gate}, {&layer->w3, up}}, m->ffn == SWIGLU ? 2 : 1, h, rows, more);
+        linear(&layer->w1, h, gate, rows, more);
+        if (m->ffn == SWIGLU) linear(&layer->w3, h, up, rows, more);
         for (int i = 0; i < rows * F; i++) gate[i] = activation(m->ffn, gate[i]) * (m->ffn == SWIGLU ? up[i] : 1);
         linear(&layer->w2, gate, h, rows, more);
         for (int i = 0; i < rows * C; i++) x[i] += h[i];
