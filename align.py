@@ -405,8 +405,11 @@ class Log:
     def write(self, entry: dict) -> None:
         """Add a line."""
         self.lines.append(entry)
-        with open(self.path, "a", encoding="utf-8") as file:
-            print(json.dumps(entry), file=file)
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                print(json.dumps(entry), file=file)
+        except OSError as error:
+            raise OSError(error.errno, f"{self.path} could not be written: {error.strerror}") from error
 
     def __call__(self, **entry):
         entry = {name: value for name, value in entry.items() if not math.isnan(value)}
