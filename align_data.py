@@ -145,6 +145,7 @@ def make_reader(verb: str, tokenizer, template: str, context: int, max_new_token
         return tokenizer.encode(lead + text, allowed_special=set()) + [end_id(tokenizer, template)]
 
     def read(record):
+        """The row of one line of the file."""
         if verb == "sft":
             turns, *texts = read_pair(record)
         elif verb == "dpo":

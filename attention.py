@@ -213,6 +213,7 @@ class LatentAttention(nn.Module):
             nn.init.zeros_(self.o_proj.weight)
 
     def forward(self, x, positions=None, cache=None, plan=None):
+        """x: (B, T, C) -> (B, T, C), as Attention's; the cache holds latents and rotary keys."""
         c, (B, T, _) = self.config, x.shape
         D, R, P = c.head_dim, c.kv_lora_rank, c.rope_head_dim
         plan, x = plan or Plan(c, x, positions, cache, self.layer), lowered(x)

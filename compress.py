@@ -117,7 +117,8 @@ class Int8Linear(torch.nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def multiply(self, x):                                                      # (N, C) -> (N, R)
-        if 0 < len(x) <= onetoken.MAX_ROWS and x.device.type == "cpu" and onetoken.library() is not None:
+        trains = x.requires_grad and torch.is_grad_enabled()       # C gives no gradient
+        if 0 < len(x) <= onetoken.MAX_ROWS and not trains and x.device.type == "cpu" and onetoken.library() is not None:
             return onetoken.linear(self, x.float())
         return product(x, multiplied_out(self.parts()).to(x.dtype))
 

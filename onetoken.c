@@ -3,7 +3,7 @@
 //   x (C) ─ norm ─ q (H, D), k and v (K, D) ─ rotate ─ cache ─ attend (H, D) ─ o ─ + ─ norm ─ w1, w3 ─ f ─ w2 ─ +
 //
 // Decoding reads every weight once for a token, so its speed is bandwidth over bytes, if nothing else takes time. From
-// Python much does: sixty operators a block, each with code that the weights have pushed out of the cache meanwhile.
+// Python much does: eighty operators a block, each with code that the weights have pushed out of the cache meanwhile.
 // Here nearly all of it is `linear`: rows of weights divided among the threads, each number read once, whatever it is
 // stored in. onetoken.py compiles this page, fills in the structures, and says which models it can run.
 
@@ -211,7 +211,7 @@ static void attend(const Model *m, const float *q, const void *keys, const void 
 }
 
 static float activation(int kind, float x) {
-    if (kind == RELU2) return x > 0 ? x * x : 0;
+    if (kind == RELU2) return x < 0 ? 0 : x * x;         // asked this way round, NaN stays NaN
     if (kind == GELU) return 0.5f * x * (1 + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
     return x / (1 + expf(-x));
 }

@@ -1,9 +1,10 @@
 """One token, or a few, of each row through the model in C: what decoding on a CPU runs, where a compiler is at hand.
 
-Between the products of a block stand sixty small operators. Alone each takes microseconds; here their code and
-Python's have to come back into the cache every time that a matrix has run through it, which took as long again as
-reading the weights. onetoken.c is the same pass as one C function; this page compiles it once (a second, kept in
-~/.cache), fills in its structures from a model's tensors without a copy, and says for which models it stands in:
+A block is eighty operators to torch, seven of them products. Alone the others take microseconds each; here their code
+and Python's have to come back into the cache every time that a matrix has run through it, which took as long again as
+reading the weights of a model of 30M parameters. onetoken.c is the same pass as one C function; this page compiles it
+once (a second, kept in ~/.cache), fills in its structures from a model's tensors without a copy, and says for which
+models it stands in:
 
     decoding.decode ── prepare? ──> onetoken.Pass ─> onetoken.c        float32, bfloat16, int8, int4 weights
                           └─ else ─> model(tokens, cache=cache)        post-norm, experts, MLA, GPUs, no compiler
@@ -105,9 +106,9 @@ def matrix(layer) -> Matrix:
 
 def linear(layer, x):
     """x (rows, d_in) in float32 through one such layer without its bias, (rows, d_out)."""
-    m, rows = matrix(layer), len(x)
+    m, rows, x = matrix(layer), len(x), x.contiguous()   # named: an address does not keep a copy alive
     y, scratch = torch.empty(rows, m.d_out), torch.empty(rows * (m.d_in + m.d_in // 64))
-    library().linear(ctypes.byref(m), x.contiguous().data_ptr(), y.data_ptr(), rows, scratch.data_ptr())
+    library().linear(ctypes.byref(m), x.data_ptr(), y.data_ptr(), rows, scratch.data_ptr())
     return y
 
 

@@ -54,7 +54,8 @@ def test_logits_equal_the_models_own_in_float32(name, kind):
     for step in range(8):
         ids = [(7 * step + i) % 301 for i in range(5)]
         expected = decoding.decode(plain, ids, memory)
-        torch.testing.assert_close(decoding.decode(small, ids, cache), expected, rtol=close, atol=close * expected.abs().max().item())
+        scale = close * expected.abs().max().item()
+        torch.testing.assert_close(decoding.decode(small, ids, cache), expected, rtol=close, atol=scale)
     assert cache.lengths == memory.lengths == [n + 7 for n in (5, 9, 14, 3, 20)]
     three = torch.tensor([[3, 9, i] for i in range(5)])              # several tokens at once see each other in order
     expected = torch.stack([decoding.decode(plain, ids, memory) for ids in three.T.tolist()], dim=1)
@@ -94,7 +95,7 @@ def test_bfloat16_caches_and_weights_that_change_between_texts():
 def test_a_layer_alone_equals_float64_at_any_size():
     for d_in, d_out, rows in ((64, 1, 1), (128, 7, 3), (192, 33, 4), (64, 50, 32), (8, 5, 9), (17, 3, 6)):
         torch.manual_seed(d_in)
-        layer, x = compress.Linear(d_in, d_out), torch.randn(rows, d_in)
+        layer, x = compress.Linear(d_in, d_out), torch.randn(rows, 2, d_in)[:, 1]      # not in one piece
         kinds = {"float32": layer, "bfloat16": copy.deepcopy(layer).bfloat16(),
                  "int8": compress.Int8Linear(compress.round_int8(layer.weight))}
         if d_in % 64 == 0:
@@ -105,18 +106,26 @@ def test_a_layer_alone_equals_float64_at_any_size():
             torch.testing.assert_close(onetoken.linear(one, x), expected, rtol=1e-4, atol=1e-4, msg=f"{kind} {d_in}")
 
 
+def test_rounded_layers_pass_gradients_on():
+    layer, x = compress.Linear(64, 8), torch.randn(3, 64, requires_grad=True)
+    small = compress.Int8Linear(compress.round_int8(layer.weight))
+    small(x).sum().backward()
+    torch.testing.assert_close(x.grad, compress.multiplied_out(small.parts()).sum(dim=0).expand(3, 64))
+
+
 def test_what_it_cannot_run_and_damaged_weights():
     for name, value in (("norm_position", "post"), ("attention", "mla"), ("n_experts", 4)):
         model = build(**{name: value})
         assert onetoken.prepare(model, 8) is None, name
     model = build()
     assert onetoken.prepare(model, 8) and onetoken.prepare(model.double(), 8) is None
-    model = build()
-    model.layers[1].ffn.w2.weight.data[0, 0] = float("nan")
-    _, cache = decoding.prefill(build(), [[1, 2]], True, 4)
-    cache.in_c = onetoken.prepare(model, 6)
-    with torch.inference_mode(), pytest.raises(ValueError, match="NaN"):
-        decoding.pick(decoding.decode(model, [3], cache), None, 0)
+    for ffn, name in (("swiglu", "w2"), ("relu2", "w1"), ("gelu", "w1")):        # it reaches the logits from anywhere
+        model = build(ffn=ffn)
+        _, cache = decoding.prefill(model, [[1, 2]], True, 4)
+        getattr(model.layers[1].ffn, name).weight.data[0, 0] = float("nan")
+        cache.in_c = onetoken.prepare(model, 6)
+        with torch.inference_mode(), pytest.raises(ValueError, match="NaN"):
+            decoding.pick(decoding.decode(model, [3], cache), None, 0)
     with torch.inference_mode(), pytest.raises(ValueError, match="cache of 6"):
         [decoding.decode(model, [3], cache) for _ in range(9)]
 
