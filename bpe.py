@@ -405,6 +405,8 @@ def encode(config, tokenizer, path):
 def show(config, path, text=None):
     """Print how a text is encoded, or a tokenizer's longest tokens, or how a text file's first merges are learnt."""
     if not str(path).endswith(".json"):
+        if text is not None:
+            raise ValueError(f"{path} is no tokenizer.json to encode {text!r:.40} with; a text file stands alone")
         show_training(check_utf8(Path(path).read_bytes(), path), config.merges)
         return
     tok = Tokenizer.load(path)

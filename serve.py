@@ -46,6 +46,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
+from accounting import count_params
 from batching import Engine, Row
 from configurator import command_line, fail
 from lens import attention_weights, curves_beside, cuts_of, likeliest, token_text
@@ -96,7 +97,7 @@ class Server:
                              n_blocks=config.cache_blocks, budget=config.prefill, draft=draft)
         self.device, self.requests, self.draining, self.loop = self.engine.cache.device, Counter(), False, None
         self.stop_ids = [i for text, i in self.tokenizer.special_tokens.items() if text == END_OF_TEXT]
-        self.n_parameters = sum(p.numel() for p in (*self.model.parameters(), *self.model.buffers()))
+        self.n_parameters = count_params(self.model.config)["total"]             # int4 holds two numbers in one
         self.created = int(time.time())
 
     def notify(self, rows) -> None:

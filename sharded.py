@@ -331,6 +331,8 @@ class Strategy:
     """
 
     def __init__(self, name: str, tp: int = 1, device: str | None = None, pp: int = 1):
+        if name not in ("ddp", "zero1", "fsdp"):
+            raise ValueError(f"parallel={name!r} must be ddp, zero1 or fsdp")
         if name == "fsdp" and pp > 1:
             raise ValueError(f"parallel=fsdp with pp={pp}: a stage would gather its layers anew for each micro-batch; "
                              "choose parallel=zero1 or ddp with pp, or pp=1")

@@ -336,6 +336,8 @@ def test_bpe_commands(tmp_path, capsys):
     assert bpe.Tokenizer.load(out).decode(np.fromfile(tmp_path / "x.bin", "<u2")) == BPE_TEXT
     shown = run("show", out, "the cat")
     assert "t h e" in shown and "merge" in shown
+    with pytest.raises(SystemExit):
+        bpe.main(["show", str(text), "the cat"])                     # no tokenizer to encode with
     longest = run("show", out, "--merges=1")
     assert "'<|endoftext|>'" in longest and longest.count("\n") == 1
     words = " ".join(word.decode() + "\n" for word, n in HANDOUT.items() for _ in range(n)).replace("\n ", "\n")

@@ -180,6 +180,8 @@ def check_muon_and_loss_of_under_pipeline(rank, size, tmp):
     assert abs(strategy.evaluate(x, y) - model(x, y)[1]) < 1e-3
     with pytest.raises(ValueError, match="parallel=fsdp with pp=2"):
         sharded.Strategy("fsdp", pp=2)
+    with pytest.raises(ValueError, match="dpp"):
+        sharded.Strategy("dpp")
 
 
 def check_memory_by_the_formula(rank, size, tmp):
