@@ -21,7 +21,7 @@ tokens are cut out before anything else. Encoding repeats the merges inside each
      I | 'll   | ␠ | ␠go               merge ' ll, merge ␠ go          then the number of each token
 
 How: `learn_merges` is the trainer to read, `merge_steps` the encoder. The ones that run give the same result:
-bpe_fast.py cuts and merges whole blocks of text. It knows GPT-2's pattern; with any other the regex cuts, and every
+bpe_fast.py hands whole texts to C, which knows GPT-2's and GPT-4's patterns. With any other the regex cuts, and every
 word goes through Python. Ids are those of tiktoken and Hugging Face, except for a letter that is too new for somebody's
 Unicode tables. Left out: sentencepiece models, normalizers other than NFC.
 
@@ -50,7 +50,8 @@ import numpy as np
 from tqdm import tqdm
 
 from bpe_files import read_gpt2_files, read_tokenizer_json, to_text, tokenizer_json
-from bpe_fast import GPT2_CUT, GPT4_CUT, Cutter, Encoder, Merger, count_words, cpus, merge_ids, share
+from bpe_fast import GPT2_CUT, GPT4_CUT, Cutter, Encoder, Words, can_cut, cpus, learn_fast, library, merge_ids, share
+from bpe_fast import token_spans
 from checkpoint import claim_file, write_atomically, write_text
 from configurator import command_line, fail
 from words import GPT2_PATTERN, GPT2_PATTERNS, GPT4_PATTERNS, check_specials, check_utf8, compile_pattern
@@ -60,8 +61,6 @@ from words import ByteTokenizer, CharTokenizer, WordTokenizer, compression_ratio
 _CUTS = dict.fromkeys(GPT2_PATTERNS, GPT2_CUT) | dict.fromkeys(GPT4_PATTERNS, GPT4_CUT)
 
 BLOCK_BYTES = 4 << 20          # what a worker takes at a time; a file of fewer than four starts no worker unless asked
-FAST_BLOCK_BYTES = 512 << 10   # what NumPy takes at a time: its arrays then stay in the caches
-FAST_BYTES = 2000              # shorter text goes through the regex, which has less to set up
 STREAM_CHARS = 8192            # encode_iterable looks for a safe cut each time it holds this much
 CACHED_WORDS = 4096            # merged words that the regex path remembers, about 0.6 MB
 
@@ -125,7 +124,7 @@ def train_bpe(input_path, vocab_size, special_tokens=("<|endoftext|>",), *, patt
     """Learn a vocabulary from a UTF-8 file: (vocab: {id: bytes}, merges: pairs of bytes in the order learnt).
 
     vocab_size counts the 256 bytes, the merges and the special tokens, which get ids in this order. Of equally frequent
-    pairs the greatest as raw bytes is merged. workers: processes that count words; None: every CPU from four blocks of
+    pairs the greatest as raw bytes is merged. workers: threads that count words; None: every CPU from four blocks of
     BLOCK_BYTES on. The result is the same for any number. Memory follows the number of distinct words.
     Raises ValueError (sizes, special tokens, not UTF-8), OSError; warns when no pair is left to merge.
     """
@@ -137,14 +136,16 @@ def train_bpe(input_path, vocab_size, special_tokens=("<|endoftext|>",), *, patt
     if not os.path.getsize(input_path):
         raise ValueError(f"{input_path} is empty: there is nothing to train on")
     ranges, workers = _plan(input_path, Cutter(_CUTS.get(pattern), specials), workers)
-    jobs, counts = [ranges[k::workers] for k in range(workers)], Counter()
-    for more in share(_count_ranges, jobs, workers, input_path, specials, pattern):
+    def count(job):
+        return _count_ranges(job, input_path, specials, pattern)
+
+    in_c = library() is not None
+    counts = Words() if in_c else Counter()
+    for more in share(count, [ranges[k::workers] for k in range(workers)], workers):
         counts.update(more)
-    merger = Merger(list(counts), list(counts.values()))
-    del counts, more                # the largest thing in memory
+    steps = counts.learn(n_merges) if in_c else learn_fast(counts, n_merges)
     vocab, merges = {i: bytes([i]) for i in range(256)}, []
-    steps = merger.run(n_merges)
-    for a, b, _ in tqdm(steps, total=n_merges, desc="merging", unit=" merges", disable=None, leave=False):
+    for a, b, _ in steps:
         merges.append((vocab[a], vocab[b]))
         vocab[len(vocab)] = vocab[a] + vocab[b]
     if len(merges) < n_merges:
@@ -155,12 +156,13 @@ def train_bpe(input_path, vocab_size, special_tokens=("<|endoftext|>",), *, patt
 
 
 def _count_ranges(ranges, path, specials, pattern):
-    """{word: how often} in these ranges of a file."""
-    splitter, cutter = splitter_of(specials), Cutter(_CUTS.get(pattern), specials)
-    texts = (read_range(path, start, end) for start, end in ranges)
-    if pattern in GPT2_PATTERNS:
-        blocks = (block for text in texts for block in cutter.blocks(text, FAST_BLOCK_BYTES))
-        return count_words(blocks, splitter, specials)
+    """How often each word occurs in these ranges of a file: Words, or a Counter."""
+    splitter, texts = splitter_of(specials), (read_range(path, start, end) for start, end in ranges)
+    if can_cut(pattern):
+        words, no_ids = Words(), dict.fromkeys(specials, 0)
+        for text in texts:
+            words.count(text, token_spans(text, splitter, no_ids), pattern)
+        return words
     counts, compiled = Counter(), compile_pattern(pattern)
     for text in texts:
         for part in splitter.split(text)[::2] if splitter else [text]:
@@ -216,12 +218,9 @@ class Tokenizer:
             self._ranks.setdefault((self._id[a], self._id[b]), (rank, self._id[a + b]))
         self._regex = compile_pattern(pattern)
         self._cutter = Cutter(_CUTS.get(pattern), [utf8(t) for t in (*self.special_tokens, *self.added)])
-        self._merged, self._splitters, self._encoders = Remembered(self._merge_word, CACHED_WORDS), {}, {}
-        self._can_be_fast = (pattern in GPT2_PATTERNS and not normalizer and not ignore_merges
-                             and all(bytes([b]) in self._id for b in range(256)))
-
-    def __getstate__(self):
-        return {**self.__dict__, "_encoders": {}}    # which hold locks
+        self._merged, self._splitters, self._encoder = Remembered(self._merge_word, CACHED_WORDS), {}, None
+        if can_cut(pattern) and not normalizer and not ignore_merges and all(bytes([b]) in self._id for b in range(256)):
+            self._encoder = Encoder([self._id[bytes([b])] for b in range(256)], self._ranks)
 
     def with_special(self, tokens):
         """A tokenizer with these special tokens besides its own; those it lacks get the next ids."""
@@ -238,8 +237,7 @@ class Tokenizer:
         if isinstance(allowed, str) or not set(allowed) <= self.special_tokens.keys():
             raise ValueError(f'allowed_special is {allowed_special!r}; give "all" or a set of those that there are: '
                              f"{sorted(self.special_tokens)}")
-        ids = self._encode_bytes(utf8(text), frozenset(allowed))
-        return ids if isinstance(ids, list) else ids.tolist()
+        return self._encode_bytes(utf8(text), frozenset(allowed)).tolist()
 
     def _tokens(self, allowed):
         """(pattern of the special tokens in `allowed` and of all added ones, or None; {bytes: id})."""
@@ -250,14 +248,10 @@ class Tokenizer:
         return self._splitters[allowed]
 
     def _encode_bytes(self, data, allowed):
-        """The ids as a list, or from the fast path as an array."""
-        if not self._can_be_fast or len(data) < FAST_BYTES:
-            return self._encode_by_regex(data, allowed)
-        if allowed not in self._encoders:
-            byte_ids = [self._id[bytes([b])] for b in range(256)]
-            splitter, tokens = self._tokens(allowed)
-            self._encoders[allowed] = Encoder(byte_ids, self._ranks, tokens, splitter, self._merge_word)
-        return self._encoders[allowed].encode(self._cutter.blocks(data, FAST_BLOCK_BYTES))
+        """The ids as an array."""
+        if self._encoder is None:
+            return np.array(self._encode_by_regex(data, allowed), np.int64)
+        return self._encoder.encode(data, token_spans(data, *self._tokens(allowed)), self.pattern)
 
     def _encode_by_regex(self, data, allowed):
         """Special tokens split the text, the regex cuts it into words, and each word is looked up or merged."""
@@ -285,8 +279,8 @@ class Tokenizer:
     def encode_iterable(self, chunks):
         """Yield the ids of the joined strings, holding back only what a later chunk could change.
 
-        Memory does not grow with the text, so this takes the small regex path; `encode` is faster. A word is held
-        whole, and with a pattern that is neither GPT-2's nor GPT-4's everything up to the next special token is.
+        Memory does not grow with the text. A word is held whole, and with a pattern that is neither GPT-2's nor GPT-4's
+        everything up to the next special token is.
         """
         held, enough, allowed = "", STREAM_CHARS, frozenset(self.special_tokens)
         for chunk in chunks:
@@ -297,10 +291,10 @@ class Tokenizer:
                 if len(held) >= enough:
                     data = utf8(held)
                     cut = self._cutter.last(data)
-                    yield from self._encode_by_regex(data[:cut], allowed)
+                    yield from self._encode_bytes(data[:cut], allowed).tolist()
                     held = data[cut:].decode("utf-8")
                     enough = max(STREAM_CHARS, 2 * len(held))   # doubling: each character is looked at twice on average
-        yield from self._encode_by_regex(utf8(held), allowed)
+        yield from self._encode_bytes(utf8(held), allowed).tolist()
 
     def encode_file(self, text_path, bin_path, *, workers=None):
         """Write the ids of a UTF-8 file as raw little-endian uint16, or uint32 above 65,536 ids; returns their number.
@@ -308,15 +302,16 @@ class Tokenizer:
         The same ids as encode of the whole text, its line ends kept; streamed, by every CPU for a file of four blocks
         and more unless workers is given. bin_path appears whole or not at all.
         """
-        dtype, total = np.dtype("<u2" if self.vocab_size <= 65536 else "<u4"), 0
+        dtype, total = "<u2" if self.vocab_size <= 65536 else "<u4", 0
         ranges, workers = _plan(text_path, self._cutter, workers)
+        allowed = frozenset(self.special_tokens)
 
         def write(file):
             nonlocal total
-            encoded = share(_encode_range, ranges, workers, text_path, self, dtype)
+            encoded = share(lambda span: self._encode_bytes(read_range(text_path, *span), allowed), ranges, workers)
             for ids in tqdm(encoded, total=len(ranges), desc="encoding", unit=" blocks", disable=None, leave=False):
-                file.write(ids)
-                total += len(ids) // dtype.itemsize
+                file.write(ids.astype(dtype))
+                total += len(ids)
 
         write_atomically(bin_path, write)
         return total
@@ -354,12 +349,6 @@ class Tokenizer:
         write_text(path, tokenizer_json(self))
 
 
-def _encode_range(span, path, tokenizer, dtype):
-    """The ids of one range of a file as bytes."""
-    ids = tokenizer._encode_bytes(read_range(path, *span), frozenset(tokenizer.special_tokens))
-    return np.asarray(ids, dtype).tobytes()
-
-
 # --- command line ---
 
 @dataclasses.dataclass
@@ -367,13 +356,13 @@ class TrainConfig:
     vocab_size: int = 32000                    # bytes, merges and special tokens together
     out: str = "tokenizer.json"                # file to write
     special_tokens: str = "<|endoftext|>"      # with commas between them
-    workers: int | None = None                 # processes; none lets the file's size decide
+    workers: int | None = None                 # threads; none lets the file's size decide
 
 
 @dataclasses.dataclass
 class EncodeConfig:
     out: str = ""                              # file to write; empty: FILE.bin
-    workers: int | None = None                 # processes; none lets the file's size decide
+    workers: int | None = None                 # threads; none lets the file's size decide
 
 
 @dataclasses.dataclass

@@ -2,9 +2,8 @@
 
 A block is eighty operators to torch, seven of them products. Alone the others take microseconds each; here their code
 and Python's have to come back into the cache every time that a matrix has run through it, which took as long again as
-reading the weights of a model of 30M parameters. onetoken.c is the same pass as one C function; this page compiles it
-once (a second, kept in ~/.cache), fills in its structures from a model's tensors without a copy, and says for which
-models it stands in:
+reading the weights of a model of 30M parameters. onetoken.c is the same pass as one C function; this page fills in its
+structures from a model's tensors without a copy, and says for which models it stands in:
 
     decoding.decode ── prepare? ──> onetoken.Pass ─> onetoken.c        float32, bfloat16, int8, int4 weights
                           └─ else ─> model(tokens, cache=cache)        post-norm, experts, MLA, GPUs, no compiler
@@ -15,17 +14,13 @@ idea of one file of C for one pass is Karpathy's llama2.c.
 import contextlib
 import ctypes
 import functools
-import hashlib
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+import native
 from layers import LayerNorm, RMSNorm, rope_tables
 
 MAX_ROWS = 64                        # about where a product of torch's, with its larger tiles, is as fast
@@ -56,38 +51,18 @@ class Model(ctypes.Structure):
         ("cos", P), ("sin", P), ("layers", ctypes.POINTER(Layer)), ("last", Norm), ("head", Matrix)]
 
 
-# --- the compiler ---
-
 @functools.cache
 def library():
-    """onetoken.c compiled for this processor, or None: no compiler, or ONETOKEN=0 in the environment."""
-    source, compiler = Path(__file__).with_suffix(".c"), shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or os.environ.get("ONETOKEN") == "0" or os.name != "posix":
-        return None
+    """onetoken.c compiled for this processor, or None where it cannot be."""
     # Sums in any order, as vectors need it, but NaN stays NaN. torch's own OpenMP runs the threads: one pool of them.
-    flags = ["-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
-             "-fno-math-errno", "-shared", "-fPIC", "-lm"]
+    flags = ["-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
     flags += ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
-    try:
-        linux = platform.system() == "Linux"             # a home may be shared by machines of several kinds
-        cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0] if linux else ""
-        features = [line for line in cpu.splitlines() if line.startswith(("model", "flags", "Features"))]
-        name = hashlib.sha256(repr((source.read_bytes(), flags, features)).encode()).hexdigest()[:16]
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "onetoken"
-        path = folder / f"{name}.so"
-        if not path.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:     # whole or not at all, for several processes
-                made = Path(scratch) / path.name
-                subprocess.run([compiler, str(source), "-o", str(made), *flags], check=True, capture_output=True)
-                os.replace(made, path)
-        for runtime in Path(torch.__file__).parent.glob("lib/libgomp*"):
-            ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
-        made = ctypes.CDLL(str(path))
-    except (OSError, RuntimeError, subprocess.CalledProcessError):
-        return None                  # no home that can be written, a compiler without OpenMP: torch does it
-    made.one_token.argtypes, made.linear.argtypes = (P, P, P, I, P, P, P, P, P), (P, P, P, I, P)
-    made.one_token.restype = made.linear.restype = None
+    for runtime in Path(torch.__file__).parent.glob("lib/libgomp*"):
+        ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+    made = native.load("onetoken", flags)
+    if made is not None:
+        made.one_token.argtypes, made.linear.argtypes = (P, P, P, I, P, P, P, P, P), (P, P, P, I, P)
+        made.one_token.restype = made.linear.restype = None
     return made
 
 
