@@ -307,6 +307,7 @@ typedef struct { uint64_t pair; int32_t rank, unused; } Slot;
 typedef struct {
     Slot *slots;                                         // a hash table, by the two ids
     int64_t mask;                                        // how many slots, less one
+    int32_t *byte_pairs;                                 // (256, 256): the rank of each pair of bytes
     const int32_t *byte_ids, *products;                  // the id of each byte, and of each merge's result
 } Merges;
 
@@ -327,6 +328,7 @@ void fill(Merges *m, const int32_t *pairs, int n) {
         Slot *slot = slot_of(m, pairs[2 * i], pairs[2 * i + 1]);
         *slot = (Slot){(uint64_t)pairs[2 * i] << 32 | (uint32_t)pairs[2 * i + 1], i, 0};
     }
+    for (int i = 0; i < 65536; i++) m->byte_pairs[i] = rank_of(m, m->byte_ids[i >> 8], m->byte_ids[i & 255]);
 }
 
 static void set_leaf(int32_t *tree, int64_t i, int32_t rank) {
@@ -364,7 +366,7 @@ static int64_t merge(const Merges *m, const uint8_t *s, int64_t n, int32_t *ids)
     int32_t ranks[SHORT];
     for (int64_t i = 0; i < n; i++) ids[i] = m->byte_ids[s[i]];
     if (n > SHORT) return merge_long(m, ids, n);
-    for (int i = 0; i + 1 < n; i++) ranks[i] = rank_of(m, ids[i], ids[i + 1]);
+    for (int i = 0; i + 1 < n; i++) ranks[i] = m->byte_pairs[s[i] << 8 | s[i + 1]];
     while (n > 1) {
         int32_t best = NEVER, i = 0;
         for (int k = 0; k + 1 < n; k++) best = ranks[k] < best ? ranks[k] : best;
@@ -380,21 +382,25 @@ static int64_t merge(const Merges *m, const uint8_t *s, int64_t n, int32_t *ids)
 }
 
 // Most words of a text were met before: a slot for each hash keeps the ids of the short word that was there last.
-enum { KEPT = 1 << 14, KEPT_BYTES = 15, KEPT_IDS = 7 };
+enum { KEPT = 1 << 14, KEPT_BYTES = 31, KEPT_IDS = 7 };
 
-typedef struct { uint64_t low, high; int32_t n, ids[KEPT_IDS]; } Kept;       // the word's bytes, its length in the last
+typedef struct { uint64_t key[4]; int32_t n, ids[KEPT_IDS]; } Kept;          // key: the word, its length last
 
 static int64_t look_up(const Merges *m, Kept *kept, const uint8_t *s, int64_t n, int32_t *ids) {
-    uint64_t low, high;
-    memcpy(&low, s, 8), memcpy(&high, s + 8, 8);
-    low &= n < 8 ? ((uint64_t)1 << 8 * n) - 1 : ~(uint64_t)0;
-    high = (n < 8 ? 0 : high & (((uint64_t)1 << 8 * (n - 8)) - 1)) | (uint64_t)n << 56;
-    Kept *k = kept + ((low * 0x9e3779b97f4a7c15u ^ high * 0xc2b2ae3d27d4eb4fu) >> 32) % KEPT;
-    if (k->low != low || k->high != high) {
+    static const uint8_t ones[64] = {[0 ... 31] = 255};
+    static const uint64_t odd[4] = {0x9e3779b97f4a7c15u, 0xc2b2ae3d27d4eb4fu, 0x165667b19e3779f9u, 0xd6e8feb86659fd93u};
+    uint64_t key[4], mask[4], hash = 0, different = 0;
+    memcpy(key, s, 32), memcpy(mask, ones + 32 - n, 32);
+    for (int i = 0; i < 4; i++) key[i] &= mask[i];
+    key[3] |= (uint64_t)n << 56;
+    for (int i = 0; i < 4; i++) hash ^= key[i] * odd[i];
+    Kept *k = kept + (hash >> 32) % KEPT;
+    for (int i = 0; i < 4; i++) different |= key[i] ^ k->key[i];
+    if (different) {
         int64_t made = merge(m, s, n, ids);
         if (made <= KEPT_IDS) {
-            k->low = low, k->high = high, k->n = made;
-            memcpy(k->ids, ids, made * sizeof *ids);
+            memcpy(k->key, key, sizeof key), memcpy(k->ids, ids, made * sizeof *ids);
+            k->n = made;
         }
         return made;
     }
@@ -412,7 +418,7 @@ int64_t encode(const Merges *m, const Rule *rule, const uint8_t *text, int64_t n
         const uint8_t *end = text + (k < n_spans ? spans[3 * k] : n);
         for (const uint8_t *next; s < end; s = next) {
             next = word_end(rule, s, end);
-            int known = kept && next - s <= KEPT_BYTES && s + 16 <= text + n;
+            int known = kept && next - s <= KEPT_BYTES && s + 32 <= text + n;
             made += known ? look_up(m, kept, s, next - s, out + made) : merge(m, s, next - s, out + made);
         }
         if (k < n_spans) {

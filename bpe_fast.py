@@ -175,7 +175,7 @@ class Rule(ctypes.Structure):
 
 
 class Merges(ctypes.Structure):
-    _fields_ = [("slots", P), ("mask", L), ("byte_ids", P), ("products", P)]
+    _fields_ = [("slots", P), ("mask", L), ("byte_pairs", P), ("byte_ids", P), ("products", P)]
 
 
 class Words(ctypes.Structure):
@@ -267,9 +267,10 @@ class Encoder:
         pairs = np.array(list(ranks), np.int32).reshape(-1, 2)
         size = 1 << max(4, (2 * len(ranks)).bit_length())      # at most half full
         self.slots = np.empty(size, [("pair", "u8"), ("rank", "i4"), ("unused", "i4")])
-        self.byte_ids = np.array(byte_ids, np.int32)
+        self.byte_ids, self.byte_pairs = np.array(byte_ids, np.int32), np.empty(65536, np.int32)
         self.products = np.array([new for _, new in ranks.values()], np.int32)
-        self.c = Merges(self.slots.ctypes.data, size - 1, self.byte_ids.ctypes.data, self.products.ctypes.data)
+        self.c = Merges(self.slots.ctypes.data, size - 1, self.byte_pairs.ctypes.data, self.byte_ids.ctypes.data,
+                        self.products.ctypes.data)
         library().fill(self.c, pairs.ctypes, len(pairs))
 
     def __reduce__(self):
