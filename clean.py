@@ -28,7 +28,6 @@ import functools
 import hashlib
 import os
 import re
-import shutil
 import string
 import unicodedata
 from pathlib import Path
@@ -45,6 +44,8 @@ ODD = np.uint64(0x9E3779B97F4A7C15)              # 2^64 over the golden ratio: o
 NO_SHINGLE = np.uint32(0xFFFFFFFF)               # every place of the signature of a text without words
 NGRAM_SHARES = {2: .20, 3: .18, 4: .16, 5: .15, 6: .14, 7: .13, 8: .12, 9: .11, 10: .10}     # Gopher, table A1
 PUNCTUATION, NO_ASCII_LETTERS = string.punctuation.encode(), string.digits.encode() + bytes(range(128, 256))
+NO_CHARACTERS = bytes(range(33)) + bytes(range(128, 192))            # white space, and all but the first byte of UTF-8
+MARKS, BLANKS = "“”‘’«»–—…•·、。，！？：", "\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200b)))
 
 
 # --- text and language ---
@@ -138,7 +139,6 @@ def mask_ips(text: str) -> tuple[str, int]:
 # --- words and n-grams as numbers ---
 
 _FOLD = bytes.maketrans(string.ascii_uppercase.encode() + bytes(range(32)), string.ascii_lowercase.encode() + b" " * 32)
-_VALUES = np.random.default_rng(0).integers(0, 1 << 64, 256, dtype=np.uint64)    # of the bytes of a word
 
 
 @functools.lru_cache(4096)
@@ -168,15 +168,16 @@ def powers_of_odd(n: int) -> list[np.ndarray]:
 def hash_words(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     """(hashes uint64, lengths in bytes) of the words of a normalised text, (n,) each; the same on every machine.
 
-    Rabin and Karp's: with S the sums of value(byte i) · ODD^i modulo 2^64, a word from s to e is (S_e − S_s) / ODD^s.
+    Rabin and Karp's: the sum of byte i · ODD^i modulo 2^64 over a word, divided by the power at which it starts.
     """
-    codes = np.frombuffer(b" " + text + b" ", dtype=np.uint8)
-    blank = codes == 32
-    borders = np.flatnonzero(blank[1:] != blank[:-1])                 # before a word, its end, before the next …
+    codes = np.frombuffer(b" " + text + b" ", dtype=np.uint8) - np.uint8(32)         # a blank is 0 and adds nothing
+    inside = codes != 0
+    borders = np.flatnonzero(inside[1:] != inside[:-1])               # before a word, its end, before the next …
     starts, ends = borders[::2], borders[1::2]
     powers, inverses = powers_of_odd(1 << len(codes).bit_length())
-    sums = np.cumsum(_VALUES[codes] * powers[:len(codes)])
-    return hash_rows([(sums[ends] - sums[starts]) * inverses[starts]]), ends - starts
+    values = codes.astype(np.uint64)
+    values *= powers[:len(codes)]
+    return hash_rows([np.add.reduceat(values, starts + 1) * inverses[starts]]), ends - starts
 
 
 def hash_rows(columns) -> np.ndarray:
@@ -198,6 +199,12 @@ def hash_ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
 
 # --- rules of quality ---
 
+def count_words(text: bytes) -> int:
+    """How many words white space separates: one pass over the bytes, without a list of them."""
+    inside = np.frombuffer(b" " + text, dtype=np.uint8) > 32
+    return int(np.count_nonzero(inside[1:] > inside[:-1]))
+
+
 def gopher_filter(text: str) -> bool:
     """True for a text to keep."""
     return gopher_reason(text) == ""
@@ -205,24 +212,29 @@ def gopher_filter(text: str) -> bool:
 
 def gopher_reason(text: str) -> str:
     """The first of Gopher's quality rules (2112.11446, A1.1) that the text breaks, in words, or an empty string."""
-    plain = text
-    for mark in "" if text.isascii() else "“”‘’«»–—…•·、。，！？：":
+    spaced = text
+    for blank in "" if text.isascii() else BLANKS:
+        spaced = spaced.replace(blank, " ")
+    plain = spaced
+    for mark in "" if text.isascii() else MARKS:
         plain = plain.replace(mark, "")
     letters = plain.encode("utf-8", "replace").translate(None, PUNCTUATION)
-    words = letters.decode().split()
-    if not 50 <= len(words) <= 100_000:
-        return f"{len(words)} words, not 50 to 100,000"
-    mean = len("".join(words)) / len(words)
+    n_words = count_words(letters)
+    if not 50 <= n_words <= 100_000:
+        return f"{n_words} words, not 50 to 100,000"
+    mean = len(letters.translate(None, NO_CHARACTERS)) / n_words
     if not 3 <= mean <= 10:
         return f"mean word length {mean:.2f}, not 3 to 10"
-    lines = [line for line in map(str.rstrip, text.split("\n")) if line]
-    ellipses = sum(line.endswith(("...", "…")) for line in lines)
-    if ellipses > 0.3 * len(lines):
-        return f"{ellipses} of {len(lines)} lines end in an ellipsis, over 30 %"
+    if "..." in text or "…" in text:
+        lines = [line for line in map(str.rstrip, text.split("\n")) if line]
+        ellipses = sum(line.endswith(("...", "…")) for line in lines)
+        if ellipses > 0.3 * len(lines):
+            return f"{ellipses} of {len(lines)} lines end in an ellipsis, over 30 %"
     # Words that keep something when all but ASCII letters go: nearly always enough of them.
-    tokens, lettered = len(text.split()), len(letters.translate(None, NO_ASCII_LETTERS).split())
+    tokens = count_words(spaced.encode("utf-8", "replace"))
+    lettered = count_words(letters.translate(None, NO_ASCII_LETTERS))
     if lettered < 0.8 * tokens and not text.isascii():
-        lettered = sum(any(map(str.isalpha, word)) for word in words)
+        lettered = sum(any(map(str.isalpha, word)) for word in letters.decode().split())
     if lettered < 0.8 * tokens:
         return f"{lettered} of {tokens} words have a letter, under 80 %"
     return ""
@@ -250,20 +262,27 @@ def ngram_reason(hashes: np.ndarray, lengths: np.ndarray) -> str:
         inside = places <= len(hashes) - n
         places = places[inside]
         grams = grams[inside] * ODD + hashes[places + n - 1]
-        _, number, counts = np.unique(grams, return_inverse=True, return_counts=True)
-        times = counts[number]                   # how often the n-gram of each place stands
-        if times.max(initial=0) < 2:
+        order = np.argsort(grams)
+        places, grams = places[order], grams[order]                   # equal n-grams stand side by side
+        borders = np.flatnonzero(np.concatenate([[True], grams[1:] != grams[:-1], [True]]))
+        counts = borders[1:] - borders[:-1]
+        most = counts.max()
+        if most < 2:
             return ""
         if n <= 4:                               # of equally frequent n-grams the longest counts
-            first = places[times == times.max()]
-            kind, size = "the most frequent", times.max() * (ends[first + n] - ends[first]).max()
-        places, grams = places[times > 1], grams[times > 1]
+            first = places[borders[:-1][counts == most]]
+            kind, size = "the most frequent", most * (ends[first + n] - ends[first]).max()
+        repeated = np.repeat(counts > 1, counts)
+        places, grams = places[repeated], grams[repeated]
         if n > 4:                                # a repeated n-gram counts wherever it stands, every word once
             covered = np.zeros(len(hashes), dtype=bool)
-            covered[np.add.outer(places, np.arange(n))] = True
+            for i in range(n):
+                covered[places + i] = True
             kind, size = "duplicated", lengths[covered].sum()
         if size > limit * ends[-1]:
             return f"{kind} {n}-grams hold {size / ends[-1]:.0%} of the text, over {limit:.0%}"
+        if n > 4 and size <= NGRAM_SHARES[10] * ends[-1]:             # longer ones hold no more than these
+            return ""
     return ""
 
 
@@ -283,10 +302,11 @@ def duplicate_lines(lines) -> np.ndarray:
 def output_names(paths, out_dir) -> tuple[list[Path], list[Path]]:
     """(inputs, outputs): each file goes to its own name in out_dir. Raises ValueError when two would be one."""
     paths = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
-    targets = [Path(out_dir) / path.name for path in paths]
-    if len(set(targets)) < len(targets):
-        raise ValueError(f"inputs share a name: {', '.join(sorted(path.name for path in paths)[:20])} …; rename some")
-    if {path.resolve() for path in paths} & {target.resolve() for target in targets}:
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"inputs share a name: {', '.join(sorted(names)[:20])} …; rename some")
+    targets = [Path(out_dir, name) for name in names]
+    if any(target.exists() and target.samefile(path) for path, target in zip(paths, targets)):
         raise ValueError(f"out_dir={str(out_dir)!r} holds the input files themselves; choose another folder")
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     return paths, targets
@@ -309,31 +329,53 @@ def dedup_lines(paths, out_dir) -> int:
 # --- near duplicates ---
 
 def minhash_by_sets(shingles: set[int], num_hashes: int, seed: int = 0) -> list[int]:
-    """The form to read: the least a·x + b modulo 2^32 of each hash function; x: a shingle's 32 high bits."""
-    a, b = hash_functions(num_hashes, seed)
+    """The form to read: the least a·x modulo 2^32 for each factor a; x: a shingle's 32 high bits."""
     signature = []
-    for i in range(num_hashes):
-        values = [(int(a[i]) * (shingle >> 32) + int(b[i])) % 2 ** 32 for shingle in shingles]
+    for a in hash_factors(num_hashes, seed).tolist():
+        values = [a * (shingle >> 32) % 2 ** 32 for shingle in shingles]
         signature.append(min(values, default=2 ** 32 - 1))
     return signature
 
 
 def minhash(shingles: np.ndarray, num_hashes: int, seed: int = 0) -> np.ndarray:
     """(num_hashes,) uint32, what minhash_by_sets gives, from an array of uint64. No shingle: all ones."""
-    a, b = hash_functions(num_hashes, seed)
-    x, least = (shingles >> np.uint64(32)).astype(np.uint32), np.full(num_hashes, NO_SHINGLE)
-    for i in range(0, len(x), 256):              # 256 × 128 products of 4 bytes stay in the cache
-        values = np.multiply.outer(x[i:i + 256], a)
-        values += b
-        np.minimum(least, values.min(axis=0), out=least)
+    factors, least = hash_factors(num_hashes, seed), np.full(num_hashes, NO_SHINGLE)
+    x = (shingles >> np.uint64(32)).astype(np.uint32)
+    for i in range(0, len(x), 512):              # 512 × 128 products of 4 bytes stay in the cache
+        np.minimum(least, np.minimum.reduce(x[i:i + 512, None] * factors), out=least)
     return least
 
 
 @functools.cache
-def hash_functions(num_hashes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """a (odd) and b of every hash function, (num_hashes,) uint32 each."""
-    a, b = np.random.default_rng([seed, num_hashes]).integers(0, 1 << 32, (2, num_hashes), dtype=np.uint32)
-    return a | np.uint32(1), b
+def hash_factors(num_hashes: int, seed: int) -> np.ndarray:
+    """(num_hashes,) uint32, odd: times each of them all numbers modulo 2^32 change places, and none is lost."""
+    return np.random.default_rng([seed, num_hashes]).integers(0, 1 << 32, num_hashes, dtype=np.uint32) | np.uint32(1)
+
+
+def signatures_of(texts, ngrams: int, num_hashes: int, seed: int = 0) -> np.ndarray:
+    """(n, num_hashes) uint32: minhash of the n-grams of each of n texts."""
+    rows = [np.zeros((0, num_hashes), dtype=np.uint32)]
+    for batch in batches(map(normalize, texts)):
+        hashes = hash_words(b" \0 ".join(batch))[0]                   # no normalised text holds the byte 0
+        grams = hash_ngrams(hashes, ngrams)
+        ends = np.append(np.flatnonzero(hashes == hash_words(b"\0")[0]), len(hashes)).tolist()
+        for start, end in zip([0] + [end + 1 for end in ends], ends):
+            inside = grams[start:end - ngrams + 1] if end - start >= ngrams else hash_ngrams(hashes[start:end], ngrams)
+            rows.append(minhash(inside, num_hashes, seed))
+    return np.vstack(rows)
+
+
+def batches(texts):
+    """Lists of texts, 64 KB or one text each: a call of NumPy costs more than a short text, and caches are small."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size > 65_536:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def shingles_of(text: str, ngrams: int) -> np.ndarray:
@@ -396,16 +438,15 @@ def dedup_minhash(paths, num_hashes: int, num_bands: int, ngrams: int, threshold
     paths, targets = output_names(paths, out_dir)
 
     def text_of(i: int) -> str:
-        return paths[i].read_text(encoding="utf-8", errors="replace")
-    signatures = [minhash(shingles_of(text_of(i), ngrams), num_hashes, seed) for i in range(len(paths))]
-    signatures = np.array(signatures, dtype=np.uint32).reshape(-1, num_hashes)
+        return paths[i].read_bytes().decode("utf-8", "replace")
+    signatures = signatures_of(map(text_of, range(len(paths))), ngrams, num_hashes, seed)
     clusters = near_duplicates(signatures, text_of, num_bands, ngrams, threshold, seed)
     dropped = {i for cluster in clusters for i in cluster[1:]}
     for i, (path, target) in enumerate(zip(paths, targets)):
         if i in dropped:
             target.unlink(missing_ok=True)       # kept by an earlier run
         else:
-            shutil.copyfile(path, target)
+            target.write_bytes(path.read_bytes())
     return [[str(paths[i]) for i in cluster] for cluster in clusters]
 
 
