@@ -32,6 +32,7 @@ from checkpoint import write_atomically, write_text
 from classify import SEPARATOR, load_classifier
 
 SAMPLES, EXCERPT_CHARS = 5, 300                  # of documents in the report
+PAGES_AT_ONCE = 200
 # What the labels of known models call the thing they look for; ours say `positive`.
 MODELS = {"hate": ("positive", "toxic", "hate"), "adult": ("positive", "nsfw", "adult"),
           "quality": ("positive", "hq", "wiki", "high")}
@@ -87,41 +88,60 @@ def load_models(config: CurateConfig) -> dict:
     return models
 
 
-def judge(page: Page, config: CurateConfig, models: dict, counts: dict):
-    """Yield (step, why the page must go, or an empty string) of one step after another."""
-    yield "text", page.failure
-    code, score = clean.identify_language(page.text)
-    counts["languages"][code] += 1
-    page.facts |= {"language": code, "score": round(score, 4)}
-    wanted = not config.languages or code in config.languages.split(",") and score >= config.language_score
-    yield "language", "" if wanted else f"{code} {score:.2f}"
-    if config.mask:                              # drops nothing
+def make_rules(config: CurateConfig, models: dict, counts: dict) -> list:
+    """[(step, function of a page that gives why it must go, or an empty string), …] in their order."""
+    def language(page: Page) -> str:
+        code, score = clean.identify_language(page.text)
+        counts["languages"][code] += 1
+        page.facts |= {"language": code, "score": round(score, 4)}
+        keep = not config.languages or code in config.languages.split(",") and score >= config.language_score
+        return "" if keep else f"{code} {score:.2f}"
+
+    def masks(page: Page) -> str:                # drops nothing
         for mask in (clean.mask_emails, clean.mask_phone_numbers, clean.mask_ips):
             page.text, n = mask(page.text)
             counts["masked"][mask.__name__] += n
-        yield "masks", ""
-    if config.gopher:
-        yield "gopher", clean.gopher_reason(page.text)
-        yield "repetition", clean.repetition_reason(page.text, *page.words)
-    for name, predict in models.items():
-        label, score = page.facts[name] = predict(page.text)
+        return ""
+
+    def ask_model(name: str, page: Page) -> str:
+        label, score = page.facts[name] = models[name](page.text)
         p = score if label in MODELS[name] else 1 - score
         drop = p < config.quality_threshold if name == "quality" else p >= config.harm_threshold
-        yield name, f"{label} {score:.3f}" if drop else ""
+        return f"{label} {score:.3f}" if drop else ""
+
+    rules = [("text", lambda page: page.failure), ("language", language)]
+    if config.mask:
+        rules.append(("masks", masks))
+    if config.gopher:
+        rules += [("gopher", lambda page: clean.gopher_reason(page.text)),
+                  ("repetition", lambda page: clean.repetition_reason(page.text, *page.words))]
+    return rules + [(name, functools.partial(ask_model, name)) for name in models]
 
 
 # --- one archive ---
 
-def count_page(counts: dict, step: str, page: Page, reason: str) -> None:
-    """Count a page that passed a step, and keep the first ones that did not to look at."""
+def passes(page: Page, step: str, reason: str, counts: dict) -> bool:
+    """True without a reason. Pages that pass a step are counted, the first that do not kept to look at."""
     passed = counts["funnel"].setdefault(step, [0, 0])
-    if reason:
-        samples = counts["samples"].setdefault(f"{step}: dropped", [])
-        if len(samples) < SAMPLES:
-            samples.append([page.address, reason, page.text[:EXCERPT_CHARS]])
-    else:
+    samples = counts["samples"].setdefault(f"{step}: dropped", [])
+    if not reason:
         passed[0] += 1
         passed[1] += len(page.text.encode("utf-8", "replace"))
+    elif len(samples) < SAMPLES:
+        samples.append([page.address, reason, page.text[:EXCERPT_CHARS]])
+    return not reason
+
+
+def read_pages(path: str, extract, counts: dict):
+    """Yield the pages of an archive as text, and count what could not be read."""
+    archive = counts["funnel"]["archive"]
+    for address, content, is_html in read_archive(path, counts["damage"]):
+        archive[0] += 1
+        archive[1] += len(content)
+        page = Page(address, *(extract(content) if is_html else (content.decode("utf-8", "replace"), "")))
+        if page.failure:
+            counts["damage"][page.failure] += 1
+        yield page
 
 
 def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
@@ -132,24 +152,18 @@ def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
     out, name = Path(out_dir), Path(path).name
     counts = {"damage": Counter(), "masked": Counter(), "languages": Counter(), "samples": {},
               "funnel": {"archive": [0, 0]}}
-    lines, signatures, models = [], [], load_models(config)
+    lines, signatures, rules = [], [], make_rules(config, load_models(config), counts)
     with contextlib.closing(Extractor()) as extract:
-        for address, content, is_html in read_archive(path, counts["damage"]):
-            counts["funnel"]["archive"][0] += 1
-            counts["funnel"]["archive"][1] += len(content)
-            text, failure = extract(content) if is_html else (content.decode("utf-8", "replace"), "")
-            page = Page(address, text, failure)
-            for step, reason in judge(page, config, models, counts):
-                count_page(counts, step, page, reason)
-                if reason:
-                    break
-            else:                                # nothing speaks against it
-                lines.append(json.dumps({"id": address} | page.facts | {"text": page.text}, ensure_ascii=False))
+        pages = read_pages(path, extract, counts)
+        # One rule over many pages, then the next: its code and tables stay in the cache, which halves the time.
+        while batch := list(itertools.islice(pages, PAGES_AT_ONCE)):
+            for step, rule in rules:
+                batch = [page for page in batch if passes(page, step, rule(page), counts)]
+            for page in batch:                   # nothing speaks against these
+                lines.append(json.dumps({"id": page.address} | page.facts | {"text": page.text}, ensure_ascii=False))
                 if config.num_hashes:
                     grams = clean.hash_ngrams(page.words[0], config.ngrams)
                     signatures.append(clean.minhash(grams, config.num_hashes, config.seed))
-            if page.failure:
-                counts["damage"][page.failure] += 1
     if not counts["funnel"]["archive"][0] and not counts["damage"]["no page"]:
         raise ValueError(f"{path}: no page could be read of its {os.path.getsize(path):,} bytes "
                          f"({dict(counts['damage']) or 'no records'}); is it a WARC or WET file, gzip, zstd or plain?")
@@ -271,8 +285,7 @@ def drop_lines(documents: list[dict], config: CurateConfig, report: dict) -> lis
         reason = "" if document["text"] else "nothing left"
         if config.gopher:
             reason = clean.gopher_reason(document["text"])
-        count_page(report, "lines", Page(document["id"], document["text"]), reason)
-        if not reason:
+        if passes(Page(document["id"], document["text"]), "lines", reason, report):
             kept.append(document)
     return kept
 
