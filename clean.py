@@ -41,11 +41,9 @@ META_CHARSET = re.compile(rb"(?i)<(?:meta[^>]{0,200}?charset|\?xml[^>]{0,99}?enc
 SUPERSETS = {"euc_kr": "cp949", "shift_jis": "cp932", "gbk": "gb18030"}      # what pages that name the former hold
 LANGUAGE_CHARS, MODEL_CHARS = 500, 20_000        # how much of a text the language model and the classifiers read
 ODD = np.uint64(0x9E3779B97F4A7C15)              # 2^64 over the golden ratio: odd, its bits irregular
-NO_SHINGLE = np.uint32(0xFFFFFFFF)               # every place of the signature of a text without words
 NGRAM_SHARES = {2: .20, 3: .18, 4: .16, 5: .15, 6: .14, 7: .13, 8: .12, 9: .11, 10: .10}     # Gopher, table A1
 PUNCTUATION, NO_ASCII_LETTERS = string.punctuation.encode(), string.digits.encode() + bytes(range(128, 256))
 NO_CHARACTERS = bytes(range(33)) + bytes(range(128, 192))            # white space, and all but the first byte of UTF-8
-MARKS, BLANKS = "“”‘’«»–—…•·、。，！？：", "\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200b)))
 
 
 # --- text and language ---
@@ -177,24 +175,22 @@ def hash_words(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     powers, inverses = powers_of_odd(1 << len(codes).bit_length())
     values = codes.astype(np.uint64)
     values *= powers[:len(codes)]
-    return hash_rows([np.add.reduceat(values, starts + 1) * inverses[starts]]), ends - starts
+    return mix(np.add.reduceat(values, starts + 1) * inverses[starts]), ends - starts
 
 
-def hash_rows(columns) -> np.ndarray:
-    """One uint64 from several, place by place: Horner's rule modulo 2^64 and a final mix."""
-    total = columns[0].copy()
-    for column in columns[1:]:
-        total *= ODD
-        total += column
-    # The low bits of the sum know only the low bits of its parts, and MinHash needs all of them random.
-    total = (total ^ (total >> np.uint64(32))) * ODD
-    return total ^ (total >> np.uint64(29))
+def mix(x: np.ndarray) -> np.ndarray:
+    """uint64 spread over all bits: the low bits of a sum know only the low bits of its parts, and MinHash needs all."""
+    x = (x ^ (x >> np.uint64(32))) * ODD
+    return x ^ (x >> np.uint64(29))
 
 
 def hash_ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
     """(len - n + 1,) uint64: the hash of every run of n words. A text of fewer than n words is one n-gram by itself."""
     n = min(n, len(hashes))
-    return hash_rows([hashes[i:len(hashes) - n + 1 + i] for i in range(n)]) if n else hashes
+    total = hashes[:len(hashes) - n + 1]
+    for i in range(1, n):                        # Horner's rule modulo 2^64
+        total = total * ODD + hashes[i:len(hashes) - n + 1 + i]
+    return mix(total) if n else hashes
 
 
 # --- rules of quality ---
@@ -212,11 +208,9 @@ def gopher_filter(text: str) -> bool:
 
 def gopher_reason(text: str) -> str:
     """The first of Gopher's quality rules (2112.11446, A1.1) that the text breaks, in words, or an empty string."""
-    spaced = text
-    for blank in "" if text.isascii() else BLANKS:
-        spaced = spaced.replace(blank, " ")
+    spaced = text if text.isascii() else " ".join(text.split())       # whose white space is not ASCII's alone
     plain = spaced
-    for mark in "" if text.isascii() else MARKS:
+    for mark in "" if text.isascii() else "“”‘’«»–—…•·、。，！？：":
         plain = plain.replace(mark, "")
     letters = plain.encode("utf-8", "replace").translate(None, PUNCTUATION)
     n_words = count_words(letters)
@@ -339,7 +333,7 @@ def minhash_by_sets(shingles: set[int], num_hashes: int, seed: int = 0) -> list[
 
 def minhash(shingles: np.ndarray, num_hashes: int, seed: int = 0) -> np.ndarray:
     """(num_hashes,) uint32, what minhash_by_sets gives, from an array of uint64. No shingle: all ones."""
-    factors, least = hash_factors(num_hashes, seed), np.full(num_hashes, NO_SHINGLE)
+    factors, least = hash_factors(num_hashes, seed), np.full(num_hashes, 2 ** 32 - 1, dtype=np.uint32)
     x = (shingles >> np.uint64(32)).astype(np.uint32)
     for i in range(0, len(x), 512):              # 512 × 128 products of 4 bytes stay in the cache
         np.minimum(least, np.minimum.reduce(x[i:i + 512, None] * factors), out=least)
@@ -411,9 +405,10 @@ def near_duplicates(signatures: np.ndarray, text_of, num_bands: int, ngrams: int
             if not similar:
                 firsts.append(i)
 
-    full = np.flatnonzero((signatures != NO_SHINGLE).any(axis=1))     # a document without words is like no other
-    for band in np.split(signatures[full].T.astype(np.uint64), num_bands):
-        _, number, counts = np.unique(hash_rows(band), return_inverse=True, return_counts=True)
+    full = np.flatnonzero((signatures < 2 ** 32 - 1).any(axis=1))     # a document without words is like no other
+    for band in np.split(signatures[full], num_bands, axis=1):
+        keys = band @ powers_of_odd(band.shape[1])[0]                 # one uint64 a document
+        _, number, counts = np.unique(keys, return_inverse=True, return_counts=True)
         shared = np.flatnonzero(counts[number] > 1)
         shared = shared[np.argsort(number[shared], kind="stable")]
         for group in np.split(full[shared], np.flatnonzero(np.diff(number[shared])) + 1):
@@ -451,7 +446,6 @@ def dedup_minhash(paths, num_hashes: int, num_bands: int, ngrams: int, threshold
 
 
 def check_bands(num_hashes: int, num_bands: int, ngrams: int, threshold: float) -> None:
-    """Raises ValueError for settings of MinHash that cannot work."""
     if num_bands < 1 or num_hashes < 1 or num_hashes % num_bands:
         raise ValueError(f"num_hashes={num_hashes} is no multiple of num_bands={num_bands}; every band needs as many")
     if ngrams < 1 or not 0 < threshold <= 1:
