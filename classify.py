@@ -20,7 +20,7 @@ from checkpoint import claim_file, write_atomically, write_text
 from clean import MODEL_CHARS, extract_text, fasttext_predict, hash_ngrams, hash_words, load_fasttext, normalize
 
 SEPARATOR = "<|endoftext|>"
-MIN_UPDATES = 2000                               # fewer texts are shown more often
+EPOCHS, MIN_UPDATES = 5, 2000                    # fewer texts than 400 are shown more often
 
 
 class Classifier:
@@ -30,33 +30,32 @@ class Classifier:
     mean, whose gradient fades with the text's length), so that one rate fits short and long texts.
     """
 
-    def __init__(self, ngrams: int = 2, bits: int = 18, lr: float = 1.0, epochs: int = 5, seed: int = 0):
-        self.settings = {"ngrams": ngrams, "bits": bits, "lr": lr, "epochs": epochs, "seed": seed}
-        self.labels, self.weights = [], np.zeros((1 << bits, 0), dtype=np.float32)
+    def __init__(self, bits: int = 18, seed: int = 0):
+        self.bits, self.seed, self.labels = bits, seed, []
+        self.weights = np.zeros((1 << bits, 0), dtype=np.float32)
 
     def features(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of the weights, their values) of a text: its n-grams by hash, as a vector of length 1."""
+        """(rows of the weights, their values) of a text: its words and pairs by hash, as a vector of length 1."""
         hashes = hash_words(normalize(text[:MODEL_CHARS]))[0]
-        grams = [hash_ngrams(hashes, n) for n in range(1, self.settings["ngrams"] + 1) if n <= len(hashes)]
-        buckets = np.concatenate([hashes[:0], *grams]) >> np.uint64(64 - self.settings["bits"])
-        buckets, counts = np.unique(buckets.astype(np.int64), return_counts=True)
+        grams = np.concatenate([hash_ngrams(hashes, 1), hash_ngrams(hashes, 2)[:len(hashes) - 1]])
+        buckets, counts = np.unique((grams >> np.uint64(64 - self.bits)).astype(np.int64), return_counts=True)
         return buckets, (counts / max(np.linalg.norm(counts), 1)).astype(np.float32)
 
     def train(self, texts: list[str], labels: list) -> "Classifier":
-        """Fit by SGD, the step size falling to zero, to texts and labels of at least two kinds; returns itself."""
+        """Fit by SGD, the step size falling from 1 to 0, to texts and labels of at least two kinds; returns itself."""
         if len(texts) != len(labels) or len(set(labels)) < 2:
             raise ValueError(f"{len(texts)} texts, labels {labels[:5]} …; give one label a text and at least two kinds")
         self.labels = sorted(set(labels), key=str)
-        self.weights = np.zeros((1 << self.settings["bits"], len(self.labels)), dtype=np.float32)
+        self.weights = np.zeros((1 << self.bits, len(self.labels)), dtype=np.float32)
         targets = np.eye(len(self.labels), dtype=np.float32)[[self.labels.index(label) for label in labels]]
-        features, rng = [self.features(text) for text in texts], np.random.default_rng(self.settings["seed"])
-        epochs = max(self.settings["epochs"], -(-MIN_UPDATES // len(texts)))      # a handful of texts needs more rounds
+        features, rng = [self.features(text) for text in texts], np.random.default_rng(self.seed)
+        epochs = max(EPOCHS, -(-MIN_UPDATES // len(texts)))
         order = np.concatenate([rng.permutation(len(texts)) for _ in range(epochs)])
         for step, i in enumerate(order):
             buckets, values = features[i]
             error = _softmax(values @ self.weights[buckets]) - targets[i]         # the gradient of the cross entropy
-            lr = self.settings["lr"] * (1 - step / len(order))
-            self.weights[buckets] -= lr * values[:, None] * error                 # buckets are distinct: no add.at
+            # Buckets are distinct, so that no np.add.at is needed.
+            self.weights[buckets] -= (1 - step / len(order)) * values[:, None] * error
         return self
 
     def predict(self, text: str) -> tuple:
@@ -69,21 +68,18 @@ class Classifier:
 
     def save(self, path) -> None:
         """Write a plain .npz of the weights that are not zero; loading it runs no code."""
-        rows = np.flatnonzero(self.weights.any(axis=1))
-        about = np.frombuffer(json.dumps({"labels": self.labels} | self.settings).encode(), dtype=np.uint8)
-        arrays = {"about": about, "rows": rows, "weights": self.weights[rows]}
-        write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+        rows, labels = np.flatnonzero(self.weights.any(axis=1)), json.dumps(self.labels)
+        write_atomically(path, lambda file: np.savez_compressed(
+            file, labels=labels, bits=self.bits, rows=rows, weights=self.weights[rows]))
 
     @classmethod
     def load(cls, path) -> "Classifier":
         """The classifier saved at `path`."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                settings = json.loads(arrays["about"].tobytes())
-                labels = settings.pop("labels")
-                model = cls(**settings)
-                model.labels, model.weights = labels, np.zeros((1 << settings["bits"], len(labels)), dtype=np.float32)
-                model.weights[arrays["rows"]] = arrays["weights"]
+                model, labels = cls(int(arrays["bits"])), json.loads(str(arrays["labels"]))
+                model.weights = np.zeros((1 << model.bits, len(labels)), dtype=np.float32)
+                model.weights[arrays["rows"]], model.labels = arrays["weights"], labels
         except Exception as error:               # a strange file breaks the reader in a dozen ways
             raise ValueError(f"{path} is no classifier of `data.py classify train`: {error}") from error
         return model
@@ -141,14 +137,12 @@ def train_classifier(config: ClassifyConfig) -> dict:
     held_out, training = pairs[:len(pairs) // 10], pairs[len(pairs) // 10:]
     model = Classifier(bits=20, seed=config.seed).train(*map(list, zip(*training)))
     model.save(config.out)
-    answers = [model.predict(text) for text, _ in held_out]
-    p = np.array([score if label == "positive" else 1 - score for label, score in answers])
-    chosen, truth = p >= 0.5, np.array([label == "positive" for _, label in held_out])
+    chosen = np.array([model.predict(text)[0] == "positive" for text, _ in held_out])
+    truth = np.array([label == "positive" for _, label in held_out])
     right = int((chosen & truth).sum())
     report = {
         "trained_on": len(training), "held_out": len(held_out), "accuracy": float(np.mean(chosen == truth)),
         "precision": right / max(chosen.sum(), 1), "recall": right / max(truth.sum(), 1)}
-    text = json.dumps(report, indent=1)
-    write_text(Path(config.out).with_suffix(".json"), text)
-    print(text)
+    write_text(Path(config.out).with_suffix(".json"), json.dumps(report, indent=1))
+    print(json.dumps(report, indent=1))
     return report

@@ -8,8 +8,8 @@
 A line of a shard: {"id": "http://…", "language": "en", "score": 0.98, "text": "The lighthouse of Øst …"}
 
 An archive that has its counts is not read again, so a killed job goes on where it was; every executor gives the same
-bytes. Near duplicates go before lines: were equal lines taken out first, a page fetched twice would vanish from both
-places. Documents are held in memory for that (16,000 pages of 3 KB took 160 MB); for more, run the archives in parts.
+bytes. Near duplicates go before lines, or a page fetched twice would lose its lines in both places. That needs all
+documents in memory (16,000 pages of 3 KB took 160 MB); for more, run the archives in parts.
 """
 import concurrent.futures
 import contextlib
@@ -40,14 +40,13 @@ MODELS = {"hate": ("positive", "toxic", "hate"), "adult": ("positive", "nsfw", "
 
 @dataclass
 class CurateConfig:
-    """What `python data.py curate` can be told; none or false switches a step off."""
+    """What `python data.py curate` can be told; none or false switches that step off."""
     out: str = "data/crawl"              # folder of shards, reports and token files
     workers: int | None = None           # processes; none = one per core
     scheduler: str | None = None         # tcp://HOST:PORT of a Dask cluster that sees the same files and these scripts
     seed: int = 0                        # of the one kept in a cluster, and of the order of documents
     languages: str | None = "en"         # ISO 639-1 codes to keep, with commas between
     language_score: float = 0.5          # least score of the language
-    mask: bool = True                    # addresses, phone numbers and IPs
     gopher: bool = True                  # Gopher's rules of quality and of repetition
     hate: str | None = None              # model (ours or fastText's .bin) of hateful text
     adult: str | None = None             # model of pornographic text
@@ -58,7 +57,6 @@ class CurateConfig:
     num_bands: int = 16                  # of the signature
     ngrams: int = 5                      # words to a shingle
     threshold: float = 0.8               # Jaccard similarity of near duplicates
-    lines: bool = True                   # lines that occur again go
     vocab_size: int | None = 4096        # of the tokenizer; none = no token files
 
 
@@ -80,11 +78,12 @@ class Page:
 def load_models(config: CurateConfig) -> dict:
     """{name: function of a text that gives (label, probability)} of the models named. Raises ValueError for others."""
     models = {}
-    for name in filter(lambda name: getattr(config, name), MODELS):
-        models[name], labels = load_classifier(getattr(config, name))
-        if not set(labels) & set(MODELS[name]):
-            raise ValueError(f"{getattr(config, name)} gives {', '.join(map(str, labels[:5]))}; a model for {name} "
-                             f"must have one of the labels {', '.join(MODELS[name])}")
+    for name in MODELS:
+        if path := getattr(config, name):
+            models[name], labels = load_classifier(path)
+            if not set(labels) & set(MODELS[name]):
+                raise ValueError(f"{path} gives {', '.join(map(str, labels[:5]))}; a model for {name} must have one of "
+                                 f"the labels {', '.join(MODELS[name])}")
     return models
 
 
@@ -109,9 +108,7 @@ def make_rules(config: CurateConfig, models: dict, counts: dict) -> list:
         drop = p < config.quality_threshold if name == "quality" else p >= config.harm_threshold
         return f"{label} {score:.3f}" if drop else ""
 
-    rules = [("text", lambda page: page.failure), ("language", language)]
-    if config.mask:
-        rules.append(("masks", masks))
+    rules = [("text", lambda page: page.failure), ("language", language), ("masks", masks)]
     if config.gopher:
         rules += [("gopher", lambda page: clean.gopher_reason(page.text)),
                   ("repetition", lambda page: clean.repetition_reason(page.text, *page.words))]
@@ -183,15 +180,14 @@ def curate_archives(paths, out_dir, executor=None, **settings) -> dict:
     patterns = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     paths = {path for pattern in map(str, patterns) for path in expand(pattern)}
     paths, shards = clean.output_names(sorted(paths, key=os.path.basename), out / "shards")
-    shards = [shard.with_name(f"{shard.name}.jsonl") for shard in shards]
     (out / "counts").mkdir(exist_ok=True)
     begun, now = out / "settings.json", json.dumps(chosen, indent=1, sort_keys=True)
     if begun.exists() and begun.read_text(encoding="utf-8") != now and any((out / "counts").iterdir()):
         raise ValueError(f"{out} was begun with other settings ({begun}); give another --out, or delete the folder")
     write_text(begun, now)
-    run_archives(paths, out, config, executor)
-    counts = [(out / "counts" / f"{path.name}.json").read_text(encoding="utf-8") for path in paths]
-    report = merge([json.loads(text) for text in counts]) | {"settings": chosen}
+    counts = [out / "counts" / f"{path.name}.json" for path in paths]
+    run_archives([path for path, done in zip(paths, counts) if not done.exists()], out, config, executor)
+    report = merge([json.loads(path.read_text(encoding="utf-8")) for path in counts]) | {"settings": chosen}
     curate_collection(shards, out, config, report)
     return report
 
@@ -212,16 +208,16 @@ def check_settings(config: CurateConfig) -> dict:
 
 
 def run_archives(paths: list[Path], out: Path, config: CurateConfig, executor) -> None:
-    """Run curate_file over the archives without counts. Raises ValueError naming all that could not be read."""
-    failures, todo = [], [path for path in paths if not (out / "counts" / f"{path.name}.json").exists()]
+    """Run curate_file over the archives. Raises ValueError naming all that could not be read."""
+    failures = []
     with contextlib.ExitStack() as stack:
         if executor is None and config.scheduler:
             from distributed import Client
             executor = stack.enter_context(Client(config.scheduler)).get_executor()
-        elif executor is None and todo:
+        elif executor is None:
             executor = stack.enter_context(concurrent.futures.ProcessPoolExecutor(config.workers))
         # By absolute paths: a worker on another machine, or of an older cluster, need not stand in this folder.
-        jobs = [executor.submit(curate_file, str(path.resolve()), str(out.resolve()), config) for path in todo]
+        jobs = [executor.submit(curate_file, str(path.resolve()), str(out.resolve()), config) for path in paths]
         try:
             for job in tqdm(concurrent.futures.as_completed(jobs), total=len(jobs), unit="file", disable=None):
                 try:
@@ -236,14 +232,12 @@ def run_archives(paths: list[Path], out: Path, config: CurateConfig, executor) -
 
 
 def merge(counts: list[dict]) -> dict:
-    """The sum of the counts of all archives, with a few samples of what each step dropped."""
+    """The sum of the counts of all archives, with the first few samples of what each step dropped."""
     report = {"files": len(counts), "funnel": {}, "samples": {}}
     for step in max((one["funnel"] for one in counts), key=len):
-        report["funnel"][step] = np.sum([one["funnel"].get(step, (0, 0)) for one in counts], axis=0).tolist()
-        # The first of every archive, then the second of every one.
         title = f"{step}: dropped"
-        ranks = itertools.zip_longest(*(one["samples"].get(title, ()) for one in counts))
-        report["samples"][title] = [sample for rank in ranks for sample in rank if sample][:SAMPLES]
+        report["funnel"][step] = np.sum([one["funnel"].get(step, (0, 0)) for one in counts], axis=0).tolist()
+        report["samples"][title] = [sample for one in counts for sample in one["samples"].get(title, ())][:SAMPLES]
     for key in ("damage", "masked", "languages"):
         report[key] = dict(sum((Counter(one[key]) for one in counts), Counter()))
     return report
@@ -255,9 +249,10 @@ def curate_collection(shards: list[Path], out: Path, config: CurateConfig, repor
     """Near duplicates, lines that occur again, order: what needs all documents at once. Fills `report`."""
     n, n_bytes = list(report["funnel"].values())[-1]
     print(f"{out}: {n:,} documents come into memory: about {(2.5 * n_bytes + 2000 * n) / 1e6:,.0f} MB")
-    documents = [json.loads(line) for shard in shards for line in shard.read_text(encoding="utf-8").split("\n") if line]
+    documents = [json.loads(line) for shard in shards
+                 for line in Path(f"{shard}.jsonl").read_text(encoding="utf-8").split("\n") if line]
     if config.num_hashes:
-        signatures = np.concatenate([np.load(shard.with_suffix(".npy")) for shard in shards])
+        signatures = np.concatenate([np.load(f"{shard}.npy") for shard in shards])
         clusters = clean.near_duplicates(signatures, lambda i: documents[i]["text"], config.num_bands, config.ngrams,
                                          config.threshold, config.seed)
         report["clusters"] = len(clusters)
@@ -265,27 +260,26 @@ def curate_collection(shards: list[Path], out: Path, config: CurateConfig, repor
         documents = [document for i, document in enumerate(documents) if i not in dropped]
         sizes = [len(document["text"].encode()) for document in documents]
         report["funnel"]["near duplicates"] = [len(sizes), sum(sizes)]
-    if config.lines:
-        documents = drop_lines(documents, config, report)
+    documents = drop_lines(documents, config, report)
     write_text(out / "documents.jsonl", *(json.dumps(document, ensure_ascii=False) + "\n" for document in documents))
-    order = np.random.default_rng(config.seed).permutation(len(documents))
     # A page that spells the separator must not end a document.
-    write_text(out / "corpus.txt", *(
-        documents[i]["text"].replace(SEPARATOR, "<| endoftext |>") + SEPARATOR for i in order))
+    texts = [document["text"].replace(SEPARATOR, "<| endoftext |>") + SEPARATOR for document in documents]
+    np.random.default_rng(config.seed).shuffle(texts)
+    write_text(out / "corpus.txt", *texts)
 
 
 def drop_lines(documents: list[dict], config: CurateConfig, report: dict) -> list[dict]:
     """The documents without lines that occur again; what is left must still be a document. Blank lines stay."""
     report["funnel"]["lines"], kept = [0, 0], []
-    lines = (line for document in documents for line in document["text"].encode().split(b"\n"))
-    drop = iter(clean.duplicate_lines(lines))
+    drop = iter(clean.duplicate_lines(
+        line for document in documents for line in document["text"].encode().split(b"\n")))
     for document in documents:
         lines = [line for line in document["text"].split("\n") if not next(drop) or not line.strip()]
         document["text"] = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
-        reason = "" if document["text"] else "nothing left"
-        if config.gopher:
-            reason = clean.gopher_reason(document["text"])
-        if passes(Page(document["id"], document["text"]), "lines", reason, report):
+        page = Page(document["id"], document["text"])
+        if not page.failure and config.gopher:
+            page.failure = clean.gopher_reason(page.text)
+        if passes(page, "lines", page.failure, report):
             kept.append(document)
     return kept
 
@@ -294,20 +288,19 @@ def drop_lines(documents: list[dict], config: CurateConfig, report: dict) -> lis
 
 def write_report(report: dict, out: Path) -> None:
     """report.json, and report.html: funnel, counts, samples of what every rule dropped, without an outside file."""
-    def table(title: str, rows, head=()) -> str:
-        cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}" for cell in row) for row in rows)
-        return f"<h2>{title}</h2><table><tr>" + "".join(f"<th>{name}" for name in head) + cells + "</table>"
+    def table(title: str, rows, head=("", "")) -> str:
+        lines = ["".join(f"<td>{html.escape(str(cell))}" for cell in row) for row in (head, *rows)]
+        return f"<h2>{title}</h2><table><tr>" + "<tr>".join(lines) + "</table>"
 
-    funnel, before = [], None
+    funnel, before = [], report["funnel"]["archive"][0]
     for step, (documents, n_bytes) in report["funnel"].items():
-        funnel.append((step, f"{documents:,}", f"{n_bytes:,}", f"{1 - documents / before:.1%}" if before else ""))
+        funnel.append((step, f"{documents:,}", f"{n_bytes:,}", f"{1 - documents / max(before, 1):.1%}"))
         before = documents
     parts = ["<!doctype html><meta charset=utf-8><title>report</title><style>body{font:15px sans-serif;margin:2em} "
              "td{padding:2px 1em;vertical-align:top}</style>",
-             table("Funnel", funnel, ("after", "documents", "bytes", "dropped here")),
-             table("Damaged or unreadable", sorted(report["damage"].items())),
-             table("Masked", sorted(report["masked"].items())),
-             table("Languages", Counter(report["languages"]).most_common())]
+             table("Funnel", funnel, ("after", "documents", "bytes", "dropped here"))]
+    for title in ("damage", "masked", "languages"):
+        parts.append(table(title, Counter(report[title]).most_common()))
     for title, samples in report["samples"].items():
         parts.append(table(title, samples, ("document", "reason", "beginning")))
     write_text(out / "report.html", "\n".join(parts))
