@@ -16,8 +16,7 @@ One page on its way, and why other pages fall beside it, in the words of these f
 
 Libraries do extraction (Resiliparse) and language (fastText's lid.176). Near duplicates are found without comparing all
 pairs: under a random hash function two sets of word n-grams have the same least value with probability s = |A ∩ B| /
-|A ∪ B| (Broder 1997). Of 128 such functions 8 make a band; documents meet when one of 16 bands is equal, with
-probability 1 − (1 − s⁸)¹⁶:
+|A ∪ B| (Broder 1997). Of 128 functions 8 make a band; documents meet when one of 16 bands is equal: 1 − (1 − s⁸)¹⁶.
 
     s          0.3    0.5    0.6    0.7    0.8    0.9
     they meet  0.1 %  6 %    24 %   61 %   95 %   99.99 %            and then the true similarity decides: 0.8
@@ -244,11 +243,7 @@ def repetition_reason(text: str, hashes: np.ndarray, lengths: np.ndarray) -> str
         n_chars = len("".join(parts))
         if n_chars - len("".join(distinct)) > 0.20 * n_chars:
             return f"duplicate {name} hold over 20% of the text"
-    return ngram_reason(hashes, lengths)
-
-
-def ngram_reason(hashes: np.ndarray, lengths: np.ndarray) -> str:
-    """The first rule of table A1 about repeated n-grams that the words break. Shares are shares of the words' bytes."""
+    # Repeated n-grams: shares are shares of the words' bytes.
     ends = np.append(0, np.cumsum(lengths))                           # bytes before each word
     places, grams = np.arange(len(hashes)), hashes
     for n, limit in NGRAM_SHARES.items():
@@ -275,8 +270,6 @@ def ngram_reason(hashes: np.ndarray, lengths: np.ndarray) -> str:
             kind, size = "duplicated", lengths[covered].sum()
         if size > limit * ends[-1]:
             return f"{kind} {n}-grams hold {size / ends[-1]:.0%} of the text, over {limit:.0%}"
-        if n > 4 and size <= NGRAM_SHARES[10] * ends[-1]:             # longer ones hold no more than these
-            return ""
     return ""
 
 
