@@ -22,7 +22,6 @@ import sys
 import threading
 import zlib
 from collections import Counter
-from pathlib import Path
 
 from clean import decode_html, extract_text
 
@@ -36,7 +35,7 @@ CHUNK = re.compile(rb"([0-9a-fA-F]{1,8})[^\r\n]{0,200}\r\n")
 
 def expand(pattern: str) -> list[str]:
     """The files that a pattern matches, or the one of that name, brackets and all. Raises OSError for none."""
-    paths = [pattern] if Path(pattern).is_file() else sorted(filter(os.path.isfile, glob.glob(pattern)))
+    paths = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
     if not paths:
         raise FileNotFoundError(f"no file {pattern}; give files, or a pattern that finds some")
     return paths
@@ -60,14 +59,14 @@ def read_archive(path, damage: Counter):
         except OSError:
             damage["damaged"] += 1
             continue
-        http = record.http_headers if record.is_http else {}
-        if record.is_http and (http.status_code != 200 or "html" not in (record.http_content_type or "html").lower()):
+        if record.is_http and (record.http_headers.status_code != 200
+                               or "html" not in (record.http_content_type or "html").lower()):
             damage["no page"] += 1
         elif len(content) < min(record.content_length, MAX_PAGE_BYTES + 1):
             damage["truncated"] += 1
         else:
             if record.is_http:
-                content = unpack(content, http)
+                content = unpack(content, record.http_headers)
                 if record.http_charset not in (None, "utf-8"):
                     content = decode_html(content, record.http_charset).encode("utf-8", "replace")
             if len(content) > MAX_PAGE_BYTES:
@@ -130,8 +129,8 @@ def unpack(content: bytes, http) -> bytes:
     """A body without the codings that its header names; those that it does not have, or no longer, are passed over."""
     from fastwarc.stream_io import BrotliReader, GzipReader, ZstdReader
     readers = {"gzip": GzipReader, "x-gzip": GzipReader, "br": BrotliReader, "zstd": ZstdReader}
-    named = f"{http.get('Content-Encoding') or ''},{http.get('Transfer-Encoding') or ''}"
-    for coding in reversed(named.lower().replace(" ", "").split(",")):       # the last one was put on last
+    named = f"{http.get('Content-Encoding') or ''} {http.get('Transfer-Encoding') or ''}"
+    for coding in reversed(named.lower().replace(",", " ").split()):         # the last one was put on last
         try:
             if coding == "chunked":
                 content = join_chunks(content)
@@ -165,8 +164,7 @@ def answer_pages(pipe, other_end, function) -> None:
 class Extractor:
     """Calls main_text in a process of its own: a page that hangs or crashes the parser costs that page only.
 
-    The parser is C and cannot be interrupted: the process is killed with the page, the next gets a new one. (With a
-    multiprocessing.Pool in its place all steps take a fifth longer.)
+    The parser is C and cannot be interrupted: the process is killed with the page, the next page gets a new one.
     """
 
     def __init__(self, function=main_text, seconds: float = MAX_SECONDS):
@@ -204,4 +202,4 @@ class Extractor:
         if self.process:
             self.process.kill()
             self.process.join()
-            self.process = None
+        self.process = None
