@@ -64,7 +64,7 @@ def test_masks(mask, text, masked):
     ("word " * 79 + "1234 " * 21, False), ("é " * 20 + "añbc " * 80, True), ("привет " * 80 + "1234 " * 21, False),
     ("word\n" * 70 + "word...\n" * 30, True), ("word\n" * 69 + "word…\n" * 31, False)])
 def test_gopher(text, keep):
-    assert data.gopher_filter(text) is keep
+    assert data.gopher_filter(text) is data.gopher_filter(text.replace(" ", "\u3000")) is keep
 
 
 @pytest.mark.parametrize("n, times", [(2, 250), (3, 150), (99, 2)])
@@ -93,6 +93,9 @@ def test_signatures_agree_as_often_as_the_sets():
     fast = clean.minhash(np.array(sorted(shingles), dtype=np.uint64), 32, seed=3)
     assert fast.tolist() == clean.minhash_by_sets(shingles, 32, seed=3)            # the form to read and the fast one
     assert clean.minhash(np.zeros(0, np.uint64), 4).tolist() == clean.minhash_by_sets(set(), 4) == [2 ** 32 - 1] * 4
+    texts = [text, "", "Ünd \0 one", "two words", text * 2000, text[5:]]           # many at once: as one by one
+    one_by_one = [clean.minhash_by_sets(set(clean.shingles_of(each, 3).tolist()), 8, seed=1) for each in texts]
+    assert clean.signatures_of(texts, 3, 8, seed=1).tolist() == one_by_one
     rng, n, s = np.random.default_rng(0), 300, 0.7                # pairs of sets with nearly this similarity
     shared, alone = round(200 * s / (1 + s)), round(100 * (1 - s) / (1 + s))
     sets, true = rng.integers(0, 1 << 63, (n, shared + 2 * alone), dtype=np.uint64), shared / (shared + 2 * alone)
