@@ -40,12 +40,12 @@ MODELS = {"hate": ("positive", "toxic", "hate"), "adult": ("positive", "nsfw", "
 
 @dataclass
 class CurateConfig:
-    """What `python data.py curate` can be told; none or false switches that step off."""
+    """What `python data.py curate` can be told."""
     out: str = "data/crawl"              # folder of shards, reports and token files
     workers: int | None = None           # processes; none = one per core
     scheduler: str | None = None         # tcp://HOST:PORT of a Dask cluster that sees the same files and these scripts
     seed: int = 0                        # of the one kept in a cluster, and of the order of documents
-    languages: str | None = "en"         # ISO 639-1 codes to keep, with commas between
+    languages: str | None = "en"         # ISO 639-1 codes to keep, with commas between; none = all
     language_score: float = 0.5          # least score of the language
     gopher: bool = True                  # Gopher's rules of quality and of repetition
     hate: str | None = None              # model (ours or fastText's .bin) of hateful text
@@ -53,7 +53,7 @@ class CurateConfig:
     quality: str | None = None           # model of good text
     harm_threshold: float = 0.5          # hate or adult from this probability on is dropped
     quality_threshold: float = 0.5       # quality below this probability is dropped
-    num_hashes: int | None = 128         # of MinHash; none = no search for near duplicates
+    num_hashes: int = 128                # of MinHash
     num_bands: int = 16                  # of the signature
     ngrams: int = 5                      # words to a shingle
     threshold: float = 0.8               # Jaccard similarity of near duplicates
@@ -87,8 +87,10 @@ def load_models(config: CurateConfig) -> dict:
     return models
 
 
-def make_rules(config: CurateConfig, models: dict, counts: dict) -> list:
+def make_rules(config: CurateConfig, counts: dict) -> list:
     """[(step, function of a page that gives why it must go, or an empty string), …] in their order."""
+    models = load_models(config)
+
     def language(page: Page) -> str:
         code, score = clean.identify_language(page.text)
         counts["languages"][code] += 1
@@ -149,22 +151,21 @@ def curate_file(path: str, out_dir: str, config: CurateConfig) -> dict:
     out, name = Path(out_dir), Path(path).name
     counts = {"damage": Counter(), "masked": Counter(), "languages": Counter(), "samples": {},
               "funnel": {"archive": [0, 0]}}
-    lines, signatures, rules = [], [], make_rules(config, load_models(config), counts)
+    lines, signatures, rules = [], [], make_rules(config, counts)
     with contextlib.closing(Extractor()) as extract:
         pages = read_pages(path, extract, counts)
-        # One rule over many pages, then the next: its code and tables stay in the cache, which halves the time.
+        # One rule over many pages, then the next: its code and tables stay in the cache, which saves a third.
         while batch := list(itertools.islice(pages, PAGES_AT_ONCE)):
             for step, rule in rules:
                 batch = [page for page in batch if passes(page, step, rule(page), counts)]
             for page in batch:                   # nothing speaks against these
                 lines.append(json.dumps({"id": page.address} | page.facts | {"text": page.text}, ensure_ascii=False))
-                if config.num_hashes:
-                    grams = clean.hash_ngrams(page.words[0], config.ngrams)
-                    signatures.append(clean.minhash(grams, config.num_hashes, config.seed))
+                grams = clean.hash_ngrams(page.words[0], config.ngrams)
+                signatures.append(clean.minhash(grams, config.num_hashes, config.seed))
     if not counts["funnel"]["archive"][0] and not counts["damage"]["no page"]:
         raise ValueError(f"{path}: no page could be read of its {os.path.getsize(path):,} bytes "
                          f"({dict(counts['damage']) or 'no records'}); is it a WARC or WET file, gzip, zstd or plain?")
-    array = np.array(signatures, dtype=np.uint32).reshape(len(signatures), config.num_hashes or 0)
+    array = np.array(signatures, dtype=np.uint32).reshape(-1, config.num_hashes)
     write_text(out / "shards" / f"{name}.jsonl", *(f"{line}\n" for line in lines))
     write_atomically(out / "shards" / f"{name}.npy", lambda file: np.save(file, array))
     write_text(out / "counts" / f"{name}.json", json.dumps(counts, ensure_ascii=False))
@@ -194,8 +195,7 @@ def curate_archives(paths, out_dir, executor=None, **settings) -> dict:
 
 def check_settings(config: CurateConfig) -> dict:
     """The settings that decide what comes out. Raises ValueError."""
-    if config.num_hashes:
-        clean.check_bands(config.num_hashes, config.num_bands, config.ngrams, config.threshold)
+    clean.check_bands(config.num_hashes, config.num_bands, config.ngrams, config.threshold)
     if config.workers is not None and config.workers < 1 or config.seed < 0:
         raise ValueError(f"workers={config.workers} must be at least 1 or none, seed={config.seed} at least 0")
     load_models(config)                          # a mistake is known before the first archive is read
@@ -251,15 +251,14 @@ def curate_collection(shards: list[Path], out: Path, config: CurateConfig, repor
     print(f"{out}: {n:,} documents come into memory: about {(2.5 * n_bytes + 2000 * n) / 1e6:,.0f} MB")
     documents = [json.loads(line) for shard in shards
                  for line in Path(f"{shard}.jsonl").read_text(encoding="utf-8").split("\n") if line]
-    if config.num_hashes:
-        signatures = np.concatenate([np.load(f"{shard}.npy") for shard in shards])
-        clusters = clean.near_duplicates(signatures, lambda i: documents[i]["text"], config.num_bands, config.ngrams,
-                                         config.threshold, config.seed)
-        report["clusters"] = len(clusters)
-        dropped = {i for cluster in clusters for i in cluster[1:]}
-        documents = [document for i, document in enumerate(documents) if i not in dropped]
-        sizes = [len(document["text"].encode()) for document in documents]
-        report["funnel"]["near duplicates"] = [len(sizes), sum(sizes)]
+    signatures = np.concatenate([np.load(f"{shard}.npy") for shard in shards])
+    clusters = clean.near_duplicates(signatures, lambda i: documents[i]["text"], config.num_bands, config.ngrams,
+                                     config.threshold, config.seed)
+    report["clusters"] = len(clusters)
+    dropped = {i for cluster in clusters for i in cluster[1:]}
+    documents = [document for i, document in enumerate(documents) if i not in dropped]
+    sizes = [len(document["text"].encode()) for document in documents]
+    report["funnel"]["near duplicates"] = [len(sizes), sum(sizes)]
     documents = drop_lines(documents, config, report)
     write_text(out / "documents.jsonl", *(json.dumps(document, ensure_ascii=False) + "\n" for document in documents))
     # A page that spells the separator must not end a document.
