@@ -21,10 +21,11 @@ pairs: under a random hash function two sets of word n-grams have the same least
     s          0.3    0.5    0.6    0.7    0.8    0.9
     they meet  0.1 %  6 %    24 %   61 %   95 %   99.99 %            and then the true similarity decides: 0.8
 
-Gopher's rules: Rae et al. 2112.11446, A1. Left out: IPv6, phone numbers outside the US, scripts without spaces.
+Gopher's rules: 2112.11446, A1. Left out: IPv6, phone numbers outside the US, scripts without spaces.
 """
 import functools
 import hashlib
+import itertools
 import os
 import re
 import string
@@ -92,8 +93,8 @@ def identify_language(text: str) -> tuple[str, float]:
 
 # --- personal data ---
 
-# Python's engine skips quickly to a first character that is fixed or from a set, and tries a pattern that begins with a
-# lookbehind at every place. So these begin with @ or a digit, and then look back: (?<!\w.) is no word before the digit.
+# Python's engine finds a first character quickly, and tries a lookbehind at every place. So these begin with @ or a digit
+# and then look back: (?<!\w.) is no word before the digit.
 # Addresses are Latin, so that they end where Chinese goes on without a space, or else of any script's letters.
 _LATIN, _ANY = "A-Za-z0-9À-ɏ", "A-Za-z0-9À-\u1fff\u2c00-\u2dff\u3040-\ufaff"
 AT_DOMAIN = re.compile(rf"@(?:(?:[{_LATIN}][{_LATIN}-]{{0,62}}\.){{1,8}}[A-Za-z](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])|"
@@ -234,7 +235,7 @@ def gopher_reason(text: str) -> str:
 
 
 def repetition_reason(text: str, hashes: np.ndarray, lengths: np.ndarray) -> str:
-    """The first of Gopher's repetition rules (table A1) that the text, with the words of hash_words, breaks, or ""."""
+    """The first of Gopher's repetition rules (table A1) that the text, with its words by hash_words, breaks, or ""."""
     for name, separator in (("lines", "\n"), ("paragraphs", "\n\n")):
         parts = [part for part in map(str.strip, text.split(separator)) if part]
         distinct = set(parts)
@@ -243,8 +244,7 @@ def repetition_reason(text: str, hashes: np.ndarray, lengths: np.ndarray) -> str
         n_chars = len("".join(parts))
         if n_chars - len("".join(distinct)) > 0.20 * n_chars:
             return f"duplicate {name} hold over 20% of the text"
-    # Repeated n-grams: shares are shares of the words' bytes.
-    ends = np.append(0, np.cumsum(lengths))                           # bytes before each word
+    ends = np.append(0, np.cumsum(lengths))                           # bytes before each word; of these the shares are
     places, grams = np.arange(len(hashes)), hashes
     for n, limit in NGRAM_SHARES.items():
         # An n-gram can only be repeated where the (n-1)-gram was: the places left shrink from n to n.
@@ -276,10 +276,7 @@ def repetition_reason(text: str, hashes: np.ndarray, lengths: np.ndarray) -> str
 # --- duplicates: lines that stand more than once ---
 
 def duplicate_lines(lines) -> np.ndarray:
-    """(n,) bool: True for each of n lines (bytes) to drop: those that stand more than once.
-
-    A line is known by 8 bytes: among a thousand million lines one is lost by accident with probability 3 %.
-    """
+    """(n,) bool: True for each of n lines (bytes) that stands more than once, by hashes of 8 bytes."""
     digests = [hashlib.blake2b(line, digest_size=8).digest() for line in lines]
     keys = np.frombuffer(b"".join(digests), dtype="<u8")
     _, number, counts = np.unique(keys, return_inverse=True, return_counts=True)
@@ -300,12 +297,9 @@ def output_names(paths, out_dir) -> tuple[list[Path], list[Path]]:
 
 
 def dedup_lines(paths, out_dir) -> int:
-    """Copy each file to out_dir without the lines that stand more than once in all of them; returns how many went.
-
-    Bytes are compared, without the line's end: any encoding will do.
-    """
+    """Copy each file to out_dir without the lines that stand more than once in all of them; returns how many went."""
     paths, targets = output_names(paths, out_dir)
-    drop = duplicate_lines(line for path in paths for line in path.read_bytes().splitlines())
+    drop = duplicate_lines(line for path in paths for line in path.read_bytes().splitlines())      # whatever the encoding
     goes = iter(drop)                            # in the order of all lines of all files
     for path, target in zip(paths, targets):
         kept = [line for line in path.read_bytes().splitlines(keepends=True) if not next(goes)]
@@ -340,9 +334,9 @@ def hash_factors(num_hashes: int, seed: int) -> np.ndarray:
 
 
 def signatures_of(texts, ngrams: int, num_hashes: int, seed: int = 0) -> np.ndarray:
-    """(n, num_hashes) uint32: minhash of the n-grams of each of n texts."""
-    rows = [np.zeros((0, num_hashes), dtype=np.uint32)]
-    for batch in batches(map(normalize, texts)):
+    """(n, num_hashes) uint32: minhash of each of n texts; 16 are hashed as one, since NumPy's calls cost more."""
+    rows, texts = [np.zeros((0, num_hashes), dtype=np.uint32)], iter(texts)
+    while batch := [normalize(text) for text in itertools.islice(texts, 16)]:
         hashes = hash_words(b" \0 ".join(batch))[0]                   # no normalised text holds the byte 0
         grams = hash_ngrams(hashes, ngrams)
         ends = np.append(np.flatnonzero(hashes == hash_words(b"\0")[0]), len(hashes)).tolist()
@@ -350,19 +344,6 @@ def signatures_of(texts, ngrams: int, num_hashes: int, seed: int = 0) -> np.ndar
             inside = grams[start:end - ngrams + 1] if end - start >= ngrams else hash_ngrams(hashes[start:end], ngrams)
             rows.append(minhash(inside, num_hashes, seed))
     return np.vstack(rows)
-
-
-def batches(texts):
-    """Lists of texts, 64 KB or one text each: a call of NumPy costs more than a short text, and caches are small."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size > 65_536:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def shingles_of(text: str, ngrams: int) -> np.ndarray:
@@ -374,9 +355,8 @@ def jaccard(a: set, b: set) -> float:
     return len(a & b) / max(len(a | b), 1)
 
 
-def near_duplicates(signatures: np.ndarray, text_of, num_bands: int, ngrams: int, threshold: float,
-                    seed: int = 0) -> list[list[int]]:
-    """Clusters of documents whose Jaccard similarity over word n-grams reaches the threshold; the kept one first.
+def near_duplicates(signatures: np.ndarray, text_of, num_bands: int, ngrams: int, threshold: float) -> list[list[int]]:
+    """Clusters, in order, of documents whose Jaccard similarity over word n-grams reaches the threshold.
 
     signatures: (n, k). text_of(i): the text of a candidate. Of those that share a band, each is compared with one of
     every cluster so far and joined by union–find.
@@ -406,21 +386,17 @@ def near_duplicates(signatures: np.ndarray, text_of, num_bands: int, ngrams: int
         shared = shared[np.argsort(number[shared], kind="stable")]
         for group in np.split(full[shared], np.flatnonzero(np.diff(number[shared])) + 1):
             join(group.tolist())
-    members, rng = {}, np.random.default_rng(seed)
+    members = {}
     for i in range(len(parent)):
         members.setdefault(root(i), []).append(i)
-    clusters = [cluster for cluster in members.values() if len(cluster) > 1]
-    for cluster in clusters:
-        cluster.insert(0, cluster.pop(int(rng.integers(len(cluster)))))
-    return clusters
+    return [cluster for cluster in members.values() if len(cluster) > 1]
 
 
 def dedup_minhash(paths, num_hashes: int, num_bands: int, ngrams: int, threshold: float, out_dir, *,
                   seed: int = 0) -> list[list[str]]:
-    """Copy to out_dir one file of each cluster of near duplicates, and every file that has none, under their names.
+    """Copy to out_dir the first file of each cluster of near duplicates, and every file that has none, by their names.
 
-    ngrams: words to a shingle. threshold: Jaccard similarity of two files that are the same. Returns the clusters as
-    lists of paths, the kept one first.
+    ngrams: words to a shingle. threshold: Jaccard similarity of two files that are the same. Returns the clusters.
     """
     check_bands(num_hashes, num_bands, ngrams, threshold)
     paths, targets = output_names(paths, out_dir)
@@ -428,7 +404,7 @@ def dedup_minhash(paths, num_hashes: int, num_bands: int, ngrams: int, threshold
     def text_of(i: int) -> str:
         return paths[i].read_bytes().decode("utf-8", "replace")
     signatures = signatures_of(map(text_of, range(len(paths))), ngrams, num_hashes, seed)
-    clusters = near_duplicates(signatures, text_of, num_bands, ngrams, threshold, seed)
+    clusters = near_duplicates(signatures, text_of, num_bands, ngrams, threshold)
     dropped = {i for cluster in clusters for i in cluster[1:]}
     for i, (path, target) in enumerate(zip(paths, targets)):
         if i in dropped:
@@ -439,7 +415,6 @@ def dedup_minhash(paths, num_hashes: int, num_bands: int, ngrams: int, threshold
 
 
 def check_bands(num_hashes: int, num_bands: int, ngrams: int, threshold: float) -> None:
-    if num_bands < 1 or num_hashes < 1 or num_hashes % num_bands:
-        raise ValueError(f"num_hashes={num_hashes} is no multiple of num_bands={num_bands}; every band needs as many")
-    if ngrams < 1 or not 0 < threshold <= 1:
-        raise ValueError(f"ngrams={ngrams}, threshold={threshold}; give at least 1 word, and a threshold in (0, 1]")
+    if min(num_bands, num_hashes, ngrams) < 1 or num_hashes % num_bands or not 0 < threshold <= 1:
+        raise ValueError(f"num_hashes={num_hashes} must be a multiple of num_bands={num_bands}, ngrams={ngrams} at least "
+                         f"1 and threshold={threshold} in (0, 1]")

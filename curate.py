@@ -44,7 +44,7 @@ class CurateConfig:
     out: str = "data/crawl"              # folder of shards, reports and token files
     workers: int | None = None           # processes; none = one per core
     scheduler: str | None = None         # tcp://HOST:PORT of a Dask cluster that sees the same files and these scripts
-    seed: int = 0                        # of the one kept in a cluster, and of the order of documents
+    seed: int = 0                        # of MinHash and of the order of documents
     languages: str | None = "en"         # ISO 639-1 codes to keep, with commas between; none = all
     language_score: float = 0.5          # least score of the language
     gopher: bool = True                  # Gopher's rules of quality and of repetition
@@ -253,7 +253,7 @@ def curate_collection(shards: list[Path], out: Path, config: CurateConfig, repor
                  for line in Path(f"{shard}.jsonl").read_text(encoding="utf-8").split("\n") if line]
     signatures = np.concatenate([np.load(f"{shard}.npy") for shard in shards])
     clusters = clean.near_duplicates(signatures, lambda i: documents[i]["text"], config.num_bands, config.ngrams,
-                                     config.threshold, config.seed)
+                                     config.threshold)
     report["clusters"] = len(clusters)
     dropped = {i for cluster in clusters for i in cluster[1:]}
     documents = [document for i, document in enumerate(documents) if i not in dropped]

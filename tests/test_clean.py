@@ -3,7 +3,6 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,18 +117,17 @@ def test_near_duplicates_leave_one_file_of_each_cluster(tmp_path):
     words = random.Random(0).choices([f"word{i}" for i in range(500)], k=200)
     texts = {"a": " ".join(words), "b": " ".join(words), "d": " ".join(words[:100]), "e": "", "f": "",
              "c": "Ünd,\n\n" + ",\t".join(words).upper()}
-    kept, paths = set(), [tmp_path / name for name in texts]
+    paths = [tmp_path / name for name in texts]
     for path, text in zip(paths, texts.values()):
         path.write_text(text, encoding="utf-8")
-    for seed in range(6):
-        (cluster,) = data.dedup_minhash(paths, 100, 20, 5, 0.8, tmp_path / f"out{seed}", seed=seed)
-        left = {path.name for path in (tmp_path / f"out{seed}").iterdir()}
-        assert sorted(Path(path).name for path in cluster) == list("abc") and left == {*"def", Path(cluster[0]).name}
-        kept |= left
-    assert len(kept) > 4 and not (tmp_path / "out0" / "e").read_bytes()     # the seed chooses; empty files stay
+    for seed in range(3):
+        (cluster,) = data.dedup_minhash(paths, 100, 20, 5, 0.8, tmp_path / "out", seed=seed)
+        assert cluster == [str(tmp_path / name) for name in "abc"]
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {*"adef"}
+        assert not (tmp_path / "out" / "e").read_bytes()                   # empty files stay
     with pytest.raises(ValueError, match="input files themselves"):
         data.dedup_lines(paths, tmp_path)
-    for paths, bands, words in ((paths[:1], 30, "no multiple of num_bands=30"), (paths[:1] * 2, 20, "share a name")):
+    for paths, bands, words in ((paths[:1], 30, "multiple of num_bands=30"), (paths[:1] * 2, 20, "share a name")):
         with pytest.raises(ValueError, match=words):
             data.dedup_minhash(paths, 100, bands, 5, 0.8, tmp_path / "out")
 
