@@ -93,8 +93,8 @@ def identify_language(text: str) -> tuple[str, float]:
 
 # --- personal data ---
 
-# Python's engine finds a first character quickly, and tries a lookbehind at every place. So these begin with @ or a digit
-# and then look back: (?<!\w.) is no word before the digit.
+# Python's engine finds a first character quickly, but tries a lookbehind at every place. So these begin with @ or a
+# digit and then look back: (?<!\w.) is no word before the digit.
 # Addresses are Latin, so that they end where Chinese goes on without a space, or else of any script's letters.
 _LATIN, _ANY = "A-Za-z0-9À-ɏ", "A-Za-z0-9À-\u1fff\u2c00-\u2dff\u3040-\ufaff"
 AT_DOMAIN = re.compile(rf"@(?:(?:[{_LATIN}][{_LATIN}-]{{0,62}}\.){{1,8}}[A-Za-z](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])|"
@@ -299,7 +299,7 @@ def output_names(paths, out_dir) -> tuple[list[Path], list[Path]]:
 def dedup_lines(paths, out_dir) -> int:
     """Copy each file to out_dir without the lines that stand more than once in all of them; returns how many went."""
     paths, targets = output_names(paths, out_dir)
-    drop = duplicate_lines(line for path in paths for line in path.read_bytes().splitlines())      # whatever the encoding
+    drop = duplicate_lines(line for path in paths for line in path.read_bytes().splitlines())        # in any encoding
     goes = iter(drop)                            # in the order of all lines of all files
     for path, target in zip(paths, targets):
         kept = [line for line in path.read_bytes().splitlines(keepends=True) if not next(goes)]
@@ -416,5 +416,5 @@ def dedup_minhash(paths, num_hashes: int, num_bands: int, ngrams: int, threshold
 
 def check_bands(num_hashes: int, num_bands: int, ngrams: int, threshold: float) -> None:
     if min(num_bands, num_hashes, ngrams) < 1 or num_hashes % num_bands or not 0 < threshold <= 1:
-        raise ValueError(f"num_hashes={num_hashes} must be a multiple of num_bands={num_bands}, ngrams={ngrams} at least "
-                         f"1 and threshold={threshold} in (0, 1]")
+        raise ValueError(f"num_hashes={num_hashes} must be a multiple of num_bands={num_bands}, ngrams={ngrams} at "
+                         f"least 1 and threshold={threshold} in (0, 1]")
