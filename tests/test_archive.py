@@ -46,6 +46,7 @@ BROTLI = bytes.fromhex("0b058068656c6c6f20776f726c6403")                 # "hell
 
 @pytest.mark.parametrize("body, headers, page", [
     (chunks(gzip.compress(PAGE)), [CH, GZ], PAGE), (b"", [GZ, CH], b""), (chunks(BROTLI), [CH, BR], b"hello world"),
+    (gzip.compress(BROTLI), [b"Content-Encoding: br,gzip"], b"hello world"),
     (PAGE, [BR], PAGE), (PAGE, [CH, GZ], PAGE), (gzip.compress(PAGE), [CH, GZ], PAGE),            # not as they say
     (zlib.compress(PAGE), [b"Content-Encoding: deflate"], PAGE), (chunks(PAGE)[:-30], [CH], PAGE[:-23]),
     (b"5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n", [CH], b"hello"), (b"a\r\n" + PAGE, [CH], b"a\r\n" + PAGE)])
