@@ -125,7 +125,7 @@ def passes(page: Page, step: str, reason: str, counts: dict) -> bool:
     samples = counts["samples"].setdefault(f"{step}: dropped", [])
     if not reason:
         passed[0] += 1
-        passed[1] += len(page.text.encode("utf-8", "replace"))
+        passed[1] += len(page.text if page.text.isascii() else page.text.encode("utf-8", "replace"))
     elif len(samples) < SAMPLES:
         samples.append([page.address, reason, page.text[:EXCERPT_CHARS]])
     return not reason
