@@ -41,7 +41,8 @@ def library():
 
 def in_c(x) -> bool:
     """Whether fused.c takes such a tensor."""
-    return x.device.type == "cpu" and x.dtype in KINDS and x.numel() > 0 and library() is not None
+    return (not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype in KINDS and x.numel() > 0
+            and library() is not None)
 
 
 def call(name, x, *arguments):
