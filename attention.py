@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from layers import Linear, RMSNorm, attention, lowered, rope_tables, rotate
+import fused
 from machine import SHORT_CONTEXT, short_attention
 
 
@@ -55,13 +56,19 @@ class Attention(nn.Module):
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if c.position == "rope":
-            cos, sin = plan.cos.to(q.dtype), plan.sin.to(q.dtype)  # angles in float32, rounded only here
-            q, k = rotate(q, cos, sin, c.rope_interleaved), rotate(k, cos, sin, c.rope_interleaved)
+            q, k = (turn(one, plan.cos, plan.sin, c.rope_interleaved) for one in (q, k))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)      # (B, H, T, D), and twice (B, K, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v, plan, self.window)           # (B, K, S, D)
         y = attend(c.attention_backend, q, k, v, plan.masks[self.window], plan.fresh)              # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, c.n_heads * c.head_dim))
+
+
+def turn(x, cos, sin, interleaved: bool):
+    """layers.rotate of x (B, T, H, D) by the angles of a Plan, which are float32 and rounded only here."""
+    if interleaved or not fused.in_c(x):
+        return rotate(x, cos.to(x.dtype), sin.to(x.dtype), interleaved)
+    return fused.fast(fused.Rotate, rotate, x, cos, sin)
 
 
 def attend(backend: str, q, k, v, mask, fresh: bool):

@@ -3,7 +3,7 @@
     ids (B, T) ─ Embedding ─> (B, T, C) ─ [norm, attention, norm, feed-forward] × L ─ norm ─ Linear ─> logits (B, T, V)
 
 Each part stands here as its paper has it. Cross entropy, RMSNorm and SwiGLU run on a CPU by a hand-written gradient in
-machine.py, equal by test; torch.compile gets the version here, which it fuses itself. In float32, whatever comes in:
+fused.py, equal by test; torch.compile gets the version here, which it fuses itself. In float32, whatever comes in:
 softmax and losses (a sum of 10,000 bfloat16 numbers of 8 bits stops growing), the mean of squares in a norm, RoPE's
 angles (bfloat16 cannot tell position 1,000 from 1,001), the scores of a router. Matrix products run as autocast says.
 
@@ -14,7 +14,9 @@ import math
 import torch
 from torch import nn
 
-from machine import CrossEntropy, FastRMSNorm, FastSwiGLU, fast, product, wide
+import fused
+from fused import fast, wide
+from machine import product
 
 
 # --- softmax, and what rests on it ---
@@ -41,7 +43,7 @@ def token_cross_entropy(logits, targets):
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"targets of shape {tuple(targets.shape)} do not fit logits of shape {tuple(logits.shape)}; "
                          "they need one id for every row of logits")
-    return fast(CrossEntropy, simple_cross_entropy, logits, targets.long())
+    return fast(fused.CrossEntropy, simple_cross_entropy, logits, targets.long())
 
 
 def simple_cross_entropy(logits, targets):
@@ -115,7 +117,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return fast(FastRMSNorm, rms_norm, x, self.weight, self.eps)
+        return fast(fused.RMSNorm, rms_norm, x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -173,7 +175,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x):                                          # (..., C) -> (..., F) -> (..., C)
         x = lowered(x)
-        return self.w2(fast(FastSwiGLU, swiglu, self.w1(x), self.w3(x)))
+        return self.w2(fast(fused.SwiGLU, swiglu, self.w1(x), self.w3(x)))
 
 
 class MLP(nn.Module):

@@ -1,4 +1,4 @@
-"""Claims about layers.py, and that what a CPU runs instead (machine.py) is the same."""
+"""Claims about layers.py, and that what a CPU runs instead (fused.py, machine.py) is the same."""
 import copy
 import itertools
 import math
@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from attention import turn
 from common import SWITCHES, TOY, rng
+import fused
 import layers
 import machine
 from model import ModelConfig
@@ -82,21 +84,30 @@ def test_attention_masks_leading_dimensions_and_hidden_rows():
     assert layers.attention(zeros[:1], zeros, zeros + 1).item() == pytest.approx(1, rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["norm", "swiglu", "attention", "loss"])
-def test_what_a_cpu_runs_equals_the_simple_versions(name, monkeypatch):
+@pytest.mark.parametrize("in_c", [True, False], ids=["C", "torch"])
+@pytest.mark.parametrize("name", ["norm", "swiglu", "rotate", "attention", "loss"])
+def test_what_a_cpu_runs_equals_the_simple_versions(name, in_c, monkeypatch):
     """Values and gradients, at odd shapes; the loss also in pieces of two rows, of which the last is cut short."""
     def causal(q, k, v):
         k, v = (t.repeat_interleave(3, dim=1) for t in (k, v))
         return layers.attention(q, k, v, torch.ones(19, 19, dtype=torch.bool).tril())
-    monkeypatch.setattr(machine.CrossEntropy, "PIECE", 1000)
+    if not in_c:
+        monkeypatch.setattr(fused, "library", lambda: None)
+    elif fused.library() is None:
+        pytest.skip("needs a C compiler")
+    monkeypatch.setattr(fused.CrossEntropy, "PIECE", 2500)
     x, y = torch.randn(2, 5, 3, 8, generator=rng()), torch.randn(2, 5, 3, 8, generator=rng(1))
-    heads = [torch.randn(2, n, 19, 8, generator=rng(n)) for n in (6, 2, 2)]
+    heads, gates = [torch.randn(2, n, 19, 8, generator=rng(n)) for n in (6, 2, 2)], torch.randn(3, 700, generator=rng())
+    logits = torch.randn(2, 5, 1100, generator=rng()) * 20
+    logits[0, :2, 7], logits[0, 2, -1], logits[1] = -torch.inf, 300, logits[1].sort().values
+    tables = [table.unsqueeze(-2) for table in layers.rope_tables(torch.tensor([[0, 1, 7, 300, 4], [9, 2, 2, 2, 5]]), 8)]
     fast, simple, tensors, more = {
-        "norm": (machine.FastRMSNorm.apply, layers.rms_norm, [x, torch.rand(8, generator=rng()) + 0.5], [1e-5]),
-        "swiglu": (machine.FastSwiGLU.apply, layers.swiglu, [x, y], []),
+        "norm": (fused.RMSNorm.apply, layers.rms_norm, [x, torch.rand(8, generator=rng()) + 0.5], [1e-5]),
+        "swiglu": (fused.SwiGLU.apply, layers.swiglu, [gates * 9, gates.flip(0)], []),
+        "rotate": (lambda x, *more: turn(x, *more, False), layers.rotate, [x], tables),
         "attention": (machine.short_attention, causal, heads, []),
-        "loss": (machine.CrossEntropy.apply, layers.simple_cross_entropy, [torch.randn(2, 5, 400, generator=rng()) * 4],
-                 [torch.randint(0, 400, (2, 5), generator=rng())])}[name]
+        "loss": (fused.CrossEntropy.apply, layers.simple_cross_entropy, [logits],
+                 [torch.randint(8, 1100, (2, 5), generator=rng())])}[name]
     for dtype in TOLERANCE:
         results = []
         for run, kind in ((fast, dtype), (simple, torch.float64)):
@@ -106,6 +117,18 @@ def test_what_a_cpu_runs_equals_the_simple_versions(name, monkeypatch):
             results.append([out] + [t.grad for t in inputs])
         for ours, theirs in zip(*results):
             close(ours, theirs, 3 * TOLERANCE[dtype])
+        if name in ("norm", "swiglu", "loss"):                     # what is no number stays none
+            broken = [t.to(dtype).clone() for t in tensors]
+            broken[0].view(-1)[3] = torch.nan
+            assert fast(*broken, *more).isnan().any()
+
+
+@pytest.mark.skipif(fused.library() is None, reason="needs a C compiler")
+def test_exponentials_in_c_have_seven_digits():
+    """silu(x) · 1 is x / (1 + exp(-x))."""
+    x = torch.linspace(-80, 80, 4999)
+    exact = x.double() / (1 + torch.exp(-x.double()))
+    assert ((fused.SwiGLU.apply(x, torch.ones_like(x)) - exact).abs() <= 4e-7 * exact.abs()).all()
 
 
 @pytest.mark.parametrize("onednn", [True, False])
