@@ -56,7 +56,8 @@ class Attention(nn.Module):
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if c.position == "rope":
-            q, k = (turn(one, plan.cos, plan.sin, c.rope_interleaved) for one in (q, k))
+            cos, sin = plan.cos, plan.sin
+            q, k = turn(q, cos, sin, c.rope_interleaved), turn(k, cos, sin, c.rope_interleaved)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)      # (B, H, T, D), and twice (B, K, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v, plan, self.window)           # (B, K, S, D)

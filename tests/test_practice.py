@@ -111,7 +111,7 @@ WRONG = [  # exercise, what stands in ours, what somebody might write
     ("softmax", "x.amax(dim=dim, keepdim=True)", "x.amax()"),
     ("attention", " / math.sqrt(q.shape[-1])", ""),
     ("attention", "weights.masked_fill(~mask, 0.0)", "weights"),
-    ("multihead", "rotate(k, cos, sin, c.rope_interleaved)", "k"),
+    ("multihead", "turn(k, cos, sin, c.rope_interleaved)", "k"),
     ("multihead", "plan.masks[self.window], plan.fresh", "None, plan.fresh"),
     ("block", "self.ln2(x), *more", "self.ln1(x), *more"),
     ("cross_entropy", "logits = wide(logits)", "pass"),
