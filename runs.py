@@ -23,7 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from checkpoint import write_text
-from configurator import ConfigError, coerce, nearest
+from configurator import coerce, nearest
 
 PER_START = ("resume", "overwrite")      # settings that say how a run is started, not what it is
 
@@ -128,7 +128,7 @@ def grid(config_class: type, words: list[str]) -> list[dict]:
     for word in words:
         key, _, values = word.partition("=")
         if not values or key not in hints or key in ("out_dir", *PER_START):
-            raise ConfigError(f"{word!r} spans no axis; write key=a,b with a setting as key.{nearest(key, hints)}")
+            raise ValueError(f"{word!r} spans no axis; write key=a,b with a setting as key.{nearest(key, hints)}")
         axes.append([(key, coerce(key, value, hints[key])) for value in values.split(",")])
     return [dict(point) for point in itertools.product(*axes)]
 
