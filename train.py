@@ -5,7 +5,7 @@
     python train.py --resume=true                              go on from out/shakespeare/ckpt.pt
     python train.py --init_from=out/shakespeare --data_dir=data/mine --out_dir=out/mine      fine-tune a trained model
     python train.py plot out/a out/b                           losses of several runs in one picture
-    python train.py sweep lr=1e-3,3e-3 seed=1,2,3 --max_steps=500 --out_dir=out/rates        a grid; table and plot
+    python train.py sweep lr=1e-3,3e-3 seed=1,2,3 --max_steps=500 --out_dir=out/rates        a grid; a table
 
 The loop is nanoGPT's: draw a batch, forward, backward, clip, step, and now and then evaluate, log and save.
 
@@ -419,7 +419,7 @@ class PlotConfig:
 
 USAGE = f"""usage: python train.py [config_x.py] [--key=value …]      train ({DEFAULT_CONFIG} when no config is given)
        python train.py plot OUT_DIR … [--out_dir=FOLDER]   draw the losses of runs to FOLDER/loss.png
-       python train.py sweep [config_x.py] key=a,b …       train a grid; table and plot of all runs below out_dir
+       python train.py sweep [config_x.py] key=a,b …       train a grid; a table of all runs below out_dir
 
 optimizers:""" + "".join(f"\n  {name:<8} {what}" for name, (_, _, what) in OPTIMIZERS.items())
 
