@@ -96,10 +96,6 @@ def test_of_several_weights_in_a_folder_transformers_takes_the_same(tmp_path):
         path.write_bytes(content)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert theirs(ids(1, 9)).logits.abs().max() == from_pretrained(tmp_path)[0](ids(1, 9)).abs().max() == 0
-    (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="index.json names no files"):
-        from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("switch, architecture", [("qwen3", "Qwen3"), ("tied", "Llama"), ("moe", "Mixtral"),
@@ -176,18 +172,20 @@ def test_folders_by_command_with_their_tokenizer(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     tokenizer.save(tmp_path / "run" / "tokenizer.json")
     save_checkpoint(model, None, 0, tmp_path / "run" / "ckpt.pt")
+    for words, message in ((["export", run, run], run), (["import", "x"], "import FOLDER OUT_DIR")):
+        with pytest.raises(SystemExit, match="2"):
+            convert.main(words)
+        assert message in capsys.readouterr().err
     convert.main(["export", run, folder])
     convert.main(["import", folder, again])
     back, its_tokenizer = load_model(again)
     assert torch.equal(back(ids(1, 9)), model(ids(1, 9)))
     assert its_tokenizer.encode("the end") == tokenizer.encode("the end")
     kept = (tmp_path / "run" / "ckpt.pt").read_bytes()
-    for words, message in ((["import", folder, run], "--overwrite=true"), (["import", folder, folder], folder),
-                           (["export", run, run], run), (["import", "x"], "import FOLDER OUT_DIR")):
-        with pytest.raises(SystemExit) as error:
+    for words in (["import", folder, run], ["export", again, run]):
+        with pytest.raises(SystemExit, match="2"):
             convert.main(words)
-        assert error.value.code == 2 and message in capsys.readouterr().err
-    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == kept
+        assert "--overwrite=true" in capsys.readouterr().err and (tmp_path / "run" / "ckpt.pt").read_bytes() == kept
     (tmp_path / "run" / "best.pt").write_bytes(b"of the former run")
     convert.main(["import", folder, run, "--overwrite=true"])
     assert not (tmp_path / "run" / "best.pt").exists(), "--checkpoint=best.pt would open another model"

@@ -97,7 +97,7 @@ evaluate | gsm8k W/base --data=W/gold.jsonl --shots=2 | shots=2 and shots_data=N
 evaluate | arc W/base --data=W/x --shots=1 --shots_data=W/x | never from the questions asked
 evaluate | arc W/base --data=W/x --by=generate | --by is not a setting
 evaluate | W/base | --data=FILE
-convert | import W/hf W/out | hf/config.json: the architecture None
+convert | import W/hf W/out | hf/config.json describes no model that can be read: the architecture None
 convert | export W/base W/file | file
 train | --data_dir=W/data --out_dir=W/file | file
 train | W/latin.py --data_dir=W/data --out_dir=W/out | latin.py:1
