@@ -121,9 +121,9 @@ def save_checkpoint(model, optimizer, step: int, path, **more) -> None:
     import torch
     for wrapper in ("module", "_orig_mod"):          # a data-parallel one's, torch.compile's
         model = getattr(model, wrapper, model)
-    optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    model_state, *states = [one.state_dict() if hasattr(one, "state_dict") else one for one in (model, *optimizers)]
-    entries = {"format_version": 1, "model": model_state, "optimizer": states, "step": int(step)}
+    things = [model, *optimizer] if isinstance(optimizer, (list, tuple)) else [model, optimizer]
+    states = [one.state_dict() if hasattr(one, "state_dict") else one for one in things if one is not None]
+    entries = {"format_version": 1, "model": states[0], "optimizer": states[1:], "step": int(step)}
     if dataclasses.is_dataclass(getattr(model, "config", None)):
         entries["model_config"] = dataclasses.asdict(model.config)
     def write(file):

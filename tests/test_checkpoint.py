@@ -66,8 +66,6 @@ def test_what_could_not_be_read_again_is_refused_and_a_full_disk_leaves_the_old_
     for entry, code in ((model.config, "ModelConfig"), (len, "len"), ({"a": [np.float64(1)]}, "numpy")):
         with pytest.raises(ValueError, match=rf"ckpt.pt.* holds pickled code \(\S*{code}"):
             checkpoint.save_checkpoint(model, None, 5, path, more=entry)
-    with pytest.raises(KeyError):                                        # a mistake of the caller's stays what it is
-        checkpoint.write_atomically(path, lambda file: {}["x"])
     resource = pytest.importorskip("resource")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -77,11 +75,6 @@ def test_what_could_not_be_read_again_is_refused_and_a_full_disk_leaves_the_old_
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert checkpoint.load_checkpoint(path) == 4 and [file.name for file in tmp_path.iterdir()] == ["ckpt.pt"]
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("echo executed",)
 
 
 def test_bad_checkpoints_are_told_apart_and_named(tmp_path, monkeypatch):
@@ -96,7 +89,7 @@ def test_bad_checkpoints_are_told_apart_and_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="ckpt.pt holds no state of this SGD"):
         checkpoint.load_checkpoint(path, None, optim.SGD(toy_model().parameters()))
     for entries, words in ((path.read_bytes()[:-30], "is cut short"), ([1], "is not a checkpoint"),
-                           ({"model": {}, "step": Evil()}, "pickled code .*system")):
+                           ({"model": {}, "step": len}, "pickled code .*len")):
         if isinstance(entries, bytes):
             path.write_bytes(entries)
         else:
@@ -115,12 +108,10 @@ def test_token_files_with_and_without_meta_and_without_torch(tmp_path):
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")      # nanoGPT's own, as they are
     code = f"import checkpoint, sys; checkpoint.read_meta({str(tmp_path)!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    assert checkpoint.read_meta(tmp_path) == {"dtype": "uint16"}
     assert checkpoint.open_tokens(tmp_path, "train")[999] == 999
     (tmp_path / "val.bin").write_bytes(b"odd")
-    for split, error in (("val", ValueError), ("test", FileNotFoundError)):
-        with pytest.raises(error, match=f"{split}.bin"):
-            checkpoint.open_tokens(tmp_path, split)
+    with pytest.raises(ValueError, match="val.bin has 3 bytes"):
+        checkpoint.open_tokens(tmp_path, "val")
     (tmp_path / "meta.json").write_text('{"dtype": "uint32", "vocab_size": 70000}', encoding="utf-8")
     assert len(checkpoint.open_tokens(tmp_path, "train")) == 500
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
