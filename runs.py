@@ -85,7 +85,7 @@ def plot(out_dirs, folder=None) -> Path:
     from matplotlib.figure import Figure
     runs = [out_dir for out_dir in out_dirs if (Path(out_dir) / "log.jsonl").is_file()]
     if not runs:
-        raise ValueError(f"no log.jsonl in {', '.join(map(str, out_dirs)) or 'nothing'}; plot needs folders of runs")
+        raise ValueError(f"no log.jsonl in {', '.join(map(str, out_dirs)) or 'none'}; plot needs the folders of runs")
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for color, out_dir in enumerate(runs):
