@@ -90,7 +90,7 @@ SWEEPS = {              # name -> command lines of `train.py sweep`: of equal to
 class SweepsConfig:
     """What `python bench.py sweeps NAME…` can be told."""
     seeds: str = "1"                          # with commas between
-    out: str = "out"                          # a folder per sweep in it, with sweep.txt and sweep.png
+    out: str = "out"                          # a folder per sweep in it, with sweep.txt
 
 
 def sweeps(words: list[str]) -> None:

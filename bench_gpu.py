@@ -34,7 +34,7 @@ import bench_kernels
 import data
 import runs
 from bench_step import on
-from configurator import ConfigError, command_line
+from configurator import command_line
 from machine import pick_device
 
 HERE, RUNS = Path(__file__).parent, Path("out/bench_gpu")
@@ -51,7 +51,7 @@ class GpuConfig:
 
     def __post_init__(self):
         if self.only not in ("all", *LIMITS):
-            raise ConfigError(f"only={self.only!r} must be all, {', '.join(LIMITS)}")
+            raise ValueError(f"only={self.only!r} must be all, {', '.join(LIMITS)}")
 
 
 def library(toy: bool) -> str:

@@ -5,84 +5,58 @@
     flags                      max_steps = 200                   wins over both
     settings       lr = 8e-3   max_steps = 200    seed = 0
 
-A config file holds plain assignments of numbers, strings, true/false/none and arithmetic. It is read and never run, as
-nanoGPT's exec() would: a config that came with somebody else's checkpoint can neither run code nor hang.
-An unknown key ends the program with status 2 and the nearest name: an ignored setting is another experiment.
+Every part of a config file is checked before it is run: a stranger's can neither call anything nor hang, as it can in
+nanoGPT. An unknown key is an error: an ignored setting is another experiment.
 """
 import ast
 import dataclasses
 import difflib
 import inspect
-import operator
 import re
 import sys
 import typing
 
-ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+ALLOWED = (ast.Assign, ast.Name, ast.expr_context, ast.Expr, ast.Constant, ast.UnaryOp, ast.USub, ast.BinOp, ast.Mult,
+           ast.Div, ast.FloorDiv, ast.Pow)           # no sums: strings added to themselves would fill the memory
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message says which, its value and what is allowed."""
-
-
 def coerce(key: str, value, annotation):
-    """`value` as what `annotation` names: bool, int, float or str, also `| None`. Raises ConfigError naming `key`.
-
-    >>> coerce("max_steps", "1e4", int)
-    10000
-    """
-    types = typing.get_args(annotation) or (annotation,)             # `int | None` gives int and NoneType
+    """`value` as a bool, int, float, str or None by `annotation`: "1e4" as int is 10000. ValueError names `key`."""
+    kind, *optional = typing.get_args(annotation) or (annotation,)   # `int | None` gives int and NoneType
     word = str(value).strip().lower()
-    if word == "none" and type(None) in types:
+    if word == "none" and optional:
         return None
-    if str in types and value is not None:
+    if kind is str and value is not None:
         return str(value)
     try:
-        if bool in types:
+        if kind is bool:
             return SWITCH[word]
         number = int(word) if word.lstrip("+-").isdigit() else float(word)       # a float loses digits beyond 2^53
-        if int not in types:
-            return float(number)
-        if number == int(number):
-            return int(number)
+        if kind is float or number == int(number):
+            return kind(number)
     except (KeyError, ValueError, OverflowError):
         pass
-    names = " or ".join(one.__name__.replace("NoneType", "none") for one in types)
-    raise ConfigError(f"{key}={value!r} is not a {names}; give a value of that type")
-
-
-def evaluate(node: ast.expr, known: dict):
-    """The value of a literal, of a name in `known`, or of arithmetic over them. Raises ValueError for anything else."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Name) and node.id in known:
-        return known[node.id]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -float(evaluate(node.operand, known))
-    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:  # of floats: 9**9**9 is an error, not a hang
-        return ARITHMETIC[type(node.op)](float(evaluate(node.left, known)), float(evaluate(node.right, known)))
-    raise ValueError("not a number, a string, true, false, none, or arithmetic over numbers and names set above")
+    raise ValueError(f"{key}={value!r} is not a {kind.__name__}; give a value of that type")
 
 
 def read_config_file(path: str) -> dict:
-    """The assignments of a config file as a dict, in order. Raises ConfigError naming file and line, or OSError."""
-    values, line = {}, 1
+    """The assignments of a config file as a dict, in order. Raises ValueError naming file and line, or OSError."""
+    values, line, names = {}, 1, {"true": True, "false": False, "none": None, "__builtins__": {}}
     try:
         with open(path, encoding="utf-8") as file:
             body = ast.parse(file.read()).body
         for node in body:
             line = node.lineno
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                continue                                             # the docstring
-            if not isinstance(node, ast.Assign) or [type(target) for target in node.targets] != [ast.Name]:
-                raise ValueError("not an assignment `key = value`")
-            values[node.targets[0].id] = evaluate(node.value, {"true": True, "false": False, "none": None} | values)
-    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
-        line = getattr(error, "lineno", line)
-        raise ConfigError(f"{path}:{line}: {error}; write plain assignments, in UTF-8") from None
-    return values
+            for part in ast.walk(node):
+                if not isinstance(part, ALLOWED):
+                    raise ValueError("not `key = value` with a string, true, false, none, or products of numbers")
+                if isinstance(part, ast.Constant) and type(part.value) is int:
+                    part.value = float(part.value)                   # 9**9**9 is an error then, not a hang
+            exec(compile(ast.Module([node], []), path, "exec"), names, values)
+    except (SyntaxError, ValueError, TypeError, NameError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{path}:{getattr(error, 'lineno', line)}: {error}; write assignments in UTF-8") from None
+    return {key: value for key, value in values.items() if key != "__doc__"}
 
 
 def resolve(config_class: type, flags: dict, config_file: str | None = None):
@@ -94,7 +68,7 @@ def resolve(config_class: type, flags: dict, config_file: str | None = None):
         for key, value in settings.items():
             place = f"--{key}" if origin == "flag" else f"{origin}: {key}"
             if key not in sources:
-                raise ConfigError(f"{place} is not a setting.{nearest(key, sources)} --help lists them all")
+                raise ValueError(f"{place} is not a setting.{nearest(key, sources)} --help lists them all")
             values[key], sources[key] = coerce(place, value, hints[key]), origin
     return config_class(**values), sources
 
@@ -105,21 +79,9 @@ def nearest(word: str, allowed) -> str:
     return f" Did you mean {names[0]}?" if names else ""
 
 
-def format_help(config) -> str:
-    """`--key=value  comment` a line. config: a dataclass (defaults), or one filled with what applies."""
-    bases = (config if isinstance(config, type) else type(config)).__mro__[-2::-1]                # but `object`
-    comments = dict(re.findall(r"^ +(\w+):[^#\n]*# *(.*)", "\n".join(map(inspect.getsource, bases)), re.MULTILINE))
-    lines = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name, "")                      # of a class: the default
-        setting = f"{field.name}={value if isinstance(value, str) else str(value).lower()}"
-        lines.append(f"  --{setting:<34} {comments.get(field.name, '')}".rstrip())
-    return "\n".join(lines)
-
-
 def print_config(config, sources: dict) -> None:
     """Print every setting that is not at its default, and where it came from."""
-    print(f"settings ({list(sources.values()).count('default')} more at their defaults; --help lists them):")
+    print("settings (--help lists them all):")
     for name, origin in sources.items():
         if origin != "default":
             print(f"  {name:<20} = {getattr(config, name)!s:<24} {origin}")
@@ -128,39 +90,36 @@ def print_config(config, sources: dict) -> None:
 def command_line(config, argv: list[str], usage: str, reads_scripts: bool = False):
     """Read a command line of the form `[VERB] [FILE…] [--key=value …]`: (verb or None, files, config, sources).
 
-    config: a dataclass, or {verb: its dataclass}, with a key None where the script also runs without a verb. The first
-    word that ends in .py is the config file, unless reads_scripts: FILE may be one. `--help` prints the settings that
-    apply and exits with 0; a mistake prints its message and exits with 2.
+    config: a dataclass, or {verb: its dataclass}, with a key None where no verb is needed. The first word in .py is the
+    config file, unless reads_scripts: FILE may be one. `--help` prints what applies and exits with 0, a mistake with 2.
     """
-    classes, wants_help = config if isinstance(config, dict) else {None: config}, "--help" in argv or "-h" in argv
-    flags, words, settings, sources = {}, [], None, {}
+    classes = config if isinstance(config, dict) else {None: config}
+    words = [word for word in argv if not word.startswith("--")]
+    options = [word for word in argv if word.startswith("--") and word != "--help"]
+    verb = words.pop(0) if words and words[0] in classes else None
+    configs = [word for word in words if word.endswith(".py") and not reads_scripts][:1]
+    flags = {}
+    if verb not in classes and "--help" not in argv:
+        mistake = f"{words[0]!r} is no verb.{nearest(words[0], classes)}" if words else "a verb is missing."
+        fail(f"{mistake} Give one of {', '.join(classes)}. {usage.strip()}")
+    for option in options:
+        key, equals, value = option[2:].partition("=")
+        flags[key.replace("-", "_")] = value
+        if not equals:
+            fail(f"{option} has no value; write {option}=VALUE (for a switch, {option}=true)")
     try:
-        for argument in argv:
-            if argument in ("--help", "-h"):
-                continue
-            key, equals, value = argument[2:].partition("=")
-            if not argument.startswith("--"):
-                words.append(argument)
-            elif equals:
-                flags[key.replace("-", "_")] = value
-            else:
-                raise ConfigError(f"{argument} has no value; write {argument}=VALUE (for a switch, {argument}=true)")
-        verb = words.pop(0) if words and words[0] in classes else None
-        configs = [word for word in words if word.endswith(".py") and not reads_scripts][:1]
-        if verb in classes:
-            settings, sources = resolve(classes[verb], flags, *configs)
-        elif not wants_help:
-            mistake = f"{words[0]!r} is no verb.{nearest(words[0], classes)}" if words else "a verb is missing."
-            raise ConfigError(f"{mistake} Give one of {', '.join(classes)}. {usage.strip()}")
+        settings, sources = resolve(classes[verb], flags, *configs) if verb in classes else (None, {})
     except (ValueError, OSError) as error:
         fail(error)
-    if wants_help:
+    if "--help" in argv:
         print(usage.strip())
-        if settings:
-            print("\nsettings (a config file changes defaults, a flag wins over both):\n" + format_help(settings))
-        for kind in dict.fromkeys(classes.values()) if verb is None else ():
-            if kind is not type(settings) and dataclasses.fields(kind):
-                print(f"\n{', '.join(name for name in classes if classes[name] is kind)}:\n{format_help(kind)}")
+        for kind in dict.fromkeys(classes.values() if verb is None else [classes[verb]]):
+            print(f"\n{', '.join(name or 'settings' for name in classes if classes[name] is kind)}:")
+            source = "\n".join(map(inspect.getsource, kind.__mro__[-2::-1]))                      # parents first
+            comments = dict(re.findall(r"^ +(\w+):[^#\n]*# *(.*)", source, re.MULTILINE))
+            for field in dataclasses.fields(kind):
+                value = getattr(settings if kind is type(settings) else kind, field.name)
+                print(f"  --{f'{field.name}={value}':<34} {comments.get(field.name, '')}")
         sys.exit(0)
     return verb, [word for word in words if word not in configs], settings, sources
 

@@ -3,7 +3,7 @@
     python convert.py import FOLDER out/NAME [--overwrite=true]     config.json + *.safetensors -> ckpt.pt
     python convert.py export out/NAME FOLDER                        ckpt.pt -> a folder for AutoModelForCausalLM
 
-All five architectures are our Transformer with different switches, so importing is a table of names:
+All are our Transformer with different switches, so importing is a table of names:
 
     theirs                                            ours                          shape
     model.embed_tokens.weight                         token_embeddings.weight       (V, C)
@@ -12,13 +12,11 @@ All five architectures are our Transformer with different switches, so importing
     transformer.h.0.attn.c_attn.weight (GPT-2)        q_proj, k_proj and v_proj     (C, 3 C), transposed, cut in three
 
 What the table does not know is refused by name: a tensor dropped in silence would still give fluent text, only worse.
-
 Rows of q_proj and k_proj are not permuted: Hugging Face did that once to Meta's files, for the pairs (i, i + D/2) that
 our rope() turns too (layers.py). Permuting twice is the classic bug: it loads without a word, since the shapes agree.
 
-A model of ours goes out as what it is: with qk_norm Qwen3; without, Llama (with qkv_bias Qwen2); with experts Mixtral;
-in GPT-2's shape GPT-2. Left out: pickled and quantised weights, sliding windows, stretched RoPE but Llama 3's,
-vocabularies that are no byte-level BPE (the model comes alone, and says so).
+A model of ours goes out as what it is: Qwen3 with qk_norm, Qwen2 with qkv_bias, else Llama; Mixtral with experts.
+Left out: pickled and quantised weights, sliding windows, RoPE stretched unlike Llama 3's, vocabularies other than BPE.
 """
 import json
 import math
@@ -34,8 +32,6 @@ from bpe import Tokenizer
 from checkpoint import claim_out_dir, forget_former, save_checkpoint, sha256, write_atomically, write_text
 from configurator import command_line, fail
 from model import ModelConfig, Transformer, load_model, with_weights
-
-# --- the tables ---
 
 # config.json's names for our fields.
 SHAPE = {"vocab_size": "vocab_size", "max_position_embeddings": "context_length", "hidden_size": "d_model",
@@ -61,8 +57,8 @@ ROPE = {"factor": "rope_factor", "low_freq_factor": "rope_low_freq", "high_freq_
         "original_max_position_embeddings": "rope_original_context"}
 # What must be so in a config.json for our layers to compute the same, where it is said at all.
 MUST_BE = {"hidden_act": ["silu"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "attention_bias": [False],
-           "mlp_bias": [False], "partial_rotary_factor": [1], "scale_attn_weights": [True],
-           "scale_attn_by_inverse_layer_idx": [False], "quantization_config": []}
+           "mlp_bias": [False], "rope_type": ["default", "llama3"], "partial_rotary_factor": [1],
+           "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False], "quantization_config": []}
 # Fields of ours that may have any value: of training alone, or checked or written elsewhere.
 FREE = {"zero_init", "balance", "balance_weight", "balance_rate", "mtp_weight", "attention_backend", "fused_loss",
         "d_ff_expert", "n_experts_per_token", "rope_theta", *ROPE.values()}
@@ -81,10 +77,8 @@ ENDS = {"model.embed_tokens": "token_embeddings", "model.norm": "ln_final", "lm_
 
 
 def name_table(config: ModelConfig, architecture: str, names) -> dict:
-    """{their tensor: ([our tensors], transposed)} for the names in our state dict.
-
-    GPT-2's matrices are (in, out), as its Conv1D computes x W: they are transposed.
-    """
+    """{their tensor: ([our tensors], transposed)} for the names in our state dict. GPT-2's Conv1D computes x W: its
+    matrices are (in, out) and are transposed."""
     gpt2 = architecture == "GPT2LMHeadModel"
     block, modules, stack = (GPT2_BLOCK, GPT2_ENDS, "transformer.h") if gpt2 else (BLOCK, ENDS, "model.layers")
     experts = {f"block_sparse_moe.experts.{e}.{w}": f"ffn.experts.{e}.{w}"
@@ -102,8 +96,6 @@ def name_table(config: ModelConfig, architecture: str, names) -> dict:
     return table
 
 
-# --- config.json ---
-
 def read_config(folder) -> tuple[str, ModelConfig]:
     """(architecture, our config) of a folder's config.json, as transformers 4 or 5 wrote it. Raises ValueError naming
     the path and the first thing that our model cannot do."""
@@ -115,35 +107,24 @@ def read_config(folder) -> tuple[str, ModelConfig]:
             raise ValueError(f"the architecture {name!r} is not one of {', '.join(ARCHITECTURES)}")
         model_type, shape, switches, defaults = ARCHITECTURES[name]
         theirs = defaults | {key: value for key, value in theirs.items() if value is not None}
+        # As in transformers 5, rope_scaling, where a stretch is added by hand, wins over rope_parameters.
+        rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError(f"RoPE {rope} is not supported; only one for all layers is")
+        theirs = {"original_max_position_embeddings": theirs.get("max_position_embeddings"), "rope_theta": 10_000.0,
+                  "rope_type": rope.get("type", "default")} | theirs | rope
         for key, allowed in MUST_BE.items():
             if key in theirs and theirs[key] not in allowed:
                 raise ValueError(f"{key}={theirs[key]!r} is not supported; allowed: {allowed or 'none'}")
-        window = theirs.get("sliding_window", math.inf)          # Llama's and GPT-2's code has none, Qwen's a switch
-        slides = model_type == "mixtral" or theirs.get("use_sliding_window", False)
-        if slides and window < theirs["max_position_embeddings"]:
-            raise ValueError(f"sliding_window={window} is in use; only models that see their whole context are read")
+        slides = model_type == "mixtral" or theirs.get("use_sliding_window", False)      # the others' code has none
+        if slides and theirs.get("sliding_window", math.inf) < theirs["max_position_embeddings"]:
+            raise ValueError(f"sliding_window={theirs['sliding_window']} is in use; only full attention is read")
         ours = {our: theirs[their] for their, our in shape.items() if their in theirs or their not in OPTIONAL}
-        if model_type != "gpt2":
-            ours |= rope_fields(theirs)
-        return name, ModelConfig(**ours | switches)
-    except KeyError as error:
-        raise ValueError(f"{path}: it lacks {error}") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def rope_fields(theirs: dict) -> dict:
-    """RoPE's fields, read as transformers 5 does: `rope_scaling`, where a stretch is written or added by hand, wins
-    over `rope_parameters`; `rope_theta` stands in either, else beside them, else it is 10,000."""
-    rope = {"rope_theta": theirs.get("rope_theta", 10_000.0),
-            "original_max_position_embeddings": theirs["max_position_embeddings"]}
-    rope |= theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    nested = any(isinstance(value, dict) for value in rope.values())
-    if kind not in ("default", "llama3") or nested or rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"RoPE {rope} is not supported; only default and llama3 are, one for all layers")
-    stretched = {our: rope[their] for their, our in ROPE.items()} if kind == "llama3" else {}
-    return {"rope_theta": float(rope["rope_theta"])} | stretched
+        if theirs["rope_type"] == "llama3":
+            ours |= {our: theirs[their] for their, our in ROPE.items()}
+        return name, ModelConfig(rope_theta=float(theirs["rope_theta"]), **ours | switches)
+    except (ValueError, TypeError, AttributeError, RecursionError, KeyError) as error:
+        raise ValueError(f"{path} describes no model that can be read: {error}") from error
 
 
 def architecture_of(config: ModelConfig) -> str:
@@ -176,45 +157,35 @@ def their_config(config: ModelConfig, dtype: torch.dtype, tokenizer=None) -> dic
         theirs["intermediate_size"] = config.d_ff_expert
     if name == "GPT2LMHeadModel":
         return theirs | {"activation_function": "gelu_new"}
-    rope = {"rope_type": "default"}
-    if config.rope_factor != 1:
-        rope = {"rope_type": "llama3"} | {their: getattr(config, our) for their, our in ROPE.items()}
-    theirs |= {"rope_theta": config.rope_theta, "rope_scaling": rope if config.rope_factor != 1 else None,
-               "rope_parameters": rope | {"rope_theta": config.rope_theta}, "hidden_act": "silu"}
-    return theirs | {"sliding_window": None, "use_sliding_window": False}
+    stretch = {their: getattr(config, our) for their, our in ROPE.items()} if config.rope_factor != 1 else {}
+    rope = {"rope_type": "llama3" if stretch else "default"} | stretch
+    return theirs | {"rope_theta": config.rope_theta, "rope_scaling": rope if stretch else None,
+                     "rope_parameters": rope | {"rope_theta": config.rope_theta}, "hidden_act": "silu",
+                     "sliding_window": None, "use_sliding_window": False}
 
-
-# --- weights ---
 
 def stored_tensors(folder):
-    """Each (name, tensor) of a folder's model.safetensors or, without one, of the files that its index names: that is
-    transformers' order, as an index and parts may be left from an earlier save. Raises ValueError naming the file."""
+    """Each (name, tensor) of a folder's model.safetensors or, only without one, of the files that its index names: as
+    transformers does, for parts may be left from an earlier save. Raises ValueError naming the file."""
     from safetensors import SafetensorError, safe_open
-    index = Path(folder) / "model.safetensors.index.json"
-    files = [Path(folder) / "model.safetensors"]
-    if not files[0].exists() and index.exists():
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = sorted({index.with_name(name) for name in names})
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{index} names no files: {type(error).__name__}: {error}") from error
-    elif not files[0].exists():
-        raise FileNotFoundError(f"no {files[0]}; only safetensors are read: opening pickled weights can run code")
+    files, index = [Path(folder) / "model.safetensors"], Path(folder) / "model.safetensors.index.json"
+    if not files[0].exists():
+        if not index.exists():
+            raise FileNotFoundError(f"no {files[0]}; only safetensors are read: opening pickled weights can run code")
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [index.with_name(name) for name in sorted(set(names))]
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():
-                    # A copy: a view into the file would change with it, for instance when saved there again.
-                    yield name, tensors.get_tensor(name).clone()
+                    yield name, tensors.get_tensor(name).clone()       # a view would change with the file
         except SafetensorError as error:
             raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
 
 
-def from_pretrained(folder, dtype: torch.dtype | None = None):
-    """(Transformer in evaluation mode, Tokenizer or None) from a Hugging Face folder.
-
-    dtype: of the weights; as stored when not given (the widest, where they differ). Raises ValueError naming the path.
-    """
+def from_pretrained(folder):
+    """(Transformer in evaluation mode, Tokenizer or None) from a Hugging Face folder, in the dtype of its weights (the
+    widest, where they differ). Raises ValueError naming the path."""
     architecture, config = read_config(folder)
     with torch.device("meta"):                                   # shapes without memory
         state = Transformer(config).state_dict()
@@ -226,38 +197,29 @@ def from_pretrained(folder, dtype: torch.dtype | None = None):
         bare = architecture == "GPT2LMHeadModel" and not name.startswith(("transformer.", "lm_head."))
         their = f"transformer.{name}" if bare else name          # GPT-2's first files lack the prefix
         if their not in table:
-            raise ValueError(f"{folder}: {architecture} with this config.json has no tensor {name!r}; refused rather "
-                             "than dropped")
-        place(tensor, their, *table[their], state, folder)
+            raise ValueError(f"{folder}: {architecture} with this config.json has no tensor {name!r}; none is dropped")
+        ours, transposed = table[their]
+        tensor = tensor.T.contiguous() if transposed else tensor
+        rows = [state[our].shape[0] for our in ours]
+        shape = torch.Size((sum(rows), *state[ours[0]].shape[1:]))
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise ValueError(f"{folder}: {their} is {tensor.dtype} {tuple(tensor.shape)}, {' + '.join(ours)} have "
+                             f"{tuple(shape)}; config.json and weights differ")
+        for our, part in zip(ours, tensor.split(rows)):
+            state[our] = part if len(ours) == 1 else part.clone()
         missing.discard(their)
     if missing:
         raise ValueError(f"{folder}: the tensor {min(missing)!r} is missing ({len(missing)} in all)")
     if config.tie_embeddings:
         state["lm_head.weight"] = state["token_embeddings.weight"]
-    dtype = dtype or max((tensor.dtype for tensor in state.values()), key=lambda kind: kind.itemsize)
-    state = {name: tensor.to(dtype) for name, tensor in state.items()}
-    return with_weights(config, state).eval(), read_tokenizer(folder)
-
-
-def place(tensor, their: str, ours: list, transposed: bool, state: dict, folder) -> None:
-    """Put one tensor of theirs into our state dict, turned and cut. Raises ValueError when it does not fit."""
-    tensor = tensor.T.contiguous() if transposed else tensor
-    rows = [state[our].shape[0] for our in ours]
-    if tensor.shape[0] != sum(rows) or tensor.shape[1:] != state[ours[0]].shape[1:] or not tensor.is_floating_point():
-        raise ValueError(f"{folder}: {their} is {tensor.dtype} {tuple(tensor.shape)} (transposed: {transposed}) and "
-                         f"{' + '.join(ours)} each {tuple(state[ours[0]].shape)}; config.json and weights differ")
-    for our, part in zip(ours, tensor.split(rows)):
-        state[our] = part if len(ours) == 1 else part.clone()
-
-
-def read_tokenizer(folder) -> Tokenizer | None:
-    """The Tokenizer of the folder, None without one or, with a warning, when it is no byte-level BPE."""
-    path = Path(folder) / "tokenizer.json"
+    dtype = max((tensor.dtype for tensor in state.values()), key=lambda kind: kind.itemsize)
+    model = with_weights(config, {name: tensor.to(dtype) for name, tensor in state.items()}).eval()
+    path, tokenizer = Path(folder) / "tokenizer.json", None
     try:
-        return Tokenizer.load(path) if path.is_file() else None
-    except ValueError as error:
-        warnings.warn(f"the model comes without its tokenizer: {error}", stacklevel=3)
-        return None
+        tokenizer = Tokenizer.load(path) if path.is_file() else None
+    except ValueError as error:                                  # no byte-level BPE
+        warnings.warn(f"the model comes without its tokenizer: {error}", stacklevel=2)
+    return model, tokenizer
 
 
 def save_pretrained(model, folder, tokenizer=None) -> None:
@@ -283,48 +245,33 @@ def save_pretrained(model, folder, tokenizer=None) -> None:
         write_text(folder / name, json.dumps(content, indent=2) + "\n")
 
 
-# --- commands ---
-
 @dataclass
-class ExportConfig:
-    """export has no settings."""
-
-
-@dataclass
-class ImportConfig:
-    overwrite: bool = False          # replace the run in OUT_DIR
-
-
-def import_folder(folder, out_dir, overwrite: bool = False) -> None:
-    """A Hugging Face folder to a checkpoint with its tokenizer, which sample.py, evaluate.py, train.py start from."""
-    claim_out_dir(out_dir, overwrite, inputs=[folder])
-    model, tokenizer = from_pretrained(folder)
-    out_dir, entries = Path(out_dir), {}
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "tokenizer.json").unlink(missing_ok=True)           # an overwritten run's is not this model's
-    if tokenizer is not None:
-        shutil.copyfile(Path(folder) / "tokenizer.json", out_dir / "tokenizer.json")
-        entries["tokenizer_sha256"] = sha256(out_dir / "tokenizer.json")
-    save_checkpoint(model, None, 0, out_dir / "ckpt.pt", **entries)
-    forget_former(out_dir)
-    print(f"{out_dir / 'ckpt.pt'}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{'with' if tokenizer else 'without'} a tokenizer")
+class ConvertConfig:
+    overwrite: bool = False          # replace the run in the second folder
 
 
 def main(argv: list[str]) -> None:
     """Run one verb of the command line."""
     usage = "usage: python convert.py import FOLDER OUT_DIR [--overwrite=true] | export OUT_DIR FOLDER"
-    verb, folders, config, _ = command_line({"import": ImportConfig, "export": ExportConfig}, argv, usage)
+    verb, folders, config, _ = command_line({"import": ConvertConfig, "export": ConvertConfig}, argv, usage)
     try:
         if len(folders) != 2:
             raise ValueError(f"{verb} takes two folders. {usage}")
-        if verb == "import":
-            import_folder(*folders, config.overwrite)
+        source, target = map(Path, folders)
+        claim_out_dir(target, config.overwrite, inputs=[source])
+        if verb == "export":
+            model, tokenizer = load_model(source)
+            save_pretrained(model, target, tokenizer)
         else:
-            claim_out_dir(folders[1], overwrite=True, inputs=folders[:1])      # written over, but never its own source
-            model, tokenizer = load_model(folders[0])
-            save_pretrained(model, folders[1], tokenizer)
-            print(f"{folders[1]}: {architecture_of(model.config)}")
+            model, tokenizer = from_pretrained(source)
+            target.mkdir(parents=True, exist_ok=True)
+            (target / "tokenizer.json").unlink(missing_ok=True)        # an overwritten run's is not this model's
+            if tokenizer is not None:
+                shutil.copyfile(source / "tokenizer.json", target / "tokenizer.json")
+            save_checkpoint(model, None, 0, target / "ckpt.pt",
+                            tokenizer_sha256=sha256(source / "tokenizer.json") if tokenizer else None)
+            forget_former(target)
+        print(f"{target} is written, {'with' if tokenizer else 'without'} a tokenizer")
     except (ValueError, OSError) as error:
         fail(error)
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bpe import Tokenizer, train_bpe
-from checkpoint import only_writer, open_tokens, read_meta, sha256, write_atomically, write_text  # noqa: F401
+from checkpoint import made_folder, open_tokens, read_meta, sha256, write_atomically, write_text  # noqa: F401
 from classify import SEPARATOR, Classifier, ClassifyConfig, train_classifier  # noqa: F401
 from clean import (dedup_lines, dedup_minhash, extract_text, gopher_filter, identify_language,  # noqa: F401
                    mask_emails, mask_ips, mask_phone_numbers)
@@ -201,8 +201,8 @@ def split_file(path, train_path, val_path) -> int:
 
 @contextlib.contextmanager
 def unfinished(folder: Path):
-    """A folder inside `folder` to make files in, which goes at the end; `folder` is held for this process alone."""
-    with only_writer(folder):
+    """A folder inside `folder` to make files in, which goes at the end."""
+    with made_folder(folder):
         place = folder / "unfinished"
         shutil.rmtree(place, ignore_errors=True)                      # of a preparation that was killed
         place.mkdir()
@@ -330,7 +330,7 @@ def curate(paths, out_dir="data/crawl", *, executor=None, **settings) -> dict:
     cluster at settings["scheduler"]. settings: the fields of CurateConfig. A killed job goes on where it was.
     """
     out, config = Path(out_dir), CurateConfig(**settings)
-    with only_writer(out):
+    with made_folder(out):
         report = curate_archives(paths, out, executor, **settings)
     if config.vocab_size:
         try:

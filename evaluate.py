@@ -36,7 +36,7 @@ import torch
 import compress
 from answers import (LETTERS, REFUSAL, REWARDS, boxed_reward, gold_answer, need, parse_gsm8k, parse_mmlu,  # noqa: F401
                      r1_zero_reward, read_choices, read_jsonl, read_mmlu, read_prompts, read_text, same_answer)
-from checkpoint import claim_file, contents, open_tokens, read_checkpoint, read_meta, sha256, write_text
+from checkpoint import claim_file, open_tokens, read_checkpoint, read_meta, sha256, write_text
 from configurator import command_line, fail
 from decoding import check_numbers, evaluating, generate
 from machine import Threads, pick_device
@@ -149,7 +149,7 @@ def read_tokens(path, tokenizer, tokenizer_sha256: str | None = None):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file ({contents(path.parent)}); give a text or a token file (.bin)")
+        raise FileNotFoundError(f"{path} is no file; give a text or a token file (.bin)")
     if path.suffix == ".bin":
         made_with = read_meta(path.parent).get("tokenizer_sha256")
         if made_with and tokenizer_sha256 and made_with != tokenizer_sha256:

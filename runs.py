@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 import typing
@@ -23,20 +22,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from checkpoint import write_text
-from configurator import ConfigError, coerce, nearest
+from configurator import coerce, nearest
 
-PER_START = ("resume", "overwrite")      # settings that say how a run is started, not what it is
+PER_START = ("resume", "overwrite", "out_dir")      # settings that say how and where a run is started, not what it is
 
-
-# --- the log of one run ---
 
 def header(**settings) -> dict:
     """What a reader needs to repeat a run: `settings`, and the commit of this program."""
-    commit = None
-    if shutil.which("git"):
-        command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return {"commit": commit, "python": platform.python_version()} | settings
+    status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')
+    return {"commit": None if status else commit, "python": platform.python_version()} | settings
 
 
 class Log:
@@ -48,15 +42,15 @@ class Log:
 
     def __init__(self, out_dir, header: dict, resume_step: int | None = None):
         self.path = self.writing = Path(os.devnull) if out_dir is None else Path(out_dir) / "log.jsonl"
+        lines = [header]
+        if resume_step is not None and self.path.is_file():
+            lines = [line for line in read_log(self.path) if line.get("step", 0) <= resume_step]
+            before = [what_it_is(line) for line in lines if "config" in line]
+            if before[-1:] != [what_it_is(header)]:
+                lines.append({"step": resume_step} | header)
+        elif resume_step is None and any(self.path.with_name(name).exists() for name in ("ckpt.pt", "best.pt")):
+            self.writing = self.path.with_name("log.new.jsonl")
         if out_dir is not None:
-            lines = [header]
-            if resume_step is not None and self.path.exists():
-                lines = [line for line in read_log(self.path) if line.get("step", 0) <= resume_step]
-                headers = [what_it_is(line) for line in lines if "config" in line]
-                if headers[-1:] != [what_it_is(header)]:
-                    lines.append({"step": resume_step} | header)
-            elif resume_step is None and any(self.path.with_name(name).exists() for name in ("ckpt.pt", "best.pt")):
-                self.writing = self.path.with_name("log.new.jsonl")
             write_text(self.writing, *(json.dumps(line) + "\n" for line in lines))
         self.file = open(self.writing, "a", encoding="utf-8", buffering=1)            # a line at a time
 
@@ -77,76 +71,58 @@ class Log:
 
 def what_it_is(header: dict) -> dict:
     """A header without what differs from start to start of one and the same run."""
-    config = {key: value for key, value in header["config"].items() if key not in PER_START}
-    return {key: value for key, value in header.items() if key != "step"} | {"config": config}
+    return header | {"step": None, "config": header["config"] | dict.fromkeys(PER_START)}
 
 
 def read_log(path) -> list[dict]:
     """The lines of a log.jsonl, none where there is no file; a last line that a kill cut short is left out."""
-    entries = []
-    if not Path(path).exists():
-        return entries
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
+    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1] if Path(path).exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def plot(out_dirs, folder=None) -> Path:
-    """Draw losses and learning rates to FOLDER/loss.png (the first run's); returns its path. Skips what is no run."""
+    """Draw losses over steps and time to FOLDER/loss.png (the first run's); returns its path. Skips what is no run."""
     from matplotlib.figure import Figure
     runs = [out_dir for out_dir in out_dirs if (Path(out_dir) / "log.jsonl").is_file()]
     if not runs:
-        raise ValueError(f"no log.jsonl in {', '.join(map(str, out_dirs)) or 'nothing'}; "
-                         "plot needs the folders of runs")
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(3, 1))
+        raise ValueError(f"no log.jsonl in {', '.join(map(str, out_dirs)) or 'none'}; plot needs the folders of runs")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for color, out_dir in enumerate(runs):
         log, name = read_log(Path(out_dir) / "log.jsonl"), Path(out_dir).name
-        for key, row, style in (("loss", 0, {"alpha": 0.4, "label": f"{name} train"}), ("lr", 1, {}),
-                                ("val_loss", 0, {"marker": "o", "markersize": 3, "label": f"{name} validation"})):
-            for axis, x in zip(axes[row], ("step", "seconds")):
+        for key, style in (("loss", {"alpha": 0.4}), ("val_loss", {"marker": "o", "markersize": 3})):
+            for axis, x in zip(axes, ("step", "seconds")):
                 points = [(line[x], line[key]) for line in log if key in line]
-                axis.plot(*zip(*points), color=f"C{color}", linewidth=1, **style)
-    axes[0, 0].set_ylabel("loss, nats per token")
-    axes[0, 0].legend()
-    axes[1, 0].set(xlabel="step", ylabel="learning rate")
-    axes[1, 1].set_xlabel("training time, seconds")
+                axis.plot(*zip(*points), color=f"C{color}", linewidth=1, label=f"{name} {key}", **style)
+    axes[0].set(xlabel="step", ylabel="nats per token")
+    axes[0].legend()
+    axes[1].set_xlabel("training time, seconds")
     figure.suptitle(("python train.py plot " + " ".join(map(str, runs)))[:150], fontsize=9)
     path = Path(folder or runs[0]) / "loss.png"
     figure.savefig(path, dpi=110)
     return path
 
 
-# --- a grid of runs ---
-
-def grid(config_class: type, words: list[str]) -> list[dict]:
-    """The settings of each point that words such as `lr=1e-3,3e-3` and `seed=1,2` span; the last word moves fastest."""
-    hints, axes = typing.get_type_hints(config_class), []
+def grid(config, words: list[str]) -> list:
+    """The config of each point that words such as `lr=1e-3,3e-3` and `seed=1,2` span, the last word moving fastest,
+    each in its own folder below config.out_dir. One that was interrupted goes on."""
+    hints, axes, configs = typing.get_type_hints(type(config)), [], []
     for word in words:
         key, _, values = word.partition("=")
-        if not values or key not in hints or key in ("out_dir", *PER_START):
-            raise ConfigError(f"{word!r} spans no axis; write key=a,b with a setting as key.{nearest(key, hints)}")
+        if not values or key not in hints or key in PER_START:
+            raise ValueError(f"{word!r} spans no axis; write key=a,b with a setting as key.{nearest(key, hints)}")
         axes.append([(key, coerce(key, value, hints[key])) for value in values.split(",")])
-    return [dict(point) for point in itertools.product(*axes)]
-
-
-def points(config, words: list[str]) -> list:
-    """The config of each point, in its own folder below config.out_dir; one that was interrupted goes on."""
-    configs = []
-    for point in grid(type(config), words) if words else []:
-        name = re.sub(r"[^\w.+=,-]", "_", ",".join(f"{key}={value}" for key, value in point.items()))
+    for point in itertools.product(*axes) if words else ():
+        name = re.sub(r"[^\w.+=,-]", "_", ",".join(f"{key}={value}" for key, value in point))
         folder = Path(config.out_dir) / name
-        saved, log = (folder / "ckpt.pt").exists(), read_log(folder / "log.jsonl")
-        one = replace(config, **point, out_dir=folder.as_posix(), num_samples=0, resume=saved, overwrite=not saved)
-        before = log[0]["config"] if log else {}
-        changed = [key for key, value in asdict(one).items() if before.get(key, value) != value
-                   and key not in ("out_dir", *PER_START)]
-        if changed:
-            raise ValueError(f"{folder} holds a run with another {', '.join(changed)}; give another --out_dir")
-        configs.append(one)
+        saved = (folder / "ckpt.pt").exists()
+        started = {"out_dir": folder.as_posix(), "num_samples": 0, "resume": saved, "overwrite": not saved}
+        configs.append(replace(config, **dict(point) | started))
+        for line in read_log(folder / "log.jsonl")[:1]:
+            changed = [key for key, value in asdict(configs[-1]).items()
+                       if key not in PER_START and line["config"].get(key, value) != value]
+            if changed:
+                raise ValueError(f"{folder} holds a run with another {', '.join(changed)}; give another --out_dir")
     return configs
 
 
@@ -157,9 +133,9 @@ def last_line(folder) -> dict:
 
 
 def sweep(config, words: list[str], main) -> int | None:
-    """Train the points that have not ended one by one with main(config); then draw up all runs below config.out_dir
-    in sweep.txt and sweep.png (without words only that). Returns the signal that stopped it, or None."""
-    for one in points(config, words):
+    """Train the points that have not ended one by one with main(config); then tabulate all runs below config.out_dir
+    in sweep.txt (without words only that). Returns the signal that stopped it, or None."""
+    for one in grid(config, words):
         ended = last_line(one.out_dir)
         print(f"\n{one.out_dir}:", "done before" if ended else "")
         try:
@@ -169,11 +145,16 @@ def sweep(config, words: list[str], main) -> int | None:
             continue
         if interrupted is not None:
             return interrupted
-    rows, table = sweep_rows(config.out_dir), Path(config.out_dir) / "sweep.txt"
-    write_text(table, sweep_table(rows) + "\n")
-    print(sweep_table(rows))
-    if any(row["scores"] for row in rows):
-        plot_sweep(rows, table.with_suffix(".png"))
+    rows = sweep_rows(config.out_dir)
+    width = max(len(row["setting"]) for row in rows)
+    table = ["score: validation bits per byte (without meta.json nats per token); spread: deviation over the seeds",
+             f"{'setting':<{width}}     score    spread  seeds   steps  seconds"]
+    for row in rows:
+        lost = "".join(f"  seed {seed} diverged at step {step}" for seed, step in row["diverged"].items())
+        table.append(f"{row['setting']:<{width}}  {row['mean']:8.4f}  {row['spread']:8.4f}  {len(row['scores']):5}  "
+                     f"{row['steps']:6,}  {row['seconds']:7.0f}{lost}")
+    print("\n".join(table))
+    write_text(Path(config.out_dir) / "sweep.txt", *(line + "\n" for line in table))
 
 
 def sweep_rows(out_dir) -> list[dict]:
@@ -185,11 +166,11 @@ def sweep_rows(out_dir) -> list[dict]:
             setting = ",".join(part for part in path.parent.name.split(",") if not part.startswith("seed="))
             row = rows.setdefault(setting, {"setting": setting or "as configured", "scores": {}, "diverged": {}})
             row |= {"steps": last["step"], "seconds": last["seconds"]}
+            seed = read_log(path)[0]["seed"]
             if "diverged" in last:
-                row["diverged"][read_log(path)[0]["seed"]] = last["step"]
+                row["diverged"][seed] = last["step"]
             else:
-                row["scores"][read_log(path)[0]["seed"]] = last["val_bits_per_byte"] or last["val_loss"]
-                row["measure"] = "bits per byte" if last["val_bits_per_byte"] else "nats per token"
+                row["scores"][seed] = last["val_bits_per_byte"] or last["val_loss"]
     if not rows:
         raise ValueError(f"no run below {out_dir} has ended; give the axes of a sweep, such as lr=1e-3,3e-3")
     for row in rows.values():
@@ -197,30 +178,3 @@ def sweep_rows(out_dir) -> list[dict]:
         row["mean"] = statistics.mean(scores) if scores else math.inf
         row["spread"] = statistics.stdev(scores) if len(scores) > 1 else math.nan
     return sorted(rows.values(), key=lambda row: row["mean"])
-
-
-def sweep_table(rows: list[dict]) -> str:
-    """The rows as text in columns, under what they are and what the spread is."""
-    cells = [["setting", rows[0].get("measure", ""), "spread", "seeds", "steps", "seconds", ""]]
-    for row in rows:
-        lost = ", ".join(f"seed {seed} diverged at step {step}" for seed, step in row["diverged"].items())
-        cells.append([row["setting"], f"{row['mean']:.4f}", f"{row['spread']:.4f}", str(len(row["scores"])),
-                      f"{row['steps']:,}", f"{row['seconds']:.0f}", lost])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
-    return "\n".join(["spread: standard deviation over the seeds", *lines])
-
-
-def plot_sweep(rows: list[dict], path) -> None:
-    """Every run's score as a dot and each setting's mean as a bar, the best below."""
-    from matplotlib.figure import Figure
-    rows = [row for row in rows if row["scores"]]
-    axis = Figure(figsize=(7.5, 1.5 + 0.35 * len(rows)), layout="constrained").subplots()
-    for y, row in enumerate(rows):
-        axis.plot(list(row["scores"].values()), [y] * len(row["scores"]), "o", alpha=0.5, color="C0")
-        axis.plot(row["mean"], y, "|", markersize=14, color="C1")
-    axis.set(yticks=range(len(rows)), yticklabels=[row["setting"] for row in rows])
-    axis.set_xlabel("validation, " + rows[0]["measure"])
-    axis.set_title(f"python train.py sweep --out_dir={Path(path).parent.as_posix()}", fontsize=9)
-    axis.figure.savefig(path, dpi=110)
-    print(f"\n{path}")

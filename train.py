@@ -5,7 +5,7 @@
     python train.py --resume=true                              go on from out/shakespeare/ckpt.pt
     python train.py --init_from=out/shakespeare --data_dir=data/mine --out_dir=out/mine      fine-tune a trained model
     python train.py plot out/a out/b                           losses of several runs in one picture
-    python train.py sweep lr=1e-3,3e-3 seed=1,2,3 --max_steps=500 --out_dir=out/rates        a grid; table and plot
+    python train.py sweep lr=1e-3,3e-3 seed=1,2,3 --max_steps=500 --out_dir=out/rates        a grid; a table
 
 The loop is nanoGPT's: draw a batch, forward, backward, clip, step, and now and then evaluate, log and save.
 
@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import accounting
 import data
-from checkpoint import (claim_out_dir, load_optimizer, load_weights, only_writer, read_checkpoint,
+from checkpoint import (claim_out_dir, load_optimizer, load_weights, made_folder, read_checkpoint,
                         save_checkpoint)
 from compress import distillation_loss
 from configurator import command_line, fail, print_config
@@ -328,7 +328,7 @@ def main(config: TrainConfig) -> dict:
     head, out = strategy.rank == 0, Path(config.out_dir)     # head: who prepares, logs, draws and writes
     pick_device(strategy.device)                             # a mistake is known before hours of preparing
     if head and not config.resume:
-        claim_out_dir(out, config.overwrite, (config.init_from, config.teacher, config.data_dir), resume=True)
+        claim_out_dir(out, config.overwrite, (config.init_from, config.teacher, config.data_dir))
     if head:
         prepare_data(config)
     strategy.same(None)                                      # nobody goes on before the files are there
@@ -419,7 +419,7 @@ class PlotConfig:
 
 USAGE = f"""usage: python train.py [config_x.py] [--key=value …]      train ({DEFAULT_CONFIG} when no config is given)
        python train.py plot OUT_DIR … [--out_dir=FOLDER]   draw the losses of runs to FOLDER/loss.png
-       python train.py sweep [config_x.py] key=a,b …       train a grid; table and plot of all runs below out_dir
+       python train.py sweep [config_x.py] key=a,b …       train a grid; a table of all runs below out_dir
 
 optimizers:""" + "".join(f"\n  {name:<8} {what}" for name, (_, _, what) in OPTIMIZERS.items())
 
@@ -445,7 +445,7 @@ def run_command_line(argv: list[str]) -> None:
         config = take_shape(config, {key for key, source in sources.items() if source not in ("default", default)})
         print_config(config, sources)
         speaks = os.environ.get("RANK", "0") == "0" and verb is None
-        with only_writer(config.out_dir) if speaks else contextlib.nullcontext():
+        with made_folder(config.out_dir) if speaks else contextlib.nullcontext():
             interrupted = sweep(config, files, main) if verb == "sweep" else main(config)["interrupted"]
     except (ValueError, OSError, FloatingPointError) as error:
         if getattr(error, "errno", None) not in DISK_FULL:

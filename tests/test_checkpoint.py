@@ -57,20 +57,15 @@ def test_a_kill_inside_a_checkpoint_write_leaves_a_whole_one(tmp_path):
     assert (tmp_path / "ckpt.pt.tmp").exists(), "the kill came too late to prove anything"
 
 
-def test_what_is_written_can_be_read_again_or_is_refused_before(tmp_path):
+def test_what_could_not_be_read_again_is_refused_and_a_full_disk_leaves_the_old_file(tmp_path):
     path, model = tmp_path / "ckpt.pt", toy_model()
-    optimizer = optim.AdamW(model.parameters(), lr=np.float64(1e-3))
-    entries = {"best": np.float64(2.5), "nested": {"a": [np.float32(0.5), (np.int8(1), None)]}, "kind": torch.float16,
-               "key": {np.int64(7): b"x"}}
-    checkpoint.save_checkpoint(model, [optimizer], np.int64(4), path, array=np.arange(3), **entries)
+    optimizer, entries = optim.AdamW(model.parameters(), lr=1e-3), {"nested": {"a": [(1, None)]}, "kind": torch.float16}
+    checkpoint.save_checkpoint(model, [optimizer], np.int64(4), path, **entries)
     back = checkpoint.read_checkpoint(path)
-    assert checkpoint.load_checkpoint(path, model, [optimizer]) == 4 and back["array"].tolist() == [0, 1, 2]
-    assert {name: back[name] for name in entries} == entries and type(back["best"]) is float
-    for name, entry in (("config", model.config), ("function", len), ("deep", {"a": [object()]})):
-        with pytest.raises(ValueError, match=rf"ckpt.pt: the entry {name}.* is a \w+; a checkpoint holds"):
-            checkpoint.save_checkpoint(model, None, 5, path, **{name: entry})
-    with pytest.raises(KeyError):                                        # a mistake of the caller's stays what it is
-        checkpoint.write_atomically(path, lambda file: {}["x"])
+    assert checkpoint.load_checkpoint(path, model, [optimizer]) == 4 and back | entries == back
+    for entry, code in ((model.config, "ModelConfig"), (len, "len"), ({"a": [np.float64(1)]}, "numpy")):
+        with pytest.raises(ValueError, match=rf"ckpt.pt.* holds pickled code \(\S*{code}"):
+            checkpoint.save_checkpoint(model, None, 5, path, more=entry)
     resource = pytest.importorskip("resource")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -82,27 +77,19 @@ def test_what_is_written_can_be_read_again_or_is_refused_before(tmp_path):
     assert checkpoint.load_checkpoint(path) == 4 and [file.name for file in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-class Evil:
-    def __reduce__(self):
-        return os.system, ("echo executed",)
-
-
 def test_bad_checkpoints_are_told_apart_and_named(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
     (tmp_path / "best.pt").touch()
-    with pytest.raises(FileNotFoundError, match=r"ckpt.pt \(.* holds best.pt\)"):
+    with pytest.raises(FileNotFoundError, match=r"ckpt.pt \(there is best.pt\)"):
         checkpoint.load_checkpoint(path)
     checkpoint.save_checkpoint(toy_model(), None, 1, path)
-    for shape, words in (({"vocab_size": 51}, ".*token_embeddings.weight"), ({"n_layers": 3}, "Missing .*layers.2")):
-        with pytest.raises(ValueError, match=f"ckpt.pt does not fit this model: {words}"):
+    for shape, words in (({"vocab_size": 51}, "token_embeddings.weight"), ({"n_layers": 3}, "Missing .*layers.2")):
+        with pytest.raises(ValueError, match=f"ckpt.pt does not fit this model: .*{words}"):
             checkpoint.load_checkpoint(path, toy_model(**shape))
     with pytest.raises(ValueError, match="ckpt.pt holds no state of this SGD"):
         checkpoint.load_checkpoint(path, None, optim.SGD(toy_model().parameters()))
-    whole, other = path.read_bytes(), io.BytesIO()
-    np.savez(other, w=np.ones(3))                                        # a zip archive as well
-    for entries, words in ((whole[:-30], "is cut short"), (other.getvalue(), "is damaged"),
-                           ({"model": {}, "step": Evil()}, "pickled code .*system"), ([1], "is not a checkpoint"),
-                           ({"model": {}, "step": 1, "format_version": 9}, "version 9")):
+    for entries, words in ((path.read_bytes()[:-30], "is cut short"), ([1], "is not a checkpoint"),
+                           ({"model": {}, "step": len}, "pickled code .*len")):
         if isinstance(entries, bytes):
             path.write_bytes(entries)
         else:
@@ -121,18 +108,16 @@ def test_token_files_with_and_without_meta_and_without_torch(tmp_path):
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")      # nanoGPT's own, as they are
     code = f"import checkpoint, sys; checkpoint.read_meta({str(tmp_path)!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    assert checkpoint.read_meta(tmp_path) == {"dtype": "uint16"}
     assert checkpoint.open_tokens(tmp_path, "train")[999] == 999
     (tmp_path / "val.bin").write_bytes(b"odd")
-    for split, error in (("val", ValueError), ("test", FileNotFoundError)):
-        with pytest.raises(error, match=f"{split}.bin"):
-            checkpoint.open_tokens(tmp_path, split)
+    with pytest.raises(ValueError, match="val.bin has 3 bytes"):
+        checkpoint.open_tokens(tmp_path, "val")
     (tmp_path / "meta.json").write_text('{"dtype": "uint32", "vocab_size": 70000}', encoding="utf-8")
     assert len(checkpoint.open_tokens(tmp_path, "train")) == 500
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     foreign = json.dumps({"dtype": "uint16", "vocab_size": 9, "tokenizer_sha256": "0" * 64})
-    for meta, words in (("{", "JSON"), ("\xff", "JSON"), ("[1]", "JSON"), ('{"dtype": "uint16"}', "'vocab_size'"),
-                        ('{"dtype": "int8", "vocab_size": 9}', "dtype 'int8'"), (foreign, "another tokenizer .*0000")):
+    for meta, words in (("\xff", "Unicode"), ("[1]", "TypeError"), ('{"dtype": "uint16"}', "'vocab_size'"),
+                        ('{"dtype": "int8", "vocab_size": 9}', "dtype 'int8'"), (foreign, "another tokenizer")):
         (tmp_path / "meta.json").write_bytes(meta.encode("latin-1"))
         with pytest.raises(ValueError, match=f"meta.json.*{words}"):
             checkpoint.open_tokens(tmp_path, "train")

@@ -65,10 +65,8 @@ SCALED = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
 
 
 @pytest.mark.parametrize("settings, refused", [
-    ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, ""),
     ({"rope_parameters": {"rope_theta": 777.0}, "rope_scaling": SCALED, "rope_theta": 5e5}, ""),
     ({"rope_parameters": LLAMA3, "rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
-    ({"rope_scaling": None, "rope_theta": 9e3}, ""),
     ({"rope_parameters": {"full_attention": LLAMA3}}, "one for all"),
     ({"rope_scaling": {key: value for key, value in SCALED.items() if key[0] != "o"}, "rope_theta": 1e4}, "")])
 def test_rope_is_transformers_rope_or_refused(settings, refused, tmp_path):
@@ -96,10 +94,6 @@ def test_of_several_weights_in_a_folder_transformers_takes_the_same(tmp_path):
         path.write_bytes(content)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert theirs(ids(1, 9)).logits.abs().max() == from_pretrained(tmp_path)[0](ids(1, 9)).abs().max() == 0
-    (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="index.json names no files"):
-        from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("switch, architecture", [("qwen3", "Qwen3"), ("tied", "Llama"), ("moe", "Mixtral"),
@@ -121,8 +115,8 @@ def test_models_of_ours_go_out_and_come_back_in_bfloat16(switch, architecture, t
     assert torch.equal(from_pretrained(tmp_path)[0](ids(2, 9)), model(ids(2, 9)))
 
 
-@pytest.mark.parametrize("switch, words", [("window", "window_pattern=SSL"), ("mla", "attention=mla"),
-                                           ("smear", "--smear=false"), ("moe bias", "balance=bias")])
+@pytest.mark.parametrize("switch, words", [("window", "window_pattern=SSL"), ("smear", "--smear=false"),
+                                           ("moe bias", "balance=bias")])
 def test_what_no_architecture_computes_is_refused_by_name(switch, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         save_pretrained(toy(switch), tmp_path)
@@ -151,11 +145,10 @@ def test_gpt2_files_of_any_age_are_read_and_what_our_layers_lack_is_refused_by_n
     for stored, settings, words in (
             (tensors | {"transformer.h.0.odd.weight": torch.ones(2)}, config, "no tensor 'transformer.h.0.odd.weight'"),
             (without, config, f"'{bias}' is missing"), (tensors | {bias: torch.ones(3)}, config, "ln_f.bias is"),
-            (tensors | {bias: torch.ones(48, dtype=torch.int8)}, config, "torch.int8"),
             (tensors, config | {"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM"),
             (qwen_tensors, qwen | {"attention_bias": True}, "attention_bias=True"),
             (qwen_tensors, qwen | {"use_sliding_window": True, "sliding_window": 5}, "sliding_window=5"),
-            (qwen_tensors, qwen | {"quantization_config": {"bits": 4}}, "quantization_config")):
+            (qwen_tensors, qwen | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor")):
         with pytest.raises(ValueError, match=words) as error:
             write(stored, settings)
         assert str(tmp_path) in str(error.value)
@@ -176,18 +169,20 @@ def test_folders_by_command_with_their_tokenizer(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     tokenizer.save(tmp_path / "run" / "tokenizer.json")
     save_checkpoint(model, None, 0, tmp_path / "run" / "ckpt.pt")
+    for words, message in ((["export", run, run], run), (["import", "x"], "import FOLDER OUT_DIR")):
+        with pytest.raises(SystemExit, match="2"):
+            convert.main(words)
+        assert message in capsys.readouterr().err
     convert.main(["export", run, folder])
     convert.main(["import", folder, again])
     back, its_tokenizer = load_model(again)
     assert torch.equal(back(ids(1, 9)), model(ids(1, 9)))
     assert its_tokenizer.encode("the end") == tokenizer.encode("the end")
     kept = (tmp_path / "run" / "ckpt.pt").read_bytes()
-    for words, message in ((["import", folder, run], "--overwrite=true"), (["import", folder, folder], folder),
-                           (["export", run, run], run), (["import", "x"], "import FOLDER OUT_DIR")):
-        with pytest.raises(SystemExit) as error:
+    for words in (["import", folder, run], ["export", again, run]):
+        with pytest.raises(SystemExit, match="2"):
             convert.main(words)
-        assert error.value.code == 2 and message in capsys.readouterr().err
-    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == kept
+        assert "--overwrite=true" in capsys.readouterr().err and (tmp_path / "run" / "ckpt.pt").read_bytes() == kept
     (tmp_path / "run" / "best.pt").write_bytes(b"of the former run")
     convert.main(["import", folder, run, "--overwrite=true"])
     assert not (tmp_path / "run" / "best.pt").exists(), "--checkpoint=best.pt would open another model"

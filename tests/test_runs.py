@@ -15,36 +15,31 @@ def test_a_resumed_log_has_each_step_once_and_records_changed_settings(tmp_path)
         log.write(step=step, loss=5.0 - step)
     log.file.write('{"step": 4, "lo')                                # a kill in the middle of a line
     log.close()
-    assert [line["step"] for line in runs.read_log(path)[1:]] == [1, 2, 3]
     runs.Log(tmp_path, {**first, "config": {"lr": 0.1, "resume": True}}, resume_step=2).close()
     assert [line.get("step") for line in runs.read_log(path)] == [None, 1, 2], "nothing has changed"
     log = runs.Log(tmp_path, {**first, "config": {"lr": 0.2, "resume": True}}, resume_step=2)
     log.write(step=3, loss=1.5)
     lines = runs.read_log(path)
     assert [line.get("step") for line in lines] == [None, 1, 2, 2, 3] and lines[3]["config"]["lr"] == 0.2
-    assert lines[-1]["loss"] == 1.5
-    log.close()
 
 
 def test_plot_skips_what_is_no_run(tmp_path):
-    for name in ("a", "b", "empty"):
+    for name in ("a", "empty"):
         (tmp_path / name).mkdir()
-        if name != "empty":
-            log = runs.Log(tmp_path / name, {"config": {}})
-            log.write(step=1, seconds=0.5, loss=2.0, lr=0.1)
-            log.close()
-    train.run_command_line(["plot", *map(str, sorted(tmp_path.iterdir())), f"--out_dir={tmp_path}"])
-    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="no log.jsonl in .*empty"):
         runs.plot([tmp_path / "empty"])
+    runs.Log(tmp_path / "a", {"config": {}}).write(step=1, seconds=0.5, loss=2.0, lr=0.1)
+    train.run_command_line(["plot", *map(str, sorted(tmp_path.iterdir())), f"--out_dir={tmp_path}"])
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_grid_spans_its_points_last_word_fastest():
-    assert runs.grid(train.TrainConfig, ["lr=1e-3,2e-3", "n_heads=1,2"]) == [
-        {"lr": lr, "n_heads": heads} for lr in (1e-3, 2e-3) for heads in (1, 2)]
+def test_a_grid_spans_its_points_last_word_fastest(tmp_path):
+    config = train.TrainConfig(out_dir=str(tmp_path))
+    assert [(one.lr, one.n_heads, one.out_dir) for one in runs.grid(config, ["lr=1e-3,2e-3", "n_heads=1,2"])] == [
+        (lr, heads, f"{tmp_path}/lr={lr},n_heads={heads}") for lr in (1e-3, 2e-3) for heads in (1, 2)]
     for word, message in (("sede=1", "Did you mean seed"), ("resume=true", "spans no axis"), ("lr=fast", "lr='fast'")):
         with pytest.raises(ValueError, match=message):
-            runs.grid(train.TrainConfig, [word])
+            runs.grid(config, [word])
 
 
 def test_a_sweep_draws_up_seeds_survives_divergence_and_goes_on(corpus, tmp_path, capsys):
@@ -62,7 +57,6 @@ def test_a_sweep_draws_up_seeds_survives_divergence_and_goes_on(corpus, tmp_path
     runs.sweep(config, words, train.main)
     assert (out := capsys.readouterr().out).count("done before") == 3 and "resumed" in out
     assert (tmp_path / "sweep.txt").read_text(encoding="utf-8").split() == table.split() and "diverged at" in table
-    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     for changes, words, message in (({}, ["seed=7", "n_heads=1,3"], "not a multiple of n_heads=3"),
                                     ({"n_heads": 1}, words, "holds a run with another n_heads")):
         with pytest.raises(ValueError, match=message):
@@ -73,10 +67,7 @@ def test_a_sweep_draws_up_seeds_survives_divergence_and_goes_on(corpus, tmp_path
 def test_a_sweep_in_which_everything_diverges_still_ends_in_its_table(tmp_path, capsys):
     def diverge(config):
         (tmp_path / config.out_dir).mkdir(parents=True)
-        log = runs.Log(config.out_dir, {"seed": 1, "config": dataclasses.asdict(config)})
-        log.write(step=3, seconds=1.0, diverged=True)
-        log.close()
+        runs.Log(config.out_dir, {"seed": 1, "config": {}}).write(step=3, seconds=1.0, diverged=True)
         raise FloatingPointError("step 3: loss nan")
-    config = train.TrainConfig(**TINY | dict(out_dir=str(tmp_path), max_steps=6))
-    assert runs.sweep(config, ["lr=1e6,1e7"], diverge) is None
-    assert capsys.readouterr().out.count("diverged at step 3") == 2 and not (tmp_path / "sweep.png").exists()
+    assert runs.sweep(train.TrainConfig(**TINY | dict(out_dir=str(tmp_path))), ["lr=1e6,1e7"], diverge) is None
+    assert capsys.readouterr().out.count("diverged at step 3") == 2
