@@ -87,10 +87,8 @@ def take_like(p, whole: torch.Tensor) -> torch.Tensor:
 # --- the whole state: what checkpoints hold, so that they move between numbers of ranks and strategies ---
 
 def full_state_dict(module: nn.Module, keep: bool = True) -> dict:
-    """The state dict that the undivided module would have, on the CPU of every rank; collective: call it on all.
-
-    keep=False: this rank takes part, tensor by tensor, and gets {}: for those that do not write the checkpoint.
-    """
+    """The state dict that the undivided module would have, on the CPU of every rank; collective: call it on all. With
+    keep=False this rank takes part, tensor by tensor, and gets {}: it does not write the checkpoint."""
     named, state, whole = dict(module.named_parameters(remove_duplicate=False)), module.state_dict(), {}
     device = next((p.device for p in named.values() if not p.is_meta), None)
     for name, value in state.items():
@@ -126,10 +124,8 @@ def map_state(optimizer, state: dict, change) -> dict:
 
 
 def full_optimizer_state(optimizer) -> dict:
-    """The state dict that `optimizer` would have over the undivided module, on rank 0's CPU; collective.
-
-    On the other ranks tensors are dropped as soon as they are gathered: what they return is not complete.
-    """
+    """The state dict that `optimizer` would have over the undivided module, on rank 0's CPU; collective. On the other
+    ranks tensors are dropped as soon as they are gathered: what they return is not complete."""
     def gathered(p, value):
         whole = gather_like(p, value.to(p.device))
         return whole.cpu() if all(world(cut.group)[0] == 0 for cut in cuts_of(p)) else None
@@ -236,14 +232,12 @@ class FSDP(nn.Module):
         model = FSDP(module); optimizer = AdamW(model.parameters())
         …backward(); model.finish_gradient_synchronization(); optimizer.step()
 
-    Matrices are cut by rows; vectors (norms, biases) stay whole. `parameters()` are the parts; `.grad` has a part's
-    shape and dtype. compute_dtype: what travels and what the matrices compute in (float16, bfloat16); the parts stay as
-    they are, and gradients are summed in float32.
-
-    A unit is an entry of a ModuleList or a module outside them; modules that share a matrix are one unit, which stays
-    whole between its uses, as does the last one, whose backward comes at once. Each backward sends, so micro-batches
-    add up. Works under activation checkpointing of whole units. Gathers and sends share one order: all ranks must run
-    the same modules in the same order, and every trainable matrix must get a gradient.
+    Matrices are cut by rows; vectors (norms, biases) stay whole. `parameters()` are the parts, with gradients of their
+    shape and dtype. compute_dtype (float16, bfloat16): what travels and what the matrices compute in; gradients are
+    summed in float32. A unit is an entry of a ModuleList or a module outside them; modules that share a matrix are one
+    unit, which stays whole between its uses, as does the last one, whose backward comes at once. Each backward sends,
+    so micro-batches add up; whole units may be checkpointed. All ranks must run the same modules in the same order, and
+    every trainable matrix must get a gradient: gathers and sends share one order.
     """
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, group=None):
         super().__init__()

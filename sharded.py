@@ -102,10 +102,8 @@ LAYERS = {"q_proj": ColumnParallelLinear, "k_proj": ColumnParallelLinear, "v_pro
 
 def tensor_parallel(model: nn.Module, group=None) -> nn.Module:
     """`model`, a Transformer, its attention heads and feed-forward columns divided in place over the ranks of `group`.
-
     Rank 0's weights count. It works as before, on the same tokens on all ranks, without a cache; names of parameters
-    stay. Raises ValueError when heads or widths do not divide by the number of ranks, or attention is latent.
-    """
+    stay. Raises ValueError when heads or widths do not divide by the number of ranks, or attention is latent."""
     size, c = world(group)[1], model.config
     for name in ("n_heads", "n_kv_heads", "d_ff", "d_ff_expert"):
         if (getattr(c, name) or 0) % size:
@@ -244,11 +242,9 @@ class Pipeline(nn.Module):
             self.returning = dist.isend(x.grad, group=self.backward_group, group_dst=self.stage - 1), x.grad
 
     def step(self, tokens, targets, loss_of=lambda logits, loss, tokens: loss, scale: float = 1.0) -> torch.Tensor:
-        """Forward and backward of a batch, (B, T) ids each, the same on all stages; returns its mean loss on all.
-
+        """Forward and backward of a batch of (B, T) ids, equal on all stages; gives the mean loss on all. Collective.
         Gradients, times scale, are added to `.grad`. loss_of(logits, loss, tokens): the loss of a micro-batch, on the
-        last stage. Micro-batches count by their rows, also ragged ones. Collective.
-        """
+        last stage. Micro-batches count by their rows, also ragged ones."""
         n, total = min(self.n_micro_batches, len(tokens)), torch.zeros((), device=tokens.device)
         parts = [(x, y, len(x) / len(tokens)) for x, y in zip(tokens.tensor_split(n), targets.tensor_split(n))]
         self.held, self.returning, self.most_held, earlier = {}, (None, None), 0, None
@@ -345,10 +341,8 @@ class Strategy:
                          loss_of=lambda logits, loss, inputs: loss, scale: float = 1.0) -> torch.Tensor:
         """Add the gradients of a batch that all ranks have drawn alike, times `scale`, to `.grad`, averaged; gives its
         mean loss. Every micro-batch counts by its rows, also a ragged one: no mean of means. Collective.
-
         micro_batch_size: rows of a forward pass; None is all of a rank's rows, in a pipeline 1/(4 pp) of them, so that
-        the bubble is at most a fifth. loss_of(logits, loss, inputs): the loss of a micro-batch, under autocast.
-        """
+        the bubble is at most a fifth. loss_of(logits, loss, inputs): the loss of a micro-batch, under autocast."""
         total, size = 0.0, micro_batch_size or len(inputs)
         if self.pp > 1:
             (x, y, share), = self.micro_batches(inputs, targets, len(inputs))
