@@ -9,11 +9,8 @@
         on        .1   .2   .4   .3           1 1 1 1                            . . 1 1
 
 A row depends on nothing below it. So a new token adds one row and changes none: decoding keeps k and v of all tokens
-so far (KVCache) and computes that row alone, and no token comes out otherwise than without a cache. What it costs is
-memory: 2 · layers · K · D numbers a token, which is what GQA (fewer K), windows and MLA (a latent instead) are about.
-
-Shape letters as in model.py: B batch, T time, S keys, C d_model, H heads, K key/value heads, D head_dim. `config` is a
-ModelConfig; model.py stands on this page.
+so far (KVCache) and computes that row alone. What it costs is memory: 2 · layers · K · D numbers a token, which is what
+GQA (fewer K), windows and MLA (a latent instead) are about. Shape letters and `config` are those of model.py.
 """
 import math
 
@@ -29,7 +26,6 @@ from machine import SHORT_CONTEXT, short_attention
 
 class Attention(nn.Module):
     """Causal self-attention, H query heads over K key/value heads."""
-
     def __init__(self, config, layer: int = 0):
         super().__init__()
         c, bias = config, config.bias or config.qkv_bias
@@ -44,10 +40,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
 
     def forward(self, x, positions=None, cache=None, plan=None):
-        """x: (B, T, C) -> (B, T, C). positions: (T,) or (B, T), counted on from the cache when not given.
-
-        plan: what all layers of a model share, made here when not given.
-        """
+        """x: (B, T, C) -> (B, T, C). positions: (T,) or (B, T), none: counted on from the cache. plan: see Plan."""
         c, (B, T, _) = self.config, x.shape
         plan, x = plan or Plan(c, x, positions, cache, self.layer), lowered(x)
         q = self.q_proj(x).view(B, T, c.n_heads, c.head_dim)
@@ -73,11 +66,8 @@ def turn(x, cos, sin, interleaved: bool):
 
 
 def attend(backend: str, q, k, v, mask, fresh: bool):
-    """layers.attention by the backend that was chosen: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
-
-    Each key head serves H / K query heads in a row. mask: boolean; or None, which is the causal triangle where `fresh`
-    (nothing came before, T = S), and else everything.
-    """
+    """layers.attention by the backend that was chosen: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). mask:
+    boolean; or None, which is the causal triangle where `fresh` (nothing came before, T = S), and else everything."""
     (B, H, T, D), K, causal = q.shape, k.shape[1], fresh and mask is None
     k, v = k.to(q.dtype), v.to(q.dtype)                            # a cache may be kept in another dtype
     if backend == "triton" and causal:           # it knows neither a past nor windows: those go to sdpa
@@ -100,15 +90,13 @@ def attend(backend: str, q, k, v, mask, fresh: bool):
 
 class Plan:
     """What all layers of one pass share, made once: where its tokens stand, rotary tables, a mask for each window."""
-
     def __init__(self, config, x, positions=None, cache=None, layer: int = -1):
         T, device = x.shape[1], x.device
         self.rows = [0] if cache is None else cache.rows[layer]    # positions before this pass, of each row
         self.past, shortest = max(self.rows, default=0), min(self.rows, default=0)
         self.end, self.fresh = self.past + T, self.past == 0       # fresh: nothing came before
         if cache is not None and self.end > cache.max_length:
-            raise ValueError(f"{self.end} tokens ({self.past} cached) pass the cache of {cache.max_length}; give "
-                             "fewer, or make a longer one: new_cache(batch_size, max_length)")
+            raise ValueError(f"{self.end} tokens ({self.past} cached) pass the cache of {cache.max_length}")
         self.slots = torch.arange(self.past, self.end, device=device)          # (T,), for ragged rows (B, T)
         if self.past != shortest:
             self.slots = self.slots + (torch.tensor(self.rows, device=device) - self.past)[:, None]
@@ -133,12 +121,10 @@ class Plan:
 class KVCache:
     """Keys and values of all positions so far, preallocated for every layer: position p of a row lies in slot p.
 
-    What is computed once never changes, so decoding keeps it and runs the new token alone. Rows may hold different
-    numbers of positions: a batch of ragged prompts, padded on the right, decodes each as if alone, see `set_lengths`.
-    Each layer counts its own positions; the cache's length is the last layer's, so that after an error in mid-pass it
-    is what it was. MLA keeps its latent as key and its rotary key as value, one "head" each (2405.04434, 2.1.2).
+    Rows may hold different numbers of positions: ragged prompts, padded on the right, each decode as if alone, see
+    `set_lengths`. Each layer counts its own positions; the cache's length is the last layer's, so that after an error
+    in mid-pass it is what it was. MLA keeps its latent as key and its rotary key as value, one "head" each.
     """
-
     def __init__(self, config, batch_size: int, max_length: int, n_layers: int, device, dtype):
         heads, widths = config.n_kv_heads, (config.head_dim, config.head_dim)
         if config.attention == "mla":
@@ -152,24 +138,18 @@ class KVCache:
         self.in_c = None                                           # the model's pass in C, see onetoken.py
 
     @property
-    def lengths(self) -> list[int]:
-        """Positions that each row holds."""
+    def lengths(self) -> list[int]:                                # positions that each row holds
         return list(self.rows[-1])
 
     @property
-    def length(self) -> int:
-        """Positions that the longest row holds."""
+    def length(self) -> int:                                       # those of the longest row
         return max(self.rows[-1], default=0)
 
     def set_lengths(self, lengths) -> None:
-        """Say how many positions of each row count (an int: of all rows); the rest will be overwritten.
-
-        Raises ValueError for lengths past what a row holds.
-        """
+        """Say how many positions of each row count (an int: of all rows), at most what it holds."""
         lengths = [lengths] * self.batch_size if isinstance(lengths, int) else [int(n) for n in lengths]
         if len(lengths) != self.batch_size or not all(0 <= n <= held for n, held in zip(lengths, self.lengths)):
-            raise ValueError(f"lengths {lengths} do not fit a cache of {self.batch_size} rows that hold {self.lengths} "
-                             "positions; a row can only be cut")
+            raise ValueError(f"lengths {lengths} do not fit rows that hold {self.lengths}; they can only be cut")
         self.rows = [lengths for _ in self.rows]
 
     def grow(self, n: int) -> None:
@@ -200,12 +180,9 @@ class KVCache:
 # --- latent attention ---
 
 class LatentAttention(nn.Module):
-    """Multi-head latent attention (DeepSeek-V2, 2405.04434, section 2.1 and appendix C); called as Attention is.
-
-    Keys and values are grown from one narrow latent, which alone is cached; a further key, shared by all heads, carries
-    RoPE, since a rotated latent could no longer be grown afterwards. R: the latent's width, P: that of the rotary key.
-    """
-
+    """Multi-head latent attention (DeepSeek-V2, 2405.04434, section 2.1 and appendix C); called as Attention is. Keys
+    and values are grown from one narrow latent, R wide, which alone is cached; a further key, P wide, shared by all
+    heads, carries RoPE, since a rotated latent could no longer be grown afterwards."""
     def __init__(self, config, layer: int = 0):
         super().__init__()
         c, q_width = config, config.d_model if config.q_lora_rank is None else config.q_lora_rank
@@ -221,7 +198,6 @@ class LatentAttention(nn.Module):
             nn.init.zeros_(self.o_proj.weight)
 
     def forward(self, x, positions=None, cache=None, plan=None):
-        """x: (B, T, C) -> (B, T, C), as Attention's; the cache holds latents and rotary keys."""
         c, (B, T, _) = self.config, x.shape
         D, R, P = c.head_dim, c.kv_lora_rank, c.rope_head_dim
         plan, x = plan or Plan(c, x, positions, cache, self.layer), lowered(x)

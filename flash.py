@@ -1,33 +1,31 @@
 r"""Attention without the T x T matrix: FlashAttention-2, in PyTorch tiles to read, in Triton to run.
 
-softmax(q kᵀ / √D) v is two matrix products with a softmax between them. Written out, the scores, T x T for each head,
-go to memory and come back several times, and all are kept for backward. Here a tile of them at a time is made, used and
-forgotten. The queries' tiles go down, the keys' to the right, under a causal mask:
+softmax(q kᵀ / √D) v is two matrix products with a softmax between. Written out, the scores, T x T for each head, go to
+memory and come back several times. Here a tile of them at a time is made, used and forgotten. Under a causal mask:
 
                  keys ->
        queries   [#][\][ ][ ]     #  seen by all queries of the tile: no mask
           |      [#][#][\][ ]     \  cut by the diagonal: mask
           v      [#][#][#][\]        never loaded
 
-One program walks along one row of tiles and holds three things for each of its queries: m, the largest score so far; l,
-the sum of exp(score - m); acc, the sum of exp(score - m) v. A larger m shrinks both sums by exp(old m - new m), so the
-result is exact (online softmax, 1805.02867). Scores 1 and 3 in one tile, 5 in the next:
+One program walks along one row of tiles and holds for each of its queries m, the largest score so far; l, the sum of
+exp(score - m); acc, the sum of exp(score - m) v. A larger m shrinks both sums by exp(old m - new m), so the result is
+exact (online softmax, 1805.02867). Scores 1 and 3 in one tile, 5 in the next:
 
     tile (1, 3)   m = 3   l = e^-2 + 1                          acc = e^-2 v1 + v2
     tile (5)      m = 5   l = (e^-2 + 1) e^-2 + 1 = 1.154       acc = (e^-2 v1 + v2) e^-2 + v3         o = acc / l
 
 Kept for backward: q, k, v, o and L = m + log l, one number a query, with which P = exp(S - L) is computed again. The
-softmax's gradient is dS = P ∘ (dP - delta), delta the sum of P ∘ dP over a row. That needs the whole row, and a tile
-has a part of it. But dP = dO vᵀ, so sum_j P_ij dP_ij = sum_j P_ij (dO_i · v_j) = dO_i · sum_j P_ij v_j = dO_i · O_i:
-delta = rowsum(dO ∘ O), known before the first tile.
+softmax's gradient is dS = P ∘ (dP - delta), delta the sum of P ∘ dP over a row, of which a tile has only a part. But
+dP = dO vᵀ, so sum_j P_ij dP_ij = sum_j P_ij (dO_i · v_j) = dO_i · sum_j P_ij v_j = dO_i · O_i: delta = rowsum(dO ∘ O),
+known before the first tile.
 
-Left out: dropout, arbitrary masks and sliding windows (attention.py takes torch's sdpa for those), Hopper's TMA, fp8.
+Left out: dropout, masks and windows (attention.py takes torch's sdpa for those), Hopper's larger tiles and TMA, fp8.
 Papers: FlashAttention 2205.14135, FlashAttention-2 2307.08691 (algorithms 1 and 2).
 
     python flash.py               errors beside torch's own attention
     python bench.py attention     times beside it
 """
-import functools
 import math
 import subprocess
 import sys
@@ -46,10 +44,8 @@ TILE = 64                                              # queries and keys of a t
 # --- the whole matrix, to compare with: every q is (heads, Tq, D), k and v (heads, Tk, D) here ---
 
 def scores_of(q, k, is_causal: bool, offset: int | None = None):
-    """q kᵀ / √D of a tile; -inf where a query does not see the key: query i of it sees the keys up to i + offset.
-
-    offset: None is Tk - Tq, that of the whole matrix: the last query sees the last key (bottom right).
-    """
+    """q kᵀ / √D of a tile; if causal -inf where query i does not see a key: it sees those up to i + offset.
+    None is the whole matrix, Tk - Tq: its last query sees the last key."""
     s = q @ k.mT / math.sqrt(q.shape[-1])
     if not is_causal:
         return s
@@ -129,32 +125,18 @@ def tiled_backward(q, k, v, o, lse, do, is_causal: bool):
 
 # --- tiles in Triton ---
 
-# Queries and keys of a tile, warps, pipeline stages. None takes over 96 KB of shared memory, which consumer cards have,
-# but those for a Hopper's 227 KB: its tensor cores take 64 rows for four warps and want 64 columns besides. Of what
-# Triton 3.7 compiles, the widest tiles that spill no register; not timed yet. A table, not autotuning: the same inputs
-# give the same bits in every process.
-TILES = {         # D over 128    up to 128        Hopper, D to 128  Hopper, D to 64
-    "forward": ((64, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3)),
-    "queries": ((32, 32, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
-    "keys": ((32, 32, 4, 2), (32, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2))}
-
-
-@functools.cache
-def large_memory() -> bool:
-    """Whether the card has the shared memory of a Hopper: 228 KB a multiprocessor (an A100 164, an RTX 4090 100)."""
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_multiprocessor >= 200 * 1024
+# Queries and keys of a tile, warps, stages, for D up to 128 and over: in the 96 KB of shared memory of consumer cards.
+TILES = {"forward": ((128, 64, 8, 2), (64, 32, 8, 2)), "queries": ((64, 64, 8, 2), (32, 32, 4, 2)),
+         "keys": ((32, 64, 8, 2), (32, 32, 4, 2))}
 
 
 def tiles(kernel: str, D: int, dtype: torch.dtype) -> dict:
     """Sizes of a tile by kernel (forward, queries, keys), padded head width and dtype."""
+    sizes = TILES[kernel][D > 128]
     if INTERPRET:                                      # small and uneven, so that a test of 130 tokens has every border
         sizes = (32, 64, 1, 1) if kernel == "keys" else (64, 32, 1, 1)
     elif dtype == torch.float32:                       # IEEE products take no tensor core and hold tiles in registers
         sizes = (32, 32, 4, 1) if D <= 64 else (16, 16, 4, 1)
-    elif D > 128 or not large_memory():
-        sizes = TILES[kernel][0 if D > 128 else 1]
-    else:
-        sizes = TILES[kernel][2 if D > 64 else 3]
     return dict(zip(("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages"), sizes))
 
 
@@ -186,8 +168,7 @@ def scores(a, b, query, key, Tq, Tk, MASKED: constexpr, CAUSAL: constexpr):
 
 @jit
 def key_limits(q0, Tq, Tk, CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
-    """(whole, last) for queries q0 … q0 + BLOCK_Q: all see the tiles of keys before `whole` (# in the picture), none
-    sees a key from `last` on."""
+    """For queries q0 … q0 + BLOCK_Q: all see tiles of keys before `whole` (# above), none one from `last` on."""
     whole, last = Tk // BLOCK_K * BLOCK_K, Tk
     if CAUSAL:
         whole = tl.minimum(whole, tl.maximum(0, q0 + Tk - Tq + 1) // BLOCK_K * BLOCK_K)
@@ -198,11 +179,9 @@ def key_limits(q0, Tq, Tk, CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: const
 @jit
 def _flash_forward(q, k, v, o, lse, Tq, Tk, scale, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
                    CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
-    """BLOCK_Q queries of one head. q, o (heads, Tq, D); k, v (heads / GROUP, Tk, D); lse (heads, Tq) float32.
-
-    Programs next to each other work on one head, whose keys and values then come from L2. The longest rows of the
-    causal triangle come first: what finishes last should be short. scale = log2(e) / √D: scores are in base 2.
-    """
+    """BLOCK_Q queries of one head. q, o (heads, Tq, D); k, v (heads / GROUP, Tk, D); lse (heads, Tq) float32. scale is
+    log2(e) / √D: scores are in base 2. Neighbouring programs share a head, whose keys and values then come from L2; the
+    longest rows of the causal triangle come first, so that what finishes last is short."""
     blocks, pid = tl.cdiv(Tq, BLOCK_Q), tl.program_id(0)
     q0, head = (blocks - 1 - pid % blocks) * BLOCK_Q, (pid // blocks).to(tl.int64)
     k, v = k + head // GROUP * Tk * D, v + head // GROUP * Tk * D
@@ -228,18 +207,10 @@ def _flash_forward(q, k, v, o, lse, Tq, Tk, scale, GROUP: constexpr, D: constexp
 
 
 @jit
-def load_lse(lse, query, Tq):
-    """L of a tile of queries in base 2; not -inf for one that saw no key, so that exp2(-inf - L) is 0 and not NaN."""
-    return tl.maximum(tl.load(lse + query, mask=query < Tq, other=0.0) * LOG2E, -1e30)
-
-
-@jit
 def _flash_queries(q, k, v, o, do, lse, delta, dq, Tq, Tk, scale, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
                    CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
-    """dQ = dS K / √D of BLOCK_Q queries of one head, walking over the keys as the forward pass does.
-
-    It also leaves delta (heads, Tq) = rowsum(dO ∘ O) for the kernel of the keys, and so runs first.
-    """
+    """dQ = dS K / √D of BLOCK_Q queries of one head, walking over the keys as forward does; lse in base 2. It leaves
+    delta (heads, Tq) = rowsum(dO ∘ O) for the kernel of the keys, and so runs first."""
     blocks, pid = tl.cdiv(Tq, BLOCK_Q), tl.program_id(0)
     q0, head = (blocks - 1 - pid % blocks) * BLOCK_Q, (pid // blocks).to(tl.int64)
     k, v = k + head // GROUP * Tk * D, v + head // GROUP * Tk * D
@@ -249,7 +220,7 @@ def _flash_queries(q, k, v, o, do, lse, delta, dq, Tq, Tk, scale, GROUP: constex
     o_tile = load_tile(o + head * Tq * D, q0, Tq, BLOCK_Q, D, D_PAD)
     row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), axis=1)
     tl.store(delta + head * Tq + query, row_delta, mask=query < Tq)
-    row_lse = load_lse(lse + head * Tq, query, Tq)
+    row_lse = tl.load(lse + head * Tq + query, mask=query < Tq, other=0.0)
     acc = tl.zeros((BLOCK_Q, D_PAD), tl.float32)
     whole, last = key_limits(q0, Tq, Tk, CAUSAL, BLOCK_Q, BLOCK_K)
     for MASKED in tl.static_range(2):
@@ -266,12 +237,9 @@ def _flash_queries(q, k, v, o, do, lse, delta, dq, Tq, Tk, scale, GROUP: constex
 @jit
 def _flash_keys(q, k, v, do, lse, delta, dk, dv, Tq, Tk, scale, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
                 CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
-    """dV = Pᵀ dO and dK = dSᵀ Q / √D of BLOCK_K keys of one key head, summed over the queries of its GROUP heads.
-
-    Scores stand transposed, (keys, queries), so that P and dS enter the second products as they lie in registers. P is
-    computed a second time, 7 products in all where 5 would do: one kernel for dQ, dK and dV would have to add to one of
-    them from many programs at once, in another order, with other bits, in each run.
-    """
+    """dV = Pᵀ dO and dK = dSᵀ Q / √D of BLOCK_K keys of one key head, summed over the queries of GROUP heads. Scores
+    stand transposed, so that P and dS enter the second products as they lie in registers. P is computed again, 7
+    products where 5 would do: one kernel for all would add to dQ from many programs, in another order in each run."""
     blocks, pid = tl.cdiv(Tk, BLOCK_K), tl.program_id(0)
     k0, key_head = pid % blocks * BLOCK_K, (pid // blocks).to(tl.int64)
     key = k0 + tl.arange(0, BLOCK_K)
@@ -279,9 +247,7 @@ def _flash_keys(q, k, v, do, lse, delta, dk, dv, Tq, Tk, scale, GROUP: constexpr
     v_tile = load_tile(v + key_head * Tk * D, k0, Tk, BLOCK_K, D, D_PAD)
     dk_tile = tl.zeros((BLOCK_K, D_PAD), tl.float32)
     dv_tile = tl.zeros((BLOCK_K, D_PAD), tl.float32)
-    # Queries from `first` on see some of these keys, from `whole` on all. Rows past the end need no mask: they are zero
-    # in q and dO, and not stored in dk and dv.
-    first, whole = 0, 0
+    first, whole = 0, 0                  # queries from `first` on see some of these keys, from `whole` on all of them
     if CAUSAL:
         first = tl.maximum(0, k0 - (Tk - Tq)) // BLOCK_Q * BLOCK_Q
         whole = tl.minimum(tl.cdiv(tl.maximum(0, k0 + BLOCK_K - 1 - (Tk - Tq)), BLOCK_Q) * BLOCK_Q, Tq)
@@ -292,7 +258,8 @@ def _flash_keys(q, k, v, do, lse, delta, dk, dv, Tq, Tk, scale, GROUP: constexpr
                 query = q0 + tl.arange(0, BLOCK_Q)
                 q_tile = load_tile(q + head * Tq * D, q0, Tq, BLOCK_Q, D, D_PAD)
                 s = scores(k_tile, q_tile, query[None, :], key[:, None], Tq, Tk, MASKED, CAUSAL)
-                p = tl.exp2(s * scale - load_lse(lse + head * Tq, query, Tq)[None, :])
+                row_lse = tl.load(lse + head * Tq + query, mask=query < Tq, other=0.0)
+                p = tl.exp2(s * scale - row_lse[None, :])
                 do_tile = load_tile(do + head * Tq * D, q0, Tq, BLOCK_Q, D, D_PAD)
                 dv_tile = dot(p.to(do_tile.dtype), do_tile, dv_tile)
                 dp = dot(v_tile, tl.trans(do_tile), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32))
@@ -302,22 +269,21 @@ def _flash_keys(q, k, v, do, lse, delta, dk, dv, Tq, Tk, scale, GROUP: constexpr
     store_tile(dv + key_head * Tk * D, k0, Tk, dv_tile, BLOCK_K, D, D_PAD)
 
 
-def launch_sizes(kernel: str, q, k, is_causal: bool) -> tuple[tuple, tuple, dict]:
-    """(grid, (Tq, Tk, scale), constants) of a launch for contiguous q (heads, Tq, D) and k (key heads, Tk, D)."""
+def launch_flash(kernel, name: str, q, k, is_causal: bool, *more) -> None:
+    """Launch one of the three for contiguous q (heads, Tq, D), k (key heads, Tk, D) and its further tensors."""
     (heads, Tq, D), (key_heads, Tk, _) = q.shape, k.shape
     D_PAD = max(16, triton.next_power_of_2(D))                     # tl.dot takes no side below 16
-    tile = tiles(kernel, D_PAD, q.dtype)
-    rows, length, block = (key_heads, Tk, "BLOCK_K") if kernel == "keys" else (heads, Tq, "BLOCK_Q")
-    constants = dict(GROUP=heads // max(1, key_heads), D=D, D_PAD=D_PAD, CAUSAL=is_causal, **tile)
-    return (rows * triton.cdiv(length, tile[block]),), (Tq, Tk, math.log2(math.e) / math.sqrt(D)), constants
+    tile = tiles(name, D_PAD, q.dtype)
+    rows, length, block = (key_heads, Tk, "BLOCK_K") if name == "keys" else (heads, Tq, "BLOCK_Q")
+    launch(kernel, (rows * triton.cdiv(length, tile[block]),), q, k, *more, Tq, Tk, math.log2(math.e) / math.sqrt(D),
+           GROUP=heads // max(1, key_heads), D=D, D_PAD=D_PAD, CAUSAL=is_causal, **tile)
 
 
 @as_operator
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
     """(o, L) from the forward kernel."""
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    grid, numbers, constants = launch_sizes("forward", q, k, is_causal)
-    launch(_flash_forward, grid, q, q, k, v, o, lse, *numbers, **constants)
+    launch_flash(_flash_forward, "forward", q, k, is_causal, v, o, lse)
     return o, lse
 
 
@@ -326,25 +292,13 @@ def flash_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: 
                    is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from the kernel of the queries and then that of the keys."""
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
-    grid, numbers, constants = launch_sizes("queries", q, k, is_causal)
-    launch(_flash_queries, grid, q, q, k, v, o, do, lse, delta, dq, *numbers, **constants)
-    grid, numbers, constants = launch_sizes("keys", q, k, is_causal)
-    launch(_flash_keys, grid, q, q, k, v, do, lse, delta, dk, dv, *numbers, **constants)
+    lse = (lse * math.log2(math.e)).clamp(min=LOWEST)              # no key seen: exp2(-inf - L) must be 0, not NaN
+    launch_flash(_flash_queries, "queries", q, k, is_causal, v, o, do, lse, delta, dq)
+    launch_flash(_flash_keys, "keys", q, k, is_causal, v, do, lse, delta, dk, dv)
     return dq, dk, dv
 
 
 # --- for autograd ---
-
-def check_attention(q, k, v) -> None:
-    """Raises ValueError for shapes and dtypes that do not go together."""
-    alike = q.dtype == k.dtype == v.dtype and k.shape == v.shape and q.dim() == k.dim() >= 2 and q.is_floating_point()
-    heads, key_heads = q.shape[-3:-2], k.shape[-3:-2]              # of (T, D) alone there are none
-    grouped = heads == key_heads or (alike and key_heads[0] > 0 and heads[0] % key_heads[0] == 0)
-    if not alike or not grouped or q.shape[:-3] != k.shape[:-3] or q.shape[-1] != k.shape[-1]:
-        shapes = ", ".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (q, k, v))
-        raise ValueError("attention takes q (..., H, Tq, D) and k, v (..., K, Tk, D) of floats, H a multiple of K, "
-                         f"else equal, not {shapes}")
-
 
 def flat(x: Tensor, last: int = 2) -> Tensor:
     """x (..., T, D) as contiguous (heads, T, D): all but the last dimensions become one. Copied only if it must be."""
@@ -354,13 +308,16 @@ def flat(x: Tensor, last: int = 2) -> Tensor:
 class FlashAttentionPyTorch(torch.autograd.Function):
     """apply(q, k, v, is_causal) -> o (..., Tq, D) = softmax(q kᵀ / √D) v by tiles, in plain PyTorch; any float dtype.
 
-    q (..., Tq, D); k and v (..., Tk, D) with q's leading dimensions, or with a divisor of the last of them (grouped
-    queries). Causal: query i sees the keys up to i + Tk - Tq; one that sees none gives zeros. Saved for backward: q, k,
-    v, o and L (..., Tq), the natural log of the sum of exp(scores).
+    q (..., H, Tq, D); k and v (..., K, Tk, D), H a multiple of K (grouped queries). Causal: query i sees the keys up to
+    i + Tk - Tq; one that sees none gives zeros. Saved: q, k, v, o and L (..., Tq), the log of the sum of exp(scores).
     """
     @staticmethod
     def forward(ctx, q, k, v, is_causal, functions=(tiled_forward, tiled_backward)):
-        check_attention(q, k, v)
+        heads, key_heads = math.prod(q.shape[-3:-2]), math.prod(k.shape[-3:-2])        # 1 for (T, D) alone
+        alike = q.dtype == k.dtype == v.dtype and k.shape == v.shape and q.dim() == k.dim() and q.is_floating_point()
+        if not alike or q.shape[:-3] != k.shape[:-3] or q.shape[-1] != k.shape[-1] or heads % max(1, key_heads):
+            raise ValueError(f"attention takes q (..., H, Tq, D) and k, v (..., K, Tk, D) of one float dtype, H a "
+                             f"multiple of K, not {q.dtype} {q.shape}, {k.dtype} {k.shape}, {v.dtype} {v.shape}")
         forward, ctx.backward_function = functions
         o, lse = forward(flat(q), flat(k), flat(v), bool(is_causal))
         o, lse, ctx.is_causal = o.view(q.shape), lse.view(q.shape[:-1]), bool(is_causal)
@@ -375,24 +332,17 @@ class FlashAttentionPyTorch(torch.autograd.Function):
 
 
 class FlashAttentionTriton(FlashAttentionPyTorch):
-    """The same in Triton: float32, float16 or bfloat16 in and out, summed in float32; D up to 256.
-
-    FLOPs a head: forward 4 Tq Tk D, backward 14 (10, and P once more), half if causal: bound by arithmetic from a few
-    hundred keys on. Off CUDA and in float64 the tiles in PyTorch run. Raises ValueError for shapes and dtypes that do
-    not go together, and for heads wider than 256.
-    """
+    """The same in Triton, summed in float32, for D up to 256; off CUDA and in float64 the tiles in PyTorch run. FLOPs a
+    head: forward 4 Tq Tk D, backward 14, half if causal: bound by arithmetic from a few hundred keys on."""
     @staticmethod
     def forward(ctx, q, k, v, is_causal):
         if q.shape[-1] > 256:
-            raise ValueError(f"head width {q.shape[-1]} is more than 256, the most whose tiles fit in shared memory; "
-                             "use more heads, or FlashAttentionPyTorch")
+            raise ValueError(f"head width {q.shape[-1]} is over 256: use more heads, or FlashAttentionPyTorch")
         functions = (flash_forward, flash_backward) if use_triton(q) else (tiled_forward, tiled_backward)
         return FlashAttentionPyTorch.forward(ctx, q, k, v, is_causal, functions)
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-    """FlashAttentionTriton for a model: q (B, H, Tq, D), k and v (B, K, Tk, D), of one dtype."""
-    return FlashAttentionTriton.apply(q, k, v, is_causal)
+flash_attention = FlashAttentionTriton.apply           # what attention.py calls
 
 
 if __name__ == "__main__":

@@ -26,11 +26,8 @@ from parallel import all_gather, average, broadcast, collect, reduce_scatter, wa
 # --- cut tensors ---
 
 class Cut:
-    """One division of a tensor of `length` along `dim` among the ranks of a group: ceil(length / W) each.
-
-    The last ranks may get less. A divided parameter keeps its cuts in `.cuts`, in order.
-    """
-
+    """A tensor of `length` along `dim` divided among the ranks of a group: ceil(length / W) each, the last less or
+    nothing. A divided parameter keeps its cuts in `.cuts`, in order."""
     def __init__(self, dim: int, length: int, group=None):
         self.dim, self.length, self.group = dim, length, group
         rank, self.size = world(group)
@@ -38,7 +35,7 @@ class Cut:
         self.start, self.stop = min(rank * self.step, length), min((rank + 1) * self.step, length)
 
     def apply(self, p) -> None:
-        """Make the parameter p this rank's part of itself; the same object, so that an older optimizer keeps it."""
+        """Make the parameter p this rank's part of itself; it stays the same object."""
         p.data = self.take(p.data).clone(memory_format=torch.contiguous_format)
         p.cuts = [*cuts_of(p), self]
 
@@ -90,24 +87,22 @@ def take_like(p, whole: torch.Tensor) -> torch.Tensor:
 # --- the whole state: what checkpoints hold, so that they move between numbers of ranks and strategies ---
 
 def full_state_dict(module: nn.Module, keep: bool = True) -> dict:
-    """The state dict that the undivided module would have, on the CPU of every rank; collective: call it on all.
-
-    keep=False: this rank takes part, tensor by tensor, and gets {}: for those that do not write the checkpoint.
-    """
-    named, state, whole = dict(module.named_parameters(remove_duplicate=False)), {}, {}
+    """The state dict that the undivided module would have, on the CPU of every rank; collective: call it on all. With
+    keep=False this rank takes part, tensor by tensor, and gets {}: it does not write the checkpoint."""
+    named, state, whole = dict(module.named_parameters(remove_duplicate=False)), module.state_dict(), {}
     device = next((p.device for p in named.values() if not p.is_meta), None)
-    for name, value in module.state_dict().items():
+    for name, value in state.items():
         p = named.get(name, value)
-        if p not in whole:                          # a tied matrix travels once and stays tied
-            if p.is_meta:                           # another stage of the pipeline has it
-                tensor = torch.empty(full_shape(p), dtype=p.dtype, device=device)
-            else:
-                tensor = gather_like(p, p.detach())
-            if hasattr(p, "stage"):
-                broadcast([tensor], p.stage[0], [p.stage[1]])
-            whole[p] = tensor.cpu() if keep else None
-        state[name] = whole[p]
-    return state if keep else {}
+        if p in whole:                              # a tied matrix travels once and stays tied
+            continue
+        if p.is_meta:                               # another stage of the pipeline has it
+            tensor = torch.empty(full_shape(p), dtype=p.dtype, device=device)
+        else:
+            tensor = gather_like(p, p.detach())
+        if hasattr(p, "stage"):
+            broadcast([tensor], p.stage[0], [p.stage[1]])
+        whole[p] = tensor.cpu() if keep else None
+    return {name: whole[named.get(name, value)] for name, value in state.items()} if keep else {}
 
 
 def take_state_dict(module: nn.Module, whole: dict) -> dict:
@@ -116,32 +111,28 @@ def take_state_dict(module: nn.Module, whole: dict) -> dict:
     return {name: take_like(named[name], tensor) if name in named else tensor for name, tensor in whole.items()}
 
 
-def numbered(optimizer, state: dict) -> dict:
-    """The optimizer's parameters by their numbers in a state dict."""
+def map_state(optimizer, state: dict, change) -> dict:
+    """The entries of an optimizer's state dict, change(p, tensor) in place of the tensors of a cut parameter."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return dict(zip([i for group in state["param_groups"] for i in group["params"]], params))
-
-
-def _map_state(params: dict, state: dict, change) -> dict:
-    """`state` with every tensor that belongs to a cut parameter's elements replaced by change(parameter, tensor)."""
-    return {i: {key: change(params[i], value) if cuts_of(params[i]) and torch.is_tensor(value)
-                and value.dim() == params[i].dim() else value for key, value in entry.items()}
-            for i, entry in state.items()}
+    params, entries = dict(zip([i for group in state["param_groups"] for i in group["params"]], params)), {}
+    for i, entry in state["state"].items():
+        p = params[i]
+        if not p.is_meta:                           # a stage of the pipeline that is not this one has it
+            entries[i] = {key: change(p, value) if cuts_of(p) and torch.is_tensor(value) and value.dim() == p.dim()
+                          else value for key, value in entry.items()}
+    return entries
 
 
 def full_optimizer_state(optimizer) -> dict:
-    """The state dict that `optimizer` would have over the undivided module, on rank 0's CPU; collective.
-
-    On the other ranks tensors are dropped as soon as they are gathered: what they return is not complete.
-    """
+    """The state dict that `optimizer` would have over the undivided module, on rank 0's CPU; collective. On the other
+    ranks tensors are dropped as soon as they are gathered: what they return is not complete."""
     def gathered(p, value):
         whole = gather_like(p, value.to(p.device))
         return whole.cpu() if all(world(cut.group)[0] == 0 for cut in cuts_of(p)) else None
 
     state = optimizer.state_dict()
-    params = numbered(optimizer, state)
-    entries = _map_state(params, state["state"], gathered)
-    stages = [p.stage[0] for p in params.values() if hasattr(p, "stage")]
+    entries = map_state(optimizer, state, gathered)
+    stages = [p.stage[0] for group in optimizer.param_groups for p in group["params"] if hasattr(p, "stage")]
     if stages:
         entries = dict(sorted(collect(entries, stages[0]).items()))
     return state | {"state": entries}
@@ -149,9 +140,7 @@ def full_optimizer_state(optimizer) -> dict:
 
 def take_optimizer_state(optimizer, state: dict) -> dict:
     """This rank's part of the state of an undivided optimizer, whoever saved it, for optimizer.load_state_dict."""
-    params = numbered(optimizer, state)
-    here = {i: entry for i, entry in state["state"].items() if not params[i].is_meta}
-    return state | {"state": _map_state(params, here, take_like)}
+    return state | {"state": map_state(optimizer, state, take_like)}
 
 
 # --- weights divided: FSDP (ZeRO-3) ---
@@ -159,35 +148,32 @@ def take_optimizer_state(optimizer, state: dict) -> dict:
 class Unit:
     """Matrices that are gathered, used and freed together: a block's, or those of one module outside the blocks.
 
-    The parameters are this rank's rows. While a module runs, it has `wholes` in their place, whose storage is resized
-    to 0 bytes after use and filled again for backward: the tensors that autograd saved point to it.
-    """
+    A matrix is there three times: `p`, this rank's rows, which the optimizer steps; `wholes[p]`, which the modules see
+    while they run and autograd saves; `flats[p]`, the memory behind that, of 0 bytes unless gathered:
 
+        freed (works None) --gather--> on its way (works) --wait--> whole (works []) --free--> freed
+
+    phase: "forward" -> "backward", once the gradient of its output is there -> "sent", once its own gradients left.
+    """
     def __init__(self, group, dtype):
         self.group, self.dtype = group, dtype
-        self.slots, self.casts = [], []             # places in modules: (module, name, parameter)
-        self.wholes, self.flats = {}, {}            # by parameter: what the module sees; its memory, in W equal parts
+        self.places, self.wholes, self.flats = [], {}, {}      # places: (module, name, p) of matrices and their biases
         self.pieces, self.lookup = 0, True          # lookup: tables alone, whose backward does not read them
-        self.works, self.whole = None, False        # being gathered; gathered
-        self.in_backward, self.sent = False, False
+        self.works, self.phase = None, "forward"
 
     def add(self, piece: nn.Module) -> None:
         """Cut all matrices of `piece`."""
         self.pieces += 1
         for module in piece.modules():
             params = {name: p for name, p in module._parameters.items() if p is not None}
-            if not any(p.dim() > 1 for p in params.values()):
-                continue
-            self.lookup &= type(module).__name__ == "Embedding"                    # torch's and ours
-            for name, p in params.items():
-                if p.dim() == 1:
-                    self.casts.append((module, name, p))        # a bias beside a matrix computes in its dtype
-                else:
-                    self.slots.append((module, name, p))
-                    if p not in self.wholes:
+            if any(p.dim() > 1 for p in params.values()):
+                self.lookup &= type(module).__name__ == "Embedding"                # torch's and ours
+                self.places += [(module, name, p) for name, p in params.items()]
+                for p in params.values():
+                    if p.dim() > 1 and p not in self.wholes:
                         self._cut(p)
-            if self.dtype is not None:
-                module.register_forward_pre_hook(self._cast_inputs, with_kwargs=True)
+                if self.dtype is not None:
+                    module.register_forward_pre_hook(self._cast_inputs, with_kwargs=True)
 
     def _cast_inputs(self, module, args, kwargs):
         return torch.utils._pytree.tree_map(
@@ -204,7 +190,7 @@ class Unit:
 
     def gather(self) -> None:
         """Start to gather the matrices, where they are not whole or on their way."""
-        if self.whole or self.works is not None:
+        if self.works is not None:
             return
         self.works = []
         for p, flat in self.flats.items():
@@ -215,28 +201,29 @@ class Unit:
     def wait(self) -> None:
         """Until they are whole."""
         self.gather()
-        for work, _ in self.works or []:
+        for work, _ in self.works:
             wait(work)
-        self.works, self.whole = None, True
+        self.works = []
 
     def free(self) -> None:
-        if self.works is not None:                  # gathered and then not needed: its memory is still being written
+        if self.works:                              # gathered and then not needed: its memory is still being written
             self.wait()
         for flat in self.flats.values():
             flat.untyped_storage().resize_(0)
-        self.whole = False
+        self.works = None
+
+    @torch.enable_grad()
+    def swap(self, inside: bool) -> None:
+        """Let the modules see the whole matrices, and biases in their dtype; or what belongs to the optimizer again."""
+        for module, name, p in self.places:
+            shown = p
+            if inside:
+                shown = self.wholes[p] if p in self.wholes else p.to(self.dtype or p.dtype)
+            module._parameters[name] = shown
 
     def missing(self) -> list:
         """Trainable matrices whose gradient is not there yet."""
         return [p for p, whole in self.wholes.items() if whole.requires_grad and whole.grad is None]
-
-    @torch.enable_grad()
-    def swap(self, inside: bool) -> None:
-        """Let the modules see the whole matrices, or the parts again."""
-        for module, name, p in self.slots:
-            module._parameters[name] = self.wholes[p] if inside else p
-        for module, name, p in self.casts:
-            module._parameters[name] = p.to(self.dtype or p.dtype) if inside else p
 
 
 class FSDP(nn.Module):
@@ -245,31 +232,25 @@ class FSDP(nn.Module):
         model = FSDP(module); optimizer = AdamW(model.parameters())
         …backward(); model.finish_gradient_synchronization(); optimizer.step()
 
-    Matrices are cut by rows, ceil(rows / W) a rank, the last ranks less or none; vectors (norms, biases) stay whole.
-    `parameters()` are the parts; `.grad` has a part's shape and dtype. compute_dtype: what travels and what the
-    matrices compute in (float16, bfloat16); the parts stay as they are, and gradients are summed in float32.
-
-    A unit is an entry of a ModuleList or a module outside them; modules that share a matrix are one unit, which stays
-    whole between its uses, as does the last one, whose backward comes at once. Each backward sends, so micro-batches
-    add up. Works under activation checkpointing of whole units. Gathers and sends share one order: all ranks must run
-    the same modules in the same order, and every trainable matrix must get a gradient. A matrix is whole only inside
-    the module that owns it.
+    Matrices are cut by rows; vectors (norms, biases) stay whole. `parameters()` are the parts, with gradients of their
+    shape and dtype. compute_dtype (float16, bfloat16): what travels and what the matrices compute in; gradients are
+    summed in float32. A unit is an entry of a ModuleList or a module outside them; modules that share a matrix are one
+    unit, which stays whole between its uses, as does the last one, whose backward comes at once. Each backward sends,
+    so micro-batches add up; whole units may be checkpointed. All ranks must run the same modules in the same order, and
+    every trainable matrix must get a gradient: gathers and sends share one order.
     """
-
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, group=None):
         super().__init__()
         self.module, self.group, self.units, self.sending = module, group, [], []
         broadcast([*module.parameters(), *module.buffers()], group)
         module.register_forward_pre_hook(lambda module, args: self._free_all())
-        unit_of = {}
         for piece in self._pieces(module):
-            matrices = [p for p in piece.parameters() if p.dim() > 1]
-            unit = next((unit_of[p] for p in matrices if p in unit_of), None)
+            matrices = {p for p in piece.parameters() if p.dim() > 1}
+            unit = next((unit for unit in self.units if matrices & unit.wholes.keys()), None)
             if unit is None:
                 unit = Unit(group, compute_dtype)
                 self.units.append(unit)
             unit.add(piece)
-            unit_of.update((p, unit) for p in matrices)
             piece.register_forward_pre_hook(lambda _, args, unit=unit: self._before_forward(unit))
             piece.register_forward_hook(lambda _, args, output, unit=unit: self._after_forward(unit, output))
         for unit in self.units:
@@ -277,7 +258,7 @@ class FSDP(nn.Module):
                 if whole.requires_grad:
                     whole.register_post_accumulate_grad_hook(lambda _, unit=unit: self._gradient_arrived(unit))
         module.register_forward_hook(lambda module, args, output: self._after_model())
-        self.vectors = [p for p in module.parameters() if p.requires_grad and p not in unit_of]
+        self.vectors = [p for p in module.parameters() if p.requires_grad and p.dim() < 2]
 
     @classmethod
     def _pieces(cls, module, listed: bool = False):
@@ -292,7 +273,7 @@ class FSDP(nn.Module):
 
     def _free_all(self) -> None:
         for unit in self.units:
-            if not unit.in_backward:
+            if unit.phase != "backward":
                 unit.free()
 
     def _after_model(self) -> None:
@@ -300,33 +281,33 @@ class FSDP(nn.Module):
             self._free_all()
 
     def _before_forward(self, unit) -> None:
-        first_use, i = not unit.whole, self.units.index(unit)
+        first_use, i = unit.works != [], self.units.index(unit)
         unit.wait()
         if first_use and i + 1 < len(self.units):
             self.units[i + 1].gather()              # on its way while this one computes
         unit.swap(inside=True)
 
     def _after_forward(self, unit, output) -> None:
-        if unit.in_backward:                        # activation checkpointing runs it again, for its backward
+        if unit.phase == "backward":                # activation checkpointing runs it again, for its backward
             return
         unit.swap(inside=False)
         outputs = [x for x in torch.utils._pytree.tree_leaves(output) if torch.is_tensor(x) and x.requires_grad]
         trained = bool(outputs) and torch.is_grad_enabled()
         if trained:
-            unit.sent = False
+            unit.phase = "forward"
             torch.autograd.graph.register_multi_grad_hook(outputs, lambda _: self._before_backward(unit), mode="any")
         if unit.pieces == 1 and not (trained and unit is self.units[-1]):
             unit.free()
 
     def _before_backward(self, unit) -> None:
-        if unit.in_backward:
+        if unit.phase == "backward":
             return
-        unit.in_backward, i = True, self.units.index(unit)
+        unit.phase, i = "backward", self.units.index(unit)
         if not unit.lookup:
             unit.wait()
             unit.swap(inside=True)
-        before = self.units[i - 1] if i else unit
-        if not before.lookup and not before.sent:
+        before = self.units[max(i - 1, 0)]
+        if not before.lookup and before.phase != "sent":
             before.gather()
 
     def _gradient_arrived(self, unit) -> None:
@@ -340,7 +321,7 @@ class FSDP(nn.Module):
                 self.sending.append((p, reduce_scatter(grad, self.group)))
         unit.swap(inside=False)
         unit.free()
-        unit.in_backward, unit.sent = False, True
+        unit.phase = "sent"
         # The previous unit's gradients were sent during this unit's backward. More in flight would hold more memory.
         self._receive(earlier)
 
@@ -353,11 +334,11 @@ class FSDP(nn.Module):
         """Call on all ranks after backward and before the step: `.grad` is then this rank's part of the mean."""
         for unit in self.units:
             unit.swap(inside=False)
-            if unit.missing() and not unit.sent:
+            if unit.missing() and unit.phase != "sent":
                 name = next(name for name, p in self.module.named_parameters() if p is unit.missing()[0])
                 raise RuntimeError(f"{name} got no gradient in this backward; FSDP needs one for every trainable "
                                    "matrix on every rank: use it, or freeze it with requires_grad_(False)")
-            unit.in_backward = unit.sent = False
+            unit.phase = "forward"
             unit.free()
         self._receive(self.sending)
         self.sending = []

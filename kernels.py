@@ -1,28 +1,23 @@
 """Kernels that read each number once, in Triton, each beside the PyTorch that says the same.
 
 Work of fewer than about 200 FLOPs a byte (an H200's bfloat16 peak over its bandwidth) waits for memory. PyTorch runs a
-formula operation by operation, each of which reads its inputs from memory and writes its output back: silu(gate) * up
-moves 8 numbers, not 3.
+formula operation by operation, and each reads its inputs from memory and writes its output back: silu(gate) * up moves
+8 numbers, not 3. To fuse is to load a number once, do all the arithmetic in registers, and store the result once.
 
     s = sigmoid(gate)    a = gate * s         y = a * up              one kernel
     read 1, write 1      read 2, write 1      read 2, write 1         read 2, write 1
 
-Fusing means only this: load a number once, do all the arithmetic in registers, store the result once. Read in this
-order: SwiGLU (every line explained), matmul (tiles), RMSNorm (a row a program), RoPE (pairs), cross entropy (softmax in
-one pass), linear + cross entropy (in chunks); then flash.py, attention, which needs all of it.
-
-They run on CUDA, and on the CPU through Triton's interpreter if TRITON_INTERPRET=1 is set before the import (slow; for
-tests); elsewhere, and in float64, PyTorch does the same. Left out: second derivatives, ignored targets, fp8, and
-`triton.autotune`: the next process may find other tiles the fastest, and sums in another order.
+The first, SwiGLU, is explained line by line; after the last comes flash.py. They run on CUDA, and on the CPU through
+Triton's interpreter if TRITON_INTERPRET=1 is set before the import; elsewhere, and in float64, PyTorch does the same.
+Left out: second derivatives, ignored targets, fp8, `triton.autotune` (other tiles in each process, so other sums).
 
 Papers: Triton (Tillet et al. 2019), SwiGLU 2002.05202, RMSNorm 1910.07467, RoPE 2104.09864, online softmax 1805.02867,
 chunked linear cross entropy 2410.10989 (Liger).
 
-    python kernels.py             every kernel's error beside PyTorch's
+    python kernels.py                        every kernel's error beside PyTorch's
     python bench.py gpu --only=kernels       their times beside eager, compiled and torch's own (CUDA)
 """
 import functools
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -54,17 +49,16 @@ def use_triton(x: Tensor) -> bool:
     """Whether x goes to a kernel; says once why it does not. float64 never does."""
     runs = triton is not None and (x.is_cuda or INTERPRET)
     if not runs and not torch.compiler.is_compiling():
-        reason = f"{x.device.type} runs no kernel without TRITON_INTERPRET=1" if triton else "Triton is not installed"
-        print_once(f"kernels.py: {reason}; PyTorch runs instead", flush=True)
+        print_once("kernels.py: no kernels without CUDA and Triton (or TRITON_INTERPRET=1); PyTorch runs instead")
     return runs and x.dtype != torch.float64
 
 
 @torch.compiler.disable
 def launch(kernel, grid: tuple, x: Tensor, *arguments, **constants) -> None:
     """Run one program of the kernel for each cell of the grid, on x's device, which need not be the current one."""
-    if math.prod(grid) and not isinstance(x, torch._subclasses.FakeTensor):
+    if all(grid) and not isinstance(x, torch._subclasses.FakeTensor):
         with torch.cuda.device_of(x):                  # does nothing for a tensor on the CPU
-            kernel[grid](*arguments, **constants)
+            kernel[grid](x, *arguments, **constants)
 
 
 def as_operator(fn):
@@ -122,15 +116,14 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         y, count = torch.empty_like(gate), gate.numel()
-        launch(_swiglu_forward, (triton.cdiv(count, 2048),), y, gate, up, y, count, BLOCK=2048, num_warps=8)
+        launch(_swiglu_forward, (triton.cdiv(count, 2048),), gate, up, y, count, BLOCK=2048, num_warps=8)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         (gate, up), dy, count = ctx.saved_tensors, dy.contiguous(), dy.numel()
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        grid = (triton.cdiv(count, 2048),)
-        launch(_swiglu_backward, grid, dy, gate, up, dy, dgate, dup, count, BLOCK=2048, num_warps=8)
+        launch(_swiglu_backward, (triton.cdiv(count, 2048),), gate, up, dy, dgate, dup, count, BLOCK=2048, num_warps=8)
         return dgate, dup
 
 
@@ -145,9 +138,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 #
 #                       b  . . [b] . .      One program makes one tile of c. It walks along K, in each step loads one
 #                          . . [b] . .      tile of a and one of b, and adds their product to sums in registers.
-#     a  .  .  .           . . [b] . .      A step loads 2 · 64 · 32 numbers for 64 · 64 · 32 products, 32 a number;
-#       [a][a][a] ->       . . [c] . .  c   without tiles it would be half a product a number.
-#        .  .  .           . . . . .
+#       [a][a][a] ->       . . [c] . .  c   A step loads 2 · 64 · 32 numbers for 64 · 64 · 32 products, 32 a number;
+#     a  .  .  .           . . . . .        without tiles it would be half a product a number.
 
 @jit
 def dot(a, b, acc):
@@ -178,7 +170,7 @@ class MatMul(torch.autograd.Function):
         ctx.save_for_backward(a, b)
         (M, K), N = a.shape, b.shape[1]
         c = a.new_empty(M, N)
-        launch(_matmul, (triton.cdiv(M, 64), triton.cdiv(N, 64)), a, a, b, c, M, N, K, *a.stride(), *b.stride(),
+        launch(_matmul, (triton.cdiv(M, 64), triton.cdiv(N, 64)), a, b, c, M, N, K, *a.stride(), *b.stride(),
                BLOCK=64, BLOCK_K=32, num_warps=4, num_stages=3)
         return c
 
@@ -198,18 +190,17 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 # --- RMSNorm: a row a program ---
 
 @jit
-def _rms_forward(x, weight, y, rstd, eps, N: constexpr, N_PAD: constexpr):
-    """One row of x and y (rows, N), whole in registers. weight (N,); rstd (rows,) float32, kept for backward."""
+def _rms_forward(x, weight, y, eps, N: constexpr, N_PAD: constexpr):
+    """One row of x and y (rows, N), whole in registers. weight (N,)."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, N_PAD)
     values, w = load(x + row * N + i, i < N), load(weight + i, i < N)
     scale = tl.rsqrt(tl.sum(values * values, axis=0) / N + eps)    # zeros past the end add nothing to the sum
     tl.store(y + row * N + i, (values * scale * w).to(y.dtype.element_ty), mask=i < N)
-    tl.store(rstd + row, scale)
 
 
 @jit
-def _rms_backward(x, weight, rstd, dy, dx, dweight, rows, N: constexpr, N_PAD: constexpr, SPAN: constexpr):
+def _rms_backward(x, weight, dy, dx, dweight, rows, eps, N: constexpr, N_PAD: constexpr, SPAN: constexpr):
     """dx of SPAN rows, and what they add to dweight, in the program's own row of dweight (programs, N): if all added to
     one row, the order, hence the rounding, would change from run to run. PyTorch sums the rows."""
     i = tl.arange(0, N_PAD)
@@ -218,9 +209,9 @@ def _rms_backward(x, weight, rstd, dy, dx, dweight, rows, N: constexpr, N_PAD: c
     first = tl.program_id(0) * SPAN
     for index in range(first, tl.minimum(first + SPAN, rows)):
         row = tl.cast(index, tl.int64)
-        scale = tl.load(rstd + row)
-        u = load(x + row * N + i, i < N) * scale
-        grad = load(dy + row * N + i, i < N)
+        values, grad = load(x + row * N + i, i < N), load(dy + row * N + i, i < N)
+        scale = tl.rsqrt(tl.sum(values * values, axis=0) / N + eps)
+        u = values * scale
         dw += grad * u
         grad = grad * w
         grad = scale * (grad - u * (tl.sum(grad * u, axis=0) / N))
@@ -229,36 +220,32 @@ def _rms_backward(x, weight, rstd, dy, dx, dweight, rows, N: constexpr, N_PAD: c
 
 
 class RMSNorm(torch.autograd.Function):
-    """The launches of rms_norm; x is contiguous."""
+    """The launches of rms_norm; x is contiguous, (rows, N)."""
     @staticmethod
     def forward(ctx, x, weight, eps):
-        y, rstd, N = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32), x.shape[-1]
-        n_pad = triton.next_power_of_2(N)
-        warps = 32 if N > 16384 else min(max(n_pad // 256, 1), 8)   # 8 numbers a thread: loads of 16 bytes
-        ctx.sizes = dict(N=N, N_PAD=n_pad, num_warps=warps)
-        launch(_rms_forward, (rstd.numel(),), x, x, weight, y, rstd, eps, **ctx.sizes)
-        ctx.save_for_backward(x, weight, rstd)
+        ctx.save_for_backward(x, weight)
+        y, (rows, N), n_pad = torch.empty_like(x), x.shape, triton.next_power_of_2(x.shape[1])
+        ctx.eps, ctx.sizes = eps, dict(N=N, N_PAD=n_pad, num_warps=min(max(n_pad // 256, 1), 8))   # 8 numbers a thread
+        launch(_rms_forward, (rows,), x, weight, y, eps, **ctx.sizes)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        (x, weight, rstd), span = ctx.saved_tensors, 32
-        dx, dweight = torch.empty_like(x), rstd.new_empty(triton.cdiv(rstd.numel(), span), x.shape[-1])
-        launch(_rms_backward, (len(dweight),), x, x, weight, rstd, dy.contiguous(), dx, dweight, rstd.numel(),
-               SPAN=span, **ctx.sizes)
+        (x, weight), rows, span = ctx.saved_tensors, len(dy), 32
+        dx, dweight = torch.empty_like(x), x.new_empty(triton.cdiv(rows, span), x.shape[1], dtype=torch.float32)
+        launch(_rms_backward, (len(dweight),), x, weight, dy.contiguous(), dx, dweight, rows, ctx.eps, SPAN=span,
+               **ctx.sizes)
         return dx, dweight.sum(0).to(weight.dtype), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """x / sqrt(mean(x²) + eps) * weight over the last dimension. x (..., N), weight (N,), N up to 65,536.
-
-    Float32 inside. Gradient, with u = x rstd and g = dy weight: dx = rstd (g - u mean(g u)), dweight = sum of dy u over
-    the rows. 2 numbers moved for 4 FLOPs, backward 3 for 10.
-    """
+    """x / sqrt(mean(x²) + eps) * weight over the last dimension, in float32. x (..., N), weight (N,), N up to 65,536.
+    With u = x / the root and g = dy weight, dx = (g - u mean(g u)) / the root, and dweight is the sum of dy u over the
+    rows. 2 numbers moved for 4 FLOPs, backward 3 for 10."""
     if weight.shape != x.shape[-1:] or x.shape[-1] > 65536:
         raise ValueError(f"rms_norm takes x (..., N) and weight (N,), N up to 65536, not {x.shape} and {weight.shape}")
     if use_triton(x):
-        return RMSNorm.apply(x.contiguous(), weight.contiguous(), eps)
+        return RMSNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), eps).view(x.shape)
     x32 = x.to(torch.promote_types(x.dtype, torch.float32))
     return (x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps) * weight).to(x.dtype)
 
@@ -287,7 +274,7 @@ class RoPE(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.interleaved, (B, H, T, D), x = interleaved, x.shape, x.contiguous()
         y, block = torch.empty_like(x), max(1, 2048 // triton.next_power_of_2(D))
-        launch(_rope, (B * H, triton.cdiv(T, block)), x, x, y, cos, sin, T, HALF=D // 2,
+        launch(_rope, (B * H, triton.cdiv(T, block)), x, y, cos, sin, T, HALF=D // 2,
                HALF_PAD=triton.next_power_of_2(D // 2), INTERLEAVED=interleaved, BLOCK=block)
         return y
 
@@ -305,11 +292,8 @@ def turned(x, cos, sin, interleaved):
 
 
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
-    """(q, k) with rotary positions (2104.09864, eq. 34).
-
-    q: (B, H, T, D), k: (B, K, T, D), D even. cos, sin: (T, D/2), as rope_tables of layers.py makes them. Pairs are
-    (i, i + D/2), or (2i, 2i + 1) when interleaved. 2 numbers moved for 3 FLOPs.
-    """
+    """q (B, H, T, D) and k (B, K, T, D), D even, with rotary positions (2104.09864, eq. 34). cos, sin: (T, D/2), as
+    layers.rope_tables makes them. Pairs are (i, i + D/2), or (2i, 2i + 1) when interleaved. 2 numbers for 3 FLOPs."""
     for x in (q, k):
         if x.dim() != 4 or x.shape[-1] % 2 or not cos.shape == sin.shape == (x.shape[-2], x.shape[-1] // 2):
             raise ValueError("apply_rope takes q (B, H, T, D), k (B, K, T, D), D even, and tables (T, D/2), not "
@@ -324,31 +308,20 @@ PIECES = dict(BLOCK=64 if INTERPRET else 4096, num_warps=8)        # short piece
 
 
 @jit
-def row_max_sum(x, V, BLOCK: constexpr):
-    """(m, l): the largest of V numbers and the sum of exp(number - m), read once (1805.02867, algorithm 3).
+def _log_sum_exp(logits, lse, V, BLOCK: constexpr):
+    """log of the sum of exp(number) of one row, read once (1805.02867, algorithm 3). logits (rows, V), lse (rows,).
 
-    A larger m shrinks the sum so far by exp(old m - new m). Pieces (1, 3) and (5): first m = 3, l = e^-2 + 1; then
-    m = 5, l = (e^-2 + 1) e^-2 + 1 = e^-4 + e^-2 + 1, as if 5 had been known from the start.
+    m is the largest number so far, l the sum of exp(number - m); a larger m shrinks l by exp(old m - new m). Pieces
+    (1, 3) and (5): first m = 3, l = e^-2 + 1; then m = 5, l = (e^-2 + 1) e^-2 + 1, as if 5 had been known before.
     """
+    row = tl.program_id(0).to(tl.int64)
     m, l = tl.full((), -3e38, tl.float32), tl.zeros((), tl.float32)      # not -inf, as -inf - -inf is NaN
     for start in range(0, V, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        piece = tl.load(x + i, mask=i < V, other=-float("inf")).to(tl.float32)
+        piece = tl.load(logits + row * V + i, mask=i < V, other=-float("inf")).to(tl.float32)
         m_new = tl.maximum(m, tl.max(piece, axis=0))
         l = l * tl.exp(m - m_new) + tl.sum(tl.exp(piece - m_new), axis=0)
         m = m_new
-    return m, l
-
-
-@jit
-def _cross_entropy_forward(logits, targets, losses, lse, V, BLOCK: constexpr):
-    """One row: loss = log-sum-exp - logit of the target. logits (rows, V); targets, losses, lse (rows,)."""
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + row)
-    m, l = row_max_sum(logits + row * V, V, BLOCK)
-    inside = (target >= 0) & (target < V)                          # an id outside the vocabulary: the loss is NaN
-    picked = tl.load(logits + row * V + target, mask=inside, other=float("nan")).to(tl.float32)
-    tl.store(losses + row, tl.log(l) + m - picked)
     tl.store(lse + row, tl.log(l) + m)
 
 
@@ -363,16 +336,13 @@ def _cross_entropy_backward(logits, dlogits, targets, lse, factor, V, BLOCK: con
 
 
 @as_operator
-def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(losses, lse) of contiguous logits (N, V), each (N,) in float32."""
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """(N,) in float32 of contiguous logits (N, V): a row's loss is that less the target's logit."""
     if not use_triton(logits):
-        x = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        lse = x.logsumexp(dim=-1)
-        return lse - x.gather(-1, targets[:, None])[:, 0], lse
-    losses = logits.new_empty(len(logits), dtype=torch.float32)
-    lse = torch.empty_like(losses)
-    launch(_cross_entropy_forward, (len(logits),), logits, logits, targets, losses, lse, logits.shape[1], **PIECES)
-    return losses, lse
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(dim=-1)
+    lse = logits.new_empty(len(logits), dtype=torch.float32)
+    launch(_log_sum_exp, (len(logits),), logits, lse, logits.shape[1], **PIECES)
+    return lse
 
 
 @as_operator
@@ -382,19 +352,19 @@ def logits_gradient(logits: Tensor, targets: Tensor, lse: Tensor, factor: Tensor
         grad = (logits - lse[:, None]).exp_()
         grad[torch.arange(len(grad), device=grad.device), targets] -= 1
         return grad.mul_(factor).to(logits.dtype)
-    (N, V), dlogits = logits.shape, torch.empty_like(logits)
+    (N, V), dlogits, targets = logits.shape, torch.empty_like(logits), targets.contiguous()
     grid = (N, triton.cdiv(V, PIECES["BLOCK"]))
-    launch(_cross_entropy_backward, grid, logits, logits, dlogits, targets, lse, factor, V, **PIECES)
+    launch(_cross_entropy_backward, grid, logits, dlogits, targets, lse, factor, V, **PIECES)
     return dlogits
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The mean over rows; logits and targets are contiguous."""
+    """The mean over rows; logits are contiguous."""
     @staticmethod
     def forward(ctx, logits, targets):
-        losses, lse = token_losses(logits, targets)
+        lse = log_sum_exp(logits)
         ctx.save_for_backward(logits, targets, lse)
-        return losses.mean()
+        return (lse - logits.gather(1, targets[:, None])[:, 0]).mean()
 
     @staticmethod
     def backward(ctx, dloss):
@@ -403,13 +373,10 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -log softmax(logits)[target] in nats, float32. logits (..., V), targets (...) of ids.
-
-    The loss of an id outside the vocabulary is NaN. 1 number moved for 5 FLOPs, backward 2.
-    """
+    """Mean of -log softmax(logits)[target] in nats, float32. logits (..., V), targets (...). 1 number, 5 FLOPs."""
     if targets.shape != logits.shape[:-1] or targets.is_floating_point():
         raise ValueError(f"targets must be ids of shape {logits.shape[:-1]}, not {targets.dtype} {targets.shape}")
-    return CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]).contiguous(), targets.reshape(-1).contiguous())
+    return CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]).contiguous(), targets.flatten().long())
 
 
 # --- linear + cross entropy: logits that never exist all at once ---
@@ -418,52 +385,44 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Mean loss of the logits x weightᵀ, a chunk of rows at a time (2410.10989, section 3.2).
 
     What comes back from the loss is one number, a factor of everything: so dx and dweight are made in the forward pass,
-    while a chunk's logits are there. They are gradients of the sum, whose softmax - onehot fits float16; divided by N,
-    say 16,384, most of it would be below float16's smallest number, and lost before a loss scale could save it.
-    Backward multiplies once, in float32, by that one number / N.
+    while a chunk's logits are there. They are gradients of the sum, and backward divides by N, in float32: of
+    (softmax - onehot) / 16,384 most is below float16's smallest number, lost before a loss scale could save it.
     """
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk):
-        """x (N, C), weight (V, C), targets (N,): the mean of N losses; `chunk` rows of logits are alive at a time."""
+    def forward(ctx, x, weight, targets, chunk):               # (N, C), (V, C), (N,)
         wide = torch.promote_types(x.dtype, torch.float32)
         total, dx, dweight = x.new_zeros((), dtype=wide), torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
-        one = torch.ones_like(total)
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
             logits = x[rows] @ weight.T                            # (chunk, V), the largest tensor alive
-            losses, lse = token_losses(logits, targets[rows])
-            total += losses.sum()
-            dlogits = logits_gradient(logits, targets[rows], lse, one)
+            lse = log_sum_exp(logits)
+            total += (lse - logits.gather(1, targets[rows, None])[:, 0]).sum()
+            dlogits = logits_gradient(logits, targets[rows], lse, torch.ones_like(total))
             dx[rows] = dlogits @ weight
             if x.is_cuda and x.dtype != wide:                      # never rounded to float16, which ends at 65,504
                 dweight += torch.mm(dlogits.T, x[rows], out_dtype=wide)
             else:
                 dweight += dlogits.T.to(wide) @ x[rows].to(wide)
         ctx.save_for_backward(dx, dweight)
-        ctx.dtypes = x.dtype, weight.dtype
         return total / len(x)
 
     @staticmethod
     def backward(ctx, dloss):
-        (dx, dweight), (x_dtype, weight_dtype) = ctx.saved_tensors, ctx.dtypes
+        dx, dweight = ctx.saved_tensors
         factor = dloss / len(dx)
-        return (dx.to(dweight.dtype) * factor).to(x_dtype), (dweight * factor).to(weight_dtype), None, None
+        return (dx.to(dweight.dtype) * factor).to(dx.dtype), (dweight * factor).to(dx.dtype), None, None
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None) -> Tensor:
-    """cross_entropy(x @ weightᵀ, targets) without ever holding all (tokens, V) logits; also without Triton.
-
-    For training: gradients are made with the loss. x: (..., C), weight: (V, C), targets: (...). chunk_tokens: rows of
-    logits alive at a time; not given, as many as fill 256 MB on CUDA, 32 MB elsewhere. (64 x 1,024 tokens of GPT-2's
-    vocabulary would take 6.6 GB in bfloat16, twice.)
-    """
+    """cross_entropy(x @ weightᵀ, targets) without ever holding all (tokens, V) logits: 6.6 GB in bfloat16, twice, for
+    64 x 1,024 tokens of GPT-2's vocabulary. x: (..., C), weight: (V, C), targets: (...). chunk_tokens: rows of logits
+    alive at a time; not given, as many as fill 256 MB on CUDA, 32 MB elsewhere."""
     if targets.shape != x.shape[:-1] or targets.is_floating_point() or weight.shape[1:] != x.shape[-1:]:
         raise ValueError(f"linear_cross_entropy takes x (..., C), weight (V, C) and ids (...), not {x.shape}, "
                          f"{weight.shape} and {targets.dtype} {targets.shape}")
     chunk = chunk_tokens or max(128, 2 ** (28 if x.is_cuda else 25) // (len(weight) * x.element_size()))
     with torch.autocast(x.device.type, enabled=False):             # x comes in the dtype that it wants
-        return LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight.to(x.dtype),
-                                        targets.reshape(-1).contiguous(), chunk)
+        return LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight.to(x.dtype), targets.flatten().long(), chunk)
 
 
 if __name__ == "__main__":

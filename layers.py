@@ -30,11 +30,8 @@ def softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean of -log softmax(logits)[target] in nats: a scalar in float32 (float64 for float64 logits).
-
-    logits: (..., V), any float dtype. targets: (...), integer ids. Raises ValueError when the shapes differ. A model
-    that knows nothing gives every token 1 / V: a loss of ln V, 9.2 for 10,000 tokens. Check it before training.
-    """
+    """Mean of -log softmax(logits)[target] in nats, float32. logits: (..., V), any float dtype. targets: (...). A model
+    that knows nothing gives every token 1 / V: a loss of ln V, 9.2 for 10,000 tokens. Check it before training."""
     return token_cross_entropy(logits, targets).mean()
 
 
@@ -232,10 +229,7 @@ def rotate(x, cos, sin, interleaved: bool = False):
 
 
 def rope(x, positions, theta: float = 10_000.0, interleaved: bool = False):
-    """x (..., T, D), D even, with rotary position embedding.
-
-    positions: (T,), or (B, T) for x of (B, H, T, D) or (B, T, D), the same for all heads.
-    """
+    """x (..., T, D), D even, with rotary positions (T,), or (B, T) for x (B, H, T, D) or (B, T, D)."""
     if x.shape[-1] % 2:
         raise ValueError(f"rope needs an even last dimension, it is {x.shape[-1]}")
     cos, sin = rope_tables(positions, x.shape[-1], theta)

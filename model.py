@@ -12,7 +12,7 @@ One block, pre-norm; Attention and Block below follow it line by line:
     x (B,T,C) ─┬─> ln2 ──> silu(w1 x) ∘ (w3 x) (B,T,F) ──> w2 ─┐
                └───────────────────────────── + <── (B,T,C) ───┘
 
-What makes the model someone else's (all other fields at their defaults, each field's paper beside it):
+What makes the model someone else's (all other fields at their defaults):
 
     the course, Llama   (the defaults)                                                             2302.13971
     Vaswani 2017        norm_position=post norm=layer position=sinusoidal ffn=relu2 (there relu)   1706.03762
@@ -21,9 +21,9 @@ What makes the model someone else's (all other fields at their defaults, each fi
     Mixtral             n_experts=8 n_kv_heads=2                                                   2401.04088
     DeepSeek-V3         attention=mla n_experts=8 n_shared_experts=1 balance=bias mtp_depth=1      2412.19437
 
-`model(tokens, targets)` gives the mean next-token cross entropy. In training mode, and only there, the losses of load
-balancing and of further tokens are added, each once, with the config's weights; `model.losses` holds the parts. Left
-out: dropout (one pass over the data does not need it), encoders, a first dense layer before experts.
+`model(tokens, targets)` gives the mean next-token cross entropy, in training mode plus the weighted losses of load
+balancing and of further tokens; `model.losses` holds the parts. Left out: dropout (one pass over the data does not need
+it), encoders, a first dense layer before experts.
 """
 import dataclasses
 import math
@@ -51,18 +51,14 @@ CHOICES = {"norm": ("rms", "layer", "none"), "norm_position": ("pre", "post"),
 
 class Derived(int):
     """A number that ModelConfig worked out itself: when `dataclasses.replace` hands it on, it is worked out anew."""
-
     def __deepcopy__(self, memo):                # asdict copies its values: a checkpoint holds plain numbers
         return int(self)
 
 
 @dataclasses.dataclass
 class ModelConfig:
-    """The shape of a model. Its defaults are the course's plain model; config files choose more.
-
-    Fields described as "none = …" are filled in and are whole numbers from then on. Raises ValueError naming a setting
-    that cannot be, and one that would have no effect.
-    """
+    """The shape of a model; the defaults are the course's plain one. Fields described as "none = …" are filled in.
+    Raises ValueError naming a setting that cannot be, and one that would have no effect."""
     # the course's model
     vocab_size: int = 10_000         # rows of the embedding and of the head
     context_length: int = 256        # longest sequence the model is trained on, tokens
@@ -118,8 +114,7 @@ class ModelConfig:
         self._check_values()
         self.rope_scaling = "none"
         if self.head_dim is None and self.d_model % self.n_heads:
-            raise ValueError(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; change one, or set "
-                             "head_dim")
+            raise ValueError(f"d_model={self.d_model} is no multiple of n_heads={self.n_heads}; or set head_dim")
         self._fill("n_kv_heads", self.n_heads)
         self._fill("head_dim", self.d_model // self.n_heads)
         self._fill("d_ff", max(64, round(8 / 3 * self.d_model / 64) * 64) if self.ffn == "swiglu" else 4 * self.d_model)
@@ -138,7 +133,6 @@ class ModelConfig:
             setattr(self, name, Derived(value))
 
     def _check_values(self) -> None:
-        """Each setting alone."""
         for field in dataclasses.fields(ModelConfig):
             name, value = field.name, getattr(self, field.name)
             if name in CHOICES and value not in CHOICES[name]:
@@ -155,7 +149,6 @@ class ModelConfig:
             raise ValueError(f"window_pattern={self.window_pattern!r} must be made of S (sliding) and L (full)")
 
     def _check_combinations(self) -> None:
-        """What does not go together, and what would do nothing."""
         c, mla = self, self.attention == "mla"
         if c.n_heads % c.n_kv_heads:
             raise ValueError(f"n_heads={c.n_heads} is not a multiple of n_kv_heads={c.n_kv_heads}")
@@ -163,14 +156,11 @@ class ModelConfig:
             raise ValueError(f"window_pattern={c.window_pattern!r} needs sliding_window, the positions to see")
         if c.fused_loss and c.logit_softcap is not None:
             raise ValueError("fused_loss=true never has the logits that logit_softcap bends; choose one")
-        if c.rope_factor < 1 or c.rope_factor != 1 and c.position != "rope":
-            raise ValueError(f"rope_factor={c.rope_factor} must be at least 1, and needs position=rope")
-        if c.rope_low_freq >= c.rope_high_freq:
-            raise ValueError(f"rope_low_freq={c.rope_low_freq} must be below rope_high_freq={c.rope_high_freq}")
+        if c.rope_factor < 1 or c.rope_factor != 1 and c.position != "rope" or c.rope_low_freq >= c.rope_high_freq:
+            raise ValueError(f"rope_factor={c.rope_factor} must be at least 1 and needs position=rope, rope_low_freq="
+                             f"{c.rope_low_freq} must be below rope_high_freq={c.rope_high_freq}")
         if mla and (c.position != "rope" or c.qk_norm or c.n_kv_heads != c.n_heads or c.qkv_bias):
             raise ValueError("attention=mla needs position=rope and no qk_norm, qkv_bias or n_kv_heads")
-        if mla and c.attention_backend == "triton":
-            raise ValueError("attention_backend=triton has no attention=mla: keys and values differ in width; use sdpa")
         if not mla and (c.kv_lora_rank or c.q_lora_rank or c.rope_head_dim):
             raise ValueError("kv_lora_rank, q_lora_rank and rope_head_dim need attention=mla")
         if c.n_experts and c.n_experts_per_token > c.n_experts:
@@ -197,10 +187,7 @@ def sinusoids(positions, d_model: int):
 
 class Block(nn.Module):
     """x + attn(ln1(x)), then x + ffn(ln2(x)): pre-norm leaves the residual stream untouched end to end (2002.04745).
-
-    Post-norm, the original: ln1(x + attn(x)), then ln2(x + ffn(x)).
-    """
-
+    Post-norm, the original: ln1(x + attn(x)), then ln2(x + ffn(x))."""
     def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
         self.config, self.layer = config, layer
@@ -220,7 +207,6 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """Token ids (B, T) to logits (B, T, V); with targets (B, T) also the mean loss in nats."""
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -243,15 +229,14 @@ class Transformer(nn.Module):
         """tokens: (B, T) ids; targets: (B, T) ids, the same sequence one step on.
 
         Returns logits (B, T, V), or (logits, loss); with fused_loss in training (None, loss). With a cache, tokens
-        follow what it holds and are added to it, and the logits are those of the given tokens. stream_only: the
-        residual stream (B, T, C), see `hidden`. Raises ValueError for a sequence longer than the context or the cache.
+        follow what it holds and are added to it. stream_only: the residual stream (B, T, C), see `hidden`. Raises
+        ValueError for a sequence longer than the context or the cache.
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)} must be (B, T): for one sequence add tokens[None]")
         plan, limit = Plan(self.config, tokens, cache=cache), self.config.context_length
         if plan.end > limit and (cache is None or self.config.position == "learned"):
-            raise ValueError(f"{plan.end} tokens ({plan.past} cached) pass the context of {limit}; give fewer, or a "
-                             "model with room for more")
+            raise ValueError(f"{plan.end} tokens ({plan.past} cached) pass the context of {limit}; give fewer")
         x = self.embed(tokens, cache, plan)                        # (B, T, C)
         for block in self.layers:
             x = block(x, None, cache, plan)
@@ -318,9 +303,7 @@ class Transformer(nn.Module):
 
     def draft(self, hidden, next_tokens, cache=None):
         """Logits (B, T, V) for the token after `next_tokens` (B, T), by the first extra head: a draft for sampling.
-
-        hidden: (B, T, C), from `hidden`, at the positions before next_tokens. cache: new_cache(…, draft=True), or none.
-        """
+        hidden: (B, T, C), from `hidden`, one position before. cache: new_cache(…, draft=True), or none."""
         if not self.config.mtp_depth:
             raise ValueError("mtp_depth=0: this model has no head for a further token; train one with mtp_depth=1")
         return self.head(self.mtp[0](hidden, self.token_embeddings(next_tokens), cache))
@@ -330,10 +313,6 @@ class Transformer(nn.Module):
         c, weight = self.config, self.token_embeddings.weight
         n_layers = 1 if draft else c.n_layers
         return KVCache(c, batch_size, max_length or c.context_length, n_layers, weight.device, weight.dtype)
-
-    def tokens_per_expert(self) -> torch.Tensor:
-        """(layers, E): tokens each expert got in training since balance_experts() was last called."""
-        return torch.stack([m.tokens_per_expert for m in self.modules() if isinstance(m, MixtureOfExperts)])
 
     def balance_experts(self) -> None:
         """After an optimizer step: move the routers' biases (balance=bias) and count anew. Nothing without experts."""
@@ -345,11 +324,8 @@ class Transformer(nn.Module):
 # --- further tokens ---
 
 class FutureToken(nn.Module):
-    """One depth of multi-token prediction: from a hidden state and the next token, the hidden state one further.
-
-    block(M [norm(h_i), norm(embedding of token i+1)]), for the model's own final norm and head (2412.19437, eq. 21-24).
-    """
-
+    """One depth of multi-token prediction: from a hidden state and the next token, the hidden state one further, for
+    the model's own final norm and head: block(M [norm(h_i), norm(embedding of token i+1)]) (2412.19437, eq. 21-24)."""
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.hidden_norm, self.token_norm = (RMSNorm(config.d_model, config.norm_eps) for _ in range(2))
@@ -379,9 +355,8 @@ def with_weights(config: ModelConfig, weights: dict) -> Transformer:
 def load_model(out_dir, device=None, name: str = "ckpt.pt"):
     """(Transformer in evaluation mode, Tokenizer or None) from the folder of a training run.
 
-    name: `ckpt.pt` for the last state, `best.pt` for the best on validation. device: none is the CPU. Weights keep the
-    dtype they are stored in. Raises FileNotFoundError without a checkpoint, ValueError naming the path when config,
-    weights and tokenizer do not belong together.
+    name: `ckpt.pt` for the last state, `best.pt` for the best on validation. Weights keep the dtype they are stored in.
+    Raises FileNotFoundError, or ValueError naming the path when config, weights and tokenizer do not go together.
     """
     path, tokenizer = Path(out_dir) / name, None
     entries = read_checkpoint(path)
@@ -394,14 +369,13 @@ def load_model(out_dir, device=None, name: str = "ckpt.pt"):
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not fit this version of model.py: {reason}") from error
     if path.with_name("tokenizer.json").is_file():
-        tokenizer, wanted = path.with_name("tokenizer.json"), entries.get("tokenizer_sha256")
-        if wanted and sha256(tokenizer) != wanted:
-            raise ValueError(f"{tokenizer} is not the tokenizer that {path} was trained with (SHA-256 "
-                             f"{sha256(tokenizer)[:12]}…, wanted {wanted[:12]}…); put the right file beside it")
-        tokenizer = Tokenizer.load(tokenizer)
+        file = path.with_name("tokenizer.json")
+        if entries.get("tokenizer_sha256") not in (None, "", sha256(file)):
+            raise ValueError(f"{file} is not the tokenizer that {path} was trained with; put that one beside it")
+        tokenizer = Tokenizer.load(file)
         if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(f"{path.with_name('tokenizer.json')} has {tokenizer.vocab_size} ids, the model only "
-                             f"{model.config.vocab_size}; they do not belong together")
+            raise ValueError(f"{file} has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}; they "
+                             "do not belong together")
     return model.to(device).eval(), tokenizer
 
 
@@ -409,9 +383,9 @@ def load_model(out_dir, device=None, name: str = "ckpt.pt"):
 def token_losses(model, tokens, stride: int | None = None, batch_size: int = 16) -> torch.Tensor:
     """-log p in nats of tokens 1 … n-1, each predicted once, (n-1,) float32 on the CPU.
 
-    tokens: (n,) ids, a tensor, a list or a NumPy array (memory-mapped is fine). Windows of the context length move on
-    by `stride` (none: half a context) and only their last `stride` predictions count: every token but those of the
-    first window then has context_length - stride or more before it. Windows side by side would begin from nothing.
+    tokens: (n,) ids, also memory-mapped. Windows of the context length move on by `stride` (none: half a context) and
+    only their last `stride` predictions count: every token but those of the first window then has context_length -
+    stride or more before it. Windows side by side would begin from nothing.
     """
     context = model.config.context_length
     stride = stride or max(1, context // 2)

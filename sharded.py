@@ -14,15 +14,14 @@ Two stages, four micro-batches; a digit is a forward, two letters its backward, 
              stage 1   . 0 1 2 3 a a b b c c d d . .              stage 1   . 0 a a 1 b b 2 c c 3 d d . .
              holds the activations of 4 micro-batches             holds those of 2 and 1, however many there are
 
-Either way a stage is idle for p - 1 of m + p - 1 slots, the bubble. More micro-batches make it small, and 1F1B makes
-more of them affordable, as a stage begins a backward as soon as it can. FSDP, the third division, is in fsdp.py.
+Either way a stage is idle for p - 1 of m + p - 1 slots, the bubble: more micro-batches make it small, and 1F1B, which
+begins a backward as soon as it can, has the memory for more of them. FSDP, the third division, is in fsdp.py.
 
 Papers: Shoeybi 2019 (Megatron-LM, 1909.08053), Huang 2018 (GPipe, 1811.06965), Narayanan 2019 (PipeDream, doi
 10.1145/3341301.3359646) and 2021 (1F1B with a flush, as here, 2104.04473, section 2.2). Left out: a divided vocabulary,
 sequence parallelism, interleaved stages, stages of measured size (the last has the head besides its layers).
 
-    torchrun --standalone --nproc_per_node=2 train.py --tp=2
-    torchrun --standalone --nproc_per_node=4 train.py --pp=2               two pipelines of two stages
+    torchrun --standalone --nproc_per_node=4 train.py --pp=2               two pipelines of two stages; --tp=2 likewise
     torchrun --standalone --nproc_per_node=2 bench.py parallel             the bubble beside the formula
 """
 import contextlib
@@ -44,7 +43,6 @@ from parallel import DDP, ShardedOptimizer, broadcast, make_mesh, reduce, start,
 
 class CopyToRanks(torch.autograd.Function):
     """Megatron's f: x forward; backward the sum over ranks, as every rank's part of the matrix used the same x."""
-
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
@@ -57,7 +55,6 @@ class CopyToRanks(torch.autograd.Function):
 
 class SumOverRanks(torch.autograd.Function):
     """Megatron's g: forward the sum over ranks; backward the gradient as it is."""
-
     @staticmethod
     def forward(ctx, x, group):
         return reduce(x.clone(memory_format=torch.contiguous_format), group)
@@ -68,11 +65,9 @@ class SumOverRanks(torch.autograd.Function):
 
 
 class ColumnParallelLinear(nn.Module):
-    """x @ weightᵀ, rank r computing the r-th part of the outputs. weight: (d_out / W, d_in), drawn on rank 0.
-
-    forward: x (..., d_in), the same on all ranks -> (..., d_out / W). weight, bias: undivided parameters to take over
-    instead. copy_input=False: x has been through f already (one f for q, k and v together).
-    """
+    """x @ weightᵀ, rank r computing the r-th part of the outputs: x (..., d_in) -> (..., d_out / W). weight: (d_out /
+    W, d_in), drawn on rank 0; or weight and bias are undivided parameters to take over. copy_input=False: x has been
+    through f already (one f for q, k and v together)."""
     dim = 0
 
     def __init__(self, d_in: int, d_out: int, group=None, weight=None, bias=None, copy_input: bool = True):
@@ -91,10 +86,8 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(ColumnParallelLinear):
-    """x @ weightᵀ, rank r having the r-th part of the inputs. weight: (d_out, d_in / W).
-
-    forward: x (..., d_in / W), a ColumnParallelLinear's output -> (..., d_out), the same on all ranks.
-    """
+    """x @ weightᵀ, rank r having the r-th part of the inputs: x (..., d_in / W), a ColumnParallelLinear's output ->
+    (..., d_out), the same on all ranks. weight: (d_out, d_in / W)."""
     dim = 1
 
     def forward(self, x):
@@ -108,17 +101,13 @@ LAYERS = {"q_proj": ColumnParallelLinear, "k_proj": ColumnParallelLinear, "v_pro
 
 
 def tensor_parallel(model: nn.Module, group=None) -> nn.Module:
-    """Divide attention heads and feed-forward columns of `model` (a Transformer) in place over the ranks of `group`.
-
-    Rank 0's weights count. Returns the model, which works as before, on the same tokens on all ranks; names of
-    parameters stay. No cache: sample elsewhere. Raises ValueError when heads or feed-forward widths do not divide by
-    the number of ranks, or attention is latent.
-    """
+    """`model`, a Transformer, its attention heads and feed-forward columns divided in place over the ranks of `group`.
+    Rank 0's weights count. It works as before, on the same tokens on all ranks, without a cache; names of parameters
+    stay. Raises ValueError when heads or widths do not divide by the number of ranks, or attention is latent."""
     size, c = world(group)[1], model.config
     for name in ("n_heads", "n_kv_heads", "d_ff", "d_ff_expert"):
-        if (getattr(c, name, None) or 0) % size:
-            raise ValueError(f"{name}={getattr(c, name)} cannot be divided among tp={size} ranks; "
-                             "choose a tp that divides it")
+        if (getattr(c, name) or 0) % size:
+            raise ValueError(f"{name}={getattr(c, name)} cannot be divided among tp={size} ranks; choose another tp")
     if c.attention != "standard":
         raise ValueError(f"attention={c.attention!r} shares one latent among all heads; tp={size} needs standard")
     broadcast([*model.parameters(), *model.buffers()], group)
@@ -163,11 +152,9 @@ class Pipeline(nn.Module):
 
     n_micro_batches: parts of a batch that follow one another, of about equal numbers of rows. schedule: gpipe | 1f1b.
     `parameters()` are this stage's. `model` keeps all names, but what stands on another stage is on the meta device
-    and takes no memory. A tied embedding is on the first and the last stage, with one gradient, the sum.
-    Raises ValueError for another schedule, fewer layers than ranks, and for what needs the whole model on one stage:
-    mtp_depth (embedding and head) and a balance of experts (all layers).
+    and takes no memory. A tied embedding is on the first and the last stage, with one gradient, the sum. Raises
+    ValueError for fewer layers than ranks, and for what needs the whole model: mtp_depth, a balance of experts.
     """
-
     def __init__(self, model: nn.Module, group=None, n_micro_batches: int = 4, schedule: str = "1f1b"):
         super().__init__()
         self.stage, self.n_stages = world(group)
@@ -175,11 +162,9 @@ class Pipeline(nn.Module):
         if schedule not in ("gpipe", "1f1b"):
             raise ValueError(f"schedule={schedule!r} must be gpipe or 1f1b")
         if c.n_layers < self.n_stages:
-            raise ValueError(f"n_layers={c.n_layers} cannot be divided among pp={self.n_stages} stages; choose a pp of "
-                             "at most n_layers")
+            raise ValueError(f"n_layers={c.n_layers} cannot be divided among pp={self.n_stages} stages; lower pp")
         if self.n_stages > 1 and (c.mtp_depth or c.n_experts and c.balance != "none"):
-            raise ValueError(f"pp={self.n_stages} has no mtp_depth (now {c.mtp_depth}), and experts only with "
-                             f"balance=none (now {c.balance}); leave them out, or choose pp=1")
+            raise ValueError(f"pp={self.n_stages} has no mtp_depth, and experts only with balance=none; choose pp=1")
         self.module, self.group, self.config = model, group, c
         self.n_micro_batches, self.schedule = n_micro_batches, schedule
         self.first, self.last = self.stage == 0, self.stage == self.n_stages - 1
@@ -224,32 +209,22 @@ class Pipeline(nn.Module):
         """Instead of the model's own: a later stage goes on from what the stage before has sent."""
         return type(self.module).embed(self.module, tokens, cache, plan) if self.first else self.received
 
-    def _layers(self, tokens, x):
-        """The residual stream after this stage; x: what came in."""
-        self.received = x
-        return self.module.hidden(tokens)
-
-    def _split(self, tokens, targets) -> list:
-        """Micro-batches (tokens, targets, share of the rows)."""
-        n = min(self.n_micro_batches, len(tokens))
-        return [(x, y, len(x) / len(tokens)) for x, y in zip(tokens.tensor_split(n), targets.tensor_split(n))]
-
-    def _receive(self, tokens):
-        """The residual stream of these tokens as the stage before sends it; None on the first stage."""
-        if self.first:
-            return None
-        x = torch.empty(*tokens.shape, self.config.d_model, device=tokens.device)
-        wait(dist.irecv(x, group=self.group, group_src=self.stage - 1))
-        return x.requires_grad_(torch.is_grad_enabled())
+    def _layers(self, tokens):
+        """(what the stage before has sent, None on the first; the residual stream after this stage's layers)."""
+        self.received = None
+        if not self.first:
+            self.received = torch.empty(*tokens.shape, self.config.d_model, device=tokens.device)
+            wait(dist.irecv(self.received, group=self.group, group_src=self.stage - 1))
+            self.received.requires_grad_(torch.is_grad_enabled())
+        return self.received, self.module.hidden(tokens)
 
     def _send(self, y):
         return dist.isend(y.detach().contiguous(), group=self.group, group_dst=self.stage + 1)
 
     def _forward(self, i, tokens, targets, weight, loss_of):
         """One micro-batch; returns its loss times weight on the last stage, elsewhere 0."""
-        x = self._receive(tokens)
         with self.autocast():
-            y = self._layers(tokens, x)
+            x, y = self._layers(tokens)
             y = loss_of(*self.module.head_loss(y, targets), tokens) * weight if self.last else y.float()
         self.held[i] = x, y, None if self.last else self._send(y)
         self.most_held = max(self.most_held, len(self.held))
@@ -267,16 +242,15 @@ class Pipeline(nn.Module):
             self.returning = dist.isend(x.grad, group=self.backward_group, group_dst=self.stage - 1), x.grad
 
     def step(self, tokens, targets, loss_of=lambda logits, loss, tokens: loss, scale: float = 1.0) -> torch.Tensor:
-        """Forward and backward of a batch, (B, T) ids each, the same on all stages; returns its mean loss on all.
-
+        """Forward and backward of a batch of (B, T) ids, equal on all stages; gives the mean loss on all. Collective.
         Gradients, times scale, are added to `.grad`. loss_of(logits, loss, tokens): the loss of a micro-batch, on the
-        last stage. Micro-batches count by their rows, also ragged ones. Collective.
-        """
-        parts, total = self._split(tokens, targets), torch.zeros((), device=tokens.device)
+        last stage. Micro-batches count by their rows, also ragged ones."""
+        n, total = min(self.n_micro_batches, len(tokens)), torch.zeros((), device=tokens.device)
+        parts = [(x, y, len(x) / len(tokens)) for x, y in zip(tokens.tensor_split(n), targets.tensor_split(n))]
         self.held, self.returning, self.most_held, earlier = {}, (None, None), 0, None
         if self.tied is not None:
             earlier, self.tied.grad = self.tied.grad, None
-        for kind, i in order_of_work(self.schedule, self.stage, self.n_stages, len(parts)):
+        for kind, i in order_of_work(self.schedule, self.stage, self.n_stages, n):
             if kind == "forward":
                 total += self._forward(i, *parts[i], loss_of)
             else:
@@ -294,24 +268,18 @@ class Pipeline(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens, targets=None):
-        """The model without gradients: logits (B, T, V), or (None, mean loss) with targets; on all stages."""
-        total, logits, sends = torch.zeros((), device=tokens.device), [], []
-        for x, y, share in self._split(tokens, tokens if targets is None else targets):
-            with self.autocast():
-                out = self._layers(x, self._receive(x))
-                if not self.last:
-                    sends.append(self._send(out.float()))
-                elif targets is None:
-                    logits.append(self.module.head(out).float())
-                else:
-                    total += self.module.head_loss(out, y)[1] * share
-        for sent in sends:
-            wait(sent)
+        """The model without gradients, stage after stage: logits (B, T, V), or (None, mean loss); on all stages."""
+        with self.autocast():
+            x = self._layers(tokens)[1].float()
+            if not self.last:
+                wait(self._send(x))
+                x = x.new_zeros(()) if targets is not None else x.new_empty(*tokens.shape, self.config.vocab_size)
+            else:
+                x = self.module.head(x).float() if targets is None else self.module.head_loss(x, targets)[1]
         if targets is not None:
-            return None, reduce(total, self.group)
-        whole = torch.cat(logits) if self.last else total.new_empty(*tokens.shape, self.config.vocab_size)
-        broadcast([whole], self.group, [self.n_stages - 1])
-        return whole
+            return None, reduce(x, self.group)
+        broadcast([x], self.group, [self.n_stages - 1])
+        return x
 
 
 # --- by name ---
@@ -319,23 +287,18 @@ class Pipeline(nn.Module):
 class Strategy:
     """What train.py needs of all this: a strategy by name, which in a single process is the plain thing.
 
-        strategy = Strategy("zero1", tp=1, device=None, pp=2)        joins torchrun's process group
-        strategy.divide(model, dtype)                                in place: the model is then this rank's part
-        optimizer = strategy.optimizer(AdamW, groups, lr=1e-3)
+        strategy = Strategy("zero1", pp=2); strategy.divide(model, dtype); optimizer = strategy.optimizer(AdamW, groups)
         loss = strategy.forward_backward(inputs, targets, micro_batch_size, loss_of, scale)
         norm = strategy.clip_grad_norm(model.parameters(), 1.0); optimizer.step()
-        loss = strategy.evaluate(inputs, targets)                    strategy.model(tokens) -> logits
 
     name: ddp | zero1 | fsdp, along the data. tp: ranks that share each matrix; pp: stages of layers; the others (dp)
     divide the data. Raises ValueError when tp · pp does not divide the number of ranks, and for fsdp with pp.
     """
-
     def __init__(self, name: str, tp: int = 1, device: str | None = None, pp: int = 1):
         if name not in ("ddp", "zero1", "fsdp"):
             raise ValueError(f"parallel={name!r} must be ddp, zero1 or fsdp")
         if name == "fsdp" and pp > 1:
-            raise ValueError(f"parallel=fsdp with pp={pp}: a stage would gather its layers anew for each micro-batch; "
-                             "choose parallel=zero1 or ddp with pp, or pp=1")
+            raise ValueError(f"parallel=fsdp with pp={pp} would gather layers anew for each micro-batch; choose zero1")
         self.device = device
         if "RANK" in os.environ and not dist.is_initialized():
             self.device = str(start(device))
@@ -346,8 +309,7 @@ class Strategy:
     def divide(self, model: nn.Module, dtype=None, compile: bool = False) -> None:
         """Make `model`, in place, this rank's part. dtype: what its products compute in (autocast, and FSDP's)."""
         if model.config.fused_loss and self.name == "fsdp":
-            raise ValueError("fused_loss=true reads the head's whole matrix, which parallel=fsdp divides; use ddp or "
-                             "zero1, or fused_loss=false")
+            raise ValueError("fused_loss=true reads the head's matrix, which parallel=fsdp divides; choose one of them")
         kind = next(model.parameters()).device.type
         self.autocast = contextlib.nullcontext if dtype is None else lambda: torch.autocast(kind, dtype)
         if self.tp > 1:
@@ -365,28 +327,22 @@ class Strategy:
         return ShardedOptimizer(params, cls, self.mesh.dp, **kwargs) if self.name == "zero1" else cls(params, **kwargs)
 
     def micro_batches(self, inputs, targets, size: int):
-        """This rank's rows of a batch that all ranks have drawn alike, as (x, y, share of all rows times dp ranks).
-
-        Ranks may get unequal numbers of rows, but all get equally many micro-batches, as a pass may be collective: who
-        has no row left computes one that counts 0.
-        """
+        """This rank's rows of a batch that all ranks have drawn alike, as (x, y, share of all rows times dp ranks). All
+        ranks get equally many micro-batches, as a pass may be collective: who has no row left has one that counts 0."""
         x, y = (ids.tensor_split(self.dp)[self.mesh.dp_rank] for ids in (inputs, targets))
-        parts = [part for part in zip(x.split(size), y.split(size)) if len(part[0])]
-        for i in range(math.ceil(math.ceil(len(inputs) / self.dp) / size)):
-            if i < len(parts):
-                yield *parts[i], len(parts[i][0]) * self.dp / len(inputs)
+        for i in range(0, math.ceil(len(inputs) / self.dp), size):
+            part = x[i:i + size]
+            if len(part):
+                yield part, y[i:i + size], len(part) * self.dp / len(inputs)
             else:
                 yield inputs[:1], targets[:1], 0.0
 
     def forward_backward(self, inputs, targets, micro_batch_size: int | None = None,
                          loss_of=lambda logits, loss, inputs: loss, scale: float = 1.0) -> torch.Tensor:
-        """Add the gradients of a batch that all ranks have drawn alike to `.grad`, averaged; returns its mean loss.
-
-        inputs, targets: (B, T) ids. micro_batch_size: rows of a forward pass; None is all of a rank's rows, in a
-        pipeline of pp stages 1/(4 pp) of them, so that the bubble is at most a fifth.
-        loss_of(logits, loss, inputs): the loss of a micro-batch, called under autocast. Gradients are times `scale`,
-        the loss is not. Every micro-batch counts by its rows, also a ragged one: no mean of means. Collective.
-        """
+        """Add the gradients of a batch that all ranks have drawn alike, times `scale`, to `.grad`, averaged; gives its
+        mean loss. Every micro-batch counts by its rows, also a ragged one: no mean of means. Collective.
+        micro_batch_size: rows of a forward pass; None is all of a rank's rows, in a pipeline 1/(4 pp) of them, so that
+        the bubble is at most a fifth. loss_of(logits, loss, inputs): the loss of a micro-batch, under autocast."""
         total, size = 0.0, micro_batch_size or len(inputs)
         if self.pp > 1:
             (x, y, share), = self.micro_batches(inputs, targets, len(inputs))

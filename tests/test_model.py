@@ -1,6 +1,7 @@
 """Claims about attention.py and model.py."""
 import copy
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from common import SWITCHES, TOY, ids, rng, toy
 import bpe
 import checkpoint
-import layers
 import sharded
 from accounting import PRESETS, preset
 from model import Attention, Block, ModelConfig, Transformer, cross_entropy, load_model, sinusoids, token_losses
@@ -118,7 +118,7 @@ def test_odd_inputs_of_the_model():
 
 @pytest.mark.parametrize("backend, switch", [("naive", "plain"), ("naive", "qwen3"), ("naive", "window"),
                                              ("naive", "mla window"), ("triton", "plain"), ("triton", "mqa"),
-                                             ("triton", "window")])
+                                             ("triton", "window"), ("triton", "mla")])
 def test_backends_agree(backend, switch):
     if backend == "triton":
         pytest.importorskip("triton", reason="Triton is not on this platform")
@@ -201,19 +201,13 @@ def test_block_is_torchs(order):
     assert (block(x) - theirs(x, src_mask=torch.ones(9, 9, dtype=torch.bool).triu(1))).abs().max() < 1e-6
 
 
-def test_softcap_and_positions_that_are_added():
+def test_softcap_and_sinusoids():
     capped, free = toy("softcap").eval(), toy().eval()
     assert (capped(ids(1, 5)) - 5 * torch.tanh(free(ids(1, 5)) / 5)).abs().max() < 1e-6
-    learned = toy("gpt2").eval()
-    first = learned(ids(1, 5))
-    learned.position_embeddings.weight.data[3] += 1
-    assert torch.equal(first[:, :3], learned(ids(1, 5))[:, :3])
-    assert not torch.equal(first[:, 3], learned(ids(1, 5))[:, 3])
     table = sinusoids(torch.arange(5), 6)                          # 1706.03762, section 3.5, entry by entry
-    for p in range(5):
-        for i in range(3):
-            angle = p / 10_000 ** (2 * i / 6)
-            assert table[p, 2 * i:2 * i + 2].tolist() == pytest.approx([math.sin(angle), math.cos(angle)], abs=1e-6)
+    for p, i in itertools.product(range(5), range(3)):
+        angle = p / 10_000 ** (2 * i / 6)
+        assert table[p, 2 * i:2 * i + 2].tolist() == pytest.approx([math.sin(angle), math.cos(angle)], abs=1e-6)
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 20])
@@ -249,9 +243,9 @@ def test_expert_bias_and_parts_of_the_training_loss():
     spread = []
     for _ in range(300):
         model(tokens)
-        spread.append(model.tokens_per_expert().float().std(dim=1).mean().item())
+        spread.append(sum(layer.ffn.tokens_per_expert.float().std().item() for layer in model.layers))
         model.balance_experts()
-    assert spread[-1] < 0.35 * spread[0] and model.tokens_per_expert().sum() == 0, spread[::50]
+    assert spread[-1] < 0.35 * spread[0] and not model.layers[0].ffn.tokens_per_expert.any(), spread[::50]
     for switch, name, weight in (("moe", "balance", 0.01), ("mtp", "mtp", 0.5)):
         model = toy(switch).train()
         loss, parts = model(tokens, targets)[1].item(), model.losses
@@ -290,7 +284,7 @@ def test_fused_loss_is_the_loss_without_the_logits(switch):
     loss.backward()
     assert logits is None and torch.allclose(loss, want, atol=1e-6)
     for (name, p), q in zip(fused.named_parameters(), plain.parameters()):
-        assert torch.allclose(p.grad, q.grad, atol=1e-6), f"{name}: {(p.grad - q.grad).abs().max()}"
+        assert torch.allclose(p.grad, q.grad, atol=1e-6), name
     assert torch.equal(fused.eval()(tokens, targets)[0], plain.eval()(tokens))
     with pytest.raises(ValueError, match="parallel=fsdp divides"):
         sharded.Strategy("fsdp").divide(fused)
@@ -302,7 +296,6 @@ def test_fused_loss_is_the_loss_without_the_logits(switch):
     (dict(norm="batch"), "norm='batch'"), (dict(n_kv_heads=3), "n_kv_heads=3"), (dict(d_model=50), "d_model=50"),
     (dict(head_dim=7), "7 must be even"), (dict(window_pattern="SX", sliding_window=3), "SX"),
     (dict(window_pattern="SL"), "needs sliding_window"), (dict(attention="mla", qk_norm=True), "qk_norm"),
-    (dict(attention="mla", attention_backend="triton"), "triton has no attention=mla"),
     (dict(n_shared_experts=1), "need n_experts"), (dict(n_experts=2, n_experts_per_token=3), "n_experts=2"),
     (dict(logit_softcap=-1.0), "logit_softcap=-1"), (dict(fused_loss=True, logit_softcap=1.0), "never has the logits"),
     (dict(rope_factor=0.5), "rope_factor=0.5"), (dict(rope_factor=2.0, position="none"), "needs position=rope"),
@@ -319,12 +312,10 @@ def test_shapes_that_cannot_be_are_refused(settings, words):
 def test_replace_derives_again_what_was_not_given():
     change = dataclasses.replace
     assert change(ModelConfig(), d_model=1024) == ModelConfig(d_model=1024) and ModelConfig(d_model=1024).d_ff == 2752
-    assert change(ModelConfig(), n_heads=8) == ModelConfig(n_heads=8)
     assert change(change(ModelConfig(), d_model=1024), n_layers=2).head_dim == 64
     given = ModelConfig(head_dim=32, d_ff=1344, n_kv_heads=16)
     assert change(given, d_model=1024, n_heads=32) == ModelConfig(d_model=1024, n_heads=32, head_dim=32, d_ff=1344,
                                                                  n_kv_heads=16)
-    assert change(ModelConfig(), d_model=1024, d_ff=1344).d_ff == 1344
     assert change(ModelConfig(**TOY | SWITCHES["mla"]), d_model=96).kv_lora_rank == 96
     assert change(ModelConfig(**TOY | SWITCHES["moe"]), n_experts=0).d_ff_expert is None
 
@@ -367,13 +358,6 @@ def test_load_model_keeps_the_stored_dtype_and_draws_nothing(tmp_path, bpe_train
     checkpoint.save_checkpoint(Transformer(ModelConfig(**TOY | dict(vocab_size=340))), None, 3, tmp_path / "ckpt.pt",
                                tokenizer_sha256=checkpoint.sha256(tmp_path / "tokenizer.json"))
     assert load_model(tmp_path, "cpu")[1].vocab_size == 340
-    (tmp_path / "tokenizer.json").write_text(" " + (tmp_path / "tokenizer.json").read_text("utf-8"), "utf-8")
+    bpe.Tokenizer(*bpe_trained, ["<|end|>"]).save(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match="not the tokenizer"):
         load_model(tmp_path)
-
-
-def test_every_part_is_on_model_too():
-    import model
-    for name, value in vars(layers).items():
-        if callable(value) and value.__module__ == "layers" and name != "truncated_normal":
-            assert getattr(model, name) is value, name

@@ -105,13 +105,8 @@ def check_fsdp(rank, size, tmp):
         assert furthest(model.full_state_dict(), reference.state_dict()) == 0, "nothing has stepped"
         flats = [flat for unit in model.units for flat in unit.flats.values()]
         assert not any(flat.untyped_storage().nbytes() for flat in flats), "not freed"
-
-
-def check_fsdp_names_a_matrix_without_gradient(rank, size, tmp):
-    module = Matrices()
-    module.unused.requires_grad_(True)
-    model = sharded.FSDP(module)
-    model(torch.zeros(1, 6, dtype=torch.long)).sum().backward()
+    model = sharded.FSDP(Matrices().requires_grad_(True))
+    model(ids).sum().backward()
     with pytest.raises(RuntimeError, match="unused.weight got no gradient"):
         model.finish_gradient_synchronization()
 
@@ -131,57 +126,36 @@ def check_columns_and_rows(rank, size, tmp):
 
 
 def check_pipeline(rank, size, tmp):
-    """Loss and every gradient of both schedules, for any number of micro-batches, twice in a row without zeroing."""
+    """Loss and every gradient of both schedules, for any number of micro-batches, twice in a row without zeroing; the
+    loss of a micro-batch may be any function of its logits."""
+    def loss_of(logits, loss, tokens):
+        return loss / 2 + logits.square().mean() * tokens.shape[1] / 100
+
     x, y, _ = ragged(3)
     more = dict(n_layers=5, tie_embeddings=True)
     reference = small(**more)
-    loss = reference(x, y)[1]
+    loss = loss_of(*reference(x, y), x)
     (3 * loss).backward()
     for schedule, n in itertools.product(("gpipe", "1f1b"), (3, 20)):
         model = small(seed=rank, **more)
         pipeline = sharded.Pipeline(model, None, n, schedule)
         for turn in (1, 2):
-            got = pipeline.step(x, y, scale=3.0)
+            got = pipeline.step(x, y, loss_of, scale=3.0)
             assert abs(got - loss) < 1e-5, f"{schedule}, {n}: loss {got}, one process {loss}"
             for (name, p), q in zip(model.named_parameters(), reference.parameters()):
                 assert p.is_meta or torch.allclose(p.grad, turn * q.grad, atol=2e-6), f"{schedule}, {n}: {name}"
         held = {"gpipe": min(n, 11), "1f1b": min(n, 11, size - rank)}[schedule]
         assert pipeline.most_held == held, f"{schedule}, {n}: {pipeline.most_held} micro-batches held"
         logits, got = pipeline(x), pipeline(x, y)[1]
-        assert torch.allclose(logits, reference(x), atol=1e-5) and abs(got - loss) < 1e-5
-    names = {name for name, _ in pipeline.named_parameters()}
-    assert 0 < len(names) < len(list(reference.parameters()))
-    assert all(p.is_meta for name, p in model.named_parameters() if name not in names), "takes memory"
+        assert torch.allclose(logits, reference(x), atol=1e-5) and abs(got - reference(x, y)[1]) < 1e-5
+    assert 0 < len(list(pipeline.parameters())) < len(list(reference.parameters())), "a stage has a part"
     for message, more, arguments in (("n_layers=1 cannot be divided", dict(n_layers=1), ()),
                                      ("schedule='pipedream' must be", dict(n_layers=4), (4, "pipedream")),
                                      ("no mtp_depth", dict(n_layers=4, mtp_depth=1), ())):
         with pytest.raises(ValueError, match=message):
             sharded.Pipeline(small(**more), None, *arguments)
-
-
-def check_muon_and_loss_of_under_pipeline(rank, size, tmp):
-    """Whole matrices on every stage: Muon works; the loss of a micro-batch may be any function of the logits."""
-    def halved(logits, loss, tokens):
-        return loss / 2 + logits.square().mean() * tokens.shape[1] / 100
-
-    def hidden(model):
-        return [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("layers.")]
-
-    x, y, _ = ragged(0)
-    model, divided, strategy = small(n_layers=4), small(n_layers=4), sharded.Strategy("zero1", pp=2)
-    plain = optim.Muon(hidden(model), lr=0.01)
-    halved(*model(x, y), x).backward()
-    plain.step()
-    strategy.divide(divided)
-    muon = strategy.optimizer(optim.Muon, hidden(divided), lr=0.01)
-    strategy.forward_backward(x, y, None, halved)
-    muon.step()
-    assert furthest(sharded.full_state_dict(divided), model.state_dict()) < 1e-3       # its products are bfloat16
-    assert abs(strategy.evaluate(x, y) - model(x, y)[1]) < 1e-3
     with pytest.raises(ValueError, match="parallel=fsdp with pp=2"):
         sharded.Strategy("fsdp", pp=2)
-    with pytest.raises(ValueError, match="dpp"):
-        sharded.Strategy("dpp")
 
 
 def check_memory_by_the_formula(rank, size, tmp):
@@ -220,8 +194,8 @@ def check_bytes_sent(rank, size, tmp):
 
 
 CHECKS = {4: (check_three_steps, check_checkpoints_move, check_fsdp, check_pipeline, check_memory_by_the_formula),
-          2: (check_three_steps, check_checkpoints_move, check_fsdp, check_fsdp_names_a_matrix_without_gradient,
-              check_pipeline, check_muon_and_loss_of_under_pipeline, check_bytes_sent, check_columns_and_rows)}
+          2: (check_three_steps, check_checkpoints_move, check_fsdp, check_pipeline, check_bytes_sent,
+              check_columns_and_rows)}
 
 
 @pytest.fixture(scope="module")
@@ -247,11 +221,9 @@ def test_a_checkpoint_of_four_ranks_goes_on_in_one_process(ranks):
 
 def test_a_stage_works_in_the_order_of_its_schedule():
     """Figure 4 of Narayanan 2021 (2104.04473) with 4 stages and 8 micro-batches, f and b for forward and backward."""
-    def order(*arguments):
-        return " ".join(f"{kind[0]}{i}" for kind, i in sharded.order_of_work(*arguments))
-    assert order("1f1b", 3, 4, 3) == "f0 b0 f1 b1 f2 b2"
-    assert order("1f1b", 0, 4, 8) == "f0 f1 f2 f3 b0 f4 b1 f5 b2 f6 b3 f7 b4 b5 b6 b7"
-    assert order("1f1b", 0, 4, 2) == order("gpipe", 3, 4, 2) == "f0 f1 b0 b1"
+    for arguments, words in ((("1f1b", 3, 4, 3), "f0 b0 f1 b1 f2 b2"), (("gpipe", 3, 4, 2), "f0 f1 b0 b1"),
+                             (("1f1b", 0, 4, 8), "f0 f1 f2 f3 b0 f4 b1 f5 b2 f6 b3 f7 b4 b5 b6 b7")):
+        assert " ".join(f"{kind[0]}{i}" for kind, i in sharded.order_of_work(*arguments)) == words
 
 
 def test_one_process_needs_no_group():
