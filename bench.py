@@ -1,6 +1,6 @@
 """Every measured figure of the README, one verb each: `python bench.py VERB [--key=value …]`; --help lists them.
 
-Models that write, models made smaller and the laptop's record stand here, the other verbs in bench_*.py.
+Models that write and the laptop's record stand here, the other verbs in bench_*.py.
 
 A step of decoding reads every weight for one row of products, so the share of the bandwidth counts. Before it stands
 the host: GPT-2 in eager mode launches 400 kernels for a token, 5 µs each, where reading its weights takes 80 µs on an
@@ -11,7 +11,6 @@ whole cache, and a mask hides what is not written yet:
     Decoder            a step for 192 keys, each time the same     position and tokens are numbers on the card
 """
 import copy
-import math
 import pickle
 import re
 import shutil
@@ -19,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,20 +26,15 @@ import numpy as np
 import torch
 
 import bench_course
-import bench_data
 import bench_gpu
 import bench_kernels
-import bench_parallel
-import bench_serve
 import bench_step
 import compress
 from accounting import PRESETS, kv_cache_bytes, table
 from bench_step import alternate, on, seconds_of
-from checkpoint import open_tokens, read_checkpoint, read_meta
 from configurator import command_line, fail
 from convert import save_pretrained
 from decoding import generate, prefill, speculate, stream
-from evaluate import perplexity
 from layers import rope_tables
 from machine import DTYPES, bandwidth, pick_device
 from model import ModelConfig, Transformer, bits_per_byte
@@ -73,14 +66,6 @@ class Step:
             self.cos, self.sin = (table.unsqueeze(-2) for table in tables)
 
 
-def numbered_zero(block):
-    """The same block, tensors shared, as a first layer: torch.compile would make a program for each number."""
-    block = copy.copy(block)
-    block._modules = dict(block._modules) | {"attn": copy.copy(block.attn)}
-    block.layer = block.attn.layer = 0
-    return block
-
-
 def run_block(block, x, layer: Layer, step: Step):
     """One block; compiled once, it serves all layers, which differ in tensors only."""
     return block(x, None, layer, step)
@@ -97,9 +82,13 @@ class Decoder:
         c, self.model, self.T = model.config, model, len(prompts[0])
         device, length = model.token_embeddings.weight.device, min(c.context_length, -(-(self.T + n_new) // 64) * 64)
         logits, memory = prefill(model, prompts, True, length - self.T)
-        self.layers = [Layer(k, v) for k, v in zip(memory.k, memory.v)]
-        self.blocks = [numbered_zero(block) for block in model.layers]
-        self.on_cuda, self.run_block, self.graph = device.type == "cuda", run_block, None
+        self.layers, self.blocks = [Layer(k, v) for k, v in zip(memory.k, memory.v)], []
+        for block in model.layers:                       # all as first layers: else a program for each number
+            block = copy.copy(block)
+            block._modules = dict(block._modules) | {"attn": copy.copy(block.attn)}
+            block.layer = block.attn.layer = 0
+            self.blocks.append(block)
+        self.on_cuda, self.run_block, self.replay = device.type == "cuda", run_block, self.step
         if self.on_cuda:
             torch.compiler.reset()                       # else the ninth program of a function would not be made
             options = {"coordinate_descent_tuning": True} if len(prompts) == 1 else None
@@ -127,18 +116,16 @@ class Decoder:
                 self.step()
         torch.cuda.current_stream().wait_stream(side)
         self.position.fill_(self.T)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.step()                                  # recording computes nothing
+        self.replay = graph.replay
 
     def run(self, n: int) -> list[list[int]]:
         """The next n ids of every row, from the first position on."""
         self.position.fill_(self.T)
         for _ in range(n - 1):                           # the first one is prefill's
-            if self.graph is None:
-                self.step()
-            else:
-                self.graph.replay()
+            self.replay()
         return self.tokens[:, self.T:self.T + n].tolist()
 
 
@@ -154,8 +141,6 @@ SHAPES = PRESETS | {"llama-30m": LLAMA | dict(vocab_size=32_000, d_model=512, n_
 @dataclass
 class DecodeConfig:
     """What `python bench.py decode` can be told."""
-    prompt_tokens: int = 128             # length of every prompt
-    new_tokens: int = 64                 # tokens to write after it; the first of them is prefill's
     batch: str = "16"                    # prompts at once, beside one alone; with commas between
     graph: bool = False                  # also Decoder: on a GPU CUDA graphs of its compiled steps
     reference: bool = False              # also transformers' generate with the same weights
@@ -163,25 +148,10 @@ class DecodeConfig:
     dtype: str = "float32"               # float32, bfloat16, float16
 
 
-def rates(pieces, prompts, n: int) -> tuple[float, float]:
-    """(tokens read, tokens written) per second by a generator of n tokens a prompt; its first piece counts as read."""
-    clock = [time.perf_counter()]
-    for _ in pieces:
-        clock.append(time.perf_counter())
-    return len(prompts) * len(prompts[0]) / (clock[1] - clock[0]), len(prompts) * (n - 1) / (clock[-1] - clock[1])
-
-
-def time_stream(model, prompts, n: int, **how) -> tuple[float, float]:
-    """The same of `stream`."""
-    return rates(stream(model, prompts, n, temperature=0, **how), prompts, n)
-
-
-def time_transformers(model, prompts, n: int) -> tuple[float, float]:
-    """The same of transformers' generate: once for one token, once for n."""
-    tokens = torch.tensor(prompts, device=model.device)
-    first, all_of_them = (seconds_of(lambda: model.generate(tokens, do_sample=False, min_new_tokens=length,
-                                                            max_new_tokens=length), model.device) for length in (1, n))
-    return tokens.numel() / first, len(prompts) * (n - 1) / (all_of_them - first)
+def seconds_after_first(pieces) -> float:
+    """Seconds that a generator takes for all pieces but the first, which is prefill's."""
+    next(pieces)
+    return seconds_of(lambda: list(pieces))
 
 
 def time_graph(kind: str, model, prompts, n: int):
@@ -192,96 +162,59 @@ def time_graph(kind: str, model, prompts, n: int):
     expected = generate(model, prompts, n, temperature=0)
     equal = sum(a == b for row, other in zip(decoder.run(n), expected) for a, b in zip(row, other))
     print(f"{kind}, graph: {equal} of {n * len(prompts)} ids as generate's")
-    device = decoder.tokens.device
-    return lambda: (math.nan, len(prompts) * (n - 1) / seconds_of(partial(decoder.run, n), device))
+    return lambda: seconds_of(partial(decoder.run, n), decoder.tokens.device)
 
 
-def as_transformers(model):
-    """The same weights as a model of transformers."""
+def transformers_timer(model):
+    """A function of prompts and n: seconds that transformers' generate with these weights takes longer than for one."""
     from transformers import AutoModelForCausalLM
+    weight = model.token_embeddings.weight
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=next(model.parameters()).dtype).eval()
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype).eval().to(weight.device)
     theirs.generation_config.eos_token_id = None
-    return theirs.to(next(model.parameters()).device)
+
+    def seconds(prompts, n: int) -> float:
+        tokens = torch.tensor(prompts, device=weight.device)
+        first, whole = (seconds_of(lambda: theirs.generate(tokens, do_sample=False, min_new_tokens=length,
+                                                           max_new_tokens=length), weight.device) for length in (1, n))
+        return whole - first
+    return seconds
 
 
 @torch.inference_mode()
 def decode(argv: list[str]) -> None:
-    """Tokens per second of one prompt and many, int8, int4, drafts, no cache, transformers, beside the roof."""
+    """Tokens per second of one prompt and many, int8, int4, drafts, transformers, beside the roof."""
     usage = "usage: python bench.py decode [OUT_DIR or SHAPE] [--key=value …]     SHAPE: llama-30m, llama-124m, gpt2, …"
     _, files, config, _ = command_line(DecodeConfig, argv, usage)
     name, device = files[0] if files else "llama-30m", pick_device(config.device)
     torch.manual_seed(0)
     with torch.device(device):                           # drawn there: on a host 1.5e9 weights take half a minute
         model = Transformer(ModelConfig(**SHAPES[name])) if name in SHAPES else compress.load(name)[0]
-    model, n = model.to(device, DTYPES[config.dtype]).eval().requires_grad_(False), config.new_tokens
-    sizes = [1, *map(int, config.batch.split(","))]
-    prompts = torch.randint(model.config.vocab_size, (max(sizes), config.prompt_tokens)).tolist()
+    model = model.to(device, DTYPES[config.dtype]).eval().requires_grad_(False)
+    sizes, (T, n) = [1, *map(int, config.batch.split(","))], (5, 4) if name == "toy" else (128, 64)
+    prompts = torch.randint(model.config.vocab_size, (max(sizes), T)).tolist()
     models = {"plain": model} | {kind: compress.quantize(copy.deepcopy(model), kind) for kind in ("int8", "int4")}
-    runs = {(kind, size): partial(time_stream, one, prompts[:size], n)
-            for kind, one in models.items() for size in sizes}
-    runs["no cache", 1] = partial(time_stream, model, prompts[:1], max(2, n // 8), cache=False)
-    runs["n-grams", 1] = lambda: rates(speculate(model, "ngram", prompts[0], n, temperature=0), prompts[:1], n)
-    if config.graph:
-        runs |= {(f"{kind}, graph", size): time_graph(kind, one, prompts[:size], n)
-                 for kind, one in models.items() for size in sizes}
-    if config.reference:
-        theirs = as_transformers(model)
-        runs |= {("transformers", size): partial(time_transformers, theirs, prompts[:size], n) for size in sizes}
+    theirs, runs = transformers_timer(model) if config.reference else None, {}
+    for size in sizes:
+        rows = prompts[:size]
+        for kind, one in models.items():
+            runs[kind, size] = lambda one=one, rows=rows: seconds_after_first(stream(one, rows, n, temperature=0))
+            if config.graph:
+                runs[f"{kind}, graph", size] = time_graph(kind, one, rows, n)
+        if theirs:
+            runs["transformers", size] = partial(theirs, rows, n)
+    runs["n-grams", 1] = lambda: seconds_after_first(speculate(model, "ngram", prompts[0], n, temperature=0))
     results = alternate(runs | {"roof": partial(bandwidth, device)}, rounds=3)
     roof, lines = statistics.median(results.pop("roof")), []
-    for (label, rows), measured in results.items():
-        read, written = map(statistics.median, zip(*measured))
-        cache = rows * kv_cache_bytes(model.config, config.prompt_tokens + n // 2, config.dtype)
-        limit = rows * roof / (compress.weight_bytes(models.get(label.split(",")[0], model)) + cache)
-        lines.append([label, rows, read, written, limit, f"{written / limit:.2f}"])
+    for (label, size), seconds in results.items():
+        cache = size * kv_cache_bytes(model.config, T + n // 2, config.dtype)
+        limit = size * roof / (compress.weight_bytes(models.get(label.split(",")[0], model)) + cache)
+        speed = size * (n - 1) / statistics.median(seconds)
+        lines.append([label, size, speed, limit, f"{speed / limit:.2f}"])
     table(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.dtype}, prompt "
-          f"{config.prompt_tokens}, {n} new; medians of 3 rounds; {on(device)}, {roof / 1e9:.1f} GB/s",
-          ["", "rows", "prefill tok/s", "decode tok/s", "roof tok/s", "share"], lines)
-
-
-# --- compression: bytes, speed, loss ---
-
-def train(out_dir, minutes: str, *flags: str) -> Path:
-    """A training run as a process of its own; returns its folder."""
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), f"--out_dir={out_dir}", "--overwrite=true",
-               f"--max_minutes={minutes}", "--num_samples=0", "--eval_every=0", *flags]
-    print("$", " ".join(command[1:]), flush=True)
-    subprocess.run(command, check=True)
-    return Path(out_dir)
-
-
-def compress_table(words: list[str]) -> None:
-    """Bytes, speed and bits per byte of a model in int8, in int4 and pruned by half: compress [OUT_DIR [MINUTES]].
-
-    Half as wide it is also trained further, alone and by distillation, and from scratch, for MINUTES each."""
-    full, minutes, made = Path(words[0] if words else "out/shakespeare"), (*words, "2.4", "2.4")[1], {}
-    made["full"] = full
-    for label, verb, *flags in (("int8", "quantize", "--kind=int8"), ("int4", "quantize", "--kind=int4"),
-                                ("half zeros", "prune", "--kind=magnitude", "--share=0.5"),
-                                ("half as wide", "prune", "--kind=width", "--share=0.5")):
-        made[label] = full.with_name(f"{full.name}-{label.replace(' ', '-')}")
-        compress.main([verb, str(full), str(made[label]), *flags, "--overwrite=true"])
-    entries = read_checkpoint(made["half as wide"] / "ckpt.pt", map_location="meta")
-    shape, trained = entries["model_config"], entries["train_config"]
-    repair = [f"--init_from={made['half as wide']}", f"--data_dir={trained['data_dir']}"]
-    repair += [f"--{key}={trained[key] / 10}" for key in ("lr", "muon_lr", "embedding_lr") if trained.get(key)]
-    made["trained"] = train(full.with_name(f"{full.name}-trained"), minutes, *repair)
-    made["distilled"] = train(full.with_name(f"{full.name}-distilled"), minutes, *repair, f"--teacher={full}")
-    sizes = [f"--{key}={shape[key]}" for key in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff")]
-    made["from scratch"] = train(full.with_name(f"{full.name}-scratch"), minutes, f"--data_dir={trained['data_dir']}",
-                                 *sizes)
-    models, lines = {label: compress.load(folder)[0] for label, folder in made.items()}, []
-    speeds = alternate({label: partial(time_stream, one, [[1]], 128) for label, one in models.items()}, rounds=3)
-    for label, model in models.items():
-        size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
-        tokens, n_bytes = open_tokens(trained["data_dir"], "val"), read_meta(trained["data_dir"]).get("val_bytes")
-        lines.append([label, size / 1e6, compress.weight_bytes(model) / 1e6,
-                      statistics.median(written for _, written in speeds[label]),
-                      f"{perplexity(model, tokens, n_bytes)['bits_per_byte']:.4f}"])
-    table(f"{full}; the last three {minutes} minutes of training; speed: median of 3 rounds of 128 tokens; {on('cpu')}",
-          ["", "weights, MB", "read a token, MB", "tok/s", "bits per byte"], lines)
+          f"{T}, {n} new; medians of 3 rounds; {on(device)}, {roof / 1e9:.1f} GB/s",
+          ["", "rows", "tok/s", "roof tok/s", "share"], lines)
 
 
 # --- the record of the laptop ---
@@ -291,8 +224,8 @@ def nanogpt(clone, data_dir, minutes: float) -> tuple[float, int, float]:
     texts = {split: (Path(data_dir) / f"{split}.txt").read_text(encoding="utf-8") for split in ("train", "val")}
     letters = sorted(set("".join(texts.values())))
     with tempfile.TemporaryDirectory() as scratch:
-        copy = shutil.copytree(clone, Path(scratch) / "nanoGPT", ignore=shutil.ignore_patterns(".git"))
-        data = copy / "data" / "plays"
+        copied = shutil.copytree(clone, Path(scratch) / "nanoGPT", ignore=shutil.ignore_patterns(".git"))
+        data = copied / "data" / "plays"
         data.mkdir()
         for split, text in texts.items():
             np.array([letters.index(letter) for letter in text], np.uint16).tofile(data / f"{split}.bin")
@@ -304,7 +237,7 @@ def nanogpt(clone, data_dir, minutes: float) -> tuple[float, int, float]:
                          max_iters=n, lr_decay_iters=n, dropout=0.0)
             command = [sys.executable, "train.py", "config/train_shakespeare_char.py"]
             command += [f"--{key}={value}" for key, value in flags.items()]
-            return subprocess.run(command, cwd=copy, check=True, capture_output=True, text=True).stdout
+            return subprocess.run(command, cwd=copied, check=True, capture_output=True, text=True).stdout
 
         ms = statistics.median(map(float, re.findall(r"time ([\d.]+)ms", run(200, 1))))
         n = int(60_000 * minutes / ms)
@@ -317,7 +250,10 @@ def record(words: list[str]) -> None:
     seeds, minutes, clone = (*words, *("3", "2.4", None)[len(words):])
     lines, scores = [], []
     for seed in range(1, int(seeds) + 1):
-        log = read_log(train(f"out/record/{seed}", minutes, f"--seed={seed}") / "log.jsonl")
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), f"--seed={seed}", "--overwrite=true",
+                   f"--max_minutes={minutes}", f"--out_dir=out/record/{seed}", "--num_samples=0", "--eval_every=0"]
+        subprocess.run(command, check=True)
+        log = read_log(f"out/record/{seed}/log.jsonl")
         last = log[-1]
         scores.append(last["val_bits_per_byte"])
         lines.append([f"ours, seed {seed}", f"{scores[-1]:.4f}", last["step"], 1000 * last["seconds"] / last["step"]])
@@ -331,15 +267,11 @@ def record(words: list[str]) -> None:
 
 # --- the verbs: each takes the words after it ---
 
-VERBS = {
-    "decode": decode, "compress": compress_table, "record": record,
-    "profile": bench_step.profile, "memory": bench_step.memory, "sizes": bench_step.sizes,
-    "checkpoints": bench_step.checkpoints, "kernels": bench_kernels.kernels, "attention": bench_kernels.attention,
-    "parallel": bench_parallel.bench_parallel, "gpu": bench_gpu.gpu, "bpe": bench_data.bench_bpe,
-    "tokenizers": bench_data.tokenizers, "web": bench_data.web, "pages": bench_data.pages,
-    "minhash": bench_data.minhash, "toy": bench_course.toy, "sweeps": bench_course.sweeps,
-    "ngrams": bench_course.ngrams, "precision": bench_course.precision, "intervals": bench_course.intervals,
-    "align": bench_course.align_bench, "serve": bench_serve.serve}
+VERBS = {"decode": decode, "record": record, "profile": bench_step.profile, "memory": bench_step.memory,
+         "kernels": bench_kernels.kernels, "attention": bench_kernels.attention, "gpu": bench_gpu.gpu,
+         "parallel": bench_gpu.bench_parallel, "bpe": bench_course.bench_bpe,
+         "pages": bench_course.pages, "toy": bench_course.toy, "ngrams": bench_course.ngrams,
+         "align": bench_course.align_bench}
 
 
 def main(argv: list[str]) -> None:
@@ -349,8 +281,8 @@ def main(argv: list[str]) -> None:
         for name, function in VERBS.items():
             print(f"  {name:<12} {(function.__doc__ or '').strip().splitlines()[0]}")
         sys.exit(0 if argv and argv[0] in ("--help", "-h") else 2)
-    if argv[1:] and argv[0] in ("checkpoints", "toy", "precision"):
-        fail(f"bench.py {argv[0]} has no settings, but got {' '.join(argv[1:])}")
+    if argv[0] == "toy" and argv[1:]:
+        fail(f"bench.py toy has no settings, but got {' '.join(argv[1:])}")
     VERBS[argv[0]](argv[1:])
 
 

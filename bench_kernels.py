@@ -1,22 +1,22 @@
 """Kernels and attention: the verbs of bench.py that measure their errors and their times.
 
-    python bench.py kernels         errors of every kernel; --times=true what they reach of a GPU's roofs
-    python bench.py attention       plain, compiled, tiled and torch's attention over lengths and widths
+    python bench.py kernels         errors of every kernel; --times=true what the memory-bound ones reach of a roof
+    python bench.py attention       plain, compiled, tiled, torch's and Triton's attention over lengths and widths
 
 A kernel is bound by one of two roofs (Williams 2009), measured first: few FLOPs a byte (RMSNorm, SwiGLU, RoPE, cross
 entropy) by the bandwidth of a copy, many (attention, linear + cross entropy) by the FLOP/s of a large product.
 """
 import itertools
 import os
+import shutil
 import statistics
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench_step import can_compile, on, seconds_of
+from bench_step import on, seconds_of
 from configurator import command_line, fail
 from machine import DTYPES, pick_device
 
@@ -38,8 +38,7 @@ class KernelConfig:
     page: str = "both"                        # whose kernels: kernels | flash | both
     dtypes: str = ",".join(TOLERANCE)         # with commas between
     long: bool = False                        # odd and long shapes, up to 65,536 tokens: for a GPU
-    times: bool = False                       # instead what they reach of the machine's roofs, beside torch's
-    out: str = "results"                      # folder of the pictures of that
+    times: bool = False                       # instead what kernels.py's reach of the machine's roofs, beside torch's
 
 
 def layer_cases(device, T, C, V, H, K, D) -> list[tuple]:
@@ -112,7 +111,7 @@ def kernels(argv: list[str]) -> None:
     if not gpu:
         os.environ.setdefault("TRITON_INTERPRET", "1")     # read when kernels.py is imported
     if config.times:
-        kernel_times(device, Path(config.out))
+        kernel_times(device)
         return
     import flash
     torch.manual_seed(0)
@@ -141,25 +140,18 @@ def kernels(argv: list[str]) -> None:
 
 # --- their times, and what bounds them ---
 
-# attention: lengths, head widths, tokens, width; the others: tokens, width, vocabulary, heads, key heads, D.
-SIZES = {"cuda": dict(lengths=(1024, 4096, 16384, 65536), widths=(64, 128), tokens=16384, width=2048, plain=4096,
-                      layer=(16384, 4096, 50304, 32, 8, 128), copy_bytes=2 ** 31, product=8192),
-         "cpu": dict(lengths=(8, 16), widths=(16,), tokens=16, width=16, plain=8, layer=(8, 16, 48, 2, 1, 8),
-                     copy_bytes=2 ** 20, product=64)}                       # the kernels are interpreted there
-
-
-def roofs(device, n_bytes: int, size: int) -> tuple[float, float]:
-    """(bytes/s of a copy of n_bytes, reads and writes counted; FLOP/s of a product of `size` in bfloat16), measured."""
+def roofs(device, dtype) -> tuple[float, float]:
+    """(bytes/s of a copy, reads and writes counted; FLOP/s of a large product in this dtype), measured."""
+    n_bytes, size = (2 ** 31, 8192) if device.startswith("cuda") else (2 ** 26, 512)
     source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = 2 * n_bytes / min(seconds_of(lambda: target.copy_(source), device, 10) for _ in range(3))
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    torch.mm(a, b)                                         # the first one loads the library
-    return copy, 2 * size ** 3 / min(seconds_of(lambda: torch.mm(a, b), device, 10) for _ in range(3))
+    a, target = torch.randn(size, size, device=device).to(dtype), torch.empty_like(source)
+    torch.mm(a, a)                                         # the first one loads the library
+    return (2 * n_bytes / min(seconds_of(lambda: target.copy_(source), device, 10) for _ in range(3)),
+            2 * size ** 3 / min(seconds_of(lambda: torch.mm(a, a), device, 10) for _ in range(3)))
 
 
 def timed(function, inputs) -> tuple[float, float, float]:
-    """(ms forward, ms forward and backward, MB that both take at their peak on CUDA); upstreams are made once."""
+    """(ms forward, ms forward and backward, MB kept between them); upstreams are made once."""
     def outputs() -> tuple:
         result = function(*inputs)
         return result if isinstance(result, tuple) else (result,)
@@ -171,88 +163,57 @@ def timed(function, inputs) -> tuple[float, float, float]:
     def both():
         return torch.autograd.grad(outputs(), trained, upstream)
 
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
     def median_ms(run) -> float:
         if inputs[0].is_cuda:
             import triton
             return triton.testing.do_bench(run, rep=70, return_mode="median")    # the L2 cache emptied before each
-        return 1e3 * statistics.median(seconds_of(run) for _ in range(3))
-    trained, upstream, peak = [x for x in inputs if x.requires_grad], [torch.randn_like(y) for y in forward()], 0.0
+        return 1e3 * statistics.median(seconds_of(run) for _ in range(5))
+    kept, trained, upstream = {}, [x for x in inputs if x.requires_grad], [torch.randn_like(y) for y in forward()]
     both()                                                 # compiles
-    if inputs[0].is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         both()
-        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return median_ms(forward), median_ms(both), peak
+    return median_ms(forward), median_ms(both), sum(kept.values()) / 1e6
 
 
-def row(name: str, function, inputs, work, roof: float, scale: float) -> float | None:
-    """Print what a forward pass, and both passes, reach: work is their FLOPs or bytes. The rate of both, or None."""
+HEAD = f"{'':34}" + f"{'ms':>12}{'rate':>9}{'roof':>6}" * 2 + f"{'MB kept':>9}  forward, then with backward"
+
+
+def row(name: str, function, inputs, work, roof: float, scale: float) -> None:
+    """Print what a forward pass, and both passes, reach: work is their FLOPs or bytes."""
     try:
         times = timed(function, inputs)
     except RuntimeError as error:                          # out of memory is one
         print(f"{name:34}{str(error).splitlines()[0][:80]}", flush=True)
-        return None
+        return
     rates = [1e3 * amount / ms for amount, ms in zip(work, times)]
-    cells = "".join(f"{ms:>12.3f}{rate / scale:>9,.1f}{rate / roof:>6.2f}" for ms, rate in zip(times, rates))
-    print(f"{name:34}{cells}{times[2]:>9,.0f}  {'TFLOP/s' if scale == 1e12 else 'GB/s'}", flush=True)
-    return rates[1]
+    cells = "".join(f"{ms:>12.3f}{rate / scale:>9,.2f}{rate / roof:>6.2f}" for ms, rate in zip(times, rates))
+    print(f"{name:34}{cells}{times[2]:>9,.1f}  {'TFLOP/s' if scale == 1e12 else 'GB/s'}", flush=True)
 
 
-def kernel_times(device: str, out: Path) -> None:
-    """Causal attention over lengths, then the memory-bound kernels, each beside torch's, in bfloat16."""
-    s, bf16 = SIZES[device], torch.bfloat16
-    copy, product = roofs(device, s["copy_bytes"], s["product"])
-    print(f"{on(device)}; roofs: copy {copy / 1e9:,.0f} GB/s, product of {s['product']} in bfloat16 "
-          f"{product / 1e12:,.1f} TFLOP/s\n{'':34}{'forward ms':>12}{'rate':>9}{'roof':>6}{'both ms':>12}{'rate':>9}"
-          f"{'roof':>6}{'peak MB':>9}")
-    intensities, lengths = [10 ** (i / 10) for i in range(-10, 41)], {}
-    roofline = {"roof, measured": [(x, min(x * copy, product) / 1e12) for x in intensities]}
-    for D, T in itertools.product(s["widths"], s["lengths"]):
-        B, H = max(1, s["tokens"] // T), s["width"] // D
-        inputs, flops = leaves(attention_inputs(device, B, H, H, T, T, D), bf16), 2 * B * H * T * T * D
-        functions = attention_functions(causal=True)
-        for name, function in {"ours": functions["Triton"], "plain": functions["plain"],
-                               "flash": sdpa_kernel(SDPBackend.FLASH_ATTENTION)(functions["torch's sdpa"]),
-                               "cuDNN": sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(functions["torch's sdpa"])}.items():
-            if name == "plain" and T > s["plain"]:
-                continue
-            # A causal forward counts 2 T² D FLOPs a head, a backward 2.5 times that (2307.08691, section 4.1).
-            rate = row(f"{name} {T} {D}", function, inputs, (flops, 3.5 * flops), product, 1e12)
-            if rate is not None:
-                lengths.setdefault(f"{name}, D {D}", []).append((T, rate / 1e12))
-    T, C, V, H, K, D = s["layer"]
-    # Numbers that a forward pass must read and write, and those of both passes; FLOPs of both.
-    work = {"swiglu": (3 * T * C, 8 * T * C, 21 * T * C), "rms_norm": (2 * T * C, 5 * T * C, 14 * T * C),
-            "rope": (2 * T * (H + K) * D, 4 * T * (H + K) * D, 6 * T * (H + K) * D),
-            "cross_entropy": (T * V, 3 * T * V, 7 * T * V),
-            "linear+cross_entropy": (T * C + V * C, 3 * T * C + 3 * V * C, 6 * T * C * V)}
-    print(f"\nother kernels, {T:,} tokens, width {C}, vocabulary {V:,}, {H} and {K} heads of {D}")
+def kernel_times(device: str) -> None:
+    """The kernels of kernels.py beside eager, compiled and torch's own, in bfloat16."""
+    T, C, V, H, K, D = (16384, 4096, 50304, 32, 8, 128) if device == "cuda" else (8, 16, 48, 2, 1, 8)
+    copy, product = roofs(device, torch.bfloat16)
+    print(f"{on(device)}; roofs: copy {copy / 1e9:,.0f} GB/s, product in bfloat16 {product / 1e12:,.1f} TFLOP/s\n{T:,} "
+          f"tokens, width {C}, vocabulary {V:,}, {H} and {K} heads of {D}\n{HEAD}")
+    # Bytes that a forward pass must read and write, and those of both passes; one is bound by its FLOPs.
+    work = {"swiglu": (6 * T * C, 16 * T * C), "rms_norm": (4 * T * C, 10 * T * C),
+            "rope": (4 * T * (H + K) * D, 8 * T * (H + K) * D), "cross_entropy": (2 * T * V, 6 * T * V),
+            "linear+cross_entropy": (2 * T * C * V, 6 * T * C * V)}
     for name, ours, plain, own, inputs in layer_cases(device, T, C, V, H, K, D):
         if name not in work:                                         # matmul is there to be read
             continue
-        inputs, (once, both, flops) = leaves(inputs, bf16), work[name]
-        amounts, roof, scale = (2 * once, 2 * both), copy, 1e9
+        inputs, (roof, scale) = leaves(inputs, torch.bfloat16), (copy, 1e9)
         if name == "linear+cross_entropy":
-            amounts, roof, scale = (flops / 3, flops), product, 1e12
+            roof, scale = product, 1e12
         for label, function in {"ours": ours, "eager": plain, "torch's own": own,
                                 "compiled": torch.compile(plain) if device == "cuda" else None}.items():
-            rate = None if function is None else row(f"{name}, {label}", function, inputs, amounts, roof, scale)
-            if rate is not None:
-                roofline[f"{name}, {label}"] = [(flops / (2 * both), rate / amounts[1] * flops / 1e12)]
-    draw(out / "attention.png", "semilogx", "tokens", "TFLOP/s, causal attention, forward and backward", lengths)
-    draw(out / "roofline.png", "loglog", "FLOPs a byte, forward and backward", "TFLOP/s", roofline)
-
-
-def draw(path: Path, kind: str, x: str, y: str, lines: dict) -> None:
-    """A picture of lines {label: points}; kind: loglog, semilogx."""
-    from matplotlib.figure import Figure
-    axes = Figure(figsize=(8, 5), layout="constrained").subplots()
-    for label, points in lines.items():
-        getattr(axes, kind)(*zip(*points), marker="o", label=label)
-    axes.set(xlabel=x, ylabel=y)
-    axes.legend(fontsize=7)
-    axes.figure.savefig(path, dpi=110)
+            if function is not None:
+                row(f"{name}, {label}", function, inputs, work[name], roof, scale)
 
 
 # --- attention over lengths and widths ---
@@ -260,49 +221,33 @@ def draw(path: Path, kind: str, x: str, y: str, lines: dict) -> None:
 @dataclass
 class AttentionConfig:
     """What `python bench.py attention` can be told."""
-    widths: str = "16,64,128"                 # of the one head
-    lengths: str | None = None                # with commas between; none = by device
-    dtype: str = "float32"                    # float32, bfloat16
+    toy: bool = False                         # one tiny shape: does it run?
     device: str | None = None                 # cpu, cuda; none = the best there is
 
 
 def attention(words: list[str]) -> None:
-    """ms forward and backward, and MB kept for backward, of causal attention: plain, compiled, tiled, torch's own."""
+    """Times, rates and MB kept for backward of causal attention: plain, compiled, tiled, torch's own, Triton's."""
     config = command_line(AttentionConfig, words, "usage: python bench.py attention [--key=value …]")[2]
-    device, batch, repeats = pick_device(config.device), 8, 5
-    gpu = device.startswith("cuda")
-    lengths = config.lengths or ("256,1024,4096,8192,16384" if gpu else "128,512,2048")
-    functions = attention_functions(causal=True)
-    if can_compile(device):
+    device, functions = pick_device(config.device), attention_functions(causal=True)
+    gpu, dtype = device.startswith("cuda"), torch.float32
+    widths, lengths = ((64, 128), (1024, 4096, 16384, 65536)) if gpu else ((16, 64, 128), (128, 512, 2048))
+    if config.toy:
+        widths, lengths = (8,), (16,)
+    elif gpu or shutil.which("g++") or shutil.which("clang++"):
         functions["plain, compiled"] = torch.compile(functions["plain"])
-    if not gpu:
+    if gpu:
+        dtype, own = torch.bfloat16, functions.pop("torch's sdpa")
+        functions["torch's flash"] = sdpa_kernel(SDPBackend.FLASH_ATTENTION)(own)
+        functions["cuDNN"] = sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(own)
+    else:
         del functions["Triton"]                            # interpreted it has no time worth knowing
-    print(f"{on(device)}; batch {batch}, one head, {config.dtype}, causal; ms, medians of {repeats}")
-    print(f"{'width':>6}{'length':>8}  {'':<18}{'forward':>10}{'backward':>10}{'MB kept':>10}")
-    for D in map(int, config.widths.split(",")):
-        for T in map(int, lengths.split(",")):
-            inputs = leaves(attention_inputs(device, batch, 1, 1, T, T, D), DTYPES[config.dtype])
-            for name, function in functions.items():
-                try:
-                    row = attention_row(function, inputs, device, repeats)
-                except RuntimeError as error:                                       # out of memory is one
-                    row = f"  {str(error).splitlines()[0][:60]}"
-                print(f"{D:>6}{T:>8}  {name:<18}{row}", flush=True)
-
-
-def attention_row(function, inputs, device: str, repeats: int) -> str:
-    """Forward and backward ms and what is saved between them, formatted."""
-    kept, times = {}, []
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function(*inputs)
-    for _ in range(repeats + 2):
-        outputs = []
-        forward = seconds_of(lambda: outputs.append(function(*inputs)), device)
-        upstream = torch.ones_like(outputs[0])
-        times.append((forward, seconds_of(lambda: outputs.pop().backward(upstream), device)))
-    forward, backward = (1e3 * statistics.median(column) for column in zip(*times[2:]))
-    return f"{forward:>10.2f}{backward:>10.2f}{sum(kept.values()) / 1e6:>10.1f}"
+    product = roofs(device, dtype)[1]
+    print(f"{on(device)}, {dtype}, causal; roof: {product / 1e12:,.2f} TFLOP/s of a large product\n{HEAD}")
+    for D, T in itertools.product(widths, lengths):
+        B, H = (max(1, 16384 // T), 2048 // D) if gpu else (8, 1)
+        inputs, flops = leaves(attention_inputs(device, B, H, H, T, T, D), dtype), 2 * B * H * T * T * D
+        for name, function in functions.items():
+            if gpu and T > 4096 and ("plain" in name or "tiles" in name):
+                continue
+            # A causal forward counts 2 T² D FLOPs a head, a backward 2.5 times that (2307.08691, section 4.1).
+            row(f"{name}, {T} x {D}", function, inputs, (flops, 3.5 * flops), product, 1e12)

@@ -3,7 +3,6 @@
     python compress.py quantize out/shakespeare out/int8 --kind=int8             or --kind=int4
     python compress.py prune out/shakespeare out/pruned --kind=width --share=0.5
     python train.py --init_from=out/pruned --teacher=out/shakespeare --data_dir=data/shakespeare --out_dir=out/distilled
-    python bench.py compress                                                     what each of them costs and wins
 
 Decoding reads every weight once for every token, so its speed is bandwidth over bytes. Four ways to fewer bytes:
 

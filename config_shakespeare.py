@@ -5,7 +5,7 @@ Time: 2.4 minutes of training, 1,300 to 1,600 steps.
 Target: 1.96 bits per byte of validation.
 Size: 1.3 million parameters: in so little time a small model that sees much text beats a large one that sees little.
 Batch: 8 sequences of 256 = 2,048 tokens; 1,500 steps are 3.1 million tokens, twice the corpus.
-From: results/shakespeare_shapes.txt, which has the shapes that were tried.
+From: results/sweeps.txt, which has the shapes that were tried.
 """
 data_dir = "data/shakespeare"
 out_dir = "out/shakespeare"

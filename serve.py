@@ -3,7 +3,6 @@
     python serve.py out/shakespeare                        then open http://127.0.0.1:8000
     python serve.py out/shakespeare --port=9000 --max_batch=64 --quantize=int8
     python serve.py out/shakespeare --host=0.0.0.0 --api_key=SECRET        for other machines too
-    python bench.py serve                                  its figures: results/serve.md
 
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
          -d '{"prompt": "ROMEO:", "max_tokens": 40, "temperature": 0.8, "seed": 1}'

@@ -20,20 +20,23 @@ pytest.importorskip("transformers")
 
 
 def test_every_command_of_every_stage_can_be_read_and_small_ones_run(kernels, tmp_path, monkeypatch, capsys):
-    assert list(bench_gpu.LIMITS)[-1] == "loss" and sum(bench_gpu.LIMITS.values()) == 540
     monkeypatch.chdir(tmp_path)
-    for words in (["kernels", "--times=true", f"--out={tmp_path}"], bench_gpu.commands(
-            "decoding", 60, tmp_path, "cpu")["toy"].split()[2:], ["gpu", f"--out={tmp_path}", "--device=cpu",
+    monkeypatch.setattr(bench_gpu, "library", lambda: "data/library")
+    assert sum(bench_gpu.LIMITS.values()) == 540
+    monkeypatch.setitem(bench_gpu.LIMITS, "distributed", 300)                # other tests may keep this machine busy
+    assert bench_gpu.stages("cuda", tmp_path).keys() == bench_gpu.LIMITS.keys()
+    for words in (["kernels", "--times=true"], bench_gpu.stages(
+            "cpu", tmp_path)["decoding"]["toy"].split()[2:], ["gpu", f"--out={tmp_path}", "--device=cpu",
                                                               "--only=distributed"]):
         bench.main(words)
-    said, pictures = capsys.readouterr().out, {path.stem for path in tmp_path.glob("*.png")}
-    assert said.count("GB/s") > 8 and "plain 8 16" in said and {"roofline", "attention"} <= pictures
+    said = capsys.readouterr().out
+    assert said.count("GB/s") > 8 and "swiglu, ours" in said
     assert said.count(" of 4 ids as generate's") == 3 == said.count(" of 8 ids as generate's")
     assert len(re.findall(r"transformers +[12] ", said)) == 2
     stages = (tmp_path / "stages.txt").read_text(encoding="utf-8")
     assert stages.startswith("CPU, toy sizes: this proves the command, not the figures\n") and " done, " in stages
-    table = (tmp_path / "distributed.parallel.txt").read_text(encoding="utf-8").split("formula")[1].splitlines()[1:15]
-    losses = [float(line.split()[-1]) for line in table]
+    table = (tmp_path / "distributed.parallel.txt").read_text(encoding="utf-8").split("       loss\n")[1]
+    losses = [float(line.split()[-1]) for line in table.splitlines()[:14]]
     assert losses == pytest.approx([losses[0]] * 14, abs=1e-4), "every strategy of one rank trains as the plain model"
     parsed = []
     monkeypatch.chdir(ROOT)
@@ -43,9 +46,8 @@ def test_every_command_of_every_stage_can_be_read_and_small_ones_run(kernels, tm
         raise InterruptedError
     for module in (train, *(value for name, value in vars(bench).items() if name.startswith("bench_")), bench):
         monkeypatch.setattr(module, "command_line", stop, raising=False)
-    monkeypatch.setattr(bench_gpu, "library", lambda toy: "data/library")
-    shown = [command.split(".py ", 1) for stage in bench_gpu.LIMITS for device in ("cpu", "cuda")
-             for command in bench_gpu.commands(stage, 90, tmp_path, device).values()]
+    shown = [command.split(".py ", 1) for device in ("cpu", "cuda")
+             for jobs in bench_gpu.stages(device, tmp_path).values() for command in jobs.values()]
     for page, words in shown:
         if not page.endswith("test_all"):
             with pytest.raises(InterruptedError):
@@ -74,25 +76,22 @@ def test_a_wrong_kernel_fails_the_table_of_errors(kernels, monkeypatch):
 @torch.no_grad()
 def test_the_graph_of_a_step_is_recorded_after_warm_up_and_replayed_and_one_compiled_block_serves_all(monkeypatch):
     """CUDA by stand-ins: recording must compute nothing, and each replay is one step from the right position."""
-    prompts, model = torch.randint(61, (3, 5)).tolist(), toy("qwen3").eval()
-    expected, decoder = decoding.generate(model, prompts, 9, temperature=0), bench.Decoder(model, prompts, 9)
-    assert decoder.run(9) == expected == decoder.run(9), "a second run begins anew"
-    counter, calls = torch._dynamo.testing.CompileCounter(), []
-    stream = SimpleNamespace(wait_stream=lambda other: calls.append("wait"))
-    replayed = SimpleNamespace(replay=lambda: calls.append("replay") or decoder.step())
+    model, prompts, calls = toy("gpt2", n_layers=12).eval(), [[3, 1, 4, 1]], []
+    decoder, counter = bench.Decoder(model, prompts, 8), torch._dynamo.testing.CompileCounter()
+    expected = decoding.generate(model, prompts, 8, temperature=0)
+    assert decoder.run(8) == expected == decoder.run(8), "a second run begins anew"
 
     @contextlib.contextmanager
     def graph(recorded):
-        saved = calls.append("record"), decoder.tokens.clone(), decoder.position.clone()
-        yield
-        decoder.tokens.copy_(saved[1]), decoder.position.copy_(saved[2])
+        tokens, position = decoder.tokens.clone(), decoder.position.clone()
+        yield calls.append("record")
+        decoder.tokens.copy_(tokens), decoder.position.copy_(position)
+    stream = SimpleNamespace(wait_stream=lambda other: calls.append("wait"))
+    replayed = SimpleNamespace(replay=lambda: calls.append("replay") or decoder.step())
     for name, value in dict(Stream=lambda: stream, current_stream=lambda: stream, CUDAGraph=lambda: replayed,
                             graph=graph, stream=lambda stream: contextlib.nullcontext()).items():
         monkeypatch.setattr(torch.cuda, name, value)
-    model = toy("gpt2", n_layers=12).eval()
-    decoder = bench.Decoder(model, [[3, 1, 4, 1]], 8)
-    decoder.on_cuda = True
     decoder.run_block = torch.compile(bench.run_block, backend=counter, dynamic=False)
     decoder.record()
-    assert decoder.run(8) == decoding.generate(model, [[3, 1, 4, 1]], 8, temperature=0)
-    assert calls == ["wait", "wait", "record"] + ["replay"] * 7 and counter.frame_count == 1
+    assert decoder.run(8) == expected and counter.frame_count == 1
+    assert calls == ["wait", "wait", "record"] + ["replay"] * 7
