@@ -117,23 +117,34 @@ class Int8Linear(torch.nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def multiply(self, x):                                                      # (N, C) -> (N, R)
-        trains = x.requires_grad and torch.is_grad_enabled()       # C gives no gradient
-        if 0 < len(x) <= onetoken.MAX_ROWS and not trains and x.device.type == "cpu" and onetoken.library() is not None:
+        in_c = x.device.type == "cpu" and onetoken.library() is not None
+        trains = x.requires_grad and torch.is_grad_enabled()                    # C gives no gradient
+        if in_c and not trains and 0 < len(x) <= onetoken.MAX_ROWS:
             return onetoken.linear(self, x.float())
-        return product(x, multiplied_out(self.parts()).to(x.dtype))
+        weight = onetoken.widen(self) if in_c else multiplied_out(self.parts())
+        return product(x, weight.to(x.dtype))
 
 
 class Int4Linear(Int8Linear):
-    """The same with weights from round_int4; scale holds (scale, shift) of every group, (R, C / GROUP, 2)."""
+    """The same with weights from round_int4, as onetoken.c reads them: every two groups of a row in 16 words.
+
+    Bits 4 k … 4 k + 3 of word i are number 16 k + i. scale: (R, 2, C / GROUP), the scales of a row, then its shifts.
+    """
 
     def __init__(self, parts: dict, bias=None):
-        scale = torch.stack((parts["scale"], parts["shift"]), dim=-1)
-        super().__init__({"q": parts["q"], "scale": scale}, bias)
+        numbers = torch.stack((parts["q"] // 16, parts["q"] % 16), dim=-1).flatten(1)
+        numbers = torch.nn.functional.pad(numbers, (0, numbers.shape[1] % (2 * GROUP))).int()
+        shifts = 4 * torch.arange(8, device=numbers.device)[:, None]
+        words = (numbers.view(len(numbers), -1, 8, 16) << shifts).sum(dim=2, dtype=torch.int32)
+        scale = torch.stack((parts["scale"], parts["shift"]), dim=1)
+        super().__init__({"q": words.flatten(1), "scale": scale}, bias)
 
     def parts(self) -> dict:
         """As round_int4 gives them."""
-        scale, shift = self.scale.unbind(-1)
-        return {"q": self.q, "scale": scale, "shift": shift}
+        words, (scale, shift) = self.q.view(len(self.q), -1, 1, 16), self.scale.unbind(1)
+        numbers = (words >> 4 * torch.arange(8, device=words.device)[:, None] & 15).to(torch.uint8).flatten(1)
+        numbers = numbers[:, :scale.shape[1] * GROUP]
+        return {"q": numbers[:, 0::2] * 16 + numbers[:, 1::2], "scale": scale, "shift": shift}
 
 
 def matrices(model) -> dict:
