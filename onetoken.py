@@ -70,7 +70,7 @@ def library():
 # --- a model as the C page sees it ---
 
 def matrix(layer) -> Matrix:
-    """A Linear, or compress.py's Int8Linear or Int4Linear. TypeError for what C cannot read."""
+    """A Linear, or compress.py's RoundedLinear. TypeError for what C cannot read."""
     weight, scale = getattr(layer, "weight", None), getattr(layer, "scale", None)
     weight = layer.q if weight is None else weight
     if weight.dtype not in KINDS or not weight.is_contiguous() or weight.device.type != "cpu":
