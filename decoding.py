@@ -82,8 +82,12 @@ def distribution(logits, temperature: float = 1.0, top_k: int | None = None, top
 def pick(logits, generator, temperature: float = 1.0, vocab_limit: int | None = None, **how) -> list[int]:
     """One id for each row of logits (B, V); how: top_k, top_p, min_p."""
     if temperature == 0:                     # no need for a distribution over the whole vocabulary
-        largest, ids = logits[:, :vocab_limit].max(dim=-1)
-        check_numbers(largest)
+        logits = logits[:, :vocab_limit]
+        if logits.device.type == "cpu":      # NumPy's argmax takes a sixth of the time of torch's
+            ids = torch.from_numpy(logits.detach().float().numpy().argmax(axis=-1))
+        else:
+            ids = logits.argmax(dim=-1)
+        check_numbers(logits.gather(1, ids[:, None]))            # NaN counts as the largest
         return ids.tolist()
     probabilities = distribution(logits, temperature, vocab_limit=vocab_limit, **how)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).tolist()

@@ -83,30 +83,39 @@ static const int bytes[] = {4, 2, 1};
 // int4: w ≈ scale (q - 8) + shift. Number 16 k + i of two GROUPs are the bits 4 k … 4 k + 3 of the i-th of 16 words. There
 // they become the upper bits of a float's mantissa, which costs no conversion: 1 + q / 16 = u, w ≈ 16 scale u + (shift -
 // 24 scale). So a GROUP's part of y is 16 scale Σ u x + (shift - 24 scale) Σ x, and `totals` has Σ x.
-static inline float unit(uint32_t word, int k) {
-    uint32_t whole = ((k < 5 ? word << (19 - 4 * k) : word >> (4 * k - 19)) & 0x780000) | 0x3f800000;
-    float u;
-    memcpy(&u, &whole, 4);
-    return u;
+#ifdef __AVX512F__
+enum { LANES = 16 };                                     // floats of a register
+#elif defined(__AVX2__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES)));                    // GCC's and Clang's own vectors
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+
+static inline Floats four(const float *x, Words w, int k) {                      // Σ u x of the k-th number and the next 3
+    Floats sum = {0}, numbers;
+    for (int j = 0; j < 4; j++, k++) {
+        memcpy(&numbers, x + 16 * j, sizeof numbers);
+        sum += numbers * (Floats)(((k < 5 ? w << (19 - 4 * k) : w >> (4 * k - 19)) & 0x780000) | 0x3f800000);
+    }
+    return sum;
 }
 
-static inline float four(const float *x, uint32_t word, int k) {
-    return x[0] * unit(word, k) + x[16] * unit(word, k + 1) + x[32] * unit(word, k + 2) + x[48] * unit(word, k + 3);
-}
-
-static float dot_int4(const float *restrict x, const float *total, const uint32_t *restrict w, const uint16_t *scale,
+static float dot_int4(const float *restrict x, const float *totals, const uint32_t *restrict w, const uint16_t *scale,
                       int groups) {
     const uint16_t *shift = scale + groups;
-    float sums[16] = {0}, y = 0;
-    for (int g = 0; g + 1 < groups; g += 2) {
-        float s = from_bf16(scale[g]), t = from_bf16(scale[g + 1]);
-        for (int i = 0; i < 16; i++)
-            sums[i] += s * four(x + g * GROUP + i, w[g * 8 + i], 0) + t * four(x + (g + 1) * GROUP + i, w[g * 8 + i], 4);
-    }
-    for (int i = 0; i < 16 && groups % 2; i++)           // half of the last words is empty
-        sums[i] += from_bf16(scale[groups - 1]) * four(x + (groups - 1) * GROUP + i, w[(groups - 1) * 8 + i], 0);
-    for (int g = 0; g < groups; g++) y += (from_bf16(shift[g]) - 24 * from_bf16(scale[g])) * total[g];
-    for (int i = 0; i < 16; i++) y += 16 * sums[i];
+    Floats sums = {0};
+    float y = 0;
+    for (int g = 0; g < groups; g += 2)
+        for (int i = 0; i < 16; i += LANES) {
+            Words words;
+            memcpy(&words, w + g * 8 + i, sizeof words);
+            sums += from_bf16(scale[g]) * four(x + g * GROUP + i, words, 0);
+            if (g + 1 < groups) sums += from_bf16(scale[g + 1]) * four(x + (g + 1) * GROUP + i, words, 4);
+        }
+    for (int g = 0; g < groups; g++) y += (from_bf16(shift[g]) - 24 * from_bf16(scale[g])) * totals[g];
+    for (int i = 0; i < LANES; i++) y += 16 * sums[i];
     return y;
 }
 

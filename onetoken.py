@@ -147,7 +147,6 @@ class Pass:
         matrices = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, ffn.w1, getattr(ffn, "w3", ffn.w1), ffn.w2]
         return Layer(*(self.norm(one) for one in norms), *(self.matrix(one) for one in matrices), window or 0)
 
-    @torch.inference_mode()
     def __call__(self, tokens, pasts: list[int], cache, keys, values, slots=None):
         """Logits (B, T, V) after each of T more tokens of every row, whose keys and values are added to the cache.
 
