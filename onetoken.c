@@ -69,16 +69,11 @@ static inline uint16_t to_bf16(float x) {                // rounded to the neare
             }                                                                                               \
         memcpy(y, sum, sizeof sum);                                                                         \
     }
-#define DOTS(NAME, TYPE, VALUE) DOT(NAME##1x1, TYPE, VALUE, 1, 1) DOT(NAME##1x4, TYPE, VALUE, 1, 4)
-DOTS(f32_, float, number)
-DOTS(bf16_, uint16_t, from_bf16(number))
-DOTS(int8_, int8_t, (float)number)
+DOT(f32_1x1, float, number, 1, 1)
+DOT(f32_1x4, float, number, 1, 4)
 DOT(f32_4x4, float, number, 4, 4)
-
-typedef void (*Dot)(const float *, const void *, float *, int);
-static const Dot dots[3][2] = {                          // [kind][four outputs]
-    {(Dot)f32_1x1, (Dot)f32_1x4}, {(Dot)bf16_1x1, (Dot)bf16_1x4}, {(Dot)int8_1x1, (Dot)int8_1x4}};
-static const int bytes[] = {4, 2, 1};
+DOT(bf16_1x4, uint16_t, from_bf16(number), 1, 4)
+DOT(int8_1x4, int8_t, (float)number, 1, 4)
 
 // int4: w ≈ scale (q - 8) + shift. Number 16 k + i of two GROUPs are the bits 4 k … 4 k + 3 of the i-th of 16 words. There
 // they become the upper bits of a float's mantissa, which costs no conversion: 1 + q / 16 = u, w ≈ 16 scale u + (shift -
@@ -120,27 +115,25 @@ static float dot_int4(const float *restrict x, const float *totals, const uint32
 }
 
 static int64_t row_bytes(const Matrix *m) {
-    return m->kind == INT4 ? (m->d_in / GROUP + 1) / 2 * 64 : (int64_t)m->d_in * bytes[m->kind];
+    return m->kind == INT4 ? (m->d_in / GROUP + 1) / 2 * 64 : m->d_in * (m->kind == F32 ? 4 : m->kind == BF16 ? 2 : 1);
 }
 
-// Row o of W in float32.
-static void widen_row(const Matrix *m, int o, float *restrict out) {
+static void widen_row(const Matrix *m, int o, float *restrict out) {             // row o of W in float32
     int n = m->d_in, groups = n / GROUP;
     const void *w = (const char *)m->w + o * row_bytes(m);
+    if (m->kind == F32) memcpy(out, w, 4 * n);
     if (m->kind == BF16)
         for (int i = 0; i < n; i++) out[i] = from_bf16(((const uint16_t *)w)[i]);
-    else if (m->kind == INT8) {
-        float s = from_bf16(m->scale[o]);
-        for (int i = 0; i < n; i++) out[i] = s * (float)((const int8_t *)w)[i];
-    } else
-        for (int g = 0; g < groups; g++) {
-            const uint32_t *words = (const uint32_t *)w + g / 2 * 16;
-            const uint16_t *scale = m->scale + (int64_t)o * 2 * groups + g;
-            float s = from_bf16(scale[0]), shift = from_bf16(scale[groups]);
-            for (int k = 0; k < 4; k++)
-                for (int i = 0; i < 16; i++)
-                    out[g * GROUP + 16 * k + i] = s * ((float)(words[i] >> (g % 2 * 16 + 4 * k) & 15) - 8) + shift;
-        }
+    if (m->kind == INT8)
+        for (int i = 0; i < n; i++) out[i] = from_bf16(m->scale[o]) * (float)((const int8_t *)w)[i];
+    for (int g = 0; g < groups && m->kind == INT4; g++) {
+        const uint32_t *words = (const uint32_t *)w + g / 2 * 16;
+        const uint16_t *scale = m->scale + (int64_t)o * 2 * groups + g;
+        float s = from_bf16(scale[0]), shift = from_bf16(scale[groups]);
+        for (int k = 0; k < 4; k++)
+            for (int i = 0; i < 16; i++)
+                out[g * GROUP + 16 * k + i] = s * ((float)(words[i] >> (g % 2 * 16 + 4 * k) & 15) - 8) + shift;
+    }
 }
 
 void widen(const Matrix *m, float *out) {                // (d_out, d_in)
@@ -160,35 +153,38 @@ void linear(const Matrix *m, int count, const float *x, float *y, int rows, floa
     }
     #pragma omp parallel firstprivate(m, y)
     for (int j = 0; j < count; y += (int64_t)rows * m->d_out, m++, j++) {
-        int kind = m->kind, d_out = m->d_out, shared = kind != F32 && rows > 1;
-        int64_t stride = row_bytes(m);
+        int kind = m->kind, d_out = m->d_out;
+        int64_t stride = row_bytes(m), block = 4 * stride;
         #pragma omp for schedule(static) nowait
         for (int o = 0; o < d_out; o += 4) {
-            int outputs = d_out - o < 4 ? d_out - o : 4;
+            int outputs = d_out - o < 4 ? d_out - o : 4, widens = kind != F32 && (rows > 1 || outputs < 4), step;
             const char *w = (const char *)m->w + o * stride;
-            float widened[shared ? 4 * n : 1], sum[16];
-            for (int k = 0; k < outputs && shared; k++) widen_row(m, o + k, widened + k * n);  // for all rows of x
-            for (int r = 0, step; r < rows; r += step) {
+            float widened[widens ? 4 * n : 1], sum[16];
+            for (int k = 0; k < outputs && widens; k++) widen_row(m, o + k, widened + k * n);  // for all rows of x
+            const float *wide = widens ? widened : (const float *)w;
+            for (int r = 0; r < rows; r += step) {
                 const float *row = x + (int64_t)r * n;
-                const char *numbers = shared ? (const char *)widened : w;
-                int64_t next = shared ? 4 * n : stride;
                 step = rows - r < 4 || outputs < 4 ? 1 : 4;
-                // The next rows of W, a part at each step; long ones alone the processor foresees better.
-                for (int64_t i = 4 * stride * r / rows; i < 4 * stride * (r + step) / rows && (kind != F32 || rows > 1); i += 64)
-                    __builtin_prefetch(w + 4 * stride + i);
-                if (kind == INT4 && !shared)
-                    for (int k = 0; k < outputs; k++)
+                // The next rows of W, a part at each step; alone the processor foresees long ones better.
+                int64_t from = kind == F32 && rows == 1 ? block : block * r / rows;
+                for (; from < block * (r + step) / rows; from += 64) __builtin_prefetch(w + block + from);
+                if (outputs < 4)
+                    for (int k = 0; k < outputs; k++) f32_1x1(row, wide + k * n, sum + k, n);
+                else if (step == 4)
+                    f32_4x4(row, wide, sum, n);
+                else if (widens || kind == F32)
+                    f32_1x4(row, wide, sum, n);
+                else if (kind == BF16)
+                    bf16_1x4(row, (const uint16_t *)w, sum, n);
+                else if (kind == INT8)
+                    int8_1x4(row, (const int8_t *)w, sum, n);
+                else
+                    for (int k = 0; k < 4; k++)
                         sum[k] = dot_int4(row, scratch, (const uint32_t *)(w + k * stride),
                                           m->scale + (int64_t)(o + k) * 2 * groups, groups);
-                else if (step == 4)
-                    f32_4x4(row, (const float *)numbers, sum, n);
-                else if (outputs == 4)
-                    dots[shared ? F32 : kind][1](row, numbers, sum, n);
-                else
-                    for (int k = 0; k < outputs; k++) dots[shared ? F32 : kind][0](row, numbers + k * next, sum + k, n);
                 for (int i = 0; i < step * outputs; i++) {
                     int k = o + i % outputs;
-                    float scale = kind == INT8 && !shared ? from_bf16(m->scale[k]) : 1, bias = m->bias ? m->bias[k] : 0;
+                    float scale = kind == INT8 && !widens ? from_bf16(m->scale[k]) : 1, bias = m->bias ? m->bias[k] : 0;
                     y[(int64_t)(r + i / outputs) * d_out + k] = sum[i] * scale + bias;
                 }
             }
