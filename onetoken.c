@@ -75,9 +75,9 @@ DOT(f32_4x4, float, number, 4, 4)
 DOT(bf16_1x4, uint16_t, from_bf16(number), 1, 4)
 DOT(int8_1x4, int8_t, (float)number, 1, 4)
 
-// int4: w ≈ scale (q - 8) + shift. Number 16 k + i of two GROUPs are the bits 4 k … 4 k + 3 of the i-th of 16 words. There
-// they become the upper bits of a float's mantissa, which costs no conversion: 1 + q / 16 = u, w ≈ 16 scale u + (shift -
-// 24 scale). So a GROUP's part of y is 16 scale Σ u x + (shift - 24 scale) Σ x, and `totals` has Σ x.
+// int4: w ≈ scale (q - 8) + shift. Number 16 k + i of two GROUPs are the bits 4 k … 4 k + 3 of the i-th of 16 words.
+// There they become the upper bits of a float's mantissa, which costs no conversion: 1 + q / 16 = u. Then w ≈ 16 scale u
+// + (shift - 24 scale), and a GROUP's part of y is 16 scale Σ u x + (shift - 24 scale) Σ x; `totals` has Σ x.
 #ifdef __AVX512F__
 enum { LANES = 16 };                                     // floats of a register
 #elif defined(__AVX2__)
@@ -88,7 +88,7 @@ enum { LANES = 4 };
 typedef float Floats __attribute__((vector_size(4 * LANES)));                    // GCC's and Clang's own vectors
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
-static inline Floats four(const float *x, Words w, int k) {                      // Σ u x of the k-th number and the next 3
+static inline Floats four(const float *x, Words w, int k) {      // Σ u x of every word's k-th number and the next three
     Floats sum = {0}, numbers;
     for (int j = 0; j < 4; j++, k++) {
         memcpy(&numbers, x + 16 * j, sizeof numbers);
@@ -278,10 +278,13 @@ void one_token(const Model *m, float *x, const int *positions, int rows, void **
             int slot = slots ? slots[(int64_t)text * m->n_slots + positions[r]] : positions[r];
             int64_t at = text * m->next_row + i % K * m->next_head + slot * m->next_slot, from = (int64_t)i * D;
             for (int d = 0; d < D; d++)
-                if (m->cache_kind == F32)
-                    ((float *)keys[l])[at + d] = k[from + d], ((float *)values[l])[at + d] = v[from + d];
-                else
-                    ((uint16_t *)keys[l])[at + d] = to_bf16(k[from + d]), ((uint16_t *)values[l])[at + d] = to_bf16(v[from + d]);
+                if (m->cache_kind == F32) {
+                    ((float *)keys[l])[at + d] = k[from + d];
+                    ((float *)values[l])[at + d] = v[from + d];
+                } else {
+                    ((uint16_t *)keys[l])[at + d] = to_bf16(k[from + d]);
+                    ((uint16_t *)values[l])[at + d] = to_bf16(v[from + d]);
+                }
         }
         #pragma omp parallel for schedule(static)
         for (int i = 0; i < rows * H; i++) {             // each row's heads; H / K of them share a key head
