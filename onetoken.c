@@ -75,8 +75,8 @@ DOT(f32_4x4, float, number, 4, 4)
 DOT(bf16_1x4, uint16_t, from_bf16(number), 1, 4)
 DOT(int8_1x4, int8_t, (float)number, 1, 4)
 
-// int4: w ≈ scale (q - 8) + shift. Number 16 k + i of two GROUPs are the bits 4 k … 4 k + 3 of the i-th of 16 words.
-// There they become the upper bits of a float's mantissa, which costs no conversion: 1 + q / 16 = u. Then w ≈ 16 scale u
+// int4: w ≈ scale (q - 8) + shift. Number 16 k + i of two GROUPs: bits 4 k … 4 k + 3 of the i-th of 16 words.
+// There they become the upper bits of a float's mantissa, without conversion: 1 + q / 16 = u. Then w ≈ 16 scale u
 // + (shift - 24 scale), and a GROUP's part of y is 16 scale Σ u x + (shift - 24 scale) Σ x; `totals` has Σ x.
 #ifdef __AVX512F__
 enum { LANES = 16 };                                     // floats of a register
