@@ -4,7 +4,7 @@
     python compress.py prune out/shakespeare out/pruned --kind=width --share=0.5
     python train.py --init_from=out/pruned --teacher=out/shakespeare --data_dir=data/shakespeare --out_dir=out/distilled
 
-Decoding reads every weight once for every token, so its speed is bandwidth over bytes. Four ways to fewer bytes:
+Decoding reads every weight once for every token, so its speed is bandwidth over bytes. Ways to fewer bytes:
 
     full        w w w w w w      4 bytes a weight, or 2
     int8        b b b b b b  s   1 byte a weight and a scale for each row
@@ -12,17 +12,16 @@ Decoding reads every weight once for every token, so its speed is bandwidth over
     magnitude   w 0 w 0 0 w      the smallest weights become zero; a dense matrix with zeros in it, as large as before
     width       w w w            whole heads and neurons leave, and a smaller dense model remains
 
-How a row is rounded, w = (0.423, -1.270, 0.056, 0.808):
+How a row is rounded, w = (0.423, -1.270, 0.056, 0.808); errors are at most s / 2:
 
-    int8   s = max|w| / 127 = 0.01            q = round(w / s) = (42, -127, 6, 81)
-           s q = (0.42, -1.27, 0.06, 0.81)                        errors of at most s / 2 = 0.005
-    int4   s = (max - min) / 15 = 0.1385      z = min + 8 s = -0.162      q = round((w - z) / s) + 8 = (12, 0, 10, 15)
-           s (q - 8) + z = (0.392, -1.270, 0.115, 0.808)          errors of at most s / 2 = 0.069
+    int8   s = max|w| / 127 = 0.01         q = round(w / s) = (42, -127, 6, 81)
+           s q = (0.42, -1.27, 0.06, 0.81)
+    int4   s = (max - min) / 15 = 0.1385   z = min + 8 s = -0.162   q = round((w - z) / s) + 8 = (12, 0, 10, 15)
+           s (q - 8) + z = (0.392, -1.270, 0.115, 0.808)
 
-One large weight makes s large for its whole row, which is why int4 cuts rows into groups. Pruning breaks the model at
-first. Training it further repairs it, best on the distribution of the unpruned model (distillation): that says
-something about every token of the vocabulary, a text only about the one that came. Every page opens a quantised
-ckpt.pt, multiplied out by read_checkpoint; `load` here keeps it rounded in memory too.
+One large weight makes s large for its whole row, which is why int4 cuts rows into groups. Pruning breaks the model;
+training it further repairs it, best on the unpruned model's distribution (distillation), which says something about
+every token of the vocabulary. Every page opens a quantised ckpt.pt; `load` here keeps it rounded in memory too.
 
 int8 by rows: 2208.07339, int4 by groups: 2210.17323, both without their corrections. Magnitude: Han 2015 (1506.02626).
 Width: Minitron (2407.14679, section 2.2). Distillation: Hinton 2015 (1503.02531).
@@ -37,7 +36,7 @@ import numpy as np
 import torch
 
 import onetoken
-from checkpoint import claim_out_dir, forget_former, multiplied_out, open_tokens, read_checkpoint, save_checkpoint
+from checkpoint import claim_out_dir, forget_former, open_tokens, read_checkpoint, save_checkpoint
 from configurator import command_line, fail
 from machine import product
 from model import Linear, Transformer, load_model
@@ -94,45 +93,46 @@ def round_weight(weight, kind: str) -> dict:
     return round_int8(weight)
 
 
-class Int8Linear(torch.nn.Module):
-    """x @ weightᵀ + bias with weights from round_int8, which onetoken.c reads as they are for a few rows on a CPU.
+class RoundedLinear(torch.nn.Module):
+    """x @ weightᵀ + bias with weights from round_int8 or round_int4, which onetoken.c reads for a few rows on a CPU.
 
-    Elsewhere they are multiplied out first: beside many rows that is little; on a GPU this saves memory and no time.
+    For many rows, and on GPUs, they are multiplied out first: there this saves memory and no time.
+    int4 in the order of onetoken.c: bits 4 k … 4 k + 3 of 16 words hold numbers 16 k … 16 k + 15 of two groups; scale
+    is (R, 2, C / GROUP), a row's scales, then its shifts.
     """
 
     def __init__(self, parts: dict, bias=None):
         super().__init__()
-        self.register_buffer("q", parts["q"])
-        self.register_buffer("scale", parts["scale"])
+        q, scale = parts["q"], parts["scale"]
+        if "shift" in parts:
+            numbers = torch.stack((q // 16, q % 16), dim=-1).flatten(1)
+            numbers = torch.nn.functional.pad(numbers, (0, numbers.shape[1] % (2 * GROUP))).int()
+            words = numbers.unflatten(1, (-1, 8, 16)) << 4 * torch.arange(8, device=q.device)[:, None]
+            q = words.sum(dim=2, dtype=torch.int32).flatten(1)
+            scale = torch.stack((scale, parts["shift"]), dim=1)
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
         self.bias = bias
 
-    def parts(self) -> dict:
-        """As round_int8 gives them."""
-        return {"q": self.q, "scale": self.scale}
+    def multiplied_out(self):
+        """The weights in float32, (R, C)."""
+        if self.q.dtype == torch.int8:
+            return self.q * self.scale.float()
+        scale, shift = self.scale.float().unsqueeze(-1).unbind(1)               # (R, C / GROUP, 1)
+        numbers = self.q.unflatten(1, (-1, 1, 16)) >> 4 * torch.arange(8, device=self.q.device)[:, None] & 15
+        groups = numbers.flatten(1).unflatten(1, (-1, GROUP))[:, :scale.shape[1]]
+        return ((groups - 8) * scale + shift).flatten(1)
 
     def forward(self, x):                                                       # (..., C) -> (..., R)
-        y = self.multiply(x.reshape(-1, x.shape[-1])).to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        in_c = x.device.type == "cpu" and onetoken.library() is not None
+        trains = x.requires_grad and torch.is_grad_enabled()                    # C gives no gradient
+        if in_c and not trains and 0 < len(rows) <= onetoken.MAX_ROWS:
+            y = onetoken.linear(self, rows.float()).to(x.dtype)
+        else:
+            y = product(rows, (onetoken.widen(self) if in_c else self.multiplied_out()).to(x.dtype))
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def multiply(self, x):                                                      # (N, C) -> (N, R)
-        trains = x.requires_grad and torch.is_grad_enabled()       # C gives no gradient
-        if 0 < len(x) <= onetoken.MAX_ROWS and not trains and x.device.type == "cpu" and onetoken.library() is not None:
-            return onetoken.linear(self, x.float())
-        return product(x, multiplied_out(self.parts()).to(x.dtype))
-
-
-class Int4Linear(Int8Linear):
-    """The same with weights from round_int4; scale holds (scale, shift) of every group, (R, C / GROUP, 2)."""
-
-    def __init__(self, parts: dict, bias=None):
-        scale = torch.stack((parts["scale"], parts["shift"]), dim=-1)
-        super().__init__({"q": parts["q"], "scale": scale}, bias)
-
-    def parts(self) -> dict:
-        """As round_int4 gives them."""
-        scale, shift = self.scale.unbind(-1)
-        return {"q": self.q, "scale": scale, "shift": shift}
 
 
 def matrices(model) -> dict:
@@ -151,8 +151,7 @@ def quantize(model, kind: str, stored: dict | None = None):
     """
     for name, layer in matrices(model).items():
         parts = (stored or {}).get(f"{name}.weight") or round_weight(layer.weight, kind)
-        small = Int4Linear if "shift" in parts else Int8Linear
-        model.set_submodule(name, small(parts, layer.bias))
+        model.set_submodule(name, RoundedLinear(parts, layer.bias))
     return model
 
 
@@ -160,12 +159,10 @@ def load(out_dir, device=None, name: str = "ckpt.pt", kind: str | None = None, d
     """load_model's (model, tokenizer), rounded where `kind` or the checkpoint says so; dtype is of the others."""
     model, tokenizer = load_model(out_dir, device, name)
     model.to(dtype)
-    path = Path(out_dir) / name
-    stored = read_checkpoint(path, map_location="meta").get("quantized")        # reads names and shapes only
-    if stored is None or kind not in (None, stored["kind"]):
-        return (quantize(model, kind) if kind else model), tokenizer
-    weights = read_checkpoint(path, map_location=model.token_embeddings.weight.device)["quantized"]["weights"]
-    return quantize(model, stored["kind"], weights), tokenizer
+    stored = read_checkpoint(Path(out_dir) / name, map_location=model.token_embeddings.weight.device).get("quantized")
+    if stored is not None and kind in (None, stored["kind"]):
+        return quantize(model, stored["kind"], stored["weights"]), tokenizer
+    return (quantize(model, kind) if kind else model), tokenizer
 
 
 def weight_bytes(model) -> int:
@@ -192,7 +189,7 @@ def prune(model, share: float, kind: str = "magnitude", data=None):
         raise ValueError(f"kind={kind!r} must be magnitude or width")
     if not 0 <= share < 1:
         raise ValueError(f"share={share} must be at least 0 and below 1: it is the part that goes")
-    if any(isinstance(module, Int8Linear) for module in model.modules()):
+    if any(isinstance(module, RoundedLinear) for module in model.modules()):
         raise ValueError("this model's weights are rounded already; prune it first, then quantize it")
     if kind == "width":
         return prune_width(model, share, data)
@@ -204,7 +201,6 @@ def prune(model, share: float, kind: str = "magnitude", data=None):
     return model
 
 
-@torch.no_grad()
 def prune_width(model, share: float, data=None):
     """A smaller model of the heads and neurons that are largest on `data` (2407.14679, section 2.2)."""
     c = model.config
@@ -218,30 +214,21 @@ def prune_width(model, share: float, data=None):
                            d_ff=d_ff)                    # int(): no longer derived from d_model and n_heads
     state = dict(model.state_dict())
     for i, (heads, neurons) in enumerate(column_sizes(model, data)):             # heads: (H D,), neurons: (F,)
-        kept = largest(heads.square().view(c.n_kv_heads, -1).sum(dim=-1), n_groups)
-        queries = rows_of(kept, per_group * c.head_dim)                          # rows of q_proj, columns of o_proj
-        keys = rows_of(kept, c.head_dim)                                         # rows of k_proj and v_proj
-        neurons = largest(neurons, d_ff)                                         # rows of w1 and w3, columns of w2
+        groups = heads.square().view(c.n_kv_heads, -1).sum(dim=-1).topk(n_groups).indices.sort().values
+        neurons = neurons.topk(d_ff).indices.sort().values
+        queries, keys = ((groups[:, None] * width + torch.arange(width, device=groups.device)).flatten()
+                         for width in (per_group * c.head_dim, c.head_dim))      # a group's numbers stand together
         rows = {"attn.q_proj": queries, "attn.k_proj": keys, "attn.v_proj": keys, "ffn.w1": neurons, "ffn.w3": neurons}
+        columns = {"attn.o_proj": queries, "ffn.w2": neurons}
         for name in [name for name in state if name.startswith(f"layers.{i}.")]:
             module, _, kind = name.removeprefix(f"layers.{i}.").rpartition(".")  # attn.q_proj, weight or bias
             if module in rows:
                 state[name] = state[name][rows[module]]
-            elif kind == "weight" and module in ("attn.o_proj", "ffn.w2"):
-                state[name] = state[name][:, queries if module == "attn.o_proj" else neurons]
+            elif module in columns and kind == "weight":
+                state[name] = state[name][:, columns[module]]
     small = Transformer(small_config).to(model.token_embeddings.weight)          # its device and dtype
     small.load_state_dict(state)
     return small.train(model.training)
-
-
-def largest(sizes, n: int):
-    """The places of the n largest numbers, in their old order."""
-    return sizes.topk(n).indices.sort().values
-
-
-def rows_of(heads, width: int):
-    """Heads 0 and 2 of width 3 are rows 0 1 2 6 7 8."""
-    return (heads[:, None] * width + torch.arange(width, device=heads.device)).flatten()
 
 
 def column_sizes(model, data=None) -> list[tuple]:
@@ -250,17 +237,14 @@ def column_sizes(model, data=None) -> list[tuple]:
     layers = [(block.attn.o_proj, block.ffn.w2) for block in model.layers]
     if data is None:
         return [tuple(layer.weight.float().norm(dim=0) for layer in pair) for pair in layers]
-    data = torch.as_tensor(np.asarray(data, dtype=np.int64))
-    length = min(model.config.context_length, len(data))
-    if length == 0:
-        raise ValueError("data holds no token to rank heads and neurons on")
-    squares = {layer: 0.0 for pair in layers for layer in pair}
+    squares, length = {layer: 0.0 for pair in layers for layer in pair}, min(model.config.context_length, len(data))
 
     def add(layer, inputs):
         squares[layer] += inputs[0].float().square().flatten(0, -2).sum(dim=0)
     hooks = [layer.register_forward_pre_hook(add) for layer in squares]
-    for start in np.unique(np.linspace(0, len(data) - length, 64, dtype=int)).tolist():
-        model(data[start:start + length][None].to(model.token_embeddings.weight.device))
+    for start in np.linspace(0, len(data) - length, 64, dtype=int):
+        window = np.asarray(data[start:start + length], dtype=np.int64)
+        model(torch.from_numpy(window)[None].to(model.token_embeddings.weight.device))
     for hook in hooks:
         hook.remove()
     return [(squares[o_proj].sqrt(), squares[w2].sqrt()) for o_proj, w2 in layers]
@@ -281,60 +265,47 @@ def distillation_loss(logits, teacher_logits, temperature: float = 1.0):
 
 # --- commands ---
 
-def ranking_ids(out_dir, config: PruneConfig):
-    """What kind=width ranks on: the ids of --data, or of the run's own train.bin; None, said in a line, without."""
-    trained = read_checkpoint(Path(out_dir) / config.checkpoint, map_location="meta").get("train_config") or {}
-    path = Path(config.data or Path(trained.get("data_dir", "")) / "train.bin")
-    if config.data is None and not path.is_file():
-        print(f"no --data and no {path}: heads and neurons are ranked by the size of their weights")
-        return None
-    return open_tokens(path.parent, path.stem)
-
-
-def write(out_dir, new_out_dir, config, model_config, weights: dict, **more) -> None:
-    """A checkpoint of these weights, with what the old one says of data and tokenizer, and the tokenizer beside it."""
-    old, new = Path(out_dir) / config.checkpoint, Path(new_out_dir)
-    entries = read_checkpoint(old, map_location="meta")
-    kept = {key: entries[key] for key in ("train_config", "tokenizer_sha256", "tokens", "template") if key in entries}
-    new.mkdir(parents=True, exist_ok=True)
-    (new / "tokenizer.json").unlink(missing_ok=True)
-    if (Path(out_dir) / "tokenizer.json").is_file():
-        shutil.copyfile(Path(out_dir) / "tokenizer.json", new / "tokenizer.json")
-    save_checkpoint(weights, None, entries["step"], new / "ckpt.pt", model_config=asdict(model_config), **kept, **more)
-    forget_former(new)
-    before, after = old.stat().st_size, (new / "ckpt.pt").stat().st_size
-    print(f"{old}: {before / 1e6:.2f} MB -> {new / 'ckpt.pt'}: {after / 1e6:.2f} MB")
-
-
 USAGE = """usage: python compress.py quantize OUT_DIR NEW_OUT_DIR [--kind=int8|int4]
        python compress.py prune OUT_DIR NEW_OUT_DIR [--kind=magnitude|width --share=0.5 --data=FILE]"""
 
 
 def main(argv: list[str]) -> None:
-    """Do what the command line says; a mistake exits with status 2."""
+    """Write a smaller checkpoint with what the old one says of data and tokenizer; a mistake exits with status 2."""
     verb, files, config, _ = command_line({"quantize": QuantizeConfig, "prune": PruneConfig}, argv, USAGE)
     if verb is None or len(files) != 2:
         fail(f"give a verb and two folders. {USAGE}")
-    out_dir, new_out_dir = files
+    out_dir, new_out_dir = map(Path, files)
     try:
         claim_out_dir(new_out_dir, config.overwrite, inputs=[out_dir])
         model, _ = load_model(out_dir, "cpu", config.checkpoint)
-        if verb == "quantize":
+        entries = read_checkpoint(out_dir / config.checkpoint, map_location="meta")
+        more = {key: entries[key] for key in ("train_config", "tokenizer_sha256", "tokens", "template")
+                if key in entries}
+        if verb == "prune":
+            path = Path(config.data or Path((more.get("train_config") or {}).get("data_dir", "")) / "train.bin")
+            ranks = config.kind == "width" and (config.data or path.is_file())
+            small = prune(model, config.share, config.kind, open_tokens(path.parent, path.stem) if ranks else None)
+            old, new = (sum(int((p != 0).sum()) for p in m.parameters()) for m in (model, small))
+            by = f", ranked on {path}" if ranks else ""
+            print(f"heads {model.config.n_heads} -> {small.config.n_heads}, feed-forward neurons {model.config.d_ff:,} "
+                  f"-> {small.config.d_ff:,}, parameters that are not zero {old:,} -> {new:,}{by}")
+            model, weights = small, small.state_dict()
+        else:
             # A head that is the embedding table stays: a table's rows are looked up. `load` rounds a copy of it.
             rounded = {f"{name}.weight": round_weight(layer.weight, config.kind)
                        for name, layer in matrices(model).items()
                        if layer.weight is not model.token_embeddings.weight}
             weights = {name: tensor for name, tensor in model.state_dict().items() if name not in rounded}
-            write(out_dir, new_out_dir, config, model.config, weights,
-                  quantized={"kind": config.kind, "weights": rounded})
-        else:
-            data = ranking_ids(out_dir, config) if config.kind == "width" else None
-            small = prune(model, config.share, config.kind, data)
-            old, new = (sum(p.numel() for p in m.parameters()) for m in (model, small))
-            zeros = sum(int((p == 0).sum()) for p in small.parameters())
-            print(f"heads {model.config.n_heads} -> {small.config.n_heads}, feed-forward neurons {model.config.d_ff:,} "
-                  f"-> {small.config.d_ff:,}, parameters {old:,} -> {new:,}, {zeros:,} of them zero")
-            write(out_dir, new_out_dir, config, small.config, small.state_dict())
+            more["quantized"] = {"kind": config.kind, "weights": rounded}
+        new_out_dir.mkdir(parents=True, exist_ok=True)
+        (new_out_dir / "tokenizer.json").unlink(missing_ok=True)
+        if (out_dir / "tokenizer.json").is_file():
+            shutil.copyfile(out_dir / "tokenizer.json", new_out_dir / "tokenizer.json")
+        save_checkpoint(weights, None, entries["step"], new_out_dir / "ckpt.pt", model_config=asdict(model.config),
+                        **more)
+        forget_former(new_out_dir)
+        before, after = (path.stat().st_size / 1e6 for path in (out_dir / config.checkpoint, new_out_dir / "ckpt.pt"))
+        print(f"{out_dir}: {before:.2f} MB -> {new_out_dir}: {after:.2f} MB")
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)
 

@@ -11,8 +11,7 @@ do not change, so they are kept (KVCache in attention.py), and writing has two p
 
 What makes decoding faster reads fewer bytes for a token: a batch shares one reading among its rows, drafts share one
 among the tokens they get right, int8 and int4 shorten it (compress.py). `python bench.py decode` measures each beside
-this roof. A few rows on a CPU go through onetoken.c where a compiler is at hand. Left out here: requests that come and
-go while others are written, see serve.py.
+this roof. A few rows on a CPU go through onetoken.c where a compiler is at hand. Requests that come and go: serve.py.
 
 Top-k: Fan 2018 (1805.04833). Top-p (nucleus): Holtzman 2019 (1904.09751). Min-p: 2407.01082. Speculative decoding:
 Leviathan 2022 (2211.17192). The command that writes, chats and explains is sample.py.
@@ -83,8 +82,12 @@ def distribution(logits, temperature: float = 1.0, top_k: int | None = None, top
 def pick(logits, generator, temperature: float = 1.0, vocab_limit: int | None = None, **how) -> list[int]:
     """One id for each row of logits (B, V); how: top_k, top_p, min_p."""
     if temperature == 0:                     # no need for a distribution over the whole vocabulary
-        largest, ids = logits[:, :vocab_limit].max(dim=-1)
-        check_numbers(largest)
+        logits = logits[:, :vocab_limit]
+        if logits.device.type == "cpu":      # NumPy's argmax takes a sixth of the time of torch's
+            ids = torch.from_numpy(logits.detach().float().numpy().argmax(axis=-1))
+        else:
+            ids = logits.argmax(dim=-1)
+        check_numbers(logits.gather(1, ids[:, None]))            # NaN counts as the largest
         return ids.tolist()
     probabilities = distribution(logits, temperature, vocab_limit=vocab_limit, **how)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).tolist()
@@ -145,19 +148,18 @@ class Text:
         raw = b"" if token is None else self.tokenizer.decode_bytes([token])
         self.pending += self.decoder.decode(raw, final=token is None)
         stops = [self.pending.find(stop) for stop in self.stop_strings if stop in self.pending]
+        self.ended = bool(stops)
         if stops:
-            self.text, self.pending, self.ended = self.text + self.pending[:min(stops)], "", True
-            return True
-        sure = len(self.pending) if token is None else max(0, len(self.pending) - self.held_back)
-        self.text, self.pending = self.text + self.pending[:sure], self.pending[sure:]
-        return False
+            sure = min(stops)
+        else:
+            sure = len(self.pending) if token is None else max(0, len(self.pending) - self.held_back)
+        self.text, self.pending = self.text + self.pending[:sure], "" if stops else self.pending[sure:]
+        return self.ended
 
 
 def ends(token: int, stop_ids, text: Text | None) -> bool:
     """Whether a row ends with this id; shows it to the row's text, unless it is a stop id."""
-    if token in stop_ids:
-        return True
-    return text is not None and text.feed(token)
+    return token in stop_ids or (text is not None and text.feed(token))
 
 
 # --- generation: prefill, then decode ---
@@ -289,12 +291,11 @@ def generate(model, prompt_ids, max_new_tokens: int, *, temperature: float = 1.0
 #                                 a     b     c
 #     the target's p             .6    .3    .1
 #     the draft's q              .3    .6    .1
-#     kept with                   1    .5     1       min(1, p / q)
-#     comes out by being kept    .3    .3    .1       q times that = min(p, q), .7 in all
+#     comes out by being kept    .3    .3    .1       q min(1, p / q) = min(p, q), .7 in all
 #     in place of a refused b    .3     0     0       the .3 refused draw from max(0, p - q) = (.3, 0, 0), so always a
 #     together                   .6    .3    .1       = p
-# With .7 kept at every place, k = 4 drafts make 1 + .7 + .7² + .7³ + .7⁴ = 2.8 tokens a pass. Greedy is the same rule
-# with p = 1 at the argmax.
+# With .7 kept at every place, k = 4 drafts make 1 + .7 + .7² + .7³ + .7⁴ = 2.8 tokens a pass. Greedy is p = 1 at the
+# argmax.
 
 class Reader:
     """One text in front of a model; what the cache holds of it is not read again."""
@@ -393,13 +394,6 @@ def check_draft(target, draft) -> None:
                          f"{target.config.vocab_size}; give two of one tokenizer")
 
 
-def make_drafter(draft, reader: Reader, size: int):
-    """The drafter for a window of `size` tokens that reader reads for the target."""
-    if draft == "ngram":
-        return LookupDraft(reader.model)
-    return HeadDraft(reader, size) if draft in (None, "mtp") else ModelDraft(draft, size)
-
-
 def accept(p, q, drafts: list[int], generator):
     """(how many drafts stand, the token after them), by the rule above. p: (n + 1, V), q: (n, V)."""
     for i, (token, u) in enumerate(zip(drafts, torch.rand(len(drafts), generator=generator, device=p.device).tolist())):
@@ -428,7 +422,10 @@ def speculate(target, draft, prompt_ids, max_new_tokens: int, *, k: int = 4, sto
     while len(ids) < end:                                  # one window after another, those of `stream`
         size = min(context, end - start)
         reader = Reader(target, size)
-        drafter = make_drafter(draft, reader, size)
+        if draft == "ngram":
+            drafter = LookupDraft(target)
+        else:
+            drafter = HeadDraft(reader, size) if draft in (None, "mtp") else ModelDraft(draft, size)
         while len(ids) < end and len(ids) - start <= context:
             window, drafts, q = ids[start:], [], None
             limit = min(k, context - len(window), end - len(ids) - 1)
@@ -452,10 +449,8 @@ def speculative_generate(target, draft, prompt_ids, max_new_tokens: int, *, k: i
     """(new ids, figures): ids with exactly the distribution of generate(target, …), greedy the same, in fewer passes.
 
     draft: a Transformer of the same vocabulary; None or "mtp" for the target's own multi-token head; "ngram" to look
-    drafts up in the text. k: drafts a pass. how: top_k, top_p, min_p, vocab_limit, by which draft and target are cut
-    alike. figures: new_tokens, target_calls, drafted, accepted, rejected, acceptance_rate (of the drafts judged: those
-    after a rejected one are not) and tokens_per_target_call (after the prefill).
-    Raises ValueError for a draft of another vocabulary and for what `generate` refuses.
+    drafts up in the text. k: drafts a pass. how: top_k, top_p, min_p, vocab_limit, of draft and target alike.
+    figures: new_tokens, target_calls, drafted, accepted, rejected, and `rates`. Raises ValueError as `generate` does.
     """
     figures, new = Counter(new_tokens=0, target_calls=0, drafted=0, accepted=0, rejected=0), []
     with evaluating(target, *([draft] if hasattr(draft, "new_cache") else [])):
@@ -466,7 +461,7 @@ def speculative_generate(target, draft, prompt_ids, max_new_tokens: int, *, k: i
 
 
 def rates(figures) -> dict:
-    """The two ratios of speculate's counts; the first pass of each prompt reads it and gives one token."""
+    """acceptance_rate, of the drafts up to the first rejected, and tokens_per_target_call, after the prefill."""
     judged, passes = figures["accepted"] + figures["rejected"], figures["target_calls"] - figures["prompts"]
     return {"acceptance_rate": figures["accepted"] / max(1, judged),
             "tokens_per_target_call": (figures["new_tokens"] - figures["prompts"]) / max(1, passes)}

@@ -16,7 +16,6 @@ enum { F32, BF16, INT8, INT4 };                          // how numbers are stor
 enum { NONE, RMS, LAYER };                               // norms
 enum { SWIGLU, SILU, GELU, RELU2 };                      // feed-forward layers
 #define GROUP 64                                         // numbers of int4 that share a scale and a shift
-#define AHEAD 4096                                       // bytes: weights asked for so early are there in time
 
 typedef struct {                                         // (d_out, d_in), row by row, and a bias or NULL
     const void *w;
@@ -29,7 +28,7 @@ typedef struct { const float *weight, *bias; float eps; int kind; } Norm;
 
 typedef struct {
     Norm ln1, ln2, q_norm, k_norm;
-    Matrix q, k, v, o, w1, w2, w3;
+    Matrix q, k, v, o, w1, w3, w2;
     int window;                                          // keys that a query sees, 0 = all
 } Layer;
 
@@ -70,87 +69,124 @@ static inline uint16_t to_bf16(float x) {                // rounded to the neare
             }                                                                                               \
         memcpy(y, sum, sizeof sum);                                                                         \
     }
-#define DOTS(NAME, TYPE, VALUE) \
-    DOT(NAME##1x1, TYPE, VALUE, 1, 1) DOT(NAME##1x4, TYPE, VALUE, 1, 4) DOT(NAME##4x4, TYPE, VALUE, 4, 4)
-DOTS(f32_, float, number)
-DOTS(bf16_, uint16_t, from_bf16(number))
-DOTS(int8_, int8_t, (float)number)
+DOT(f32_1x1, float, number, 1, 1)
+DOT(f32_1x4, float, number, 1, 4)
+DOT(f32_4x4, float, number, 4, 4)
+DOT(bf16_1x4, uint16_t, from_bf16(number), 1, 4)
+DOT(int8_1x4, int8_t, (float)number, 1, 4)
 
-typedef void (*Dot)(const float *, const void *, float *, int);
-#define ENTRY(NAME) {{(Dot)NAME##1x1, (Dot)NAME##1x4}, {NULL, (Dot)NAME##4x4}}
-static const Dot dots[3][2][2] = {ENTRY(f32_), ENTRY(bf16_), ENTRY(int8_)};      // [kind][four rows][four outputs]
-static const int bytes[] = {4, 2, 1};
+// int4: w ≈ scale (q - 8) + shift. Number 16 k + i of two GROUPs: bits 4 k … 4 k + 3 of the i-th of 16 words.
+// There they become the upper bits of a float's mantissa, without conversion: 1 + q / 16 = u. Then w ≈ 16 scale u
+// + (shift - 24 scale), and a GROUP's part of y is 16 scale Σ u x + (shift - 24 scale) Σ x; `totals` has Σ x.
+#ifdef __AVX512F__
+enum { LANES = 16 };                                     // floats of a register
+#elif defined(__AVX2__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES)));                    // GCC's and Clang's own vectors
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
-// int4: w ≈ scale (q - 8) + shift, two numbers q to a byte, the first above. `unzip` has put x's even numbers first,
-// then the odd ones, and `totals` has the sum of each GROUP: its part of y is scale (Σ q x - 8 Σ x) + shift Σ x.
-static void unzip(const float *x, float *out, float *totals, int n) {
-    for (int i = 0; i < n / 2; i++) out[i] = x[2 * i], out[n / 2 + i] = x[2 * i + 1];
-    for (int g = 0; g < n / GROUP; g++) {
-        totals[g] = 0;
-        for (int i = 0; i < GROUP; i++) totals[g] += x[g * GROUP + i];
+static inline Floats four(const float *x, Words w, int k) {      // Σ u x of every word's k-th number and the next three
+    Floats sum = {0}, numbers;
+    for (int j = 0; j < 4; j++, k++) {
+        memcpy(&numbers, x + 16 * j, sizeof numbers);
+        sum += numbers * (Floats)(((k < 5 ? w << (19 - 4 * k) : w >> (4 * k - 19)) & 0x780000) | 0x3f800000);
     }
+    return sum;
 }
 
-static float dot_int4(const float *restrict x, const float *total, const uint8_t *restrict w, const uint16_t *scale,
-                      int n) {
-    const float *even = x, *odd = x + n / 2;
-    float sums[GROUP / 2] = {0}, y = 0;                  // one for each byte of a group, added up at the end
-    for (int g = 0; g < n / GROUP; g++, w += GROUP / 2, even += GROUP / 2, odd += GROUP / 2) {
-        float s = from_bf16(scale[2 * g]);
-        for (int i = 0; i < GROUP / 2; i++) sums[i] += s * (even[i] * (float)(w[i] >> 4) + odd[i] * (float)(w[i] & 15));
-        y += (from_bf16(scale[2 * g + 1]) - 8 * s) * total[g];
-    }
-    for (int i = 0; i < GROUP / 2; i++) y += sums[i];
+static float dot_int4(const float *restrict x, const float *totals, const uint32_t *restrict w, const uint16_t *scale,
+                      int groups) {
+    const uint16_t *shift = scale + groups;
+    Floats sums = {0};
+    float y = 0;
+    for (int g = 0; g < groups; g += 2)
+        for (int i = 0; i < 16; i += LANES) {
+            Words words;
+            memcpy(&words, w + g * 8 + i, sizeof words);
+            sums += from_bf16(scale[g]) * four(x + g * GROUP + i, words, 0);
+            if (g + 1 < groups) sums += from_bf16(scale[g + 1]) * four(x + (g + 1) * GROUP + i, words, 4);
+        }
+    for (int g = 0; g < groups; g++) y += (from_bf16(shift[g]) - 24 * from_bf16(scale[g])) * totals[g];
+    for (int i = 0; i < LANES; i++) y += 16 * sums[i];
     return y;
 }
 
-static void widen_int4(const uint8_t *restrict w, const uint16_t *scale, float *restrict out, int n) {
-    for (int g = 0; g < n / GROUP; g++) {
-        float s = from_bf16(scale[2 * g]), shift = from_bf16(scale[2 * g + 1]) - 8 * s;
-        for (int i = g * GROUP / 2; i < (g + 1) * GROUP / 2; i++) {
-            out[i] = s * (float)(w[i] >> 4) + shift;
-            out[n / 2 + i] = s * (float)(w[i] & 15) + shift;
-        }
+static int64_t row_bytes(const Matrix *m) {
+    return m->kind == INT4 ? (m->d_in / GROUP + 1) / 2 * 64 : m->d_in * (m->kind == F32 ? 4 : m->kind == BF16 ? 2 : 1);
+}
+
+static void widen_row(const Matrix *m, int o, float *restrict out) {             // row o of W in float32
+    int n = m->d_in, groups = n / GROUP;
+    const void *w = (const char *)m->w + o * row_bytes(m);
+    if (m->kind == F32) memcpy(out, w, 4 * n);
+    if (m->kind == BF16)
+        for (int i = 0; i < n; i++) out[i] = from_bf16(((const uint16_t *)w)[i]);
+    if (m->kind == INT8)
+        for (int i = 0; i < n; i++) out[i] = from_bf16(m->scale[o]) * (float)((const int8_t *)w)[i];
+    for (int g = 0; g < groups && m->kind == INT4; g++) {
+        const uint32_t *words = (const uint32_t *)w + g / 2 * 16;
+        const uint16_t *scale = m->scale + (int64_t)o * 2 * groups + g;
+        float s = from_bf16(scale[0]), shift = from_bf16(scale[groups]);
+        for (int k = 0; k < 4; k++)
+            for (int i = 0; i < 16; i++)
+                out[g * GROUP + 16 * k + i] = s * ((float)(words[i] >> (g % 2 * 16 + 4 * k) & 15) - 8) + shift;
     }
 }
 
-// --- products: y (rows, d_out) = x (rows, d_in) Wᵀ + bias; scratch: rows · d_in · (1 + 1 / GROUP) numbers ---
-
-void linear(const Matrix *m, const float *x, float *y, int rows, float *scratch) {
-    int n = m->d_in, d_out = m->d_out, kind = m->kind, row_bytes = kind == INT4 ? n / 2 : n * bytes[kind];
-    float *totals = scratch + (int64_t)rows * n;
-    if (kind == INT4) {
-        for (int r = 0; r < rows; r++)
-            unzip(x + (int64_t)r * n, scratch + (int64_t)r * n, totals + (int64_t)r * (n / GROUP), n);
-        x = scratch;
-    }
+void widen(const Matrix *m, float *out) {                // (d_out, d_in)
     #pragma omp parallel for schedule(static)
-    for (int o = 0; o < d_out; o += 4) {
-        int outputs = d_out - o < 4 ? d_out - o : 4, type = kind, stride = row_bytes;
-        const char *w = (const char *)m->w + (int64_t)o * row_bytes;
-        const uint16_t *pairs = m->scale + (int64_t)o * (n / GROUP) * 2;         // of int4
-        for (int i = 0; i < 4 * row_bytes; i += 64) __builtin_prefetch(w + AHEAD + i);
-        float widened[kind == INT4 && rows > 1 ? 4 * n : 1], sum[16];
-        if (kind == INT4 && rows > 1) {                  // several rows share the widening
-            for (int k = 0; k < outputs; k++)
-                widen_int4((const uint8_t *)w + k * row_bytes, pairs + k * (n / GROUP) * 2, widened + k * n, n);
-            w = (const char *)widened, type = F32, stride = 4 * n;
-        }
-        for (int r = 0, step; r < rows; r += step) {
-            const float *row = x + (int64_t)r * n;
-            step = rows - r < 4 ? 1 : 4;
-            if (type == INT4)
-                for (int k = 0; k < outputs; k++)
-                    sum[k] = dot_int4(row, totals, (const uint8_t *)w + k * row_bytes, pairs + k * (n / GROUP) * 2, n);
-            else if (outputs == 4)
-                dots[type][step == 4][1](row, w, sum, n);
-            else
-                for (int i = 0; i < step * outputs; i++)
-                    dots[type][0][0](row + i / outputs * n, w + (int64_t)(i % outputs) * stride, sum + i, n);
-            for (int i = 0; i < step * outputs; i++) {
-                int k = o + i % outputs;
-                float scale = kind == INT8 ? from_bf16(m->scale[k]) : 1, bias = m->bias ? m->bias[k] : 0;
-                y[(int64_t)(r + i / outputs) * d_out + k] = sum[i] * scale + bias;
+    for (int o = 0; o < m->d_out; o++) widen_row(m, o, out + (int64_t)o * m->d_in);
+}
+
+// --- products ---
+
+// y (rows, d_out) = x (rows, d_in) Wᵀ + bias for `count` matrices that follow one another, as do their y; one call for
+// several costs one meeting of the threads. scratch: d_in / GROUP numbers.
+void linear(const Matrix *m, int count, const float *x, float *y, int rows, float *scratch) {
+    int n = m->d_in, groups = n / GROUP;
+    for (int g = 0; g < groups && rows == 1; g++) {      // for int4, its totals
+        scratch[g] = 0;
+        for (int i = 0; i < GROUP; i++) scratch[g] += x[g * GROUP + i];
+    }
+    #pragma omp parallel firstprivate(m, y)
+    for (int j = 0; j < count; y += (int64_t)rows * m->d_out, m++, j++) {
+        int kind = m->kind, d_out = m->d_out;
+        int64_t stride = row_bytes(m), block = 4 * stride;
+        #pragma omp for schedule(static) nowait
+        for (int o = 0; o < d_out; o += 4) {
+            int outputs = d_out - o < 4 ? d_out - o : 4, widens = kind != F32 && (rows > 1 || outputs < 4), step;
+            const char *w = (const char *)m->w + o * stride;
+            float widened[widens ? 4 * n : 1], sum[16];
+            for (int k = 0; k < outputs && widens; k++) widen_row(m, o + k, widened + k * n);  // for all rows of x
+            const float *wide = widens ? widened : (const float *)w;
+            for (int r = 0; r < rows; r += step) {
+                const float *row = x + (int64_t)r * n;
+                step = rows - r < 4 || outputs < 4 ? 1 : 4;
+                // The next rows of W, a part at each step; alone the processor foresees long ones better.
+                int64_t from = kind == F32 && rows == 1 ? block : block * r / rows;
+                for (; from < block * (r + step) / rows; from += 64) __builtin_prefetch(w + block + from);
+                if (outputs < 4)
+                    for (int k = 0; k < outputs; k++) f32_1x1(row, wide + k * n, sum + k, n);
+                else if (step == 4)
+                    f32_4x4(row, wide, sum, n);
+                else if (widens || kind == F32)
+                    f32_1x4(row, wide, sum, n);
+                else if (kind == BF16)
+                    bf16_1x4(row, (const uint16_t *)w, sum, n);
+                else if (kind == INT8)
+                    int8_1x4(row, (const int8_t *)w, sum, n);
+                else
+                    for (int k = 0; k < 4; k++)
+                        sum[k] = dot_int4(row, scratch, (const uint32_t *)(w + k * stride),
+                                          m->scale + (int64_t)(o + k) * 2 * groups, groups);
+                for (int i = 0; i < step * outputs; i++) {
+                    int k = o + i % outputs;
+                    float scale = kind == INT8 && !widens ? from_bf16(m->scale[k]) : 1, bias = m->bias ? m->bias[k] : 0;
+                    y[(int64_t)(r + i / outputs) * d_out + k] = sum[i] * scale + bias;
+                }
             }
         }
     }
@@ -193,6 +229,8 @@ static void attend(const Model *m, const float *q, const void *keys, const void 
     for (int s = first; s <= position; s++) {
         int64_t at = start + (slots ? slots[s] : s) * m->next_slot;
         float sum = 0;
+        int size = m->cache_kind == F32 ? 4 : 2;
+        for (int i = 0; i < D * size; i += 64) __builtin_prefetch((const char *)values + at * size + i);
         if (m->cache_kind == F32)
             for (int i = 0; i < D; i++) sum += q[i] * ((const float *)keys)[at + i];
         else
@@ -228,23 +266,25 @@ void one_token(const Model *m, float *x, const int *positions, int rows, void **
     for (int l = 0; l < m->n_layers; l++) {
         const Layer *layer = m->layers + l;
         for (int r = 0; r < rows; r++) norm(&layer->ln1, x + (int64_t)r * C, h + (int64_t)r * C, C);
-        linear(&layer->q, h, q, rows, more);
-        linear(&layer->k, h, k, rows, more);
-        linear(&layer->v, h, v, rows, more);
+        linear(&layer->q, 3, h, q, rows, more);          // and k, v
         for (int i = 0; i < rows * (H + K); i++) {       // every head of q, then of k
             float *head = i < rows * H ? q + (int64_t)i * D : k + (int64_t)(i - rows * H) * D;
             const Norm *own = i < rows * H ? &layer->q_norm : &layer->k_norm;
             if (own->kind != NONE) norm(own, head, head, D);
             if (m->rotate) rotate(m, head, positions[i < rows * H ? i / H : (i - rows * H) / K]);
         }
-        for (int i = 0; i < rows * K * D; i++) {         // into the cache, in its dtype
-            int r = i / (K * D), text = r / m->n_tokens;
+        for (int i = 0; i < rows * K; i++) {             // into the cache, in its dtype
+            int r = i / K, text = r / m->n_tokens;
             int slot = slots ? slots[(int64_t)text * m->n_slots + positions[r]] : positions[r];
-            int64_t at = text * m->next_row + i / D % K * m->next_head + slot * m->next_slot + i % D;
-            if (m->cache_kind == F32)
-                ((float *)keys[l])[at] = k[i], ((float *)values[l])[at] = v[i];
-            else
-                ((uint16_t *)keys[l])[at] = to_bf16(k[i]), ((uint16_t *)values[l])[at] = to_bf16(v[i]);
+            int64_t at = text * m->next_row + i % K * m->next_head + slot * m->next_slot, from = (int64_t)i * D;
+            for (int d = 0; d < D; d++)
+                if (m->cache_kind == F32) {
+                    ((float *)keys[l])[at + d] = k[from + d];
+                    ((float *)values[l])[at + d] = v[from + d];
+                } else {
+                    ((uint16_t *)keys[l])[at + d] = to_bf16(k[from + d]);
+                    ((uint16_t *)values[l])[at + d] = to_bf16(v[from + d]);
+                }
         }
         #pragma omp parallel for schedule(static)
         for (int i = 0; i < rows * H; i++) {             // each row's heads; H / K of them share a key head
@@ -253,15 +293,14 @@ void one_token(const Model *m, float *x, const int *positions, int rows, void **
             attend(m, q + (int64_t)i * D, keys[l], values[l], start, slots ? slots + (int64_t)text * m->n_slots : NULL,
                    first > 0 ? first : 0, positions[r], scores + (int64_t)i * S, y + (int64_t)i * D);
         }
-        linear(&layer->o, y, h, rows, more);
+        linear(&layer->o, 1, y, h, rows, more);
         for (int i = 0; i < rows * C; i++) x[i] += h[i];
         for (int r = 0; r < rows; r++) norm(&layer->ln2, x + (int64_t)r * C, h + (int64_t)r * C, C);
-        linear(&layer->w1, h, gate, rows, more);
-        if (m->ffn == SWIGLU) linear(&layer->w3, h, up, rows, more);
+        linear(&layer->w1, m->ffn == SWIGLU ? 2 : 1, h, gate, rows, more);               // and w3: up
         for (int i = 0; i < rows * F; i++) gate[i] = activation(m->ffn, gate[i]) * (m->ffn == SWIGLU ? up[i] : 1);
-        linear(&layer->w2, gate, h, rows, more);
+        linear(&layer->w2, 1, gate, h, rows, more);
         for (int i = 0; i < rows * C; i++) x[i] += h[i];
     }
     for (int r = 0; r < rows; r++) norm(&m->last, x + (int64_t)r * C, h + (int64_t)r * C, C);
-    linear(&m->head, h, logits, rows, more);
+    linear(&m->head, 1, h, logits, rows, more);
 }

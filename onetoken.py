@@ -24,7 +24,7 @@ import native
 from layers import LayerNorm, RMSNorm, rope_tables
 
 MAX_ROWS = 64                        # about where a product of torch's, with its larger tiles, is as fast
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int32: 3}            # int32: words of int4
 NORMS = {torch.nn.Identity: 0, RMSNorm: 1, LayerNorm: 2}
 FFNS = ("swiglu", "silu", "gelu", "relu2")
 P, I = ctypes.c_void_p, ctypes.c_int
@@ -40,7 +40,7 @@ class Norm(ctypes.Structure):
 
 class Layer(ctypes.Structure):
     _fields_ = [(name, Norm) for name in ("ln1", "ln2", "q_norm", "k_norm")] + [
-        (name, Matrix) for name in ("q", "k", "v", "o", "w1", "w2", "w3")] + [("window", I)]
+        (name, Matrix) for name in ("q", "k", "v", "o", "w1", "w3", "w2")] + [("window", I)]
 
 
 class Model(ctypes.Structure):
@@ -61,20 +61,21 @@ def library():
         ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
     made = native.load("onetoken", flags)
     if made is not None:
-        made.one_token.argtypes, made.linear.argtypes = (P, P, P, I, P, P, P, P, P), (P, P, P, I, P)
-        made.one_token.restype = made.linear.restype = None
+        made.one_token.argtypes, made.linear.argtypes = (P, P, P, I, P, P, P, P, P), (P, I, P, P, I, P)
+        made.widen.argtypes = P, P
+        made.one_token.restype = made.linear.restype = made.widen.restype = None
     return made
 
 
 # --- a model as the C page sees it ---
 
 def matrix(layer) -> Matrix:
-    """A Linear, or compress.py's Int8Linear or Int4Linear. TypeError for what C cannot read."""
+    """A Linear, or compress.py's RoundedLinear. TypeError for what C cannot read."""
     weight, scale = getattr(layer, "weight", None), getattr(layer, "scale", None)
     weight = layer.q if weight is None else weight
     if weight.dtype not in KINDS or not weight.is_contiguous() or weight.device.type != "cpu":
         raise TypeError(f"weights in {weight.dtype} on {weight.device}")
-    d_in = weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)           # int4: two in a byte
+    d_in = scale.shape[2] * 64 if weight.dtype == torch.int32 else weight.shape[1]
     return Matrix(weight.data_ptr(), None if scale is None else scale.data_ptr(), None, KINDS[weight.dtype],
                   len(weight), d_in)
 
@@ -82,9 +83,17 @@ def matrix(layer) -> Matrix:
 def linear(layer, x):
     """x (rows, d_in) in float32 through one such layer without its bias, (rows, d_out)."""
     m, rows, x = matrix(layer), len(x), x.contiguous()   # named: an address does not keep a copy alive
-    y, scratch = torch.empty(rows, m.d_out), torch.empty(rows * (m.d_in + m.d_in // 64))
-    library().linear(ctypes.byref(m), x.data_ptr(), y.data_ptr(), rows, scratch.data_ptr())
+    y, scratch = torch.empty(rows, m.d_out), torch.empty(m.d_in // 64)
+    library().linear(ctypes.byref(m), 1, x.data_ptr(), y.data_ptr(), rows, scratch.data_ptr())
     return y
+
+
+def widen(layer):
+    """The weights of one such layer in float32, (d_out, d_in)."""
+    m = matrix(layer)
+    out = torch.empty(m.d_out, m.d_in)
+    library().widen(ctypes.byref(m), out.data_ptr())
+    return out
 
 
 class Pass:
@@ -110,7 +119,7 @@ class Pass:
                        c.position == "rope", c.rope_interleaved, KINDS[dtype], max_length, 0, 1, 0, 0, 0, cos, sin,
                        self.layers, self.norm(model.ln_final), self.matrix(model.lm_head))
         self.numbers = c.d_model + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * d_ff + c.n_heads * max_length
-        self.numbers += 2 * max(c.d_model, d_ff, c.n_heads * c.head_dim)         # for int4
+        self.numbers += max(c.d_model, d_ff, c.n_heads * c.head_dim) // 64       # for int4
         self.scratch = torch.empty(0)
 
     def floats(self, tensor):
@@ -135,10 +144,9 @@ class Pass:
     def layer(self, block, window) -> Layer:
         attn, ffn = block.attn, block.ffn
         norms = [block.ln1, block.ln2, getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)]
-        matrices = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, ffn.w1, ffn.w2, getattr(ffn, "w3", ffn.w1)]
+        matrices = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, ffn.w1, getattr(ffn, "w3", ffn.w1), ffn.w2]
         return Layer(*(self.norm(one) for one in norms), *(self.matrix(one) for one in matrices), window or 0)
 
-    @torch.inference_mode()
     def __call__(self, tokens, pasts: list[int], cache, keys, values, slots=None):
         """Logits (B, T, V) after each of T more tokens of every row, whose keys and values are added to the cache.
 

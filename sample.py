@@ -18,10 +18,9 @@ from dataclasses import dataclass
 import torch
 
 import compress
-from compress import quantize  # noqa: F401
 from configurator import command_line, fail
-from decoding import (Text, check_draft, check_numbers, decode, distribution, evaluating, generate,  # noqa: F401
-                      prefill, rates, simple_generate, speculate, speculative_generate, stream)
+from decoding import (Text, check_draft, check_numbers, distribution, generate, rates, speculate,
+                      speculative_generate, stream)  # noqa: F401
 from machine import DTYPES, Threads, pick_device, pick_dtype
 
 END_OF_TEXT = "<|endoftext|>"
@@ -46,10 +45,8 @@ class SampleConfig(ExplainConfig):
     top_k: int | None = None             # sample from the k likeliest tokens only
     top_p: float | None = None           # sample from the fewest tokens whose probabilities sum to p
     min_p: float | None = None           # sample from tokens of at least this share of the likeliest one's probability
-    stop: str | None = None              # a text that ends the answer, which is shown up to there
     num_samples: int = 1                 # continuations of the one prompt
     seed: int | None = None              # none = another text every time
-    cache: bool = True                   # false = run the whole text through the model for every token
     interactive: bool = False            # ask for prompts until an empty line
     chat: bool = False                   # a conversation with a model that align.py tuned for it
     draft: str | None = None             # speculative decoding: folder of a smaller model | mtp (own head) | ngram
@@ -67,26 +64,23 @@ def explain(folder: str, config: ExplainConfig) -> None:
     """Show for each token of a text its probability, rank, entropy and the five likeliest."""
     model, tokenizer = load(folder, config)
     ids, _ = begin(tokenizer, config.prompt)         # the same ids that a continuation of the prompt starts from
-    room = model.config.context_length - len(ids)
-    if config.max_new_tokens > room:
-        raise ValueError(f"{len(ids)} tokens of prompt and max_new_tokens={config.max_new_tokens} pass the context of "
-                         f"{model.config.context_length}; give less")
+    n = len(ids) + config.max_new_tokens
+    if not 2 <= n <= model.config.context_length:
+        raise ValueError(f"prompt and max_new_tokens={config.max_new_tokens} make {n} tokens; explain needs 2 to "
+                         f"{model.config.context_length}, the context")
     ids += generate(model, ids, config.max_new_tokens, temperature=0, vocab_limit=tokenizer.vocab_size)
-    if len(ids) < 2:
-        raise ValueError("nothing to explain: give a --prompt, or max_new_tokens of at least 1")
     device = next(model.parameters()).device
     log_p = check_numbers(torch.log_softmax(model(torch.tensor([ids[:-1]], device=device))[0].float(), dim=-1))
-    colored = []
+    colored = ""
     for row, token in zip(log_p, ids[1:]):
         p, rank = row[token].exp().item(), int((row > row[token]).sum()) + 1
-        entropy = -(row.exp() * row.clamp(min=-1e4)).sum().item() / math.log(2)
-        likely = likeliest(tokenizer, row.exp())
-        text = show(tokenizer, token)
+        entropy, text = torch.special.entr(row.exp()).sum().item() / math.log(2), show(tokenizer, token)
         level = min(len(COLORS) - 1, int(-math.log10(max(p, 1e-5))))
-        colored.append(f"\x1b[30;48;5;{COLORS[level]}m{text}\x1b[0m")
-        print(f"{text:<16} p {p:.2%}, rank {rank}, entropy {entropy:.2f} bits; likeliest: {likely}")
+        colored += f"\x1b[30;48;5;{COLORS[level]}m{text}\x1b[0m"
+        print(f"{text:<16} p {p:.2%}, rank {rank}, entropy {entropy:.2f} bits; likeliest: "
+              f"{likeliest(tokenizer, row.exp())}")
     if sys.stdout.isatty():
-        print("".join(colored))
+        print(colored)
     print("the last distribution at temperature 1, at 0.5, and cut at top_k=3 and at top_p=0.5:")
     for how in (dict(), dict(temperature=0.5), dict(top_k=3), dict(top_p=0.5)):
         print(" ", likeliest(tokenizer, distribution(log_p[-1:], **how)[0]))
@@ -185,8 +179,7 @@ class Writer:
         how = dict(temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, min_p=c.min_p, generator=self.generator,
                    vocab_limit=self.tokenizer.vocab_size, stop_ids=() if end is None else (end,))
         if self.draft is None:
-            for new in stream(self.model, [ids], c.max_new_tokens, cache=c.cache, n_each=len(texts), texts=texts,
-                              **how):
+            for new in stream(self.model, [ids], c.max_new_tokens, n_each=len(texts), texts=texts, **how):
                 figures.update(new_tokens=sum(token is not None for token in new))
                 yield
             return
@@ -196,34 +189,30 @@ class Writer:
 
     def write(self, before: str, ids, end) -> str:
         """Print what follows ids, after `before`: one text as it is made, several when done; returns the last."""
-        stops, n = (self.config.stop,) if self.config.stop else (), self.config.num_samples
-        texts, figures, shown, times = [Text(self.tokenizer, stops) for _ in range(n)], Counter(), 0, []
+        n, figures, shown, times = self.config.num_samples, Counter(), 0, [time.perf_counter()]
+        texts = [Text(self.tokenizer) for _ in range(n)]
         if n == 1:
             print(before, end="", flush=True)
         with Threads() as threads:
-            began = time.perf_counter()
             for _ in self.passes(ids, end, texts, figures):
                 times.append(time.perf_counter())
                 if n == 1:
                     print(texts[0].text[shown:], end="", flush=True)
                     shown = len(texts[0].text)
-                if len(times) > 2:               # between two passes of decoding
+                if len(times) > 3:               # between two passes of decoding
                     threads.watch(times[-1] - times[-2])
         for number, text in enumerate(texts, start=1):
             text.feed(None)
             print(text.text[shown:] if n == 1 else f"--- sample {number} ---\n{before}{text.text}")
-        if times:                            # the first pass reads the prompt and gives the first token of each text
-            self.report(len(ids), times[0] - began, figures["new_tokens"] - n, times[-1] - times[0], figures)
+        if len(times) > 1:                   # the first pass reads the prompt and gives the first token of each text
+            written, read_s, written_s = max(0, figures["new_tokens"] - n), times[1] - times[0], times[-1] - times[1]
+            line = (f"prefill {len(ids)} tokens, {len(ids) / read_s:,.0f} tok/s; "
+                    f"decode {written} tokens, {written / max(written_s, 1e-9):,.0f} tok/s")
+            if self.draft is not None:
+                line += "; {acceptance_rate:.0%} of drafts accepted, {tokens_per_target_call:.2f} tokens a pass".format(
+                    **rates(figures))
+            print(f"--- {line} ---")
         return texts[-1].text
-
-    def report(self, n_read: int, read_s: float, n_written: int, written_s: float, figures) -> None:
-        """One line: the rates of the two phases, and how many drafts stood."""
-        line = (f"prefill {n_read} tokens, {n_read / max(read_s, 1e-9):,.0f} tok/s; "
-                f"decode {max(0, n_written)} tokens, {max(0, n_written) / max(written_s, 1e-9):,.0f} tok/s")
-        if self.draft is not None:
-            line += "; {acceptance_rate:.0%} of drafts accepted, {tokens_per_target_call:.2f} tokens a pass".format(
-                **rates(figures))
-        print(f"--- {line} ---")
 
 
 def sample(folder: str, config: SampleConfig) -> None:
@@ -232,8 +221,6 @@ def sample(folder: str, config: SampleConfig) -> None:
         raise ValueError(f"num_samples={config.num_samples} must be at least 1")
     if config.seed is not None and abs(config.seed) >= 2 ** 63:
         raise ValueError(f"seed={config.seed} must fit 64 bits")
-    if config.draft and not config.cache:
-        raise ValueError(f"draft={config.draft} needs cache=true")
     writer = Writer(folder, config)
     if config.chat:
         chat_ids(writer.tokenizer, [""])     # refuses a model that is not for it, before anything is typed

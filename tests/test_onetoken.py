@@ -33,7 +33,7 @@ def stored(model, kind: str):
     if kind in ("int8", "int4"):
         small, plain = compress.quantize(small, kind), copy.deepcopy(model)
         for name, layer in compress.matrices(plain).items():
-            layer.weight.data = compress.multiplied_out(small.get_submodule(name).parts())
+            layer.weight.data = small.get_submodule(name).multiplied_out()
         small.token_embeddings.weight.data = plain.token_embeddings.weight.data        # a tied head is rounded with it
         return small, plain
     small = small.to(getattr(torch, kind))
@@ -97,20 +97,20 @@ def test_a_layer_alone_equals_float64_at_any_size():
         torch.manual_seed(d_in)
         layer, x = compress.Linear(d_in, d_out), torch.randn(rows, 2, d_in)[:, 1]      # not in one piece
         kinds = {"float32": layer, "bfloat16": copy.deepcopy(layer).bfloat16(),
-                 "int8": compress.Int8Linear(compress.round_int8(layer.weight))}
+                 "int8": compress.RoundedLinear(compress.round_int8(layer.weight))}
         if d_in % 64 == 0:
-            kinds["int4"] = compress.Int4Linear(compress.round_int4(layer.weight))
+            kinds["int4"] = compress.RoundedLinear(compress.round_int4(layer.weight))
         for kind, one in kinds.items():
-            weight = compress.multiplied_out(one.parts()) if kind.startswith("int") else one.weight
+            weight = one.multiplied_out() if kind.startswith("int") else one.weight
             expected = (x.double() @ weight.double().T).float()
             torch.testing.assert_close(onetoken.linear(one, x), expected, rtol=1e-4, atol=1e-4, msg=f"{kind} {d_in}")
 
 
 def test_rounded_layers_pass_gradients_on():
     layer, x = compress.Linear(64, 8), torch.randn(3, 64, requires_grad=True)
-    small = compress.Int8Linear(compress.round_int8(layer.weight))
+    small = compress.RoundedLinear(compress.round_int8(layer.weight))
     small(x).sum().backward()
-    torch.testing.assert_close(x.grad, compress.multiplied_out(small.parts()).sum(dim=0).expand(3, 64))
+    torch.testing.assert_close(x.grad, small.multiplied_out().sum(dim=0).expand(3, 64))
 
 
 def test_what_it_cannot_run_and_damaged_weights():

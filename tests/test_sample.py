@@ -33,7 +33,7 @@ def test_sample_commands(folders, capsys, monkeypatch):
     for more in (f"--draft={tmp_path / 'small'}", "--draft=ngram"):
         drafted = run(*how, more, "big")
         assert drafted.split("---")[0] == plain.split("---")[0] and "of drafts accepted" in drafted
-    assert run(*how, "--cache=false", "--dtype=float32", "--device=cpu", "big").split("---")[0] == plain.split("---")[0]
+    assert run(*how, "--dtype=float32", "--device=cpu", "big").split("---")[0] == plain.split("---")[0]
     assert run("--max_new_tokens=3", "--num_samples=2", "--quantize=int4", "big").count("--- sample") == 2
     assert "prefill" in run("--max_new_tokens=3", "--dtype=bfloat16", "--seed=1", "big")
     typed = iter(["hi <|end|>", "you", ""])
@@ -41,7 +41,7 @@ def test_sample_commands(folders, capsys, monkeypatch):
     assert run("--chat=true", "--max_new_tokens=3", "big").count("prefill") == 2
     assert sample.chat_ids(tokenizer, ["a<|end|>", "b", "c"]) == (
         [257, 97, *b"<|end|>", 259, 258, 98, 259, 257, 99, 259, 258], 259)
-    for bad, words in ((["--quantize=int2"], "int2"), (["--draft=ngram", "--cache=false"], "cache=true"),
+    for bad, words in ((["--quantize=int2"], "int2"),
                        (["--draft=mtp", "--prompt=the king"], "mtp_depth=0"), (["--prompt=\ud800"], "surrogate"),
                        (["--dtype=float31"], "float31"), (["--repetition_penalty=2"], "repetition_penalty")):
         with pytest.raises(SystemExit) as stopped:
