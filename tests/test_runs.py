@@ -57,7 +57,7 @@ def test_a_sweep_draws_up_seeds_survives_divergence_and_goes_on(corpus, tmp_path
     runs.sweep(config, words, train.main)
     assert (out := capsys.readouterr().out).count("done before") == 3 and "resumed" in out
     assert (tmp_path / "sweep.txt").read_text(encoding="utf-8").split() == table.split() and "diverged at" in table
-    for changes, words, message in (({}, ["seed=7", "n_heads=1,3"], "not a multiple of n_heads=3"),
+    for changes, words, message in (({}, ["seed=7", "n_heads=1,3"], "no multiple of n_heads=3"),
                                     ({"n_heads": 1}, words, "holds a run with another n_heads")):
         with pytest.raises(ValueError, match=message):
             runs.sweep(dataclasses.replace(config, **changes), words, train.main)
