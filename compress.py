@@ -39,7 +39,6 @@ import torch
 import onetoken
 from checkpoint import claim_out_dir, forget_former, multiplied_out, open_tokens, read_checkpoint, save_checkpoint
 from configurator import command_line, fail
-from machine import product
 from model import Linear, Transformer, load_model
 
 GROUP = 64                                   # weights of a row that share a scale and a shift in int4
@@ -119,7 +118,7 @@ class Int8Linear(torch.nn.Module):
         trains = x.requires_grad and torch.is_grad_enabled()       # C gives no gradient
         if 0 < len(x) <= onetoken.MAX_ROWS and not trains and x.device.type == "cpu" and onetoken.library() is not None:
             return onetoken.linear(self, x.float())
-        return product(x, multiplied_out(self.parts()).to(x.dtype))
+        return x @ multiplied_out(self.parts()).to(x.dtype).T
 
 
 class Int4Linear(Int8Linear):
