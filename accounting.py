@@ -29,7 +29,7 @@ import sys
 from dataclasses import dataclass, fields
 
 from configurator import command_line, fail, nearest, read_config_file
-from machine import DEVICES, find_device  # noqa: F401
+from machine import DEVICES
 from model import ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -240,9 +240,6 @@ def tensor_parallel_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_
 
 def _step_cost(work, batch, dp, tp, flops_per_s, link_bytes_per_s, dtype, rounds) -> dict:
     """rounds: how often all weights (or gradients) go round the ring of dp ranks in forward and in backward."""
-    if min(batch, dp, tp, flops_per_s, link_bytes_per_s) <= 0:
-        raise ValueError(f"batch_tokens={batch}, ranks {dp} x {tp}, FLOP/s {flops_per_s}, bytes/s {link_bytes_per_s}: "
-                         "all must be above 0")
     if isinstance(work, ModelConfig):
         params, flops = count_params(work)["total"], flops_per_token(work, work.context_length)["total"]
         reduced = 2 * work.n_layers * work.d_model       # numbers a token that tensor parallelism all-reduces in a pass
@@ -282,7 +279,7 @@ def best_mix(work, batch_tokens, ranks, *machine) -> tuple:
 def training_hours(config: ModelConfig, tokens: float, device: str, mfu: float = 0.4, n_devices: int = 1) -> float:
     """Hours to train on `tokens` when the share `mfu` of the devices' peak goes into the model's FLOPs."""
     flops = flops_per_token(config, config.context_length, training=True)["total"] * tokens
-    return flops / (find_device(device).flops * mfu * n_devices) / 3600
+    return flops / (DEVICES[device].flops * mfu * n_devices) / 3600
 
 
 # --- the command ---
@@ -302,9 +299,11 @@ class Bill(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.mfu <= 1 or min(self.n_devices, self.batch_size) < 1:
-            raise ValueError(f"mfu={self.mfu} must be above 0, up to 1, n_devices={self.n_devices} and "
-                             f"batch_size={self.batch_size} at least 1")
+        if self.device not in DEVICES:
+            raise ValueError(f"device={self.device!r} is not known; there are {', '.join(DEVICES)}")
+        for name in ("batch_size", "n_devices", "mfu", "batch_tokens", "link_gb_per_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
 
 
 def table(title: str, header: list[str], rows: list[list]) -> None:
@@ -317,21 +316,18 @@ def table(title: str, header: list[str], rows: list[list]) -> None:
         print(f"  {name:<{widths[0]}}", *(f" {cell:>{width}}" for cell, width in zip(cells, widths[1:])))
 
 
-def print_parts(title: str, parts: dict, unit: float = 1) -> None:
-    """One table: each part of a count, in this unit, and its share of the total."""
-    table(title, ["part", "number", "share"],
-          [[name, n if unit == 1 else n / unit, f"{100 * n / parts['total']:.1f} %"] for name, n in parts.items() if n])
-
-
 def print_model(bill: Bill) -> None:
     """Parameters, FLOPs and bytes by part, and what nested checkpoints save."""
-    T, room = bill.context_length, find_device(bill.device).memory_bytes
+    T, room = bill.context_length, DEVICES[bill.device].memory_bytes
     memory = memory_bytes(bill, bill.batch_size, None, bill.dtype, bill.optimizer)
     fits = largest_batch(bill, room, None, bill.dtype, bill.optimizer)
-    print_parts("parameters", count_params(bill))
-    print_parts(f"TFLOP of a forward pass over {T:,} tokens (backward: 2 x)", flops_per_token(bill, T), 1e12 / T)
-    print_parts(f"GB of a training step at batch {bill.batch_size}, {bill.dtype}, {bill.optimizer}; one {bill.device} "
-                f"fits {fits}; cache of one sequence {kv_cache_bytes(bill, T, bill.dtype) / 1e6:,.4g} MB", memory, 1e9)
+    step = (f"GB of a training step at batch {bill.batch_size}, {bill.dtype}, {bill.optimizer}; one {bill.device} fits "
+            f"{fits}; cache of one sequence {kv_cache_bytes(bill, T, bill.dtype) / 1e6:,.4g} MB")
+    for title, parts, unit in (("parameters", count_params(bill), 1), (step, memory, 1e9),
+                               (f"TFLOP of a forward pass over {T:,} tokens (backward: 2 x)", flops_per_token(bill, T),
+                                1e12 / T)):
+        table(title, ["part", "number", "share"],
+              [[name, n / unit if unit > 1 else n, f"{100 * n / parts['total']:.1f} %"] for name, n in parts.items() if n])
     tokens = bill.batch_size * T
     block, one_input = tokens * _block_bytes(bill, BYTES[bill.dtype]), tokens * 4 * bill.d_model
     levels = range(2 + int(math.log2(bill.n_layers)))
@@ -344,7 +340,7 @@ def print_model(bill: Bill) -> None:
 def print_speed(bill: Bill) -> None:
     """What the strategies of parallel.py and sharded.py send beside their arithmetic, and hours."""
     ranks = max(2, bill.n_devices)
-    rates = bill.batch_tokens, ranks, find_device(bill.device).flops * bill.mfu, bill.link_gb_per_s * 1e9
+    rates = bill.batch_tokens, ranks, DEVICES[bill.device].flops * bill.mfu, bill.link_gb_per_s * 1e9
     fsdp, tp, mixed = best_mix(bill, *rates, bill.dtype)
     costs = {"DDP, float32": data_parallel_cost(bill, *rates, "float32"), "FSDP": fsdp_cost(bill, *rates, bill.dtype),
              "tensor parallel": tensor_parallel_cost(bill, *rates, bill.dtype), f"best: fsdp {fsdp} x tp {tp}": mixed}

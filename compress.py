@@ -38,7 +38,6 @@ import torch
 import onetoken
 from checkpoint import claim_out_dir, forget_former, open_tokens, read_checkpoint, save_checkpoint
 from configurator import command_line, fail
-from machine import product
 from model import Linear, Transformer, load_model
 
 GROUP = 64                                   # weights of a row that share a scale and a shift in int4
@@ -130,7 +129,7 @@ class RoundedLinear(torch.nn.Module):
         if in_c and not trains and 0 < len(rows) <= onetoken.MAX_ROWS:
             y = onetoken.linear(self, rows.float()).to(x.dtype)
         else:
-            y = product(rows, (onetoken.widen(self) if in_c else self.multiplied_out()).to(x.dtype))
+            y = rows @ (onetoken.widen(self) if in_c else self.multiplied_out()).to(x.dtype).T
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

@@ -16,7 +16,6 @@ from torch import nn
 
 import fused
 from fused import fast, wide
-from machine import product
 
 
 # --- softmax, and what rests on it ---
@@ -77,7 +76,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
     def forward(self, x):                                          # (..., d_in) -> (..., d_out)
-        y = product(x, self.weight)
+        y = x @ self.weight.T
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -3,13 +3,13 @@
     SGD        p -= lr · g                         one step size for all: the steepest direction bounds it
     momentum   p -= lr · m                         m sums past gradients: directions that keep their sign gain speed
     AdaGrad    p -= lr · g / √(sum of g²)          each number has its own step size; all steps shrink for ever
-    RMSProp    p -= lr · g / √(mean of recent g²)  ... and no longer shrink
+    RMSProp    p -= lr · g / √(mean of recent g²)  … and no longer shrink
     Adam(W)    p -= lr · m / √(mean of recent g²)  both; AdamW leaves weight decay out of the division
     Muon       P -= lr · U Vᵀ                      a matrix as a matrix: the gradient U S Vᵀ with all of S set to 1
 
-`python optim.py` lets five of them compete on one problem, 17 s on one core, and draws the losses and a gradient's
-singular values before and after Muon. AdamW and Muon hand whole lists of tensors to one call of torch._foreach_*: 40
-tensors would otherwise pay for some 400 small operations a step.
+`python optim.py` lets five of them compete on one problem and draws the losses and a gradient's singular values
+before and after Muon. AdamW and Muon hand whole lists of tensors to one call of torch._foreach_*: 40 tensors would
+otherwise pay for some 400 small operations a step. Weight decay is decoupled in all of them and comes after the step.
 """
 import math
 import sys
@@ -21,9 +21,7 @@ import torch
 @torch.no_grad()
 def adamw_step(params, moments, t: int, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01) -> None:
     """Step number t (from 1) of AdamW, to read; `AdamW` below does the same faster. moments: a pair (m, v) a parameter.
-
-    Source: Adam 1412.6980, algorithm 1; decoupled decay 1711.05101, algorithm 2. The decay uses lr as it is given.
-    """
+    Source: Adam 1412.6980, algorithm 1; decoupled decay 1711.05101, algorithm 2. The decay uses lr as it is given."""
     for p, (m, v) in zip(params, moments):
         m.copy_(betas[0] * m + (1 - betas[0]) * p.grad)              # first moment: the mean of recent gradients
         v.copy_(betas[1] * v + (1 - betas[1]) * p.grad ** 2)         # second moment: how large they usually are
@@ -34,13 +32,11 @@ def adamw_step(params, moments, t: int, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, w
 
 
 class _Optimizer(torch.optim.Optimizer):
-    """What all share; a subclass's update(group, params, grads, states) changes the parameters in place."""
+    """What all share: the decay. A subclass's update(group, params, grads, states) steps against the gradients."""
 
     def __init__(self, params, **settings):
-        for name, value in settings.items():
-            limit = 1 if name in ("momentum", "beta", "betas") else math.inf
-            if not all(0 <= number < limit for number in (value if isinstance(value, tuple) else (value,))):
-                raise ValueError(f"{name}={value} must be at least 0 and below {limit}")
+        if not 0 <= settings["lr"] < math.inf:
+            raise ValueError(f"lr={settings['lr']} must be at least 0")
         super().__init__(params, settings)
 
     @torch.no_grad()
@@ -51,6 +47,7 @@ class _Optimizer(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 self.update(group, params, [p.grad for p in params], [self.state[p] for p in params])
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         return loss
 
 
@@ -63,7 +60,7 @@ def state_tensors(params, states, name: str) -> list[torch.Tensor]:
 
 
 class SGD(_Optimizer):
-    """m = momentum · m + g;  p = p - lr · m (Polyak 1964). Weight decay is decoupled, here and below."""
+    """m = momentum · m + g;  p = p - lr · m (Polyak 1964)."""
 
     def __init__(self, params, lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 0.0):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
@@ -71,8 +68,7 @@ class SGD(_Optimizer):
     def update(self, group, params, grads, states):
         for p, g, m in zip(params, grads, state_tensors(params, states, "momentum_buffer")):
             m.mul_(group["momentum"]).add_(g)
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(group["lr"] * m)
+            p -= group["lr"] * m
 
 
 class AdaGrad(_Optimizer):
@@ -84,8 +80,7 @@ class AdaGrad(_Optimizer):
     def update(self, group, params, grads, states):
         for p, g, s in zip(params, grads, state_tensors(params, states, "sum")):
             s.add_(g * g)
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(group["lr"] * g / (s.sqrt() + group["eps"]))
+            p -= group["lr"] * g / (s.sqrt() + group["eps"])
 
 
 class RMSProp(_Optimizer):
@@ -97,8 +92,7 @@ class RMSProp(_Optimizer):
     def update(self, group, params, grads, states):
         for p, g, s in zip(params, grads, state_tensors(params, states, "square_avg")):
             s.mul_(group["beta"]).add_((1 - group["beta"]) * g * g)
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(group["lr"] * g / (s.sqrt() + group["eps"]))
+            p -= group["lr"] * g / (s.sqrt() + group["eps"])
 
 
 class AdamW(_Optimizer):
@@ -115,18 +109,14 @@ class AdamW(_Optimizer):
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-        # Parameters without a gradient in some steps (an idle expert) lag behind, so each tensor has its own t.
-        steps = [state["step"].item() for state in states]
+        steps = [state["step"].item() for state in states]       # an idle expert's parameters lag behind the others
         # lr · m̂ / (√v̂ + eps) with √(1 - b2^t) taken out above and below the line: two passes fewer over all tensors.
         roots = [math.sqrt(1 - beta2 ** t) for t in steps]
-        rates = [-float(group["lr"]) * root / (1 - beta1 ** t) for root, t in zip(roots, steps)]  # lr may be a tensor
+        rates = [-float(group["lr"]) * root / (1 - beta1 ** t) for root, t in zip(roots, steps)]
         denominators = torch._foreach_sqrt(v)
         torch._foreach_add_(denominators, [group["eps"] * root for root in roots])
         torch._foreach_addcdiv_(params, m, denominators, rates)
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
 
-
-# --- Muon ---
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 # Together they send singular values of 0.032 … 1 to within 0.37 of 1 (2505.16932); two of Jordan's send 0.032 to 0.37.
@@ -135,10 +125,8 @@ TWO_ROUNDS = ((7.3089, -20.5328, 14.9934), (2.8429, -2.0524, 0.4336))
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """U Vᵀ of each matrix's SVD U S Vᵀ, roughly. matrices: (..., rows, columns).
-
-    Newton-Schulz in bfloat16, matrix products only: X -> a X + (b A + c A²) X with A = X Xᵀ keeps U and V, and sends a
-    singular value s to a s + b s³ + c s⁵: a small one grows 3.4-fold a round, one near 1 stays within 0.3 of it.
-    """
+    Newton-Schulz, products in bfloat16 only: X -> a X + (b A + c A²) X with A = X Xᵀ keeps U and V, and sends a singular
+    value s to a s + b s³ + c s⁵: a small one grows 3.4-fold a round, one near 1 stays within 0.3 of it."""
     x = matrices.bfloat16().flatten(0, -3) if matrices.dim() > 2 else matrices.bfloat16()[None]
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x                                       # A is then the smaller of the two Gram matrices
@@ -154,33 +142,23 @@ class Muon(_Optimizer):
 
         m = momentum · m + g
         u = orthogonalize(g + momentum · m)               Nesterov
-        p = p · (1 - lr · weight_decay) - lr · max(1, rows/columns)^½ · u
+        p = p - lr · max(1, rows/columns)^½ · u
 
     A gradient matrix has a few large singular values and many small ones; Adam follows the large. Here all directions
-    move alike: 1st and 16th singular value of a gradient 0.617 and 0.016, after five rounds 1.187 and 0.869.
-    Embeddings, the head and norms belong to AdamW. Source: Jordan 2024, kellerjordan.github.io/posts/muon; its decay:
-    Liu 2025, 2502.16982.
+    move alike. Embeddings, the head and norms belong to AdamW. Source: Jordan 2024, kellerjordan.github.io/posts/muon.
     """
 
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0, ns_steps: int = 5):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps)
 
-    def add_param_group(self, group):
-        super().add_param_group(group)
-        for p in self.param_groups[-1]["params"]:
-            if p.dim() < 2:
-                raise ValueError(f"Muon takes matrices, not a shape of {tuple(p.shape)}; give that one to AdamW")
-
     def update(self, group, params, grads, states):
-        buffers = state_tensors(params, states, "momentum_buffer")
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, grads)
-        looked_ahead = torch._foreach_add(grads, buffers, alpha=group["momentum"])
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         same_shape = {}
-        for p, u in zip(params, looked_ahead):
-            same_shape.setdefault(p.shape, []).append((p, u))
+        for p, g, m in zip(params, grads, state_tensors(params, states, "momentum_buffer")):
+            m.mul_(group["momentum"]).add_(g)
+            same_shape.setdefault(p.shape, []).append((p, g + group["momentum"] * m))
         for shape, pairs in same_shape.items():                   # equal shapes share one batched product
+            if len(shape) < 2:
+                raise ValueError(f"Muon takes matrices, not a shape of {tuple(shape)}; give that one to AdamW")
             scale = max(1.0, shape[-2] / shape[-1]) ** 0.5
             updates = orthogonalize(torch.stack([u for _, u in pairs]), group["ns_steps"])
             torch._foreach_add_([p for p, _ in pairs], list(updates.to(pairs[0][0].dtype)), alpha=-group["lr"] * scale)
@@ -188,25 +166,20 @@ class Muon(_Optimizer):
 
 # --- schedules: step number to learning rate ---
 
-def cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, cosine_steps: int) -> float:
+def cosine_schedule(step, max_lr, min_lr, warmup_steps, cosine_steps) -> float:
     """Up linearly from 0, down along half a cosine until cosine_steps, then min_lr (1608.03983, equation 5)."""
     if step < warmup_steps:
         return step / warmup_steps * max_lr
-    if step > cosine_steps:
-        return min_lr
-    done = (step - warmup_steps) / max(cosine_steps - warmup_steps, 1)
+    done = min((step - warmup_steps) / max(cosine_steps - warmup_steps, 1), 1)
     return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (max_lr - min_lr)
 
 
-def wsd_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, stable_steps: int,
-                 decay_steps: int) -> float:
+def wsd_schedule(step, max_lr, min_lr, warmup_steps, stable_steps, decay_steps) -> float:
     """Warmup, stable, decay (2404.06395): a run can be prolonged, and only its decay need be trained again."""
     if step < warmup_steps:
         return step / warmup_steps * max_lr
-    into_decay = step - warmup_steps - stable_steps
-    if into_decay <= 0:
-        return max_lr
-    return max_lr + into_decay / decay_steps * (min_lr - max_lr) if into_decay < decay_steps else min_lr
+    into_decay = max(step - warmup_steps - stable_steps, 0)
+    return max_lr + min(into_decay / max(decay_steps, 1), 1) * (min_lr - max_lr)
 
 
 def norms(grads) -> list[torch.Tensor]:
@@ -218,66 +191,49 @@ def norms(grads) -> list[torch.Tensor]:
 @torch.no_grad()
 def clip_grad_norm(params, max_norm: float, eps: float = 1e-6) -> torch.Tensor:
     """Scale all gradients in place by max_norm / (norm + eps) when their common L2 norm is above max_norm; a norm that
-    is not finite leaves them. Returns it, before clipping, a float32 scalar (0 when there is no gradient)."""
+    is not finite leaves them. Returns it, before clipping, a float32 scalar (0 without any gradient)."""
     params = [params] if isinstance(params, torch.Tensor) else list(params)
     if any(getattr(p, "cuts", None) for p in params):
         raise ValueError("the norm of divided parameters needs all ranks: use parallel.clip_grad_norm")
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         return torch.tensor(0.0)
-    parts = norms(grads)
-    norm = torch.stack([part.to(parts[0].device) for part in parts]).norm()
-    # A factor of 1 rather than a branch: asking on the host whether to clip would wait for the GPU.
+    norm = torch.stack(norms(grads)).norm()
+    # A factor of 1 and no branch: asking on the host whether to clip would wait for the GPU.
     torch._foreach_mul_(grads, torch.where(norm.isfinite(), torch.clamp(max_norm / (norm + eps), max=1.0), 1.0))
     return norm
 
 
-# --- five on one problem ---
-
-def problem():
-    """(parameters, loss function): a network of 32 × 64 × 16 imitates another; its inputs differ 100-fold in size."""
+def main(path="out/optimizers.png", steps: int = 300) -> None:
+    """A network of 32 × 64 × 16 imitates another, whose inputs differ 100-fold in size, by each optimizer at its best
+    learning rate of 3^-6 … 3. Print the share of the targets' variance that is left, and draw it to `path`."""
+    from matplotlib.figure import Figure
+    losses, values = Figure(figsize=(12, 4.5), layout="constrained").subplots(1, 2)
     torch.manual_seed(0)
     sizes = torch.logspace(0, -2, 32)
     inputs = torch.randn(1024, 32) * sizes
     targets = torch.relu(inputs @ (torch.randn(32, 64) / sizes[:, None])) @ torch.randn(64, 16)
-    first, second = ((torch.randn(n, m) / n ** 0.5).requires_grad_() for n, m in ((32, 64), (64, 16)))
-    return [first, second], lambda: (torch.relu(inputs @ first) @ second - targets / targets.std()).square().mean()
-
-
-def compete(make, lr: float, steps: int = 300) -> list[float]:
-    """The losses of one optimizer on the problem: the share of the targets' variance that is left."""
-    params, loss_of = problem()
-    optimizer, losses = make(params, lr, weight_decay=0.0), []
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = cosine_schedule(step, lr, 0.0, 0, steps)
-        optimizer.zero_grad()
-        loss = loss_of()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def main(path="out/optimizers.png") -> None:
-    """Print each optimizer's losses at its best learning rate; draw them, and singular values, to `path`."""
-    from matplotlib.figure import Figure
-    losses, values = Figure(figsize=(12, 4.5), layout="constrained").subplots(1, 2)
-    print("best of 8 learning rates; share of the variance left\noptimizer        lr   step 30       100       300")
-    for make in (SGD, AdaGrad, RMSProp, AdamW, Muon):
-        runs = {3.0 ** k: compete(make, 3.0 ** k) for k in range(-6, 2)}
-        lr = min(runs, key=lambda lr: runs[lr][-1] if math.isfinite(runs[lr][-1]) else math.inf)
-        print(f"{make.__name__:<10}{lr:>9.2g}" + "".join(f"{runs[lr][step - 1]:>10.4f}" for step in (30, 100, 300)))
-        losses.semilogy(runs[lr], label=f"{make.__name__}, lr {lr:.2g}")
-    (first, _), loss_of = problem()
-    loss_of().backward()
-    gradient = first.grad / first.grad.norm()
-    for label, matrix in (("gradient", gradient), ("2 rounds", orthogonalize(gradient, 2)),
-                          ("5 rounds", orthogonalize(gradient, 5))):
-        values.semilogy(range(1, 33), torch.linalg.svdvals(matrix.float()).tolist(), ".-", label=label)
+    starts = [torch.randn(n, m) / n ** 0.5 for n, m in ((32, 64), (64, 16))]
+    print("optimizer      lr   step 30       100       300")
+    for make, lr in ((SGD, 3), (AdaGrad, 1 / 9), (RMSProp, 1 / 81), (AdamW, 1 / 9), (Muon, 1 / 3)):
+        first, second = params = [start.clone().requires_grad_() for start in starts]
+        optimizer, curve = make(params, lr, weight_decay=0.0), []
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = cosine_schedule(step, lr, 0.0, 0, steps)
+            optimizer.zero_grad()
+            loss = (torch.relu(inputs @ first) @ second - targets / targets.std()).square().mean()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        print(f"{make.__name__:<10}{lr:>7.2g}" + "".join(f"{curve[steps // n - 1]:>10.4f}" for n in (10, 3, 1)))
+        losses.semilogy(curve, label=f"{make.__name__}, lr {lr:.2g}")
+    for rounds in (0, 2, 5):                    # 0: the gradient itself, of Frobenius norm 1
+        matrix = orthogonalize(first.grad, rounds) if rounds else first.grad / first.grad.norm()
+        values.semilogy(torch.linalg.svdvals(matrix.float()), ".-", label=f"{rounds} rounds of Muon")
     losses.set(xlabel="step", ylabel="share of the targets' variance left", title="python optim.py")
-    values.set(xlabel="number of the singular value", ylabel="size", title="one gradient before and after Muon")
-    for axis in (losses, values):
-        axis.legend()
+    values.set(xlabel="singular value", ylabel="size", title="one gradient before and after Muon")
+    losses.legend()
+    values.legend()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     losses.figure.savefig(path, dpi=110)
     print(path)

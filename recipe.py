@@ -74,7 +74,6 @@ class TrainConfig(ModelConfig):
     log_every: int | None = None             # steps between log lines; none = about a hundred lines in all
     checkpoint_every: int | None = None      # steps between checkpoints; none = at every evaluation
     teacher: str | None = None               # OUT_DIR of a trained model to learn from besides the text (distillation)
-    teacher_temperature: float = 2.0         # logits of both are divided by this for it
     num_samples: int = 0                     # texts that sample.py writes at the end
     seed: int = 1337                         # of weights and batches
     device: str | None = None                # cpu, cuda, cuda:1, mps; none = the best there is
@@ -100,21 +99,19 @@ class TrainConfig(ModelConfig):
         for name in ("seed", "warmup_steps", "eval_every", "num_samples", "lr", "muon_lr", "weight_decay"):
             if not 0 <= given[name] < math.inf:
                 raise ValueError(f"{name}={given[name]} must be at least 0")
-        for name in ("max_minutes", "embedding_lr", "grad_clip", "teacher_temperature"):
+        for name in ("max_minutes", "embedding_lr", "grad_clip"):
             if not given.get(name, 1) > 0:
                 raise ValueError(f"{name}={given[name]} must be above 0")
         for name in ("beta1", "beta2", "momentum", "min_lr_factor", "decay_fraction"):
             if not 0 <= given[name] <= 1:
                 raise ValueError(f"{name}={given[name]} must be from 0 to 1")
         if self.batch_tokens < self.context_length:
-            raise ValueError(f"batch_tokens={self.batch_tokens} is less than context_length={self.context_length}, one "
-                             "sequence")
+            raise ValueError(f"batch_tokens={self.batch_tokens} is less than context_length={self.context_length}")
         if self.teacher and self.fused_loss:
             raise ValueError(f"teacher={self.teacher} needs logits, which fused_loss=true never makes; drop one")
         cut = f"parallel={self.parallel}, tp={self.tp}, pp={self.pp}"
         if self.optimizer == "muon" and (self.parallel == "fsdp" or self.tp > 1):
-            raise ValueError(f"{cut} cuts matrices and optimizer=muon needs whole ones; choose optimizer=adamw, or "
-                             "parallel=ddp or zero1 with tp=1")
+            raise ValueError(f"{cut} cuts matrices and optimizer=muon needs whole ones; choose optimizer=adamw")
         if self.divided and self.compile:
             raise ValueError(f"{cut} sends from within the forward pass, which compile=true cannot follow; drop one")
         if not self.start:                     # otherwise the shape is the checkpoint's
@@ -138,11 +135,8 @@ class TrainConfig(ModelConfig):
 
 
 def take_shape(config: TrainConfig, given=None) -> TrainConfig:
-    """`config` with the model's shape of the checkpoint that it starts from, if any.
-
-    given: the settings that were asked for; without, all that are not at their default. Raises ValueError for one of
-    them that differs from the checkpoint's.
-    """
+    """`config` with the model's shape of the checkpoint that it starts from, if any. given: the settings that were asked
+    for; without, all that are not at their default. Raises ValueError for one that differs from the checkpoint's."""
     if not config.start:
         return config
     saved = read_checkpoint(config.start).get("model_config") or {}
@@ -163,8 +157,7 @@ def get_batch(tokens, batch_size: int, context_length: int, device, generator=No
     """Random windows of a long sequence of ids: (inputs, targets), each (batch_size, context_length) int64 on `device`.
 
     tokens: (n,) ids, a NumPy array, a memory map, a list or a tensor on the CPU. The starts are uniform over
-    0 … n - context_length - 1, all of which leave room for the target one further on; or those given. Raises
-    ValueError when there is no room for one, or an id is not below vocab_size.
+    0 … n - context_length - 1; or those given. Raises ValueError when there is no room, or for ids of the vocab_size on.
     """
     if len(tokens) <= context_length:
         raise ValueError(f"{len(tokens)} tokens are too few for windows of {context_length} and the token after; "
@@ -191,23 +184,22 @@ class Loader:
         self.tokens, self.sequences, self.context_length, self.device = tokens, sequences, context_length, device
         self.seed, self.epochs, self.vocab_size = seed, epochs, vocab_size
         self.generator = torch.Generator().manual_seed(seed)
-        self.n_windows = max(1, (len(tokens) - 1) // context_length)
         self.position, self.epoch, self.order = 0, None, None
 
     def next(self):
         """(inputs, targets) of the next step, each (sequences, context_length)."""
-        starts = None
-        if self.epochs:
-            starts = np.array([self.start(self.position + i) for i in range(self.sequences)])
+        positions = range(self.position, self.position + self.sequences)
         self.position += self.sequences
+        starts = np.array([self.start(position) for position in positions]) if self.epochs else None
         return get_batch(self.tokens, self.sequences, self.context_length, self.device, self.generator, starts,
                          self.vocab_size)
 
     def start(self, position: int) -> int:
         """Where in the text the sequence at this position of all epochs begins."""
-        epoch, place = divmod(position, self.n_windows)
+        n_windows = max(1, (len(self.tokens) - 1) // self.context_length)
+        epoch, place = divmod(position, n_windows)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n_windows)
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(n_windows)
         return self.order[place] * self.context_length
 
 
@@ -223,9 +215,6 @@ def open_data(data_dir, context_length: int, vocab_size: int | None = None) -> t
     folder, meta = Path(data_dir), read_meta(data_dir)
     splits = {split: open_tokens(folder, split) for split in ("train", "val")}
     for split, tokens in splits.items():
-        if meta.get(f"{split}_tokens", len(tokens)) != len(tokens):
-            raise ValueError(f"{folder}/{split}.bin has {len(tokens):,} tokens, its meta.json says "
-                             f"{meta[f'{split}_tokens']:,}: of two preparations; run data.py prepare again")
         if len(tokens) <= context_length:
             raise ValueError(f"{folder}/{split}.bin has {len(tokens):,} tokens, too few for one window of "
                              f"context_length={context_length} and the token after; give more text, or less context")
@@ -266,15 +255,15 @@ def make_optimizers(model: Transformer, config: TrainConfig, make=lambda cls, pa
     groups = [{"params": others if muon else hidden + others, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0},
               {"params": tables, "weight_decay": 0.0, "lr": config.embedding_lr or config.lr}]
-    jobs = [("adamw" if muon else config.optimizer, [group for group in groups if group["params"]], config.lr)]
+    jobs = {"adamw" if muon else config.optimizer: [group for group in groups if group["params"]]}
     if muon:
-        jobs.append(("muon", [{"params": hidden, "weight_decay": 0.0}], config.muon_lr))
+        jobs["muon"] = [{"params": hidden, "weight_decay": 0.0, "lr": config.muon_lr}]
     optimizers = []
-    for name, params, lr in jobs:
+    for name, groups in jobs.items():
         cls, names, _ = OPTIMIZERS[name]
         settings = {key: getattr(config, ours) if isinstance(ours, str) else tuple(getattr(config, one) for one in ours)
                     for key, ours in names.items()}
-        optimizers.append(make(cls, params, lr=lr, **settings))
+        optimizers.append(make(cls, groups, lr=config.lr, **settings))
     for group in all_groups(optimizers):
         group["peak_lr"] = group["lr"]
     return optimizers
@@ -308,10 +297,9 @@ class LossScale:
 
     def update(self, finite: bool) -> None:
         """After a step whose gradients were finite, or not."""
-        if not self.on:
-            return
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.scale = max(self.scale / 2, 1.0)
-        elif self.good_steps % self.GROW_EVERY == 0:
-            self.scale *= 2
+        if self.on:
+            self.good_steps = self.good_steps + 1 if finite else 0
+            if not finite:
+                self.scale = max(self.scale / 2, 1.0)
+            elif self.good_steps % self.GROW_EVERY == 0:
+                self.scale *= 2

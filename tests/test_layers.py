@@ -131,23 +131,6 @@ def test_exponentials_in_c_have_seven_digits():
     assert ((fused.SwiGLU.apply(x, torch.ones_like(x)) - exact).abs() <= 4e-7 * exact.abs()).all()
 
 
-@pytest.mark.parametrize("onednn", [True, False])
-def test_products_are_the_same_by_either_way(onednn, monkeypatch):
-    """Which of the two is faster is measured once for each size and remembered."""
-    if machine.ONEDNN is None:
-        pytest.skip("torch has no oneDNN product for this processor")
-    asked = []
-    monkeypatch.setattr(machine, "FASTER", {})
-    monkeypatch.setattr(machine, "onednn_is_faster", lambda *size: asked.append(size) or onednn)
-    weight = torch.randn(400, 300, generator=rng())
-    with torch.no_grad():
-        for shape in ((300,), (1, 300), (2, 5, 300), (0, 300)):
-            x = torch.randn(shape, generator=rng(1))
-            close(machine.product(x, weight), x @ weight.T, 1e-5) if x.numel() else machine.product(x, weight)
-    assert len(asked) == 2, asked                                  # one row twice, ten rows
-    assert machine.product(x.requires_grad_(), weight).requires_grad
-
-
 # --- in float32, because … ---
 
 @pytest.mark.parametrize("kind, reference", [(layers.RMSNorm, F.rms_norm), (layers.LayerNorm, F.layer_norm)],

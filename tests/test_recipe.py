@@ -64,10 +64,9 @@ def test_token_files_that_do_not_fit_together_are_refused(corpus, tmp_path):
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
 
     assert recipe.open_data(folder, 32)[2] == 512 and recipe.open_data(folder, 32, 600)[2] == 600
-    for changes, words in (({"val_tokens": 3}, "of two preparations"), ({"vocab_size": 9}, "val.bin holds id")):
-        (folder / "meta.json").write_text(json.dumps(meta | changes), encoding="utf-8")
-        with pytest.raises(ValueError, match=words):
-            recipe.open_data(folder, 32)
+    (folder / "meta.json").write_text(json.dumps(meta | {"vocab_size": 9}), encoding="utf-8")
+    with pytest.raises(ValueError, match="val.bin holds id"):
+        recipe.open_data(folder, 32)
     (folder / "meta.json").unlink()
     assert recipe.open_data(folder, 32)[2] == 50_304, "as nanoGPT's token files, which have no meta.json"
 
