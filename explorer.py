@@ -198,6 +198,6 @@ def score(submission: dict, seed: int) -> dict:
     world = World(seed)
     true = world.loss(**{key: submission[key] for key in RANGES})
     law = np.array([[math.log(world.A), world.alpha, math.log(world.B), world.beta, math.log(world.E)]])
-    best = predict(make_fit("truth", law, math.log(submission["flops"])), submission["flops"])
+    best = predict(make_fit("truth", law), submission["flops"])
     return {"true": true, "best": best.loss, "best_n_params": best.n_params,
             "prediction_error": 100 * (submission["loss"] / true - 1), "excess": 100 * (true / best.loss - 1)}

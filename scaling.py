@@ -57,7 +57,7 @@ def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str
     from matplotlib.ticker import LogFormatter
     figure = Figure(figsize=(15, 5), layout="constrained")
     curves, sizes, losses = figure.subplots(1, 3)
-    log_n, log_d, log_c, log_l = columns(runs, "a picture")
+    log_n, log_d, log_c, log_l = columns(runs)
     counts = np.log([run[key] for run in runs])
     for number, group in enumerate(budgets_of(counts)):
         color, budget = f"C{number % 10}", math.exp(counts[group].mean())
@@ -126,14 +126,14 @@ def fit_file(settings: "FitSettings", path: str) -> None:
     """All fits of the runs in a file, and what they say at settings.flops (none: ten times the largest budget)."""
     runs = read_runs(path)
     fits = fit_all(runs)
-    flops = settings.flops or 10 * fits[-1].max_flops
+    flops = settings.flops or 10 * max(run["flops"] for run in runs)
     print_fits(fits, flops)
     print(f"best run of each budget, no parabola: N {best_of_each_budget(runs, flops):.3g}")
     print(draw(fits[-1], runs, flops, f"{settings.out_dir}/fit.png", f"python scaling.py fit {path}"))
 
 
 def demonstrate(settings: "DemoSettings") -> None:
-    """A world explored, each fit beside the hidden truth, what serving changes, a picture."""
+    """A world explored, each fit beside the hidden truth, a picture."""
     target = settings.flops or 1e19
     explorer = Explorer(TrainingAPI(2e18, settings.seed), target)
     submission = explorer.spend()
@@ -142,9 +142,6 @@ def demonstrate(settings: "DemoSettings") -> None:
     print_fits(fit_all(explorer.runs), target)
     print(f"{'the hidden truth':<40}{result['best_n_params']:>10.3g}{result['best']:>46.3f}")
     print(f"best run of each budget, no parabola: N {best_of_each_budget(explorer.runs, target):.3g}")
-    served = predict(explorer.fit, target, inference_tokens=1e10)
-    print(f"to serve 1e10 tokens from the same FLOPs: N {served.n_params:.3g}, {served.tokens_per_param:.0f} tokens "
-          f"per parameter, loss {served.loss:.3f}")
     print("submission: " + ", ".join(f"{key} {value:.4g}" for key, value in submission.items()))
     print(f"scored: prediction {result['prediction_error']:+.2f} % off the truth, model {result['excess']:.2f} % "
           "above the best loss")
