@@ -125,10 +125,10 @@ def parabola(log_n, log_l, weights) -> tuple:
 def minimum(log_n, log_l, draws) -> tuple:
     """(ln N, ln L) at one budget's minimum, (1 + resamples,) each: the estimate, then by the weights (resamples, n)."""
     n, loss, used = np.array([parabola(log_n, log_l, weights) for weights in (np.ones(len(log_n)), *draws)]).T
-    for name, end in (("smaller", log_n.min()), ("larger", log_n.max())):
-        if (np.abs(n - end) < 1e-9).mean() > 0.95:
-            raise ValueError(f"the runs of one budget, N up to {math.exp(log_n.max()):.3g}, are all on one side of the "
-                             f"minimum; add {name} models")
+    falls = np.corrcoef(log_n, log_l)[0, 1]                                  # ±1: a straight line in ln N
+    if abs(falls) > 0.93 and np.isclose(n, log_n.min() if falls > 0 else log_n.max()).mean() > 0.95:
+        raise ValueError(f"the runs of one budget, N up to {math.exp(log_n.max()):.3g}, are all on one side of the "
+                         f"minimum; add {'smaller' if falls > 0 else 'larger'} models")
     # A parabola bends its three numbers towards the noise: the scatter of its minima understates the error.
     spread = math.sqrt(used[0] / max(used[0] - 3, 1))
     return n[0] + spread * (n - n[0]), loss[0] + spread * (loss - loss[0])
@@ -184,8 +184,8 @@ def fit_parametric(runs: list[dict], resamples: int = RESAMPLES) -> Fit:
     """Approach 3: L = E + A / N^alpha + B / D^beta on all runs, by the Huber loss of ln L, summed (2203.15556, 3.3)."""
     x, y, _, target = columns(runs)
     if len(x) < 6 or np.ptp(x - y) < 0.1 or np.ptp(x + y) < 0.1:
-        raise ValueError(f"{len(x)} runs are fewer than 6, of one budget or of one number of tokens per parameter: they "
-                         "cannot tell five parameters apart; give several sizes at each of several budgets")
+        raise ValueError(f"{len(x)} runs are fewer than 6, of one budget or of one number of tokens per parameter: five "
+                         "parameters cannot be told apart; give several sizes at each of several budgets")
     x0, y0, lowest = x.mean(), y.mean(), math.exp(target.min())
     x, y = x - x0, y - y0                                    # centred, A and alpha are no longer one and the same
     starts = [[math.log((1 - e) * lowest / 2), alpha, math.log((1 - e) * lowest / 2), beta, math.log(e * lowest)]
