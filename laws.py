@@ -184,8 +184,8 @@ def fit_parametric(runs: list[dict], resamples: int = RESAMPLES) -> Fit:
     """Approach 3: L = E + A / N^alpha + B / D^beta on all runs, by the Huber loss of ln L, summed (2203.15556, 3.3)."""
     x, y, _, target = columns(runs)
     if len(x) < 6 or np.ptp(x - y) < 0.1 or np.ptp(x + y) < 0.1:
-        raise ValueError(f"{len(x)} runs are fewer than 6, of one budget or of one number of tokens per parameter: five "
-                         "parameters cannot be told apart; give several sizes at each of several budgets")
+        raise ValueError(f"{len(x)} runs are fewer than 6, of one budget or one number of tokens per parameter: that "
+                         "cannot tell five parameters apart; give several sizes at each of several budgets")
     x0, y0, lowest = x.mean(), y.mean(), math.exp(target.min())
     x, y = x - x0, y - y0                                    # centred, A and alpha are no longer one and the same
     starts = [[math.log((1 - e) * lowest / 2), alpha, math.log((1 - e) * lowest / 2), beta, math.log(e * lowest)]
