@@ -147,26 +147,6 @@ def split_file(path, train_path, val_path) -> int:
                          f"iconv -f utf-16 -t utf-8 {path} > text.txt") from None
     if not n_chars:
         raise ValueError(f"{path} is empty; give a text of at least a few thousand characters")
-<<<<<<< HEAD
-    return number
-
-
-# --- prepare ---
-
-@contextlib.contextmanager
-def unfinished(folder: Path):
-    """A folder inside `folder` to make files in, which goes at the end."""
-    with made_folder(folder):
-        place = folder / "unfinished"
-        shutil.rmtree(place, ignore_errors=True)                      # of a preparation that was killed
-        place.mkdir()
-        try:
-            yield place
-        except OSError as error:                                      # a full disk does not say which file
-            raise OSError(error.errno, error.strerror, error.filename or str(folder)) if error.errno else error
-        finally:
-            shutil.rmtree(place)
-=======
     n_documents += not line.endswith(SEPARATOR)                       # a last one without an end
     if n_documents < 10:
         with text_file(path) as source, text_file(train_path, "w") as train, text_file(val_path, "w") as val:
@@ -175,7 +155,6 @@ def unfinished(folder: Path):
                 (train if left > 0 else val).write(piece)
                 left -= len(piece)
     return n_documents
->>>>>>> 6b90520 (data.py in 320 lines: one download, one prepare, one split)
 
 
 def prepare(name_or_path, vocab_size=None, data_dir=None, context_length: int = 128, tokenizer=None) -> dict:
@@ -193,7 +172,7 @@ def prepare(name_or_path, vocab_size=None, data_dir=None, context_length: int = 
     if tokenizer is not None:
         tokenizer = tokenizer_file(Path(tokenizer), vocab_size)
     place = folder / "unfinished"                                     # where the files are made
-    with only_writer(folder):
+    with made_folder(folder):
         shutil.rmtree(place, ignore_errors=True)                      # of a preparation that was killed
         place.mkdir()
         try:
