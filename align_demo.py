@@ -9,7 +9,7 @@ assistant's, one in twenty wrong. A thousand demonstrations, two thirds of them 
     base --- SFT --+-- DPO     the longest right of four own answers over the shortest wrong one; refusals for locks
                    +-- GRPO    rewarded for the right answer alone
 
-Every figure is of held-out tasks: the hash of a question says whether it is for training, validation or test.
+Every figure is of held-out tasks. About four minutes on one core.
 """
 import copy
 import hashlib
@@ -42,16 +42,12 @@ STAGES = {
     "dpo": DPOConfig(steps=240, micro_batch_size=64, lr=5e-4, beta=0.3, log_every=20),
     "grpo": GRPOConfig(steps=60, prompts_per_step=32, batch_size=128, micro_batch_size=128, lr=1e-3, max_new_tokens=56,
                        log_every=5)}
-SECONDS = {"base": 100, "sft": 11, "dpo": 58, "grpo": 44}     # for the ETA; seed 0, one thread of an Intel Xeon
 
 
 # --- tasks ---
 
 def make_task(pick: random.Random) -> dict:
-    """{kind, question, steps, answer}: a sum, a count, a word to reverse, a lock to close or (harm) to open.
-
-    A model this small hardly sums five numbers in one go, but it can go through them one by one.
-    """
+    """{kind, question, steps, answer}: a sum, a count, a word to reverse, a lock to close or (harm) to open."""
     kind = pick.choices([*HARMLESS, "open"], (0.4, 0.3, 0.1, 0.1, 0.1))[0]
     if kind == "sum":
         numbers = [pick.randint(0, 9) for _ in range(5)]
@@ -71,7 +67,7 @@ def make_task(pick: random.Random) -> dict:
 
 
 def make_tasks(n: int, split: str, seed: int) -> list[dict]:
-    """n different tasks of one split; the hash of a question says which split it belongs to, so that none is in two."""
+    """n different tasks of one split, train, val or test: by the hash of the question, so that none is in two."""
     pick, tasks = random.Random(f"{seed} {split}"), {}
     while len(tasks) < n:
         task = make_task(pick)
@@ -122,10 +118,6 @@ class Laboratory:
         """Ids of a question."""
         return [self.stop] + self.tokenizer.encode(f"Q: {task['question']}\nA:")
 
-    def reply(self, text: str) -> list[int]:
-        """Ids of an answer."""
-        return self.tokenizer.encode(text) + [self.stop]
-
     def pick(self, split: str, n: int, kinds: tuple = HARMLESS) -> list[dict]:
         """The first n tasks of these kinds in a split."""
         return [task for task in self.tasks[split] if task["kind"] in kinds][:n]
@@ -143,15 +135,14 @@ class Laboratory:
         answers = [task["answer"] for task in tasks]
         rows, texts = self.texts(model, tasks)
         grades = list(map(r1_zero_reward, texts, answers))
-        greedy = map(r1_zero_reward, self.texts(model, tasks, 0.0)[1], answers)
+        greedy = list(map(r1_zero_reward, self.texts(model, tasks, 0.0)[1], answers))
         # Right in whatever form: what the base model knows, though it does not know how it is to be said.
         words = [re.sub("<[^>]*>", " ", text).split() for text in texts]
-        figures = {
-            "accuracy": fmean(grade["reward"] for grade in grades), "length": fmean(map(len, rows)),
-            "format": fmean(grade["format_reward"] for grade in grades),
-            "greedy": fmean(grade["reward"] for grade in greedy),
-            "any_form": fmean(said[-len(answer.split()):] == answer.split() for said, answer in zip(words, answers))}
-        figures["error"] = standard_error(figures["accuracy"], len(tasks))
+        right = [said[-len(answer.split()):] == answer.split() for said, answer in zip(words, answers)]
+        accuracy = fmean(grade["reward"] for grade in grades)
+        figures = {"accuracy": accuracy, "error": standard_error(accuracy, len(tasks)),
+                   "greedy": fmean(grade["reward"] for grade in greedy), "any_form": fmean(right),
+                   "format": fmean(grade["format_reward"] for grade in grades), "length": fmean(map(len, rows))}
         for name, kinds in (("refuses_harmful", ("open",)), ("refuses_harmless", HARMLESS)):
             texts = self.texts(model, self.pick("test", 150, kinds))[1]
             figures[name] = fmean(bool(REFUSAL.search(text)) for text in texts)
@@ -163,14 +154,14 @@ class Laboratory:
         for task in self.pick("train", n, (*HARMLESS, "open")):
             reply = answered(task, pick.choice(["guess", "guess", "think"]))
             refused = task["kind"] == "open" and pick.random() < 0.25
-            rows.append((self.prompt(task), self.reply(REFUSES if refused else reply)))
+            rows.append((self.prompt(task), self.tokenizer.encode(REFUSES if refused else reply) + [self.stop]))
         return rows
 
     def pairs(self, model, split: str, n: int) -> list[tuple]:
         """Preferences of a judge who has the verifier and likes work to be shown: of four responses of the model the
         longest right one over the shortest wrong one; for a harmful task a refusal over what it answered, for some
         harmless ones an answer over a refusal."""
-        pairs, refusal = [], self.reply(REFUSES)
+        pairs, refusal = [], self.tokenizer.encode(REFUSES) + [self.stop]
         tasks = self.pick(split, n) + self.pick(split, n // 4, ("open",))
         responses = list(zip(*self.texts(model, tasks, group_size=4)))
         for number, task in enumerate(tasks):
@@ -195,16 +186,13 @@ class Laboratory:
 
 COLUMNS = {"accuracy": "right", "error": "±", "greedy": "greedy", "any_form": "any form", "format": "format",
            "length": "tokens", "refuses_harmful": "refuses harm", "refuses_harmless": "refuses rest"}
-# What is drawn of each stage's log.
-CURVES = {"base": ["loss"], "sft": ["loss"], "dpo": ["val_accuracy", "val_loss"],
-          "grpo": ["reward", "format_reward", "dead_groups", "entropy"]}
 
 
 def train_base(lab: Laboratory, config, log=None):
     """A base model of the little web."""
     torch.manual_seed(lab.seed)
     model = Transformer(ModelConfig(vocab_size=lab.tokenizer.vocab_size, **SHAPE)).to(config.device)
-    sft(model, [([lab.stop], lab.reply(text)) for text in lab.corpus], config, 0, log)
+    sft(model, [([lab.stop], lab.tokenizer.encode(text) + [lab.stop]) for text in lab.corpus], config, 0, log)
     return model
 
 
@@ -213,8 +201,7 @@ def demonstrate(config: DemoConfig, stages=STAGES, lab=None) -> dict:
     folder, began, table, models, logs = Path(config.out_dir), time.perf_counter(), {}, {}, {}
     for stage in stages:
         claim_out_dir(folder / stage, config.overwrite)
-    total, done = sum(SECONDS.values()), 0
-    print(f"base, SFT, DPO, GRPO: about {total / 60:.0f} minutes on one core", flush=True)
+    print("base, SFT, DPO, GRPO: about 4 minutes on one core", flush=True)
     lab = lab or Laboratory(folder, config.seed)
     for stage, settings in stages.items():
         settings, log = replace(settings, seed=config.seed, device="cpu"), Log(stage, folder / stage)
@@ -231,21 +218,13 @@ def demonstrate(config: DemoConfig, stages=STAGES, lab=None) -> dict:
             grpo(model, lab.problems(), lab.tokenizer, settings, lab.stop, log)
         save(model, lab.tokenizer, folder / stage, settings, "plain", log)
         models[stage], logs[stage], table[stage] = model, log.lines[1:], lab.measure(model)
-        done, seconds = done + SECONDS[stage], time.perf_counter() - began
         print(f"{stage} done: {table[stage]['accuracy']:.1%} right, {table[stage]['format']:.1%} in form; "
-              f"{seconds:.0f} s so far, about {seconds / done * (total - done):.0f} s to go", flush=True)
+              f"{time.perf_counter() - began:.0f} s so far", flush=True)
     plot(folder, logs)
-    return {"table": table, "preference": best, "dialogue": dialogue(lab, models)}
-
-
-def dialogue(lab: Laboratory, models: dict) -> list[str]:
-    """One task and one request to refuse, each answered by all four models, greedily."""
-    lines = []
-    for task in (lab.pick("test", 1)[0], lab.pick("test", 1, ("open",))[0]):
-        for stage, model in models.items():
-            answer = lab.texts(model, [task], 0.0)[1][0].strip().replace("\n", " / ")
-            lines.append(f"{task['question']:<32} {stage:<5} {answer}")
-    return lines
+    # One task and one request to refuse, each answered by all four models, greedily.
+    said = [f"{task['question']:<32} {stage:<5} " + lab.texts(model, [task], 0.0)[1][0].strip().replace("\n", " / ")
+            for task in (lab.pick("test", 1)[0], lab.pick("test", 1, ("open",))[0]) for stage, model in models.items()]
+    return {"table": table, "preference": best, "dialogue": said}
 
 
 def report(figures: dict, out_dir) -> str:
@@ -268,11 +247,11 @@ def plot(folder, logs: dict) -> None:
     from matplotlib.figure import Figure
     figure = Figure(figsize=(16, 4), layout="constrained")
     for axis, (stage, entries) in zip(figure.subplots(1, len(logs)), logs.items()):
-        for name in CURVES[stage]:
+        for name in {"dpo": ("val_accuracy", "val_loss"), "grpo": ("reward", "dead_groups", "entropy")}.get(
+                stage, ("loss",)):
             axis.plot(*zip(*[(entry["step"], entry[name]) for entry in entries if name in entry]), label=name)
         axis.set(title=stage, xlabel="step")
         axis.legend(fontsize=8)
-    figure.suptitle(f"python align.py --out_dir={folder}", fontsize=9)
     figure.savefig(Path(folder) / "curves.png", dpi=100)
 
 

@@ -4,8 +4,8 @@
     Explorer             learning rates, shapes and batches first, then IsoFLOPs, then long shots; at last a prediction
     World                the law itself, at the end of the page: predict first, then read
 
-The service has the form of CS336's third assignment, simulated, so that a strategy can be tried in twenty worlds in a
-minute. Settings come first, since a badly tuned run bends the parabola of an IsoFLOP (2203.15556, approach 2).
+The service has the form of CS336's third assignment, simulated: a strategy can be tried in twenty worlds in a minute.
+Settings come first, since a badly tuned run bends the parabola of an IsoFLOP.
 """
 import hashlib
 import math
@@ -39,14 +39,13 @@ class TrainingAPI:
               flops: float) -> float:
         """Final loss of such a run (sequences of 512 tokens, N = 12 L d^2, D = C / 6N); the same again costs nothing.
 
-        Raises ValueError for a value out of its range, and for a run that the rest of the budget does not pay for.
+        Raises ValueError for a value out of its range, and for a run that what is left does not pay for.
         """
         settings = dict(zip(RANGES, (d_model, n_layers, n_heads, batch_size, learning_rate, flops)))
         for name, value in settings.items():
             low, high = RANGES[name]
-            whole = name in ("d_model", "n_layers", "n_heads")
-            if isinstance(value, (str, bool)) or not low <= value <= high or whole and value != int(value):
-                kind = "whole number" if whole else "number"
+            kind = "whole number" if name in ("d_model", "n_layers", "n_heads") else "number"
+            if isinstance(value, (str, bool)) or not low <= value <= high or kind != "number" and value != int(value):
                 raise ValueError(f"{name}={value!r} must be a {kind} from {low:g} to {high:g}")
         for name, allowed in (("batch_size", (128, 256)), ("flops", QUERY_FLOPS)):
             if settings[name] not in allowed:
@@ -92,7 +91,6 @@ class Explorer:
 
     rate: (ln c, p) of the best learning rate c N^p. batch: (c, p) of ln L(256) / L(128) = c + p ln D. aspect: d / L.
     """
-    RESERVE = 0.05                   # share of the budget that is not touched
 
     def __init__(self, api: TrainingAPI, target_flops: float = 1e19):
         self.api, self.target, self.runs = api, target_flops, []
@@ -104,8 +102,8 @@ class Explorer:
         log_n = math.log(block_params(shape["d_model"], shape["n_layers"]))
         rate = np.clip(math.exp(self.rate[0] + self.rate[1] * log_n), 1e-4, 1e-3)
         larger_wins = self.batch[0] + self.batch[1] * (math.log(flops / 6) - log_n) < 0
-        batch_size = 256 if larger_wins else 128
-        return shape | {"batch_size": batch_size, "learning_rate": float(f"{rate:.3g}"), "flops": flops}
+        return shape | {"batch_size": 256 if larger_wins else 128, "learning_rate": float(f"{rate:.3g}"),
+                        "flops": flops}
 
     def run(self, n_params: float, flops: float, **fixed) -> dict:
         """One query, with the best settings known or those given; returns its record."""
@@ -146,7 +144,7 @@ class Explorer:
         for flops, factors in ((6e17, (1.0,)), (1e17, (0.35, 2.5)), (3e17, (1.0,)), (1e17, (1.0,)), (6e16, (0.5, 1.6))):
             best = predict(fit_parametric(self.runs, resamples=0), flops).n_params
             for factor in factors:
-                if self.api.used_flops + flops <= self.api.budget_flops * (1 - self.RESERVE):
+                if self.api.used_flops + flops <= 0.95 * self.api.budget_flops:                      # a reserve
                     self.runs.append(self.run(factor * best, flops))
 
     def spend(self) -> dict:
@@ -165,9 +163,9 @@ class Explorer:
 class World:
     """L = E + (A / N^alpha + B / D^beta) (1 + penalties), times seeded noise of 0.2 %.
 
-    Drawn by seed: E, alpha, beta, and at 1e19 FLOPs the best D / N (10 … 40) and the loss above E (0.9 … 1.4).
-    Penalties, quadratic in the logarithm around a best value: learning rate (falling with N), aspect ratio d / L
-    (shallow, as in 2001.08361, figure 5), width of a head (64), batch (128 … 256 sequences, growing as D^0.2).
+    Drawn by seed: E, alpha, beta, and at 1e19 FLOPs the best D / N and the loss above E. Penalties, quadratic in the
+    logarithm around a best value: learning rate (falling with N), aspect ratio d / L (shallow, as in 2001.08361, figure
+    5), width of a head (64), batch (128 … 256 sequences, growing as D^0.2).
     """
 
     def __init__(self, seed: int = 0):
@@ -198,6 +196,6 @@ def score(submission: dict, seed: int) -> dict:
     world = World(seed)
     true = world.loss(**{key: submission[key] for key in RANGES})
     law = np.array([[math.log(world.A), world.alpha, math.log(world.B), world.beta, math.log(world.E)]])
-    best = predict(make_fit("truth", law, math.log(submission["flops"])), submission["flops"])
+    best = predict(make_fit("truth", law), submission["flops"])
     return {"true": true, "best": best.loss, "best_n_params": best.n_params,
             "prediction_error": 100 * (submission["loss"] / true - 1), "excess": 100 * (true / best.loss - 1)}

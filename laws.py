@@ -17,12 +17,9 @@ model neither term can be traded for the other. Put D = C / 6N, so dD/dN = -D/N,
 
     alpha A / N^alpha = beta B / D^beta  ->  N = n0 C^a, a = beta / (alpha + beta), L - E = k C^-gamma, gamma = alpha a
 
-So N and D grow alike (a = 1/2) only where alpha = beta: then D / N is constant, the "20 tokens a parameter" of
-Hoffmann's approaches 1 and 2; their printed law says 93 at Gopher's budget, its re-fit 18.
-
-Intervals: the fit is made again with each run counted by a random weight of mean 1 (Rubin's Bayesian bootstrap):
-redrawing the runs, but none is lost altogether. The middle 90 % is the interval. Papers: Kaplan 2020 (2001.08361),
-Hoffmann 2022 (2203.15556), Besiroglu 2024 (2404.10102, the re-fit), Sardana 2023 (2401.00448, models that serve).
+So D / N is constant ("20 tokens a parameter") only where alpha = beta. Intervals: the middle 90 % of fits with each run
+counted by a random weight of mean 1 (Rubin's Bayesian bootstrap): redrawing the runs, but none is lost. Hoffmann is
+2203.15556, Kaplan 2001.08361, the re-fit Besiroglu 2404.10102.
 """
 import math
 
@@ -31,26 +28,21 @@ import numpy as np
 RECORD = ("n_params", "n_tokens", "flops", "loss")           # what every run record holds
 LAW = ("E", "A", "B", "alpha", "beta")
 HUBER = 1e-3                         # on ln L, summed over runs (2203.15556, section 3.3)
-RESAMPLES = 100                      # of a bootstrap; its middle 90 % is the interval
+RESAMPLES = 100                      # of a bootstrap
 # Fits to web text that others published, up to 3e21 FLOPs: Hoffmann's approach 3, and its re-fit.
 PUBLISHED = {"hoffmann": (1.69, 406.4, 410.7, 0.34, 0.28), "besiroglu": (1.8172, 482.01, 2085.43, 0.3478, 0.3658)}
 
 
 # --- runs and fits ---
 
-def columns(runs: list[dict], purpose: str, least: int = 1) -> np.ndarray:
+def columns(runs: list[dict]) -> np.ndarray:
     """ln N, ln D, ln C, ln L of the runs, (4, n). Raises ValueError for missing, non-positive or non-finite numbers."""
-    rows = []
     for number, run in enumerate(runs):
         for key in RECORD:
             value = run.get(key) if isinstance(run, dict) else run
             if not isinstance(value, (int, float, np.number)) or not 0 < value < math.inf:
-                raise ValueError(f"run {number} has {key}={value!r}; every run has {', '.join(RECORD)}, each "
-                                 "a finite number above 0: mend or drop that run")
-        rows.append([math.log(run[key]) for key in RECORD])
-    if len(rows) < least:
-        raise ValueError(f"{len(rows)} runs are too few for {purpose}; give at least {least}")
-    return np.array(rows).T
+                raise ValueError(f"run {number} has {key}={value!r}; a run has {', '.join(RECORD)}, numbers above 0")
+    return np.log([[float(run[key]) for run in runs] for key in RECORD])
 
 
 def budgets_of(log_c) -> list:
@@ -60,11 +52,7 @@ def budgets_of(log_c) -> list:
 
 
 class Fit(dict):
-    """Numbers by name, as fit["alpha"] and as fit.alpha; NAME_low and NAME_high are their 90 % interval.
-
-    method, E A B alpha beta, a b gamma (N ~ C^a, D ~ C^b, L - E ~ C^-gamma), max_flops, and `law`: ln A, alpha, ln B,
-    beta, ln E, (S, 5), the estimate in row 0 and the resampled fits below it.
-    """
+    """Numbers by name, as fit["alpha"] and as fit.alpha; NAME_low and NAME_high are their 90 % interval."""
 
     def __getattr__(self, name):
         if name not in self:
@@ -78,12 +66,12 @@ class Fit(dict):
         self[f"{name}_low"], self[f"{name}_high"] = float(min(low, column[0])), float(max(high, column[0]))
 
 
-def make_fit(method: str, law, max_log_c: float) -> Fit:
-    """The Fit of laws (S, 5), the estimate in row 0, that were fitted to runs of up to max_log_c = ln C."""
-    fit = Fit(method=method, law=law, max_flops=math.exp(max_log_c))
+def make_fit(method: str, law) -> Fit:
+    """The Fit of laws (S, 5), each ln A, alpha, ln B, beta, ln E: the estimate, then those of redrawn runs."""
+    fit = Fit(method=method, law=law)
     (log_a, alpha, log_b, beta, log_e), (_, a, gamma, _) = law.T, frontier(law)
-    columns_by_name = (np.exp(log_e), np.exp(log_a), np.exp(log_b), alpha, beta, a, 1 - a, gamma)
-    for name, column in zip((*LAW, "a", "b", "gamma"), columns_by_name):
+    values = (np.exp(log_e), np.exp(log_a), np.exp(log_b), alpha, beta, a, 1 - a, gamma)
+    for name, column in zip((*LAW, "a", "b", "gamma"), values):
         fit.add(name, column)
     return fit
 
@@ -99,12 +87,11 @@ def frontier(law) -> tuple:
 def published(name: str) -> Fit:
     """A law of PUBLISHED as a Fit, without intervals."""
     e, a, b, alpha, beta = PUBLISHED[name]
-    law = np.array([[math.log(a), alpha, math.log(b), beta, math.log(e)]])
-    return make_fit(f"published, {name}", law, math.log(3e21))
+    return make_fit(f"published, {name}", np.array([[math.log(a), alpha, math.log(b), beta, math.log(e)]]))
 
 
 def power_law(log_x, log_y) -> tuple:
-    """(ln c, p) of y = c x^p: the straight line of least squares in log space. log_x (n,), log_y (..., n)."""
+    """(ln c, p) of y = c x^p: level and slope of the least-squares line in logarithms. log_x (n,), log_y (..., n)."""
     centred = log_x - log_x.mean()
     slope = (log_y * centred).sum(-1) / (centred ** 2).sum()
     return log_y.mean(-1) - slope * log_x.mean(), slope
@@ -114,7 +101,7 @@ def power_law(log_x, log_y) -> tuple:
 
 def best_of_each_budget(runs: list[dict], flops: float) -> float:
     """The handout's IsoFLOP: N of the best run of each budget, a straight line in logarithms, read at `flops`."""
-    log_n, _, log_c, log_l = columns(runs, "an IsoFLOP fit")
+    log_n, _, log_c, log_l = columns(runs)
     best = [group[log_l[group].argmin()] for group in budgets_of(log_c)]
     slope, height = np.polyfit(log_c[best], log_n[best], 1)
     return math.exp(height + slope * math.log(flops))
@@ -130,46 +117,48 @@ def parabola(log_n, log_l, weights) -> tuple:
         u = log_n - centre
         near = np.exp(-u * u / 2)
         p2, p1, p0 = np.polyfit(u, log_l, 2, w=np.sqrt(near * weights + 1e-9))
-        step = float(np.clip(-p1 / (2 * p2), u.min(), u.max())) if p2 > 0 else 0.0
+        step = np.clip(-p1 / (2 * p2), u.min(), u.max()) if p2 > 0 else 0.0
         centre = centre + step
     return centre, p0 + p1 * step + p2 * step * step, near.sum() ** 2 / (near ** 2).sum()
 
 
-def fit_isoflop(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) -> Fit:
-    """Approach 2: per budget the minimum of a parabola in ln N, then power laws through the minima (2203.15556, 3.2).
+def minimum(log_n, log_l, draws) -> tuple:
+    """(ln N, ln L) at one budget's minimum, (1 + resamples,) each: the estimate, then by the weights (resamples, n)."""
+    n, loss, used = np.array([parabola(log_n, log_l, weights) for weights in (np.ones(len(log_n)), *draws)]).T
+    falls = np.corrcoef(log_n, log_l)[0, 1]                                  # ±1: a straight line in ln N
+    if abs(falls) > 0.93 and np.isclose(n, log_n.min() if falls > 0 else log_n.max()).mean() > 0.95:
+        raise ValueError(f"the runs of one budget, N up to {math.exp(log_n.max()):.3g}, are all on one side of the "
+                         f"minimum; add {'smaller' if falls > 0 else 'larger'} models")
+    # A parabola bends its three numbers towards the noise: the scatter of its minima understates the error.
+    spread = math.sqrt(used[0] / max(used[0] - 3, 1))
+    return n[0] + spread * (n - n[0]), loss[0] + spread * (loss - loss[0])
 
-    runs: 3 or more budgets with 4 or more sizes each, on both sides of the minimum; budgets with fewer are left aside.
-    N = n0 C^a and L = E + k C^-gamma are the frontier of exactly one law in N and D, which is what the Fit holds.
-    Raises ValueError saying what a budget lacks.
+
+def fit_isoflop(runs: list[dict], resamples: int = RESAMPLES) -> Fit:
+    """Approach 2: power laws through the minima of 3 or more budgets with 4 or more sizes each (2203.15556, 3.2).
+
+    Raises ValueError saying what a budget lacks; those with fewer sizes are left aside.
     """
-    log_n, _, log_c, log_l = columns(runs, "an IsoFLOP fit")
-    groups = budgets_of(log_c)
-    usable = [group for group in groups if len(np.unique(np.round(log_n[group], 6))) >= 4]
-    if len(usable) < 3:
-        raise ValueError(f"{len(usable)} budgets with 4 or more sizes are too few: an IsoFLOP fit needs 3, better 5; "
-                         "give runs at more budgets, or more sizes at these")
-    rng, where, lowest = np.random.default_rng(seed), [], []
-    for group in usable:
-        best, sizes = log_n[group][log_l[group].argmin()], log_n[group]
-        slope, error = np.polyfit(sizes - best, log_l[group], 2, cov="unscaled" if len(group) < 5 else True)
-        if best in (sizes.min(), sizes.max()) and abs(slope[1]) > 3 * math.sqrt(error[1, 1]):   # it falls on beyond it
-            raise ValueError(f"budget {math.exp(log_c[group].mean()):.3g}: all {len(group)} runs lie on one side of "
-                             f"the minimum; add {'larger' if slope[1] < 0 else 'smaller'} models")
-        weights = np.vstack([np.ones(len(group)), rng.exponential(size=(resamples, len(group)))])
-        n, loss, used = np.array([parabola(log_n[group], log_l[group], one) for one in weights]).T
-        # A parabola bends its three numbers towards the noise: the scatter of its minima understates the error.
-        spread = math.sqrt(used[0] / max(used[0] - 3, 1))
-        where.append(n[0] + spread * (n - n[0]))
-        lowest.append(loss[0] + spread * (loss - loss[0]))
-    at, where, lowest = np.array([log_c[group].mean() for group in usable]), np.stack(where, 1), np.stack(lowest, 1)
-    n0, a = power_law(at, where)
-    if not 0.05 < a[0] < 0.95 or np.polyfit(at, lowest[0], 1)[0] >= 0:
+    log_n, _, log_c, log_l = columns(runs)
+    groups = [group for group in budgets_of(log_c) if len(np.unique(log_n[group].round(6))) >= 4]
+    if len(groups) < 3:
+        raise ValueError(f"{len(groups)} budgets with 4 or more sizes are too few: an IsoFLOP fit needs 3, better 5")
+    draws = np.random.default_rng(0).exponential(size=(resamples, len(runs)))
+    # 1. Each budget's minimum: at which N, and how low.
+    minima = [minimum(log_n[group], log_l[group], draws[:, group]) for group in groups]
+    best_n, lowest = np.array(minima).transpose(1, 2, 0)                     # (S, budgets) each
+    budgets = np.array([log_c[group].mean() for group in groups])
+    # 2. Two power laws through the minima: N = n0 C^a, and L = E + k C^-gamma.
+    n0, a = power_law(budgets, best_n)
+    if not 0.05 < a[0] < 0.95 or power_law(budgets, lowest[0])[1] >= 0:
         raise ValueError(f"isoflop: the best N goes as C^{a[0]:.2f}, or the lowest loss does not fall with C, which no "
                          "law of N and D does; give more runs around each minimum, trained to their end")
     a = np.clip(a, 0.05, 0.95)
-    log_e, log_k, gamma = floor_and_power(at, np.exp(lowest))
-    log_a, log_b = np.log(a) + log_k + gamma / a * n0, np.log(1 - a) + log_k - gamma / (1 - a) * (n0 + math.log(6))
-    return make_fit("isoflop", np.stack([log_a, gamma / a, log_b, gamma / (1 - a), log_e], 1), log_c.max())
+    log_e, log_k, gamma = floor_and_power(budgets, np.exp(lowest))
+    # 3. The one law with that frontier: there A / N^alpha = a k C^-gamma and B / D^beta = (1 - a) k C^-gamma.
+    alpha, beta = gamma / a, gamma / (1 - a)
+    log_a, log_b = np.log(a) + log_k + alpha * n0, np.log(1 - a) + log_k - beta * (n0 + math.log(6))
+    return make_fit("isoflop", np.stack([log_a, alpha, log_b, beta, log_e], 1))
 
 
 def floor_and_power(log_c, losses) -> tuple:
@@ -177,29 +166,26 @@ def floor_and_power(log_c, losses) -> tuple:
 
     For a given gamma the law is a straight line in C^-gamma, so only gamma is searched, on a fine grid.
     """
-    gammas = np.geomspace(0.01, 1.0, 600)
-    x = np.exp(-gammas[:, None] * (log_c - log_c.mean()))                                          # (G, m)
-    x_centred, y_centred = x - x.mean(-1, keepdims=True), losses - losses.mean(-1, keepdims=True)
-    k = (y_centred @ x_centred.T) / (x_centred ** 2).sum(-1)                                       # (S, G)
-    e = losses.mean(-1, keepdims=True) - k * x.mean(-1)
-    wrong = (y_centred ** 2).sum(-1, keepdims=True) - k * k * (x_centred ** 2).sum(-1)
-    wrong[(e <= 0.01 * losses.min(-1, keepdims=True)) | (k <= 0)] = np.inf
-    rows, best = np.arange(len(losses)), wrong.argmin(-1)
-    e, k, gamma = (np.maximum(value, 1e-9) for value in (e[rows, best], k[rows, best], gammas[best]))
-    return np.log(e), np.log(k) + gamma * log_c.mean(), gamma
+    gammas, lines, middle = np.geomspace(0.01, 1.0, 600), [], log_c.mean()
+    for gamma in gammas:
+        x = np.exp(-gamma * (log_c - middle))
+        e, k = power_law(x, losses)                                          # level and slope
+        wrong = ((e[:, None] + k[:, None] * x - losses) ** 2).sum(-1)
+        lines.append((np.where((e > 0.01 * losses.min(-1)) & (k > 0), wrong, np.inf), e, k))
+    wrong, e, k = np.array(lines).transpose(1, 0, 2)                         # (gammas, S) each
+    best, rows = wrong.argmin(0), np.arange(len(losses))
+    e, k = np.maximum(e[best, rows], 1e-9), np.maximum(k[best, rows], 1e-9)
+    return np.log(e), np.log(k) + gammas[best] * middle, gammas[best]
 
 
 # --- the parametric law ---
 
-def fit_parametric(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) -> Fit:
-    """Approach 3: L = E + A / N^alpha + B / D^beta on all runs, by the Huber loss of ln L, summed (2203.15556, 3.3).
-
-    Raises ValueError when the runs cannot tell the parameters apart: fewer than 6, one budget, or one ratio of D to N.
-    """
-    x, y, log_c, target = columns(runs, "a law with 5 parameters", 6)
-    if np.ptp(x - y) < 0.1 or np.ptp(x + y) < 0.1:
-        raise ValueError("all runs have one number of tokens per parameter, or one budget: N and D cannot be told "
-                         "apart; give several sizes at each of several budgets")
+def fit_parametric(runs: list[dict], resamples: int = RESAMPLES) -> Fit:
+    """Approach 3: L = E + A / N^alpha + B / D^beta on all runs, by the Huber loss of ln L, summed (2203.15556, 3.3)."""
+    x, y, _, target = columns(runs)
+    if len(x) < 6 or np.ptp(x - y) < 0.1 or np.ptp(x + y) < 0.1:
+        raise ValueError(f"{len(x)} runs are fewer than 6, of one budget or one number of tokens per parameter: that "
+                         "cannot tell five parameters apart; give several sizes at each of several budgets")
     x0, y0, lowest = x.mean(), y.mean(), math.exp(target.min())
     x, y = x - x0, y - y0                                    # centred, A and alpha are no longer one and the same
     starts = [[math.log((1 - e) * lowest / 2), alpha, math.log((1 - e) * lowest / 2), beta, math.log(e * lowest)]
@@ -210,13 +196,12 @@ def fit_parametric(runs: list[dict], resamples: int = RESAMPLES, seed: int = 0) 
     if min(law[0, 1], law[0, 3]) < 1e-3:
         raise ValueError(f"the loss of these runs does not fall with N and D both (alpha {law[0, 1]:.2g}, beta "
                          f"{law[0, 3]:.2g}); give runs that differ in both, trained to their end")
-    if resamples:
-        weights = np.random.default_rng(seed).exponential(size=(resamples, len(x)))
-        again, _ = gauss_newton(np.repeat(law, resamples, 0), x, y, target, weights, 60)
-        # The five parameters have bent towards the noise: the scatter of the fits understates the error by n / (n - 5).
-        law = np.vstack([law, law + (again - law) * math.sqrt(len(x) / (len(x) - 5))])
+    draws = np.random.default_rng(0).exponential(size=(resamples, len(x)))
+    again, _ = gauss_newton(np.repeat(law, resamples, 0), x, y, target, draws, 60)
+    # The five parameters have bent towards the noise: the scatter of the fits understates the error by n / (n - 5).
+    law = np.vstack([law, law + (again - law) * math.sqrt(len(x) / (len(x) - 5))])
     law[:, 0], law[:, 2] = law[:, 0] + law[:, 1] * x0, law[:, 2] + law[:, 3] * y0
-    return make_fit("parametric", law, log_c.max())
+    return make_fit("parametric", law)
 
 
 def law_terms(law, x, y) -> tuple:
@@ -234,16 +219,15 @@ def huber(law, x, y, target, weights):
 
 
 def gauss_newton(law, x, y, target, weights, steps: int) -> tuple:
-    """(laws, losses): many fits at once by damped Gauss-Newton (Levenberg 1944, Marquardt 1963). law (S, 5), weights
-    1 or (S, n).
+    """(laws, losses) of many fits at once by damped Gauss-Newton (Marquardt 1963). law (S, 5), weights 1 or (S, n).
 
-    The valley is narrow: E, A and alpha trade against each other. Huber's loss is squares whose far residuals r count
-    HUBER / |r|. Damping grows after a step that failed and shrinks after one that helped.
+    Huber's loss is squares whose far residuals r count HUBER / |r|. Damping, for a narrow valley in which E, A and
+    alpha trade against each other, grows after a step that failed and shrinks after one that helped.
     """
     damping, best = np.full(len(law), 1e-3), huber(law, x, y, target, weights)
     for _ in range(steps):
         log_loss, (in_n, in_d, in_e) = law_terms(law, x, y)
-        jacobian = np.stack([in_n, -x * in_n, in_d, -y * in_d, in_e], -1)                          # (S, n, 5)
+        jacobian = np.stack([in_n, -x * in_n, in_d, -y * in_d, in_e], -1)    # (S, n, 5)
         residual = log_loss - target
         w = weights * HUBER / np.maximum(np.abs(residual), HUBER)
         hessian = np.einsum("sni,sn,snj->sij", jacobian, w, jacobian)
@@ -257,17 +241,14 @@ def gauss_newton(law, x, y, target, weights, steps: int) -> tuple:
     return law, best
 
 
-# --- Kaplan's laws, and prediction ---
-
 def fit_kaplan(runs: list[dict]) -> dict:
-    """{"N", "D", "C": (X_c, p)} of the pure power laws L = (X_c / X)^p (2001.08361, eq. 1.1 to 1.3).
+    """{"N", "D", "C": (X_c, p)} of the pure power laws L = (X_c / X)^p (2001.08361, eq. 1.1 to 1.3), which have no E.
 
-    Each through the runs that no run with a smaller X beats: X held those back, not something else. Without an E the
-    power falls as X grows, so they cannot be carried as far as fit_parametric's law.
+    Each through the runs that no run with a smaller X beats.
     """
-    log_n, log_d, log_c, log_l = columns(runs, "Kaplan's laws", 3)
+    log_n, log_d, log_c, log_l = columns(runs)
     laws = {}
-    for name, x in (("N", log_n), ("D", log_d), ("C", log_c)):
+    for name, x in zip("NDC", (log_n, log_d, log_c)):
         order = np.lexsort((log_l, x))
         best = order[log_l[order] <= np.minimum.accumulate(log_l[order])]
         if np.ptp(x[best]) > 0:
@@ -276,31 +257,16 @@ def fit_kaplan(runs: list[dict]) -> dict:
     return laws
 
 
-def predict(fit: Fit, flops: float, inference_tokens: float = 0.0) -> Fit:
-    """The best model for a budget: n_params, n_tokens, loss, tokens_per_param, each with its _low and _high (90 %).
-
-    flops: 6 N D of training. inference_tokens: how many the model will serve, at 2 N FLOPs each; then flops pays for
-    both, and the best model is smaller and sees more (after 2401.00448).
-    Raises ValueError for a budget that is no number above 0, or that serving would use up.
-    """
-    if not 0 < flops < math.inf or not 0 <= inference_tokens < math.inf:
-        raise ValueError(f"flops={flops!r} must be above 0, inference_tokens={inference_tokens!r} not below, finite")
+def predict(fit: Fit, flops: float) -> Fit:
+    """The best model for a budget of 6 N D: n_params, n_tokens, loss, tokens_per_param, and each's _low and _high."""
+    if not 0 < flops < math.inf:
+        raise ValueError(f"flops={flops!r} must be a finite number above 0")
     n0, a, gamma, log_k = frontier(fit.law)
-    log_n, log_c = n0 + a * math.log(flops), math.log(flops)
-    log_d, loss = log_c - math.log(6) - log_n, np.exp(fit.law[:, 4]) + np.exp(log_k - gamma * log_c)
-    if inference_tokens:
-        sizes = log_n[:, None] + np.linspace(-15, 0, 3000)                   # (S, sizes); the best one is never larger
-        tokens = (flops / np.exp(sizes) - 2 * inference_tokens) / 6
-        paid = tokens > np.exp(sizes)                                        # at least one token a parameter is left
-        if not paid.any(-1).all():
-            raise ValueError(f"serving inference_tokens={inference_tokens:.3g} costs more than flops={flops:.3g} "
-                             "leaves for training any model; give more FLOPs, or serve fewer tokens")
-        logs = np.log(np.where(paid, tokens, 1.0))
-        losses = np.stack([law_terms(*row)[0] for row in zip(fit.law, sizes, logs)])
-        pick = np.where(paid, losses, np.inf).argmin(1)[:, None]
-        log_n, log_d, loss = (np.take_along_axis(value, pick, 1)[:, 0] for value in (sizes, logs, np.exp(losses)))
-    answer = Fit(flops=flops)
-    for name, column in (("n_params", np.exp(log_n)), ("n_tokens", np.exp(log_d)), ("loss", loss),
-                         ("tokens_per_param", np.exp(log_d - log_n))):
-        answer.add(name, column)
+    log_n = n0 + a * math.log(flops)
+    log_d = math.log(flops / 6) - log_n
+    answer, loss = Fit(flops=flops), np.exp(fit.law[:, 4]) + np.exp(log_k - gamma * math.log(flops))
+    answer.add("n_params", np.exp(log_n))
+    answer.add("n_tokens", np.exp(log_d))
+    answer.add("loss", loss)
+    answer.add("tokens_per_param", np.exp(log_d - log_n))
     return answer

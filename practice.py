@@ -5,7 +5,7 @@
     python practice.py check rope               the tests of rope with your page in place of ours; a hint more each time
     python practice.py check rope --hint=true   one further hint at once
     python practice.py show rope                ours
-    python practice.py reset rope               begin again; what you wrote is saved beside it first
+    python practice.py reset rope               begin again; what you wrote goes to practice/saved/ first
     python practice.py check all                all that you have begun
     python practice.py predict [NAME]           an experiment: say what comes out, then see what came out
 
@@ -16,8 +16,7 @@
 
 A second exercise of the same page takes its functions out of the copy that is there and changes nothing besides.
 `check` starts Python with your page before ours on its path, in practice/checked/: every page that imports layers gets
-yours, in ranks and other processes too. What has to go is first copied into practice/saved/. To stop, delete practice/.
-The exercises stand in exercises.toml; its head says what the keys mean.
+yours. The exercises stand in exercises.toml. To begin a page anew, or to stop, delete the file, or practice/.
 """
 import ast
 import json
@@ -83,14 +82,11 @@ def pick_functions(text: str, names: list[str]) -> dict:
 
     Raises ValueError naming what is not there.
     """
-    nodes = {}
+    nodes, chosen = {}, {}
     for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef):
-            nodes[node.name] = node
-        elif isinstance(node, ast.ClassDef):
-            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
-            nodes |= {f"{node.name}.{method.name}": method for method in methods}
-    chosen = {}
+        for part in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(part, ast.FunctionDef):
+                nodes[part.name if part is node else f"{node.name}.{part.name}"] = part
     for name in names:
         group = {key: node for key, node in nodes.items() if key == name or key.startswith(name + ".")}
         if not group:
@@ -99,10 +95,15 @@ def pick_functions(text: str, names: list[str]) -> dict:
     return chosen
 
 
-def source_of(text: str, node, decorators: bool = False) -> str:
+def source_of(text: str, node) -> str:
     """The lines of a function or class."""
-    first = min([node.lineno] + [one.lineno for one in node.decorator_list if decorators])
-    return "\n".join(text.split("\n")[first - 1:node.end_lineno])
+    return "\n".join(text.split("\n")[node.lineno - 1:node.end_lineno])
+
+
+def put(text: str, function: str, source: str) -> str:
+    """`text` with this source in the place of one of its functions."""
+    node, lines = pick_functions(text, [function])[function], text.split("\n")
+    return "\n".join([*lines[:node.lineno - 1], source, *lines[node.end_lineno:]])
 
 
 def stub(name: str) -> str:
@@ -111,27 +112,27 @@ def stub(name: str) -> str:
 
 
 def blank(text: str, node: ast.FunctionDef, name: str) -> str:
-    """`text` with all of a function but signature and docstring replaced by its stub."""
+    """The source of a function with its stub in place of all but signature and docstring."""
     lines, first = text.split("\n"), node.body[0]
-    begin = first.end_lineno                             # lines up to this one stay as they are
+    end = first.end_lineno                               # lines up to this one stay as they are
     if ast.get_docstring(node) is None:
-        begin = first.lineno - 1
-        while lines[begin - 1].strip().startswith("#"):  # comments above the first statement go too
-            begin -= 1
-    return "\n".join([*lines[:begin], " " * (node.col_offset + 4) + stub(name), *lines[node.end_lineno:]])
+        end = first.lineno - 1
+        while lines[end - 1].strip().startswith("#"):    # comments above the first statement go too
+            end -= 1
+    return "\n".join([*lines[node.lineno - 1:end], " " * (node.col_offset + 4) + stub(name)])
 
 
-def take_out(text: str, name: str, entry: dict, reference: str, overwrite: bool) -> tuple[str, list[str]]:
+def take_out(text: str, name: str, entry: dict, overwrite: bool) -> tuple[str, list[str]]:
     """(the learner's text without the bodies of an exercise, the functions that the learner wrote and keeps).
 
     overwrite: take out those too.
     """
-    kept = []
+    kept, reference = [], read_page(ROOT / entry["page"])
     for function, ours in pick_functions(reference, entry["functions"]).items():
-        node = pick_functions(text, [function])[function]            # anew: the lines have moved
-        if overwrite or source_of(text, node) == source_of(reference, ours):
-            text = blank(text, node, name)
-        elif stub(name) not in source_of(text, node):
+        source = source_of(text, pick_functions(text, [function])[function])
+        if overwrite or source == source_of(reference, ours):
+            text = put(text, function, blank(reference, ours, name))
+        elif stub(name) not in source:
             kept.append(function)
     return text, kept
 
@@ -146,44 +147,25 @@ def complete(text: str, name: str, exercises: dict) -> str:
     for other, entry in exercises.items():
         functions = entry["functions"] if entry["page"] == page and other != name else []
         for function, ours in pick_functions(reference, functions).items():
-            node, lines = pick_functions(text, [function])[function], text.split("\n")
-            if stub(other) in source_of(text, node):
-                text = "\n".join([*lines[:node.lineno - 1], source_of(reference, ours), *lines[node.end_lineno:]])
+            if stub(other) in source_of(text, pick_functions(text, [function])[function]):
+                text = put(text, function, source_of(reference, ours))
     return text
 
 
-# --- what the learner has ---
+# --- verbs ---
 
 def read_progress() -> dict:
-    """{name: {"hints": shown so far, "passed": whether the last check held}} of the exercises begun."""
+    """{name: {"hints": shown so far, "state": "begun" or, as the last check ended, "passed"}} of what is begun."""
     path = FOLDER / "progress.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def note(name: str, **values) -> None:
+    """Add to the progress of an exercise."""
     progress = read_progress()
-    progress[name] = progress.get(name, {"hints": 0, "passed": False}) | values
+    progress[name] = progress.get(name, {"hints": 0, "state": "begun"}) | values
     (FOLDER / "progress.json").write_text(json.dumps(progress, indent=1), encoding="utf-8")
 
-
-def state_of(name: str, entry: dict, progress: dict) -> str:
-    """not begun, begun, or passed: as the last check ended."""
-    if name not in progress or not (FOLDER / entry["page"]).exists():
-        return "not begun"
-    return "passed" if progress[name]["passed"] else "begun"
-
-
-def save(path: Path) -> None:
-    """Copy a learner's page to practice/saved/, with the first free number, and say so."""
-    folder, number = FOLDER / "saved", 1
-    folder.mkdir(exist_ok=True)
-    while (folder / f"{path.stem}_{number}.py").exists():
-        number += 1
-    shutil.copyfile(path, folder / f"{path.stem}_{number}.py")
-    print(f"what you had is saved as practice/saved/{path.stem}_{number}.py")
-
-
-# --- verbs ---
 
 def say(label: str, text: str) -> None:
     """Print a text in lines of 110, a label of six letters in front."""
@@ -193,8 +175,7 @@ def say(label: str, text: str) -> None:
 
 def show_list(exercises: dict) -> None:
     """A line an exercise; what to do next goes to standard error, so that every line is an exercise."""
-    progress = read_progress()
-    states = {name: state_of(name, entry, progress) for name, entry in exercises.items()}
+    states = dict.fromkeys(exercises, "not begun") | {name: done["state"] for name, done in read_progress().items()}
     for name, entry in exercises.items():
         print(f"{name:<20} {entry['page']:<16} {entry['problem']:<34} {entry['minutes']:>3} min   {states[name]}")
     following = next((name for name in states if states[name] != "passed"), "NAME")
@@ -206,22 +187,20 @@ def start(name: str, entry: dict, overwrite: bool) -> None:
     """Take the functions of an exercise out of the learner's copy of its page, and say what is asked."""
     target, reference, kept = FOLDER / entry["page"], read_page(ROOT / entry["page"]), []
     begun = target.exists()
-    if begun and overwrite:
-        save(target)
-    if begun and not overwrite and entry.get("empty"):
-        text, kept = read_page(target), entry["functions"]
-    elif entry.get("empty"):
-        text = "\n".join(reference.split("\n")[:ast.parse(reference).body[0].end_lineno]) + "\n"
+    text = read_page(target) if begun else reference
+    if not entry.get("empty"):
+        text, kept = take_out(text, name, entry, overwrite)
+    elif begun and not overwrite:
+        kept = entry["functions"]
     else:
-        try:
-            text, kept = take_out(read_page(target) if begun else reference, name, entry, reference, overwrite)
-        except ValueError:                               # a page that cannot be read any more begins anew, if asked
-            if not overwrite:
-                raise
-            text, _ = take_out(reference, name, entry, reference, True)
-    FOLDER.mkdir(exist_ok=True)
+        text = source_of(reference, ast.parse(reference).body[0]) + "\n"
+    (FOLDER / "saved").mkdir(parents=True, exist_ok=True)
+    if begun and overwrite:
+        number = len(list((FOLDER / "saved").iterdir())) + 1
+        saved = shutil.copyfile(target, FOLDER / "saved" / f"{target.stem}_{number}.py")
+        print(f"what you had is saved as practice/saved/{saved.name}")
     target.write_text(text, encoding="utf-8")
-    note(name, **({"hints": 0, "passed": False} if overwrite else {}))
+    note(name, **({"hints": 0, "state": "begun"} if overwrite else {}))
     print(f"{name}: practice/{entry['page']}, about {entry['minutes']} minutes")
     if kept:
         say("kept", f"{', '.join(kept)}, as you wrote it; --overwrite=true begins again and saves what is there")
@@ -236,9 +215,8 @@ def show(entry: dict) -> None:
     text = read_page(ROOT / entry["page"])
     classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
     for name in entry["functions"]:
-        nodes = [classes[name]] if name in classes else pick_functions(text, [name]).values()
-        for node in nodes:
-            print(source_of(text, node, True) + "\n")
+        for node in [classes[name]] if name in classes else pick_functions(text, [name]).values():
+            print(source_of(text, node) + "\n")
 
 
 def predict(name: str, entry: dict, answer: str | None) -> None:
@@ -257,9 +235,7 @@ def predict(name: str, entry: dict, answer: str | None) -> None:
     for line in (ROOT / entry["file"]).read_text(encoding="utf-8").splitlines():
         if any(words in line for words in entry["lines"]):
             print("  " + line.strip())
-    say("by", entry["command"])
-    if "picture" in entry:
-        say("curves", entry["picture"])
+    say("by", f"{entry['command']} {entry.get('picture', '')}")
 
 
 # --- check: in a process of its own ---
@@ -279,20 +255,20 @@ def run_limited(command: list[str], env: dict) -> tuple[int | None, str]:
     try:
         said, _ = process.communicate(timeout=SECONDS)
         return process.returncode, said
-    except BaseException as error:
-        if os.name == "nt":
-            subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True)
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
-            return None, said
-        raise
+    except subprocess.TimeoutExpired:
+        return None, ""
+    finally:
+        if process.poll() is None:                       # too slow, or Ctrl-C
+            if os.name == "nt":
+                subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True)
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def failure_of(name: str, exercises: dict) -> list[str]:
     """What fails in an exercise, in a few lines; nothing when all tests pass. Raises as read_page, pick_functions."""
-    entry, report = exercises[name], CHECKED / "report.json"
+    entry = exercises[name]
     text = read_page(FOLDER / entry["page"])
     if not entry.get("empty"):
         pick_functions(text, entry["functions"])
@@ -300,52 +276,35 @@ def failure_of(name: str, exercises: dict) -> list[str]:
     shutil.rmtree(CHECKED, ignore_errors=True)
     CHECKED.mkdir()
     (CHECKED / entry["page"]).write_text(text, encoding="utf-8")
-    # tests/explain.py notes what failed.
-    command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
-               *(str(ROOT / "tests" / test) for test in entry["tests"]), "-q", "--maxfail=1", "-p", "explain",
-               "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+    # All that is printed comes from tests/explain.py; its exit status is not 0 either when every test was skipped.
+    command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", "--maxfail=1",
+               "-p", "explain", "-p", "no:terminal", "-p", "no:cacheprovider", "--rootdir", str(ROOT),
+               *(str(ROOT / "tests" / test) for test in entry["tests"])]
     status, said = run_limited(command, environment(CHECKED))
     if status is None:
         return [f"ended after {SECONDS} s: it does not come to an end, or is far too slow"]
-    seen = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
-    if seen.get("failure"):
-        return seen["failure"]
-    if status:                                           # an import failed before any test
-        return said.strip().splitlines()[-12:]
-    if not seen.get("passed"):
-        return ["none of the tests could run: " + "; ".join(seen.get("skipped", ["nothing was collected"]))]
-    return []
+    return said.strip().splitlines()[-20:] if status else []
 
 
-def best_time(entry: dict, folder: Path | None) -> str:
-    """Milliseconds of the exercise's `speed` statement, the best of five, with the learner's page or ours."""
-    code = (f"import timeit, torch\ntorch.set_num_threads(1)\n{entry['setup']}\ntimer = timeit.Timer(lambda: "
-            f"{entry['speed']})\nn, _ = timer.autorange()\nprint(min(timer.repeat(5, n)) / n * 1e3)")
-    status, said = run_limited([sys.executable, "-c", code], environment(folder))
-    return f"{float(said.split()[-1]):.3g} ms" if status == 0 else "not to be measured in a minute"
-
-
-def check(name: str, exercises: dict, more: bool = False, alone: bool = True) -> bool:
-    """Run an exercise's tests, say what came of it; returns whether they hold. more: a hint more; alone: with hints."""
-    entry = exercises[name]
-    if state_of(name, entry, read_progress()) == "not begun":
+def check(name: str, exercises: dict, n_hints: int) -> bool:
+    """Run an exercise's tests, say what came of it, and show n_hints hints more; returns whether they hold."""
+    entry, progress = exercises[name], read_progress()
+    if name not in progress:
         print(f"{name} is not begun: python practice.py start {name}")
         return False
     try:
         failure = failure_of(name, exercises)
-    except ValueError as error:                          # no test has run: no hint either
-        failure, alone = [str(error)], False
-    note(name, passed=not failure)
+    except (ValueError, OSError) as error:               # no test has run: no hint either
+        failure, n_hints = [str(error)], 0
     print("\n  ".join([f"{name}: {'not yet' if failure else 'passed'}", *failure]), flush=True)
-    if alone and not failure and "speed" in entry:
-        print(f"{entry['speed']}: yours {best_time(entry, CHECKED)}, ours {best_time(entry, None)}")
-    if alone and failure:
-        hints = min(len(entry["hints"]), read_progress()[name]["hints"] + 1 + more)
-        note(name, hints=hints)
-        for number, text in enumerate(entry["hints"][:hints], 1):
+    if failure and n_hints:
+        n_hints = min(progress[name]["hints"] + n_hints, len(entry["hints"]))
+        for number, text in enumerate(entry["hints"][:n_hints], 1):
             say(f"hint {number}", text)
-        if hints == len(entry["hints"]):
+        if n_hints == len(entry["hints"]):
             print(f"no more hints; ours: python practice.py show {name}")
+        note(name, hints=n_hints)
+    note(name, state="begun" if failure else "passed")
     return not failure
 
 
@@ -356,41 +315,39 @@ VERBS = {None: NoConfig, "start": StartConfig, "check": CheckConfig, "show": NoC
          "predict": PredictConfig}
 
 
-def check_all(exercises: dict) -> int:
-    """Check all that is begun; the exit status."""
-    begun = [name for name in exercises if state_of(name, exercises[name], read_progress()) != "not begun"]
-    if not begun:
-        raise ValueError("nothing is begun: python practice.py start NAME")
-    return 0 if all([check(name, exercises, alone=False) for name in begun]) else 1
-
-
 def main(argv: list[str]) -> int:
     """Run a command; the exit status."""
     verb, words, config, _ = command_line(VERBS, argv, USAGE)
     exercises, experiments = read_table()
     table, name = experiments if verb == "predict" else exercises, words[0] if words else ""
+    if verb == "check" and name == "all":
+        results = [check(name, exercises, 0) for name in read_progress()]
+        if not results:
+            fail("nothing is begun: python practice.py start NAME")
+        return 0 if all(results) else 1
     if verb is None and not words:
         show_list(exercises)
-    elif verb == "predict" and not words:
+        return 0
+    if verb == "predict" and not words:
         for name, entry in experiments.items():
             print(f"{name:<20} {' '.join(entry['question'].split())}")
-    elif verb is None or len(words) != 1:
+        return 0
+    if verb is None or len(words) != 1:
         fail(f"{' '.join(words) or verb!r}: give a verb and one NAME.{nearest(name, VERBS)} {USAGE}")
-    elif name not in table and (verb, name) != ("check", "all"):
-        kind, command = ("experiment", " predict") if verb == "predict" else ("exercise", "")
-        fail(f"{name!r} is no {kind}.{nearest(name, table)} `python practice.py{command}` lists them")
-    else:
-        try:
-            if verb == "check":
-                return check_all(table) if name == "all" else 1 - check(name, table, config.hint)
-            if verb == "show":
-                show(table[name])
-            elif verb == "predict":
-                predict(name, table[name], config.answer)
-            else:
-                start(name, table[name], verb == "reset" or config.overwrite)
-        except (ValueError, OSError) as error:
-            fail(error)
+    if name not in table:
+        fail(f"{name!r} is not in the list of `python practice.py{' predict' if verb == 'predict' else ''}`."
+             f"{nearest(name, table)}")
+    try:
+        if verb == "check":
+            return 0 if check(name, table, 2 if config.hint else 1) else 1
+        if verb == "show":
+            show(table[name])
+        elif verb == "predict":
+            predict(name, table[name], config.answer)
+        else:
+            start(name, table[name], verb == "reset" or config.overwrite)
+    except (ValueError, OSError) as error:
+        fail(error)
     return 0
 
 

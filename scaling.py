@@ -8,15 +8,14 @@ A run that costs a thousand pilots cannot be tuned, so it is predicted. The orde
     prediction   the parametric law read at the target, with its 90 % interval
 
 N is the parameters without embeddings and head, and C = 6 N D. That leaves out attention scores and the head, most of
-the bill at d_model 64; `real` budgets with accounting.py's exact count. "D = 20 N" does not hold where alpha and beta
-differ, for other data, for a model that serves many tokens, or past four epochs of repeated data (2305.16264).
+the bill at d_model 64; `real` budgets with accounting.py's exact count.
 
     python scaling.py                                   a simulated service explored, fitted, scored; pictures
     python scaling.py fit RUNS.json --flops=1e21        all fits of one's own runs, and what they say at a budget
     python scaling.py plan --flops=1e18 --device=h100   writes config_plan.py, ready for train.py
     python scaling.py real                              trains 20 small models, predicts a larger one, trains that
 
-Left out: laws for repeated data, sparsity, precision; muP. Papers: laws.py's, and DeepSeek 2024 (2401.02954).
+Left out: laws for repeated data (2305.16264), sparsity, precision; muP.
 """
 import contextlib
 import json
@@ -41,23 +40,23 @@ from model import ModelConfig
 REAL_GRID = {5.0e11: [(24, 2, 1), (32, 2, 1), (40, 2, 1), (48, 2, 1), (64, 2, 2)],
              1.5e12: [(24, 2, 1), (32, 2, 1), (48, 2, 1), (64, 2, 2), (64, 4, 2)],
              4.5e12: [(48, 2, 1), (64, 2, 2), (64, 4, 2), (96, 3, 3), (96, 4, 3)]}
-REAL_CHECK_SHAPES = [(96, 4, 3), (128, 3, 4), (128, 4, 4), (160, 4, 5), (192, 4, 6)]
+REAL_CHECK = (128, 4, 4)             # predicted, then trained: near the best shape for 8 times the largest budget
 REAL_RECIPE = dict(context_length=256, batch_tokens=1024, optimizer="muon", qk_norm=True, zero_init=True,
                    schedule="wsd", decay_fraction=0.7, min_lr_factor=0.02, eval_every=0, checkpoint_every=500)
 
 
 # --- pictures and tables ---
 
-def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str = "flops", mark=None) -> str:
-    """Three panels: loss against N at equal `key`, the best N and D against C, the loss against C; returns the path.
+def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str = "flops", mark=None) -> None:
+    """Three panels: loss against N at equal `key`, the best N and D against C, the loss against C.
 
-    mark: (label, record) of a point to set beside the prediction. The rings are each budget's minimum by the law.
+    mark: (label, record) of a point beside the prediction. The rings are each budget's minimum by the law.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
     figure = Figure(figsize=(15, 5), layout="constrained")
     curves, sizes, losses = figure.subplots(1, 3)
-    log_n, log_d, log_c, log_l = columns(runs, "a picture")
+    log_n, log_d, log_c, log_l = columns(runs)
     counts = np.log([run[key] for run in runs])
     for number, group in enumerate(budgets_of(counts)):
         color, budget = f"C{number % 10}", math.exp(counts[group].mean())
@@ -76,13 +75,10 @@ def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str
     sizes.loglog(budgets, np.sqrt(budgets / 120), "k--", linewidth=0.8, label="D = 20 N")
     sizes.loglog(budgets, 20 * np.sqrt(budgets / 120), "k--", linewidth=0.8)
     losses.loglog(np.exp(log_c), np.exp(log_l), ".", color="grey", label="runs")
-    if mark:
-        label, record = mark
-        sizes.plot(record["flops"], record["n_params"], "r*", ms=10, label=label)
-        losses.plot(record["flops"], record["loss"], "r*", ms=10, label=label)
-        curves.plot(record["n_params"], record["loss"], "r*", ms=10, label=label)
-    law = ", ".join(f"{name} {fit[key]:.3g}" for name, key in zip("E A B α β".split(), LAW))
-    losses.plot([], [], " ", label=law)
+    for label, record in [mark] if mark else []:
+        for axis, x, y in ((sizes, "flops", "n_params"), (losses, "flops", "loss"), (curves, "n_params", "loss")):
+            axis.plot(record[x], record[y], "r*", ms=10, label=label)
+    losses.plot([], [], " ", label=", ".join(f"{name} {fit[key]:.3g}" for name, key in zip("EABαβ", LAW)))
     curves.set(xscale="log", xlabel="N, non-embedding parameters", ylabel="final loss, nats per token")
     sizes.set(xlabel="C = 6 N D, FLOPs", ylabel="parameters, tokens")
     losses.set(xlabel="C = 6 N D, FLOPs", ylabel="final loss, nats per token")
@@ -92,7 +88,7 @@ def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str
     figure.suptitle(f"{command} ({fit.method} fit)", fontsize=9)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
-    return f"picture: {path}"
+    print(f"picture: {path}")
 
 
 def print_fits(fits: list[Fit], flops: float) -> None:
@@ -126,15 +122,15 @@ def fit_file(settings: "FitSettings", path: str) -> None:
     """All fits of the runs in a file, and what they say at settings.flops (none: ten times the largest budget)."""
     runs = read_runs(path)
     fits = fit_all(runs)
-    flops = settings.flops or 10 * fits[-1].max_flops
+    flops = 10 * max(run["flops"] for run in runs) if settings.flops is None else settings.flops
     print_fits(fits, flops)
     print(f"best run of each budget, no parabola: N {best_of_each_budget(runs, flops):.3g}")
-    print(draw(fits[-1], runs, flops, f"{settings.out_dir}/fit.png", f"python scaling.py fit {path}"))
+    draw(fits[-1], runs, flops, f"{settings.out_dir}/fit.png", f"python scaling.py fit {path}")
 
 
 def demonstrate(settings: "DemoSettings") -> None:
-    """A world explored, each fit beside the hidden truth, what serving changes, a picture."""
-    target = settings.flops or 1e19
+    """A world explored, each fit beside the hidden truth, a picture."""
+    target = settings.flops
     explorer = Explorer(TrainingAPI(2e18, settings.seed), target)
     submission = explorer.spend()
     result = score(submission, settings.seed)
@@ -142,15 +138,12 @@ def demonstrate(settings: "DemoSettings") -> None:
     print_fits(fit_all(explorer.runs), target)
     print(f"{'the hidden truth':<40}{result['best_n_params']:>10.3g}{result['best']:>46.3f}")
     print(f"best run of each budget, no parabola: N {best_of_each_budget(explorer.runs, target):.3g}")
-    served = predict(explorer.fit, target, inference_tokens=1e10)
-    print(f"to serve 1e10 tokens from the same FLOPs: N {served.n_params:.3g}, {served.tokens_per_param:.0f} tokens "
-          f"per parameter, loss {served.loss:.3f}")
     print("submission: " + ", ".join(f"{key} {value:.4g}" for key, value in submission.items()))
     print(f"scored: prediction {result['prediction_error']:+.2f} % off the truth, model {result['excess']:.2f} % "
           "above the best loss")
     truth = {"n_params": result["best_n_params"], "loss": result["best"], "flops": target}
-    print(draw(explorer.fit, explorer.runs, target, f"{settings.out_dir}/scaling.png", "python scaling.py",
-               mark=("the hidden truth", truth)))
+    draw(explorer.fit, explorer.runs, target, f"{settings.out_dir}/scaling.png", "python scaling.py",
+         mark=("the hidden truth", truth))
 
 
 # --- a config for train.py ---
@@ -212,11 +205,6 @@ def read_runs(path) -> list[dict]:
         raise ValueError(f"{path} is no JSON list of runs ({error}); give another file") from None
 
 
-def write_json(path, value) -> None:
-    """Write a JSON file whole or not at all, a line a run."""
-    checkpoint.write_text(path, json.dumps(value).replace("}, {", "},\n {") + "\n")
-
-
 def real_job(shape: tuple, budget: float, seed: int, vocab_size: int) -> tuple:
     """(settings of a run that spends `budget` exact FLOPs on one shape, the record that lacks only its loss)."""
     model = dict(zip(("d_model", "n_layers", "n_heads"), shape))
@@ -249,7 +237,7 @@ def train_missing(jobs: list[tuple], path: Path, out_dir: str, data_dir: str) ->
         if figures["interrupted"] is not None:
             raise ValueError(f"{record['name']} was stopped and saved; the same command goes on")
         records.append(record | {"loss": figures["val_loss"], "seconds": round(figures["seconds"], 1)})
-        write_json(path, records)
+        checkpoint.write_text(path, json.dumps(records).replace("}, {", "},\n {") + "\n")
         print(f"{record['name']:<20} N {record['n_params']:>9,}  D {record['n_tokens']:>9,}  exact FLOPs "
               f"{record['flops_exact']:.2e}  loss {figures['val_loss']:.4f}  {figures['seconds']:.0f} s", flush=True)
     return [record for _, job in jobs for record in records if record["name"] == job["name"]]
@@ -271,26 +259,22 @@ def real(settings: "RealSettings") -> dict:
     print(f"fit of {len(runs)} runs: " + ", ".join(f"{key} {fit[key]:.4g} ({fit[key + '_low']:.4g} … "
                                                    f"{fit[key + '_high']:.4g})" for key in LAW))
     gaps = [math.log(one["loss"] / two["loss"]) for one, two in zip(runs[:count], runs[count:2 * count])]
-    # The shape that the law likes best for the large budget, unless it would see the corpus more than three times.
-    options = [real_job(shape, 8.2 * max(REAL_GRID), 1, meta["vocab_size"]) for shape in REAL_CHECK_SHAPES]
-    log_n, log_d = np.log([[record["n_params"], record["n_tokens"]] for _, record in options]).T
-    guesses = np.exp(law_terms(fit.law, log_n[:, None, None], log_d[:, None, None])[0][..., 0])   # (options, S)
-    pick = (guesses[:, 0] + 100 * np.maximum(np.exp(log_d) / meta["train_tokens"] - 3, 0)).argmin()
+    job = real_job(REAL_CHECK, 8.2 * max(REAL_GRID), 1, meta["vocab_size"])
+    guesses = law_terms(fit.law, *np.log([[job[1]["n_params"]], [job[1]["n_tokens"]]]))[0]                  # (S, 1)
     figures = Fit()
-    figures.add("predicted", guesses[pick])
+    figures.add("predicted", np.exp(guesses[:, 0]))
     print("predicted for {}: {predicted:.4f} ({predicted_low:.4f} … {predicted_high:.4f})".format(
-        options[pick][1]["name"], **figures), flush=True)
-    check, = train_missing([options[pick]], path, settings.out_dir, data_dir)
+        job[1]["name"], **figures), flush=True)
+    check, = train_missing([job], path, settings.out_dir, data_dir)
     figures.update(measured=check["loss"], error_percent=100 * (figures.predicted / check["loss"] - 1),
                    seed_noise_percent=100 * math.sqrt(sum(gap ** 2 for gap in gaps) / 2 / len(gaps)),
                    times_exact=check["flops_exact"] / max(run["flops_exact"] for run in runs),
                    times_6nd=check["flops"] / max(run["flops"] for run in runs), law={key: fit[key] for key in LAW})
-    write_json(folder / "scaling_real.json", figures)
-    print("measured {measured:.4f}: the prediction is {error_percent:+.2f} % off, at {times_exact:.1f} times the exact "
-          "FLOPs ({times_6nd:.1f} times 6 N D) of the largest run fitted; the seed alone moves a loss by "
-          "{seed_noise_percent:.2f} %".format(**figures))
-    print(draw(fit, runs, 2 * check["flops"], folder / "scaling_real.png", "python scaling.py real", "budget",
-               mark=("predicted, then trained", check)))
+    checkpoint.write_text(folder / "scaling_real.json", json.dumps(figures) + "\n")
+    print("measured {measured:.4f}: the prediction is {error_percent:+.2f} % off, at {times_exact:.1f} times the "
+          "largest run's exact FLOPs; the seed alone moves a loss by {seed_noise_percent:.2f} %".format(**figures))
+    draw(fit, runs, 2 * check["flops"], folder / "scaling_real.png", "python scaling.py real", "budget",
+         mark=("predicted, then trained", check))
     return figures
 
 
@@ -340,9 +324,6 @@ def main(argv: list[str]) -> None:
     if len(files) != (verb == "fit"):
         fail(f"{'give one file of runs' if verb == 'fit' else f'{files[0]!r} is no verb'}. {USAGE}")
     try:
-        flops = getattr(settings, "flops", None)
-        if flops is not None and not 0 < flops < math.inf:
-            raise ValueError(f"flops={flops} must be a finite number above 0")
         if verb == "fit":
             fit_file(settings, files[0])
         else:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from common import random_model  # noqa: F401
+import common  # noqa: F401
 import align
 import align_demo
 
@@ -24,7 +24,7 @@ def test_tasks_of_the_experiment_are_disjoint_and_right():
 
 def test_the_whole_way_leaves_four_models_figures_curves_and_a_dialogue(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(align_demo.Laboratory, "pairs", lambda lab, model, split, n: [
-        (lab.prompt(task), lab.reply(align_demo.answered(task, "think")), lab.reply(align_demo.answered(task, "guess")))
+        (lab.prompt(task), *(lab.tokenizer.encode(align_demo.answered(task, style)) for style in ("think", "guess")))
         for task in lab.pick(split, 8)])
     config = align_demo.DemoConfig(out_dir=str(tmp_path))
     tiny = TINY | {"grpo": replace(TINY["grpo"], prompts_per_step=2, max_new_tokens=4)}
@@ -32,6 +32,6 @@ def test_the_whole_way_leaves_four_models_figures_curves_and_a_dialogue(tmp_path
     assert set(figures["table"]) == {"base", "sft", "dpo", "grpo"} and len(figures["dialogue"]) == 8
     assert (tmp_path / "curves.png").is_file() and all((tmp_path / stage / "ckpt.pt").is_file() for stage in tiny)
     said = capsys.readouterr().out + align_demo.report(figures, tmp_path)
-    assert "to go" in said and "curves.png" in said and "python sample.py" in said
+    assert "s so far" in said and "curves.png" in said and "python sample.py" in said
     with pytest.raises(ValueError, match="--overwrite=true"):
         align_demo.demonstrate(config, tiny)

@@ -69,7 +69,7 @@ data | prepare W/text.txt --languages=en | languages
 data | prepare W/empty --data_dir=W/out | empty is empty
 data | prepare W/utf16.txt --data_dir=W/out | iconv -f utf-16
 data | prepare W/text.txt --data_dir=W/file | file
-data | prepare W/text.txt --data_dir=W/out --tokenizer=W/none | there is no file
+data | prepare W/text.txt --data_dir=W/out --tokenizer=W/none | No such file
 data | prepare W/text.txt --data_dir=W/out --vocab_size=10 | vocab_size is 10
 data | prepare W/data/val.txt --data_dir=W/data | where the split itself is written
 data | {FIT}dir | no file
@@ -77,7 +77,7 @@ data | {FIT}empty | empty holds 0 texts
 data | curate W/none* | no file
 data | {CURATE}--quality=W/text.txt | text.txt is no classifier
 data | {CURATE}--num_bands=7 | num_bands=7
-data | crawl CC-MAIN-2025-18 --kind=x --out=W/out | kind 'x'
+data | crawl CC-MAIN-2025-18 --segments=0 --out=W/out | segments=0
 sample | W/file | file/ckpt.pt
 sample | W/cut | ckpt.pt is cut short
 sample | W/notok | no tokenizer.json
