@@ -58,7 +58,7 @@ from align_losses import (BASELINES, NORMALIZE, NORMALIZERS, REWEIGHTS, aggregat
                           dpo_loss, group_advantages, grpo_step, grpo_train_step, masked_mean, masked_normalize,
                           padding_id, policy_gradient_loss, policy_step, response_log_probs, rollout_rewards, sft_step,
                           take_step, token_entropy, tokenize_prompt_and_output)
-from checkpoint import claim_out_dir, forget_former, made_folder, read_checkpoint, save_checkpoint, sha256
+from checkpoint import claim_out_dir, forget_former, only_writer, read_checkpoint, save_checkpoint, sha256
 from configurator import command_line, fail, print_config
 from evaluate import (REWARDS, TEMPLATES, boxed_reward, continuation_log_probs, end_id, pick_template,  # noqa: F401
                       r1_zero_reward, standard_error)
@@ -459,7 +459,7 @@ def main(argv: list[str]) -> None:
         if not (config.base and config.data):
             raise ValueError(f"{verb} needs --base, the folder to start from, and --data, a JSONL file. {USAGE}")
         print_config(config, sources)
-        with made_folder(config.out_dir):
+        with only_writer(config.out_dir):
             run_verb(verb, config)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         fail(error)

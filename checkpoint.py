@@ -52,14 +52,24 @@ def claim_file(path) -> Path:
 
 
 @contextlib.contextmanager
-def made_folder(folder):
-    """`folder` is made for what follows, and goes again when it is still empty after that."""
+def only_writer(folder):
+    """Make `folder` and hold it for this process, where the system has such locks: two that write there spoil both
+    results. Raises ValueError when another one holds it. A folder that is still empty in the end goes again."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        if not os.listdir(folder):
-            os.rmdir(folder)
+    with contextlib.ExitStack() as held:
+        if os.name == "posix":
+            import fcntl
+            lock = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{folder} is being written by another process; give another folder") from None
+        try:
+            yield
+        finally:
+            if not os.listdir(folder):
+                os.rmdir(folder)
 
 
 def sha256(path) -> str:
@@ -121,6 +131,8 @@ def save_checkpoint(model, optimizer, step: int, path, **more) -> None:
     import torch
     for wrapper in ("module", "_orig_mod"):          # a data-parallel one's, torch.compile's
         model = getattr(model, wrapper, model)
+    if any(getattr(p, "cuts", None) for p in getattr(model, "parameters", list)()):
+        raise ValueError(f"{path}: this model holds one rank's part of its matrices; save full_state_dict(model)")
     things = [model, *optimizer] if isinstance(optimizer, (list, tuple)) else [model, optimizer]
     states = [one.state_dict() if hasattr(one, "state_dict") else one for one in things if one is not None]
     entries = {"format_version": 1, "model": states[0], "optimizer": states[1:], "step": int(step)}
@@ -150,6 +162,10 @@ def read_checkpoint(path, map_location="cpu") -> dict:
     except pickle.UnpicklingError as error:
         code = str(error).partition("GLOBAL ")[2].split(" ")[0]
         raise ValueError(f"{path} holds pickled code ({code}), which is refused") from error
+    except torch.OutOfMemoryError:
+        raise                            # no fault of the file
+    except RuntimeError as error:        # damaged inside
+        raise OSError(f"{path} could not be read: {error}") from error
     if not isinstance(entries, dict) or not isinstance(entries.get("model"), dict) or "step" not in entries:
         raise ValueError(f"{path} is not a checkpoint: it must hold a dict with 'model', tensors by name, and 'step'")
     if "quantized" in entries:           # what compress.py wrote: every page gets the rounded weights

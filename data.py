@@ -29,7 +29,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bpe import Tokenizer, train_bpe
-from checkpoint import made_folder, open_tokens, read_meta, sha256, write_atomically, write_text  # noqa: F401
+from checkpoint import only_writer, open_tokens, read_meta, sha256, write_atomically, write_text  # noqa: F401
 from classify import SEPARATOR, Classifier, ClassifyConfig, train_classifier  # noqa: F401
 from clean import (dedup_lines, dedup_minhash, extract_text, gopher_filter, identify_language,  # noqa: F401
                    mask_emails, mask_ips, mask_phone_numbers)
@@ -172,7 +172,7 @@ def prepare(name_or_path, vocab_size=None, data_dir=None, context_length: int = 
     if tokenizer is not None:
         tokenizer = tokenizer_file(Path(tokenizer), vocab_size)
     place = folder / "unfinished"                                     # where the files are made
-    with made_folder(folder):
+    with only_writer(folder):
         shutil.rmtree(place, ignore_errors=True)                      # of a preparation that was killed
         place.mkdir()
         try:
@@ -255,7 +255,7 @@ def curate(paths, out_dir="data/crawl", *, executor=None, **settings) -> dict:
     settings["scheduler"]. settings: the fields of CurateConfig. A killed job goes on where it was.
     """
     out, config = Path(out_dir), CurateConfig(**settings)
-    with made_folder(out):
+    with only_writer(out):
         report = curate_archives(paths, out, executor, **settings)
         write_report(report, out)
     if config.vocab_size:

@@ -286,6 +286,14 @@ def failure_of(name: str, exercises: dict) -> list[str]:
     return said.strip().splitlines()[-20:] if status else []
 
 
+def best_time(entry: dict, folder: Path | None) -> str:
+    """Milliseconds of the exercise's `speed` statement, the best of five, with the learner's page or ours."""
+    code = (f"import timeit, torch\ntorch.set_num_threads(1)\n{entry['setup']}\ntimer = timeit.Timer(lambda: "
+            f"{entry['speed']})\nn, _ = timer.autorange()\nprint(min(timer.repeat(5, n)) / n * 1e3)")
+    status, said = run_limited([sys.executable, "-c", code], environment(folder))
+    return f"{float(said.split()[-1]):.3g} ms" if status == 0 else "not to be measured in a minute"
+
+
 def check(name: str, exercises: dict, n_hints: int) -> bool:
     """Run an exercise's tests, say what came of it, and show n_hints hints more; returns whether they hold."""
     entry, progress = exercises[name], read_progress()
@@ -304,6 +312,8 @@ def check(name: str, exercises: dict, n_hints: int) -> bool:
         if n_hints == len(entry["hints"]):
             print(f"no more hints; ours: python practice.py show {name}")
         note(name, hints=n_hints)
+    if n_hints and not failure and "speed" in entry:
+        print(f"{entry['speed']}: yours {best_time(entry, CHECKED)}, ours {best_time(entry, None)}")
     note(name, state="begun" if failure else "passed")
     return not failure
 

@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import accounting
 import data
-from checkpoint import (claim_out_dir, load_optimizer, load_weights, made_folder, read_checkpoint,
+from checkpoint import (claim_out_dir, load_optimizer, load_weights, only_writer, read_checkpoint,
                         save_checkpoint)
 from compress import distillation_loss
 from configurator import command_line, fail, print_config
@@ -445,7 +445,7 @@ def run_command_line(argv: list[str]) -> None:
         config = take_shape(config, {key for key, source in sources.items() if source not in ("default", default)})
         print_config(config, sources)
         speaks = os.environ.get("RANK", "0") == "0" and verb is None
-        with made_folder(config.out_dir) if speaks else contextlib.nullcontext():
+        with only_writer(config.out_dir) if speaks else contextlib.nullcontext():
             interrupted = sweep(config, files, main) if verb == "sweep" else main(config)["interrupted"]
     except (ValueError, OSError, FloatingPointError) as error:
         if getattr(error, "errno", None) not in DISK_FULL:

@@ -15,7 +15,7 @@ import train
     ({"optimizer": "adam"}, "optimizer='adam' must be one of adamw"), ({"batch_tokens": 16}, "batch_tokens=16 is less"),
     ({"seed": -5}, "seed=-5 must be at least 0"), ({"max_minutes": 0.0}, "max_minutes=0.0 must be above 0"),
     ({"vocab_size": 0}, "vocab_size=0 must be at least 1"), ({"lr": math.nan}, "lr=nan"), ({"beta1": 1.5}, "beta1=1.5"),
-    ({"n_heads": 5}, "not a multiple of n_heads=5"), ({"teacher": "out/a", "fused_loss": True}, "teacher=out/a needs"),
+    ({"n_heads": 5}, "no multiple of n_heads=5"), ({"teacher": "out/a", "fused_loss": True}, "teacher=out/a needs"),
     ({"parallel": "fsdp", "optimizer": "muon"}, "parallel=fsdp.* optimizer=muon needs whole ones"),
     ({"tp": 2, "compile": True}, "tp=2.* sends")], ids=str)
 def test_settings_that_cannot_be_are_refused_by_name(settings, words):

@@ -9,6 +9,7 @@ import pytest
 
 from common import warc_record
 import bpe
+import checkpoint
 import data
 
 
@@ -147,6 +148,20 @@ def test_a_disk_that_fills_up_is_named_and_leaves_what_was_there(name, place, tm
     assert {path: left.get(path) for path in before} == before
     new = {Path(path).name for path in left.keys() - before.keys()}
     assert new <= {"shards", "counts", "settings.json", "x.warc.gz.jsonl", "x.warc.gz.npy"}, "where curation goes on"
+
+
+@pytest.mark.parametrize("script, words", [("data", "prepare W/text.txt --vocab_size=300 --data_dir="),
+                                           ("train", "--data_dir=W/data --max_steps=1 --out_dir=")])
+def test_who_writes_in_a_folder_where_another_one_does_is_refused(script, words, place, tmp_path, capsys):
+    pytest.importorskip("fcntl", reason="this system has no such lock")
+    folder = tmp_path / "out"
+    with checkpoint.only_writer(folder):
+        status, error = run(script, words + str(folder), place, capsys)
+        assert status == 2 and f"{folder} is being written by another process" in error and not list(folder.iterdir())
+    assert not folder.exists()                                           # made for this, and still empty
+    with checkpoint.only_writer(folder):                                 # and the lock has gone with it
+        (folder / "x").touch()
+    assert folder.exists()
 
 
 def test_a_script_is_text_to_train_on(tmp_path, capsys):
