@@ -58,10 +58,10 @@ void rms_forward(int kind, const void *x, const float *w, void *y, float *r, int
     }
 }
 
-// dx = r (g w - n mean(g w n)); dw = Σ g n, one sum a thread in `parts`, which is zero before.
+// dx = r (g w - n mean(g w n)); dw = Σ g n, one sum in `parts` for each of `threads`, zero before.
 void rms_backward(int kind, const void *dy, const void *x, const float *w, const float *r, void *dx, float *parts,
-                  int64_t rows, int n) {
-    #pragma omp parallel for schedule(static)
+                  int64_t rows, int n, int threads) {
+    #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t k = 0; k < rows; k++) {
         float a[n], g[n], inner = 0, *dw = parts + (int64_t)omp_get_thread_num() * n;
         widen(kind, x, k * n, a, n);

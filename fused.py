@@ -20,7 +20,7 @@ import native
 KINDS = {torch.float32: 0, torch.bfloat16: 1}      # as in fused.c
 P, I, L, F = c_void_p, c_int, c_int64, c_float
 ARGUMENTS = {
-    "rms_forward": (I, P, P, P, P, L, I, F), "rms_backward": (I, P, P, P, P, P, P, L, I),
+    "rms_forward": (I, P, P, P, P, L, I, F), "rms_backward": (I, P, P, P, P, P, P, L, I, I),
     "rotate": (I, P, P, P, P, L, I, I, I, I), "swiglu_forward": (I, P, P, P, L),
     "swiglu_backward": (I, P, P, P, P, P, L), "entropy_forward": (I, P, P, L, I),
     "entropy_backward": (I, P, P, P, P, P, L, I)}
@@ -127,7 +127,7 @@ class RMSNorm(torch.autograd.Function):
         w = wide(weight)
         if in_c(x):
             dx, parts = torch.empty_like(x), torch.zeros(torch.get_num_threads(), len(w))    # of each thread
-            call("rms_backward", x, grad.contiguous(), x, w, r, dx, parts, r.numel(), len(w))
+            call("rms_backward", x, grad.contiguous(), x, w, r, dx, parts, r.numel(), len(w), len(parts))
             return dx, parts.sum(dim=0).to(weight.dtype), None
         g, n = wide(grad), wide(x) * r
         gn = g * n
