@@ -145,8 +145,9 @@ void entropy_forward(int kind, const void *x, float *log_sum, int64_t rows, int 
             #pragma omp simd reduction(max : most)
             for (int i = 0; i < size; i++) most = a[i] > most ? a[i] : most;
             if (at && before != most) sum *= expo(before - most);                // a larger one came: scale anew
+            float shift = most > -INFINITY ? most : 0;           // only -inf so far, and less itself that is NaN
             #pragma omp simd reduction(+ : sum)
-            for (int i = 0; i < size; i++) sum += expo(a[i] - most);
+            for (int i = 0; i < size; i++) sum += expo(a[i] - shift);
         }
         log_sum[k] = most + logf(sum);
     }

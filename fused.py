@@ -77,7 +77,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
         V = logits.shape[-1]
-        flat, ids = logits.reshape(-1, V).contiguous(), targets.reshape(-1, 1)
+        flat, ids = logits.reshape(-1, V).contiguous(), targets.reshape(-1, 1).contiguous()          # C reads both
         chosen = wide(flat.gather(-1, ids))                                                        # (rows, 1)
         log_sum = torch.empty_like(chosen)
         if in_c(flat):
@@ -112,8 +112,8 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         x, w, n = x.contiguous(), wide(weight), x.shape[-1]
         if in_c(x):
-            y, r = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
-            call("rms_forward", x, x, w, y, r, r.numel(), n, eps)
+            y, r = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+            call("rms_forward", x, x, weight.float(), y, r, r.numel(), n, eps)
         else:
             r = torch.linalg.vector_norm(wide(x), dim=-1, keepdim=True).square_().div_(n).add_(eps).rsqrt_()
             y = (wide(x) * r).mul_(w).to(x.dtype)
@@ -126,8 +126,8 @@ class RMSNorm(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         w = wide(weight)
         if in_c(x):
-            dx, parts = torch.empty_like(x), torch.zeros(torch.get_num_threads(), len(w))    # of each thread
-            call("rms_backward", x, grad.contiguous(), x, w, r, dx, parts, r.numel(), len(w), len(parts))
+            dx, parts = torch.empty_like(x), r.new_zeros(torch.get_num_threads(), len(w))    # of each thread
+            call("rms_backward", x, grad.contiguous(), x, weight.float(), r, dx, parts, r.numel(), len(w), len(parts))
             return dx, parts.sum(dim=0).to(weight.dtype), None
         g, n = wide(grad), wide(x) * r
         gn = g * n

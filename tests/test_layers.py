@@ -123,6 +123,24 @@ def test_what_a_cpu_runs_equals_the_simple_versions(name, in_c, monkeypatch):
             assert fast(*broken, *more).isnan().any()
 
 
+@pytest.mark.parametrize("in_c", [True, False], ids=["C", "torch"])
+def test_a_loss_whose_targets_lie_apart_or_whose_first_logits_are_masked(in_c, monkeypatch):
+    if not in_c:
+        monkeypatch.setattr(fused, "library", lambda: None)
+    gradients, targets = [], torch.randint(1030, 1100, (5, 3), generator=rng())[:, 1]      # a column: every third id
+    for loss in (layers.token_cross_entropy, layers.simple_cross_entropy):
+        logits = torch.randn(5, 1100, generator=rng())
+        logits[:, :1030] = -torch.inf
+        loss(logits.requires_grad_(), targets).sum().backward()
+        gradients.append(logits.grad)
+    close(*gradients, 1e-6)
+
+
+def test_a_norm_takes_weights_of_another_dtype():
+    x, weight = torch.randn(3, 8, generator=rng()), torch.rand(8, dtype=torch.float64, generator=rng())
+    close(fused.RMSNorm.apply(x, weight, 1e-5), layers.rms_norm(x, weight, 1e-5), 1e-6)
+
+
 @pytest.mark.skipif(fused.library() is None, reason="needs a C compiler")
 def test_exponentials_in_c_have_seven_digits():
     """silu(x) · 1 is x / (1 + exp(-x))."""
