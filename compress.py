@@ -124,7 +124,7 @@ class RoundedLinear(torch.nn.Module):
 
     def forward(self, x):                                                       # (..., C) -> (..., R)
         rows = x.reshape(-1, x.shape[-1])
-        in_c = x.device.type == "cpu" and onetoken.library() is not None
+        in_c = x.device.type == "cpu" and self.scale.dtype == torch.bfloat16 and onetoken.library() is not None
         trains = x.requires_grad and torch.is_grad_enabled()                    # C gives no gradient
         if in_c and not trains and 0 < len(rows) <= onetoken.MAX_ROWS:
             y = onetoken.linear(self, rows.float()).to(x.dtype)

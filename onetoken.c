@@ -49,10 +49,10 @@ static inline float from_bf16(uint16_t half) {           // the upper half of a 
     return x;
 }
 
-static inline uint16_t to_bf16(float x) {                // rounded to the nearest, ties to even
+static inline uint16_t to_bf16(float x) {                // to the nearest, ties to even; NaN stays NaN
     uint32_t whole;
     memcpy(&whole, &x, 4);
-    return (whole + 0x7fff + ((whole >> 16) & 1)) >> 16;
+    return x != x ? 0x7fc0 : (whole + 0x7fff + ((whole >> 16) & 1)) >> 16;
 }
 
 // --- dot products ---
@@ -165,7 +165,7 @@ void linear(const Matrix *m, int count, const float *x, float *y, int rows, floa
             for (int r = 0; r < rows; r += step) {
                 const float *row = x + (int64_t)r * n;
                 step = rows - r < 4 || outputs < 4 ? 1 : 4;
-                // The next rows of W, a part at each step; alone the processor foresees long ones better.
+                // Ask for the next rows of W, a part at each step; for one row of float32 the processor does so itself.
                 int64_t from = kind == F32 && rows == 1 ? block : block * r / rows;
                 for (; from < block * (r + step) / rows; from += 64) __builtin_prefetch(w + block + from);
                 if (outputs < 4)

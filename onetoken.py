@@ -75,6 +75,8 @@ def matrix(layer) -> Matrix:
     weight = layer.q if weight is None else weight
     if weight.dtype not in KINDS or not weight.is_contiguous() or weight.device.type != "cpu":
         raise TypeError(f"weights in {weight.dtype} on {weight.device}")
+    if scale is not None and scale.dtype != torch.bfloat16:                      # after model.float()
+        raise TypeError(f"scales in {scale.dtype}")
     d_in = scale.shape[2] * 64 if weight.dtype == torch.int32 else weight.shape[1]
     return Matrix(weight.data_ptr(), None if scale is None else scale.data_ptr(), None, KINDS[weight.dtype],
                   len(weight), d_in)
@@ -83,7 +85,7 @@ def matrix(layer) -> Matrix:
 def linear(layer, x):
     """x (rows, d_in) in float32 through one such layer without its bias, (rows, d_out)."""
     m, rows, x = matrix(layer), len(x), x.contiguous()   # named: an address does not keep a copy alive
-    y, scratch = torch.empty(rows, m.d_out), torch.empty(m.d_in // 64)
+    y, scratch = x.new_empty(rows, m.d_out), x.new_empty(m.d_in // 64)
     library().linear(ctypes.byref(m), 1, x.data_ptr(), y.data_ptr(), rows, scratch.data_ptr())
     return y
 
@@ -91,7 +93,7 @@ def linear(layer, x):
 def widen(layer):
     """The weights of one such layer in float32, (d_out, d_in)."""
     m = matrix(layer)
-    out = torch.empty(m.d_out, m.d_in)
+    out = torch.empty(m.d_out, m.d_in, dtype=torch.float32)
     library().widen(ctypes.byref(m), out.data_ptr())
     return out
 
@@ -120,7 +122,7 @@ class Pass:
                        self.layers, self.norm(model.ln_final), self.matrix(model.lm_head))
         self.numbers = c.d_model + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * d_ff + c.n_heads * max_length
         self.numbers += max(c.d_model, d_ff, c.n_heads * c.head_dim) // 64       # for int4
-        self.scratch = torch.empty(0)
+        self.scratch = torch.empty(0, dtype=torch.float32)
 
     def floats(self, tensor):
         """The address of a float32 copy, None of None."""
@@ -136,7 +138,7 @@ class Pass:
                     getattr(layer, "eps", 0), NORMS[type(layer)])
 
     def matrix(self, layer) -> Matrix:
-        self.held += [*layer.parameters(), *layer.buffers()]
+        self.held += [t.detach() for t in (*layer.parameters(), *layer.buffers())]    # model.to() replaces a .data
         m = matrix(layer)
         m.bias = self.floats(layer.bias)
         return m
@@ -151,8 +153,8 @@ class Pass:
         """Logits (B, T, V) after each of T more tokens of every row, whose keys and values are added to the cache.
 
         tokens: (B, T), lists or a tensor. pasts: positions that each row holds. keys, values: a tensor (B, K, slots, D)
-        for each layer, of any strides but the last. slots: (B, …) int32, the slot of each position; none: its own
-        number. cache: what the model's embedding asks for earlier ids.
+        for each layer, all of the same strides, the last of them 1. slots: (B, …) int32, the slot of each position;
+        none: its own number. cache: what the model's embedding asks for earlier ids.
         """
         tokens, c = torch.as_tensor(tokens), self.model.config
         B, T = tokens.shape
@@ -162,8 +164,8 @@ class Pass:
         x = self.model.embed(tokens, cache, SimpleNamespace(slots=at, positions=at))
         x, at = x.float().contiguous(), at.int()
         if len(self.scratch) < B * T * self.numbers:
-            self.scratch = torch.empty(B * T * self.numbers)
-        logits = torch.empty(B, T, c.vocab_size)
+            self.scratch = x.new_empty(B * T * self.numbers)
+        logits = x.new_empty(B, T, c.vocab_size)
         self.c.n_tokens, self.c.n_slots = T, 0 if slots is None else slots.shape[1]
         self.c.next_row, self.c.next_head, self.c.next_slot, _ = keys[0].stride()
         pointers = [(P * len(stores))(*(store.data_ptr() for store in stores)) for stores in (keys, values)]

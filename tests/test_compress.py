@@ -49,6 +49,8 @@ def test_rounded_layers_in_c_and_multiplied_out(kind, error, monkeypatch):
         size = true.abs().max()
         assert (in_c - without).abs().max() < 1e-5 * size
         assert (without - true).abs().max() < error * size, (without - true).abs().max() / size
+        with torch.no_grad():
+            assert (small.float()(x) - without).abs().max() < 1e-5 * size, "scales in float32, which C does not read"
 
 
 @pytest.mark.parametrize("switch", ["tied", "moe", "mla", "gpt2"])
