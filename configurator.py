@@ -27,13 +27,13 @@ def coerce(key: str, value, annotation):
     word = str(value).strip().lower()
     if word == "none" and optional:
         return None
-    if kind is str and value is not None:
-        return str(value)
+    if kind is str and isinstance(value, str):
+        return value
     try:
         if kind is bool:
             return SWITCH[word]
         number = int(word) if word.lstrip("+-").isdigit() else float(word)       # a float loses digits beyond 2^53
-        if kind is float or number == int(number):
+        if kind is float or (kind is int and number == int(number)):
             return kind(number)
     except (KeyError, ValueError, OverflowError):
         pass
@@ -52,7 +52,9 @@ def read_config_file(path: str) -> dict:
                 if not isinstance(part, ALLOWED):
                     raise ValueError("not `key = value` with a string, true, false, none, or products of numbers")
                 if isinstance(part, ast.Constant) and type(part.value) is int:
-                    part.value = float(part.value)                   # 9**9**9 is an error then, not a hang
+                    exact, part.value = part.value, float(part.value)            # 9**9**9 is an error then, not a hang
+                    if part.value != exact:
+                        raise ValueError(f"{exact} loses digits as a float; give a flag, or write it as 6e23")
             exec(compile(ast.Module([node], []), path, "exec"), names, values)
     except (SyntaxError, ValueError, TypeError, NameError, ArithmeticError, RecursionError, MemoryError) as error:
         raise ValueError(f"{path}:{getattr(error, 'lineno', line)}: {error}; write assignments in UTF-8") from None

@@ -33,7 +33,8 @@ def test_values_take_the_type_of_the_field(key, text, value):
     ("import os", ":1: "), ("rate = 2\nwidth = __import__('os').getpid()", ":2: "), ("width = 9**9**9", ":1: "),
     ("name = 'a'\nname = name + name", ":2: "), ("name = 'a' * 10**12", ":1: "), ("width = 1 / 0", ":1: "),
     ("width = " + "1 * " * 20_000 + "1", "config_toy.py"), (b"name = '\xe9'", "config_toy.py:1: 'utf-8'"),
-    ("rate = lr", "'lr' is not defined"), ("loud = None", "config_toy.py: loud=None"), ("widht = 3", "mean width")])
+    ("rate = lr", "'lr' is not defined"), ("width = 9007199254740993", ":1: 9007199254740993 loses"),
+    ("name = 3", "name=3.0 is not a str"), ("loud = None", "config_toy.py: loud=None"), ("widht = 3", "mean width")])
 def test_config_files_cannot_run_code_or_hang(tmp_path, text, words):
     (tmp_path / "config_toy.py").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=re.escape(words)):
