@@ -203,6 +203,8 @@ class Words(ctypes.Structure):
 
     def learn(self, n_merges):
         """What learn_fast yields, as a list."""
+        if self.n + self.n_bytes >= 2 ** 31 - 1:                # C counts their places in 32 bits
+            raise ValueError(f"{self.n:,} distinct words of {self.n_bytes:,} bytes: 2 GB at most; give less text")
         pairs, counts = np.empty((n_merges, 2), np.int32), np.empty(n_merges, np.int64)
         made = library().learn(self, n_merges, pairs.ctypes, counts.ctypes)
         return [(a, b, n) for (a, b), n in zip(pairs[:made].tolist(), counts[:made].tolist())]
