@@ -87,7 +87,7 @@ def peak_flops(device: str, dtype: str) -> float | None:
 
 
 def bandwidth(device) -> float:
-    """Bytes per second that a sum over far more numbers than any cache holds reads: the roof of decoding."""
+    """Bytes per second that a sum over 256 MB (on a GPU 2 GB) reads: decoding's roof, if no cache holds the weights."""
     numbers = torch.ones(2 ** (26 if torch.device(device).type == "cpu" else 29), device=device)
     return 4 * len(numbers) / least_seconds(lambda: numbers.sum().item())
 
@@ -181,7 +181,7 @@ class Stop:
 
 # --- what a CPU wants done differently; see also fused.py ---
 
-SHORT_CONTEXT = 512                  # positions up to which these three products beat torch's fused kernel on a CPU
+SHORT_CONTEXT = 512                  # positions up to which plain products beat torch's fused kernel on a CPU
 
 
 def short_attention(q, k, v):

@@ -1,10 +1,10 @@
-"""C pages beside the Python ones, compiled when they are first needed: bpe.c and onetoken.c.
+"""C pages beside the Python ones, compiled when they are first needed: bpe.c, fused.c, onetoken.c.
 
 Why: NumPy and torch are fast where one operation takes many numbers. Where the work is a branch for every word or a
 small operator for every layer, plain C of the same length is many times as fast, and reads like the formula.
 
 The compiler is the system's `cc`; it takes a second, once, and the result stays in ~/.cache/native, named by what went
-into it. Without one, or with NATIVE=0 in the environment (BPE=0, ONETOKEN=0 for one page), the pages run their Python.
+into it. Without one, or with NATIVE=0 in the environment (for one page BPE=0, FUSED=0, ONETOKEN=0), Python runs.
 """
 import ctypes
 import hashlib
