@@ -60,9 +60,9 @@ class Cutter:
         return 0
 
     def ranges(self, read, total, size):
-        """(start, end) of ranges of at most `size` bytes; read(a, b) gives bytes. Only the ends of ranges are read.
+        """(start, end) of ranges of at most `size` bytes; read(a, b) gives bytes. Their last 64 KB are searched first.
 
-        A range without a safe cut is made twice as long, so that the search stays linear.
+        One without a safe cut is made twice as long, beyond `size`, so that the search stays linear.
         """
         start, end = 0, size
         while end < total:

@@ -12,7 +12,7 @@ Decoding reads every weight once for every token, so its speed is bandwidth over
     magnitude   w 0 w 0 0 w      the smallest weights become zero; a dense matrix with zeros in it, as large as before
     width       w w w            whole heads and neurons leave, and a smaller dense model remains
 
-How a row is rounded, w = (0.423, -1.270, 0.056, 0.808); errors are at most s / 2:
+How a row is rounded, w = (0.423, -1.270, 0.056, 0.808); errors are at most s / 2, but for s and z in bfloat16:
 
     int8   s = max|w| / 127 = 0.01         q = round(w / s) = (42, -127, 6, 81)
            s q = (0.42, -1.27, 0.06, 0.81)
