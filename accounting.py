@@ -6,7 +6,7 @@
 Where 6 N D comes from. A product of (m, k) with (k, n) takes 2 m n k FLOPs, so a matrix of n numbers costs a token 2 n.
 A block of GPT-2 has four projections of C x C and a feed-forward of C x 4C and 4C x C, 12 C² numbers: forward 24 C² a
 token, and 4 T C more for q·k and the weighted sum of T values. Backward costs twice that, one product for the gradient
-of the inputs and one for that of the weights. Three times 2 N is 6 N a token, 6 N D for D tokens.
+of the inputs and one for that of the weights. Three times 2 N is 6 N a token, 6 N D for D tokens (2001.08361).
 
     GPT-2 small, C 768, T 1,024, V 50,257, 12 layers      numbers     MFLOP a token, forward   with backward
     attention projections       12 · 4 C²                 28,311,552                    56.6           169.9
@@ -17,16 +17,12 @@ of the inputs and one for that of the weights. Three times 2 N is 6 N a token, 6
 
 Scores count over the whole T x T square, as in the literature; a causal flash kernel does half. Left out: norms,
 softmax and activation functions (a percent of the arithmetic), temporaries of the backward pass, the allocator's waste.
-
-The roofline (Williams 2009): a chip of F FLOP/s that reads W bytes/s is busy only from F / W FLOPs a byte on, its ridge
-(H100: 295). Decoding one sequence in bfloat16 does 2 FLOPs for the 2 bytes of a weight: a larger batch is nearly free.
-
-Papers: Kaplan 2020 (2001.08361, 2.1), Chowdhery 2022 (2204.02311, B: MFU), Korthikanti 2022 (2205.05198: activations),
-Chen 2016 (1604.06174: checkpoints), Rajbhandari 2019 (1910.02054: messages).
+The roofline (Williams 2009): a chip of F FLOP/s that reads W bytes/s is busy only from F / W FLOPs a byte on (H100:
+295). Decoding one sequence in bfloat16 does 2 FLOPs for the 2 bytes of a weight: a larger batch is nearly free.
 """
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from configurator import command_line, fail, nearest, read_config_file
 from machine import DEVICES
@@ -60,16 +56,13 @@ def preset(name: str, **changes) -> ModelConfig:
     return ModelConfig(**PRESETS[name] | changes)
 
 
-# --- parameters ---
-
 def count_params(config: ModelConfig) -> dict:
     """Trained numbers by part, and their "total". A tied head counts once, under token_embeddings."""
     c, C = config, config.d_model
     norm = {"rms": C, "layer": C * (1 + c.bias), "none": 0}[c.norm]
     block = _block_params(c) | {"norms": 2 * norm}
-    parts = {"token_embeddings": c.vocab_size * C,
-             "position_embeddings": c.context_length * C if c.position == "learned" else 0,
-             "smear_gate": C * c.smear}
+    parts = {"token_embeddings": c.vocab_size * C, "smear_gate": C * c.smear,
+             "position_embeddings": c.context_length * C if c.position == "learned" else 0}
     parts |= {name: c.n_layers * n for name, n in block.items()}
     parts["norms"] += norm * (c.norm_position == "pre")
     parts["mtp"] = c.mtp_depth * (sum(block.values()) + 2 * C + 2 * C * C)
@@ -77,8 +70,8 @@ def count_params(config: ModelConfig) -> dict:
     return parts | {"total": sum(parts.values())}
 
 
-def _block_params(c: ModelConfig, active: bool = False, matrices_only: bool = False) -> dict:
-    """Numbers of one block's attention, router and feed-forward; active: of those only that one token meets."""
+def _block_params(c: ModelConfig, active: bool = False) -> dict:
+    """Numbers of one block by part; vectors: biases and QK-norms. active: only those experts that one token meets."""
     C, H, K, D = c.d_model, c.n_heads, c.n_kv_heads, c.head_dim
     if c.attention == "mla":
         R, P, Q = c.kv_lora_rank, c.rope_head_dim, c.q_lora_rank or 0
@@ -88,19 +81,13 @@ def _block_params(c: ModelConfig, active: bool = False, matrices_only: bool = Fa
     else:
         attention = C * (H + 2 * K) * D + H * D * C
         vectors = 2 * D * c.qk_norm + (H + 2 * K) * D * (c.bias or c.qkv_bias) + C * c.bias
-    widths = [c.d_ff]
-    if c.n_experts:
-        widths = [c.d_ff_expert] * (c.n_experts_per_token if active else c.n_experts)
-        widths += [c.n_shared_experts * c.d_ff_expert] if c.n_shared_experts else []
+    experts = c.n_experts_per_token if active else c.n_experts
+    shared = [c.n_shared_experts * c.d_ff_expert] if c.n_shared_experts else []
+    widths = [c.d_ff_expert] * experts + shared if c.n_experts else [c.d_ff]
     n = 3 if c.ffn == "swiglu" else 2          # matrices; all but the last have a bias as wide as the layer
-    parts = {"attention": attention, "router": C * c.n_experts, "feed_forward": n * C * sum(widths)}
-    if not matrices_only:
-        parts["attention"] += vectors
-        parts["feed_forward"] += c.bias * sum((n - 1) * width + C for width in widths)
-    return parts
+    vectors += c.bias * sum((n - 1) * width + C for width in widths)
+    return {"attention": attention, "router": C * c.n_experts, "feed_forward": n * C * sum(widths), "vectors": vectors}
 
-
-# --- FLOPs ---
 
 def flops_per_token(config: ModelConfig, context_length: int, training: bool = False) -> dict:
     """FLOPs of one token in a sequence of context_length, by part, and their "total": forward only; with training=True
@@ -119,55 +106,43 @@ def flops_per_token(config: ModelConfig, context_length: int, training: bool = F
 
 def _block_flops(c: ModelConfig, keys: int) -> dict:
     """Forward FLOPs of a token in one block, whose query meets so many keys."""
-    matrices = _block_params(c, active=True, matrices_only=True)
+    matrices = _block_params(c, active=True)
     rotary = c.rope_head_dim if c.attention == "mla" else 0
     return {"attention_projections": 2 * matrices["attention"],
             "feed_forward": 2 * (matrices["feed_forward"] + matrices["router"]),
             "attention_scores": 2 * keys * c.n_heads * (2 * c.head_dim + rotary)}
 
 
-# --- bytes ---
-
 def memory_bytes(config: ModelConfig, batch_size: int = 1, context_length: int | None = None, dtype: str = "float32",
                  optimizer: str = "adamw") -> dict:
     """Bytes of a training step by part, and their "total". dtype: of the activations, by autocast; all else is float32.
     Muon keeps one moment of the blocks' matrices; the embedding, the head and vectors run AdamW and keep two."""
-    if dtype not in BYTES or optimizer not in STATES:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(BYTES)}, optimizer={optimizer!r} of "
-                         f"{', '.join(STATES)}")
-    c, n = config, count_params(config)["total"]
+    c, n, params = config, count_params(config)["total"], _block_params(config)
     moments = n * STATES[optimizer]
     if optimizer == "muon":
-        moments += n - (c.n_layers + c.mtp_depth) * sum(_block_params(c, matrices_only=True).values())
+        moments += n - (c.n_layers + c.mtp_depth) * (sum(params.values()) - params["vectors"])
+    block, outside = activation_bytes(c, dtype)
     parts = {"weights": 4 * n, "gradients": 4 * n, "optimizer": 4 * moments,
-             "activations": batch_size * activation_bytes(c, context_length or c.context_length, dtype)}
+             "activations": batch_size * (context_length or c.context_length) * (c.n_layers * block + outside)}
     return parts | {"total": sum(parts.values())}
 
 
-def activation_bytes(config: ModelConfig, T: int, dtype: str = "float32") -> int:
-    """Bytes that autograd keeps of one sequence for backward, with sdpa. Left out: routing, further heads, and that
-    latent attention (MLA) keeps more than the standard one with as many heads."""
-    c, low = config, BYTES[dtype]
-    logits = c.vocab_size * low * (1 if c.logit_softcap is None else 2) + 4
-    if c.fused_loss:
-        logits = c.d_model * low     # only the gradient with respect to the head's input, made at once
-    final = _norm_bytes(c, low) if c.norm_position == "pre" else c.d_model * low
-    return T * (4 * c.d_model * c.smear + c.n_layers * _block_bytes(c, low) + final + logits)
-
-
-def _block_bytes(c: ModelConfig, low: int) -> int:
-    """What one block keeps of one token: its two norms, attention, feed-forward. low: bytes of the products' dtype."""
+def activation_bytes(config: ModelConfig, dtype: str = "float32") -> tuple[int, int]:
+    """Bytes that autograd keeps of one token for backward, with sdpa: (in each block, outside). Source: 2205.05198.
+    Left out: routing, further heads, and that latent attention (MLA) keeps more than the standard one."""
+    c, low, C = config, BYTES[dtype], config.d_model
     H, K, D = c.n_heads, c.n_kv_heads, c.head_dim
+    # A norm's input and factor, in float32 also under autocast; its output in the dtype of the next product.
+    norm = {"rms": 4 * C + 4, "layer": 8 * C + 4, "none": 0}[c.norm] + C * low
     attention = low * (2 * H + 2 * K) * D + 4 * H                # q, k, v, the output and its log-sum-exp
     attention += c.qk_norm * (H + K) * (D * low + 4)
     width = c.d_ff if not c.n_experts else (c.n_experts_per_token + c.n_shared_experts) * c.d_ff_expert
     kept = {"swiglu": 3, "silu": 3, "gelu": 5, "relu2": 2}[c.ffn]                    # swiglu: gate, up, their product
-    return 2 * _norm_bytes(c, low) + attention + kept * width * low
-
-
-def _norm_bytes(c: ModelConfig, low: int) -> int:
-    """A norm's input and factor (float32 also under autocast), and its output in the dtype of the next product."""
-    return {"rms": 4 * c.d_model + 4, "layer": 8 * c.d_model + 4, "none": 0}[c.norm] + c.d_model * low
+    logits = c.vocab_size * low * (1 if c.logit_softcap is None else 2) + 4
+    if c.fused_loss:
+        logits = C * low                                 # only the gradient of the head's input, made at once
+    final = norm if c.norm_position == "pre" else C * low
+    return 2 * norm + attention + kept * width * low, 4 * C * c.smear + final + logits
 
 
 def kv_cache_bytes(config: ModelConfig, length: int, dtype: str = "bfloat16") -> int:
@@ -177,17 +152,14 @@ def kv_cache_bytes(config: ModelConfig, length: int, dtype: str = "bfloat16") ->
     return sum(min(length, window or length) for window in c.windows) * width * BYTES[dtype]
 
 
-def largest_batch(config: ModelConfig, memory: float, context_length: int | None = None, dtype: str = "float32",
-                  optimizer: str = "adamw") -> int:
-    """Most sequences whose training step fits `memory` bytes; 0 when none does."""
-    none, one = (memory_bytes(config, n, context_length, dtype, optimizer)["total"] for n in (0, 1))
+def largest_batch(config: ModelConfig, memory: float, **more) -> int:
+    """Most sequences whose training step fits `memory` bytes; 0 when none does. more: as of memory_bytes."""
+    none, one = (memory_bytes(config, n, **more)["total"] for n in (0, 1))
     return max(0, int((memory - none) // (one - none)))
 
 
-# --- activation checkpoints ---
-
 def checkpoint_plan(n_layers: int, levels: int, block_bytes: float, input_bytes: float) -> dict:
-    """The nesting of checkpoints in equal groups, at most `levels` deep, that needs least memory.
+    """The nesting of checkpoints in equal groups, at most `levels` deep, that needs least memory (1604.06174).
 
     A checkpoint keeps a group's input and computes the inside again in backward. Of groups of k1 > k2 > … blocks N/k1
     inputs are kept; while one group is in backward, those of its k1/k2 subgroups too; in the smallest, k blocks.
@@ -197,14 +169,13 @@ def checkpoint_plan(n_layers: int, levels: int, block_bytes: float, input_bytes:
         log2 N levels    halves of halves: log2 N inputs + 1 block       3 + log2 N passes at most
 
     block_bytes, input_bytes: what autograd keeps of a block, b, and its input alone, i. Returns sizes, outermost first;
-    bytes; recomputed, blocks computed again; flops, where 1 is a step without checkpoints, head left out.
+    bytes; recomputed, blocks computed again; flops, where 1 is a step without checkpoints.
     """
     plans = [{"sizes": (), "bytes": n_layers * block_bytes, "recomputed": 0}]
     divisors = [k for k in range(1, n_layers) if n_layers % k == 0] if levels else []
     for k in divisors:
         group, n_groups = checkpoint_plan(k, levels - 1, block_bytes, input_bytes), n_layers // k
-        # The first subgroup's input is the group's own, kept by the level above. The last subgroup is not run when the
-        # group is entered for its inputs: torch stops there.
+        # A first subgroup's input is the group's. The last is not run when the group is entered: torch stops before it.
         last = group["sizes"][0] if group["sizes"] else 0
         plans.append({"sizes": (k, *group["sizes"]), "bytes": group["bytes"] + (n_groups - 1) * input_bytes,
                       "recomputed": n_groups * (k - last + group["recomputed"])})
@@ -212,77 +183,65 @@ def checkpoint_plan(n_layers: int, levels: int, block_bytes: float, input_bytes:
     return best | {"flops": 1 + best["recomputed"] / (3 * n_layers)}
 
 
-# --- communication ---
-# A step on one rank: what it computes, what it sends, and from where on the first hides the second. B: batch_tokens of
-# all N ranks. C: flops_per_s that a rank reaches. W: link_bytes_per_s that it can send. A ring sends (N-1)/N of the
-# weights' bytes to gather them, as much to reduce gradients, twice that to all-reduce them.
-# work: a ModelConfig, or (d_model, d_ff) for one SwiGLU layer. dtype: of messages.
-# Returned: {"forward", "backward", "step"}, each with flops, bytes, compute_s, communication_s, hidden, and
-# smallest_batch and most_ranks that hide the messages; the step also with seconds, the longer of the two in each pass.
-
-def data_parallel_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_s, dtype="bfloat16") -> dict:
-    """DDP all-reduces its gradients in backward. Arithmetic falls as 1/N, messages do not: they hide while
-    N <= 1 + B W / C (a SwiGLU layer, 2 bytes a number), however large the layer."""
-    return _step_cost(work, batch_tokens, ranks, 1, flops_per_s, link_bytes_per_s, dtype, (0, 2))
+def training_hours(config: ModelConfig, tokens: float, device: str, mfu: float = 0.4, n_devices: int = 1) -> float:
+    """Hours to train on `tokens` when the share `mfu` of the devices' peak goes into the model's FLOPs (2204.02311)."""
+    flops = flops_per_token(config, config.context_length, training=True)["total"] * tokens
+    return flops / (DEVICES[device].flops * mfu * n_devices) / 3600
 
 
-def fsdp_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_s, dtype="bfloat16", tp=1) -> dict:
-    """FSDP gathers weights in forward; in backward once more, and reduces gradients. tp: each rank is a group of so
-    many, which divides the matrices; both kinds of message travel at the same time, and most_ranks is FSDP's."""
-    return _step_cost(work, batch_tokens, ranks, tp, flops_per_s, link_bytes_per_s, dtype, (1, 2))
+def data_parallel_cost(work, batch_tokens, ranks, *machine) -> dict:
+    """DDP all-reduces its gradients in backward, two rounds. Arithmetic falls as 1/N, messages do not: they hide while
+    N <= 1 + B W / C (a SwiGLU layer, 2 bytes a number), however large the layer. machine: as of fsdp_cost."""
+    return fsdp_cost(work, batch_tokens, ranks, *machine, rounds=(0, 2))
 
 
-def tensor_parallel_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_s, dtype="bfloat16") -> dict:
+def tensor_parallel_cost(work, batch_tokens, ranks, *machine) -> dict:
     """Tensor parallelism all-reduces (B, d_model) a layer in each pass (Megatron's f and g), two layers a block;
     embedding and head send nothing and count as divided. B cancels out: N <= 1 + 3 d_ff W / 2 C."""
-    return _step_cost(work, batch_tokens, 1, ranks, flops_per_s, link_bytes_per_s, dtype, (0, 0))
+    return fsdp_cost(work, batch_tokens, 1, *machine, tp=ranks, rounds=(0, 0))
 
 
-def _step_cost(work, batch, dp, tp, flops_per_s, link_bytes_per_s, dtype, rounds) -> dict:
-    """rounds: how often all weights (or gradients) go round the ring of dp ranks in forward and in backward."""
+def fsdp_cost(work, batch_tokens, ranks, flops_per_s, link_bytes_per_s, dtype="bfloat16", tp=1, rounds=(1, 2)) -> dict:
+    """A step on one rank: what it computes, what it sends, and from where on the first hides the second.
+
+    work: a ModelConfig, or (d_model, d_ff) for one SwiGLU layer. B: batch_tokens of all N ranks. C: flops_per_s that a
+    rank reaches. W: link_bytes_per_s that it can send. dtype: of messages. rounds: how often all weights (or gradients)
+    go round the ring in forward and in backward, (N-1)/N of their bytes each time (1910.02054); FSDP gathers weights in
+    forward, and in backward again, where it also reduces gradients. tp: each rank is a group of so many, which divides
+    the matrices; both kinds of message travel at the same time, and most_ranks is FSDP's.
+    Returns {"forward", "backward", "step"}, each with flops, bytes, compute_s, communication_s, seconds (the longer of
+    the two), and the smallest_batch and most_ranks that hide the messages. A step adds its passes up.
+    """
     if isinstance(work, ModelConfig):
         params, flops = count_params(work)["total"], flops_per_token(work, work.context_length)["total"]
         reduced = 2 * work.n_layers * work.d_model       # numbers a token that tensor parallelism all-reduces in a pass
     else:
         params, flops, reduced = 3 * work[0] * work[1], 6 * work[0] * work[1], work[0]
-    cost = {}
-    for name, passes, times in (("forward", 1, rounds[0]), ("backward", 2, rounds[1])):
+    ways, share = [], batch_tokens / (ranks * tp)
+    for passes, times in ((1, rounds[0]), (2, rounds[1])):
         # Seconds: the arithmetic of a token on one rank; to send all weights round a long ring, and a token's numbers.
         compute = passes * flops / flops_per_s
         weights = times * params * BYTES[dtype] / link_bytes_per_s
         activations = 2 * reduced * BYTES[dtype] / link_bytes_per_s
-        send = weights * (dp - 1) / (dp * tp), batch * activations * (tp - 1) / (dp * tp)
+        send = weights * (ranks - 1) / (ranks * tp), share * activations * (tp - 1)
         # Weights hide from a batch on. Activations grow with it as arithmetic does: they hide always or never.
-        smallest = weights * (dp - 1) / compute if activations * (tp - 1) <= compute else math.inf
-        message = weights if any(rounds) else batch * activations
-        cost[name] = {"flops": batch * passes * flops / (dp * tp), "bytes": sum(send) * link_bytes_per_s,
-                      "compute_s": batch * compute / (dp * tp), "communication_s": max(send),
-                      "smallest_batch": smallest, "most_ranks": 1 + batch * compute / message if message else math.inf}
-    ways = cost["forward"], cost["backward"]
-    step = cost["step"] = {key: sum(way[key] for way in ways) for key in ways[0]}
+        smallest = weights * (ranks - 1) / compute if activations * (tp - 1) <= compute else math.inf
+        message = weights if any(rounds) else batch_tokens * activations
+        ways.append({"flops": share * passes * flops, "bytes": sum(send) * link_bytes_per_s, "smallest_batch": smallest,
+                     "compute_s": share * compute, "communication_s": max(send), "seconds": max(share * compute, *send),
+                     "most_ranks": 1 + batch_tokens * compute / message if message else math.inf})
+    step = {key: sum(way[key] for way in ways) for key in ways[0]}
     step["smallest_batch"] = max(way["smallest_batch"] for way in ways)
     step["most_ranks"] = min(way["most_ranks"] for way in ways)
-    step["seconds"] = sum(max(way["compute_s"], way["communication_s"]) for way in ways)
-    return {name: way | {"hidden": way["smallest_batch"] <= batch} for name, way in cost.items()}
+    return {"forward": ways[0], "backward": ways[1], "step": step}
 
 
 def best_mix(work, batch_tokens, ranks, *machine) -> tuple:
-    """(fsdp, tp, its cost): the division of `ranks` whose step takes least time, and among those sends least. machine:
-    fsdp_cost's flops_per_s to dtype. Most ranks hide both messages near fsdp = B W / C, tp = 3 d_ff W / 2 C."""
+    """(fsdp, tp, its cost): the division of `ranks` whose step takes least time, and of those sends least."""
     mixes = [(ranks // tp, tp, fsdp_cost(work, batch_tokens, ranks // tp, *machine, tp=tp))
              for tp in range(1, ranks + 1) if ranks % tp == 0]
     return min(mixes, key=lambda mix: (mix[2]["step"]["seconds"], mix[2]["step"]["bytes"]))
 
-
-# --- time ---
-
-def training_hours(config: ModelConfig, tokens: float, device: str, mfu: float = 0.4, n_devices: int = 1) -> float:
-    """Hours to train on `tokens` when the share `mfu` of the devices' peak goes into the model's FLOPs."""
-    flops = flops_per_token(config, config.context_length, training=True)["total"] * tokens
-    return flops / (DEVICES[device].flops * mfu * n_devices) / 3600
-
-
-# --- the command ---
 
 @dataclass
 class Bill(ModelConfig):
@@ -299,8 +258,9 @@ class Bill(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.device not in DEVICES:
-            raise ValueError(f"device={self.device!r} is not known; there are {', '.join(DEVICES)}")
+        for name, allowed in (("device", DEVICES), ("dtype", BYTES), ("optimizer", STATES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
         for name in ("batch_size", "n_devices", "mfu", "batch_tokens", "link_gb_per_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
@@ -316,39 +276,33 @@ def table(title: str, header: list[str], rows: list[list]) -> None:
         print(f"  {name:<{widths[0]}}", *(f" {cell:>{width}}" for cell, width in zip(cells, widths[1:])))
 
 
-def print_model(bill: Bill) -> None:
-    """Parameters, FLOPs and bytes by part, and what nested checkpoints save."""
-    T, room = bill.context_length, DEVICES[bill.device].memory_bytes
-    memory = memory_bytes(bill, bill.batch_size, None, bill.dtype, bill.optimizer)
-    fits = largest_batch(bill, room, None, bill.dtype, bill.optimizer)
+def print_bill(bill: Bill) -> None:
+    """Parameters, FLOPs and bytes by part; what checkpoints save; what parallel ranks send; hours."""
+    T, chip, kinds = bill.context_length, DEVICES[bill.device], {"dtype": bill.dtype, "optimizer": bill.optimizer}
+    fits, cache = largest_batch(bill, chip.memory_bytes, **kinds), kv_cache_bytes(bill, T, bill.dtype)
     step = (f"GB of a training step at batch {bill.batch_size}, {bill.dtype}, {bill.optimizer}; one {bill.device} fits "
-            f"{fits}; cache of one sequence {kv_cache_bytes(bill, T, bill.dtype) / 1e6:,.4g} MB")
-    for title, parts, unit in (("parameters", count_params(bill), 1), (step, memory, 1e9),
-                               (f"TFLOP of a forward pass over {T:,} tokens (backward: 2 x)", flops_per_token(bill, T),
-                                1e12 / T)):
-        table(title, ["part", "number", "share"],
-              [[name, n / unit if unit > 1 else n, f"{100 * n / parts['total']:.1f} %"] for name, n in parts.items() if n])
+            f"{fits}; cache of one sequence {cache / 1e6:,.4g} MB")
+    work = f"TFLOP of a forward pass over {T:,} tokens (backward: 2 x)"
+    for title, parts, unit in (("parameters", count_params(bill), 1), (work, flops_per_token(bill, T), 1e12 / T),
+                               (step, memory_bytes(bill, bill.batch_size, **kinds), 1e9)):
+        rows = [[name, n if unit == 1 else n / unit, f"{100 * n / parts['total']:.1f} %"] for name, n in parts.items()]
+        table(title, ["part", "number", "share"], [row for row in rows if row[1]])
     tokens = bill.batch_size * T
-    block, one_input = tokens * _block_bytes(bill, BYTES[bill.dtype]), tokens * 4 * bill.d_model
-    levels = range(2 + int(math.log2(bill.n_layers)))
-    plans = {plan["sizes"]: plan for plan in (checkpoint_plan(bill.n_layers, n, block, one_input) for n in levels)}
+    block, one_input = tokens * activation_bytes(bill, bill.dtype)[0], tokens * 4 * bill.d_model
+    plans = [checkpoint_plan(bill.n_layers, n, block, one_input) for n in range(2 + int(math.log2(bill.n_layers)))]
+    rows = {plan["sizes"]: [" > ".join(map(str, plan["sizes"])), plan["bytes"] / 1e9, plan["flops"]] for plan in plans}
     table("activations of the blocks, with groups of blocks computed again in backward",
-          ["groups of", "GB", "FLOPs, times"],
-          [[" > ".join(map(str, sizes)), plan["bytes"] / 1e9, plan["flops"]] for sizes, plan in plans.items()])
-
-
-def print_speed(bill: Bill) -> None:
-    """What the strategies of parallel.py and sharded.py send beside their arithmetic, and hours."""
+          ["groups of", "GB", "FLOPs, times"], list(rows.values()))
     ranks = max(2, bill.n_devices)
-    rates = bill.batch_tokens, ranks, DEVICES[bill.device].flops * bill.mfu, bill.link_gb_per_s * 1e9
+    rates = bill.batch_tokens, ranks, chip.flops * bill.mfu, bill.link_gb_per_s * 1e9
     fsdp, tp, mixed = best_mix(bill, *rates, bill.dtype)
     costs = {"DDP, float32": data_parallel_cost(bill, *rates, "float32"), "FSDP": fsdp_cost(bill, *rates, bill.dtype),
              "tensor parallel": tensor_parallel_cost(bill, *rates, bill.dtype), f"best: fsdp {fsdp} x tp {tp}": mixed}
-    steps = {name: cost["step"] for name, cost in costs.items()}
-    rows = [[name, step["bytes"] / 1e6, 1e3 * step["communication_s"], 1e3 * step["compute_s"], step["smallest_batch"],
-             step["most_ranks"]] for name, step in steps.items()]
+    steps = [(name, cost["step"]) for name, cost in costs.items()]
     table(f"one of {ranks} ranks in a step of {bill.batch_tokens:,} tokens, {bill.link_gb_per_s:g} GB/s, and where its "
-          "messages hide", ["", "MB sent", "ms", "ms of arithmetic", "from tokens", "up to ranks"], rows)
+          "messages hide", ["", "MB sent", "ms", "ms of arithmetic", "from tokens", "up to ranks"],
+          [[name, step["bytes"] / 1e6, 1e3 * step["communication_s"], 1e3 * step["compute_s"], step["smallest_batch"],
+            step["most_ranks"]] for name, step in steps])
     tokens = bill.tokens or 20 * count_params(bill)["total"]
     hours = training_hours(bill, tokens, bill.device, bill.mfu, bill.n_devices)
     print(f"\ntraining on {tokens:.4g} tokens: {hours:,.2f} hours on {bill.n_devices} {bill.device} at "
@@ -358,20 +312,16 @@ def print_speed(bill: Bill) -> None:
 def main(argv: list[str]) -> None:
     """Print the bill of one command line."""
     usage = f"usage: python accounting.py CONFIG_OR_PRESET [--key=value …]\npresets: {', '.join(PRESETS)}"
-    names, settings = [word for word in argv if not word.startswith("-")], {}
+    name, settings = " ".join(word for word in argv if not word.startswith("-")), {}
     try:
-        if len(names) > 1:
-            raise ValueError(f"{' '.join(names)!r}: one config file or one preset is billed at a time")
-        if names and names[0].endswith(".py"):
-            settings = read_config_file(names[0])
-        elif names and preset(names[0]):
-            settings = PRESETS[names[0]]
+        if name.endswith(".py"):
+            settings = read_config_file(name)
+        elif name and preset(name):
+            settings = PRESETS[name]
         # What a config file says of training alone (lr, data_dir, …) costs nothing here; as a flag it is a mistake.
-        keys = {field.name for field in fields(Bill)}
-        words = [f"--{key}={value}" for key, value in settings.items() if key in keys]
+        words = [f"--{key}={value}" for key, value in settings.items() if key in Bill.__dataclass_fields__]
         _, _, bill, _ = command_line(Bill, words + [word for word in argv if word.startswith("-")], usage)
-        print_model(bill)
-        print_speed(bill)
+        print_bill(bill)
     except (ValueError, OSError) as error:
         fail(error)
 

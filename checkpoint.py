@@ -74,18 +74,16 @@ def only_writer(folder):
 
 def sha256(path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def claim_out_dir(out_dir, overwrite: bool = False, inputs=()) -> None:
     """Raises ValueError for an output folder that holds a run, unless `overwrite`, or that is one of `inputs`."""
     if Path(out_dir).resolve() in [Path(folder).resolve() for folder in inputs if folder]:
         raise ValueError(f"{out_dir} is read from and would be overwritten; give another folder (--out_dir=…)")
-    files = [name for name in ("ckpt.pt", "best.pt", "log.jsonl") if (Path(out_dir) / name).exists()]
-    if files and not overwrite:
-        raise ValueError(f"{out_dir} holds a run ({files[0]}); give another --out_dir, --overwrite=true, which "
-                         "replaces it, or --resume=true, which trains it further")
+    if not overwrite and any((Path(out_dir) / name).exists() for name in ("ckpt.pt", "best.pt", "log.jsonl")):
+        raise ValueError(f"{out_dir} holds a run; give another --out_dir, --overwrite=true, which replaces it, or "
+                         "--resume=true, which trains it further")
 
 
 def forget_former(folder) -> None:
@@ -114,8 +112,6 @@ def read_meta(folder) -> dict:
 def open_tokens(folder, split: str) -> np.memmap:
     """The ids of FOLDER/train.bin or val.bin, (n,), memory-mapped. Raises OSError or ValueError naming the path."""
     path = Path(folder) / f"{split}.bin"
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}; run data.py prepare NAME_OR_FILE --data_dir={folder}")
     dtype = np.dtype(read_meta(folder)["dtype"]).newbyteorder("<")
     size = path.stat().st_size
     if size == 0 or size % dtype.itemsize:
@@ -124,10 +120,8 @@ def open_tokens(folder, split: str) -> np.memmap:
 
 
 def save_checkpoint(model, optimizer, step: int, path, **more) -> None:
-    """Write model, optimizer, step and what else must survive to `path`, atomically, or to a binary file object.
-
-    model: a module, compiled or wrapped too, or a state dict. optimizer: one, a list, their state dicts, or None.
-    Raises OSError naming the path, ValueError for an entry that could not be read again."""
+    """Write model (or its state dict), optimizer (one, a list, their state dicts, None), step and what else must last
+    to `path`, or a binary file object. Raises OSError naming the path, ValueError for what could not be read again."""
     import torch
     for wrapper in ("module", "_orig_mod"):          # a data-parallel one's, torch.compile's
         model = getattr(model, wrapper, model)

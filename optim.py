@@ -7,9 +7,8 @@
     Adam(W)    p -= lr · m / √(mean of recent g²)  both; AdamW leaves weight decay out of the division
     Muon       P -= lr · U Vᵀ                      a matrix as a matrix: the gradient U S Vᵀ with all of S set to 1
 
-`python optim.py` lets five of them compete on one problem and draws the losses and a gradient's singular values
-before and after Muon. AdamW and Muon hand whole lists of tensors to one call of torch._foreach_*: 40 tensors would
-otherwise pay for some 400 small operations a step. Weight decay is decoupled in all of them and comes after the step.
+`python optim.py` lets five of them compete and draws the losses and a gradient's singular values before and after Muon.
+AdamW and Muon hand lists of tensors to torch._foreach_*, one call for all. Decoupled weight decay follows each step.
 """
 import math
 import sys
@@ -125,7 +124,7 @@ TWO_ROUNDS = ((7.3089, -20.5328, 14.9934), (2.8429, -2.0524, 0.4336))
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """U Vᵀ of each matrix's SVD U S Vᵀ, roughly. matrices: (..., rows, columns).
-    Newton-Schulz, products in bfloat16 only: X -> a X + (b A + c A²) X with A = X Xᵀ keeps U and V, and sends a singular
+    Newton-Schulz, products in bfloat16 only: X -> a X + (b A + c A²) X with A = X Xᵀ keeps U, V and sends a singular
     value s to a s + b s³ + c s⁵: a small one grows 3.4-fold a round, one near 1 stays within 0.3 of it."""
     x = matrices.bfloat16().flatten(0, -3) if matrices.dim() > 2 else matrices.bfloat16()[None]
     tall = x.shape[-2] > x.shape[-1]
@@ -145,8 +144,7 @@ class Muon(_Optimizer):
         p = p - lr · max(1, rows/columns)^½ · u
 
     A gradient matrix has a few large singular values and many small ones; Adam follows the large. Here all directions
-    move alike. Embeddings, the head and norms belong to AdamW. Source: Jordan 2024, kellerjordan.github.io/posts/muon.
-    """
+    move alike. Embeddings, head and norms belong to AdamW. Source: Jordan 2024, kellerjordan.github.io/posts/muon."""
 
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0, ns_steps: int = 5):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps)
@@ -163,8 +161,6 @@ class Muon(_Optimizer):
             updates = orthogonalize(torch.stack([u for _, u in pairs]), group["ns_steps"])
             torch._foreach_add_([p for p, _ in pairs], list(updates.to(pairs[0][0].dtype)), alpha=-group["lr"] * scale)
 
-
-# --- schedules: step number to learning rate ---
 
 def cosine_schedule(step, max_lr, min_lr, warmup_steps, cosine_steps) -> float:
     """Up linearly from 0, down along half a cosine until cosine_steps, then min_lr (1608.03983, equation 5)."""

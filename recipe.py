@@ -1,7 +1,6 @@
 """What a run is made of: its settings, its batches, an optimizer for each kind of parameter, a learning rate.
 
-train.py takes these four and steps. A batch is windows of one long row of ids; the targets are the same windows one
-further:
+A batch is windows of one long row of ids; the targets are the same windows one further:
 
     ids        5  9  2  7  7  1  3  8            context_length = 4
     inputs        9  2  7  7                     the window that starts at 1
@@ -30,16 +29,13 @@ from model import ModelConfig, Transformer
 
 NANOGPT_VOCABULARY = 50_304              # of token files without meta.json: GPT-2's 50,257 ids, rounded up
 NO_SHAPE = ("attention_backend", "fused_loss", "balance_weight", "balance_rate", "mtp_weight")    # how, not what
+OPTIMIZERS = {  # a new one is a class in optim.py and a line here: the class, its settings of ours, what it does
+    "adamw": (optim.AdamW, lambda c: dict(betas=(c.beta1, c.beta2)), "a step for each number, by its gradients' size"),
+    "muon": (optim.Muon, lambda c: dict(momentum=c.momentum, ns_steps=c.muon_steps), "matrices of blocks; else adamw"),
+    "sgd": (optim.SGD, lambda c: dict(momentum=c.momentum), "down the gradient, with momentum"),
+    "adagrad": (optim.AdaGrad, lambda c: dict(), "divides by all gradients so far"),
+    "rmsprop": (optim.RMSProp, lambda c: dict(beta=c.beta2), "divides by the recent ones")}
 
-OPTIMIZERS = {  # a new one is a class in optim.py and a line here: the class, its settings by ours, what it does
-    "adamw": (optim.AdamW, {"betas": ("beta1", "beta2")}, "a step for each number, by the size of its gradients"),
-    "muon": (optim.Muon, {"momentum": "momentum", "ns_steps": "muon_steps"}, "the blocks' matrices; adamw the others"),
-    "sgd": (optim.SGD, {"momentum": "momentum"}, "down the gradient, with momentum"),
-    "adagrad": (optim.AdaGrad, {}, "divides by all gradients so far"),
-    "rmsprop": (optim.RMSProp, {"beta": "beta2"}, "divides by the recent ones")}
-
-
-# --- settings ---
 
 @dataclass
 class TrainConfig(ModelConfig):
@@ -86,7 +82,6 @@ class TrainConfig(ModelConfig):
     compile: bool | None = None              # torch.compile; none = on CUDA only
 
     def __post_init__(self):
-        """Check what can be checked without the data. Raises ValueError naming the setting."""
         for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", ("cosine", "wsd")), ("dtype", (None, *DTYPES)),
                               ("parallel", ("ddp", "zero1", "fsdp")), ("loader", ("random", "epochs"))):
             if getattr(self, name) not in allowed:
@@ -135,8 +130,8 @@ class TrainConfig(ModelConfig):
 
 
 def take_shape(config: TrainConfig, given=None) -> TrainConfig:
-    """`config` with the model's shape of the checkpoint that it starts from, if any. given: the settings that were asked
-    for; without, all that are not at their default. Raises ValueError for one that differs from the checkpoint's."""
+    """`config` with the model's shape of the checkpoint that it starts from, if any. given: the settings that were
+    asked for; without, all that are not at their default. Raises ValueError for one that the checkpoint contradicts."""
     if not config.start:
         return config
     saved = read_checkpoint(config.start).get("model_config") or {}
@@ -151,23 +146,18 @@ def take_shape(config: TrainConfig, given=None) -> TrainConfig:
     return replace(config, **shape)
 
 
-# --- batches ---
-
 def get_batch(tokens, batch_size: int, context_length: int, device, generator=None, starts=None, vocab_size=None):
     """Random windows of a long sequence of ids: (inputs, targets), each (batch_size, context_length) int64 on `device`.
-
-    tokens: (n,) ids, a NumPy array, a memory map, a list or a tensor on the CPU. The starts are uniform over
-    0 … n - context_length - 1; or those given. Raises ValueError when there is no room, or for ids of the vocab_size on.
-    """
+    tokens: (n,) ids, a NumPy array, a memory map, a list or a tensor on the CPU. The starts are those given, or uniform
+    over 0 … n - context_length - 1. Raises ValueError when there is no room, or for ids of the vocab_size on."""
     if len(tokens) <= context_length:
         raise ValueError(f"{len(tokens)} tokens are too few for windows of {context_length} and the token after; "
                          "give more data or a shorter context_length")
     if starts is None:
         starts = torch.randint(len(tokens) - context_length, (batch_size,), generator=generator).numpy()
-    ids = np.asarray(tokens)[starts[:, None] + np.arange(context_length + 1)].astype(np.int64)
+    ids = torch.from_numpy(np.asarray(tokens)[starts[:, None] + np.arange(context_length + 1)].astype(np.int64))
     if vocab_size is not None:                     # here, as a GPU would only say "device-side assert"
         check_ids(ids, vocab_size, "the data")
-    ids = torch.from_numpy(ids)
     if torch.device(device).type == "cuda" and torch.cuda.is_available():
         ids = ids.pin_memory()                     # from there the copy runs beside the GPU's arithmetic
     ids = ids.to(device, non_blocking=True)
@@ -175,10 +165,8 @@ def get_batch(tokens, batch_size: int, context_length: int, device, generator=No
 
 
 class Loader:
-    """The training batches, in an order fixed by the seed; `position` counts the sequences handed out so far.
-
-    epochs: windows side by side, whose order follows from seed and position; random ones need the generator's state.
-    """
+    """The training batches; `position` counts the sequences handed out so far. epochs: windows side by side, in an
+    order that follows from seed and position; random ones need the generator's state."""
 
     def __init__(self, tokens, sequences: int, context_length: int, device, seed: int, epochs: bool, vocab_size=None):
         self.tokens, self.sequences, self.context_length, self.device = tokens, sequences, context_length, device
@@ -212,14 +200,11 @@ def check_ids(ids, vocab_size: int, where) -> None:
 
 def open_data(data_dir, context_length: int, vocab_size: int | None = None) -> tuple[dict, dict, int]:
     """(meta.json, {"train": ids, "val": ids}, vocabulary size). Raises ValueError for files that do not fit."""
-    folder, meta = Path(data_dir), read_meta(data_dir)
-    splits = {split: open_tokens(folder, split) for split in ("train", "val")}
-    for split, tokens in splits.items():
-        if len(tokens) <= context_length:
-            raise ValueError(f"{folder}/{split}.bin has {len(tokens):,} tokens, too few for one window of "
-                             f"context_length={context_length} and the token after; give more text, or less context")
+    meta, splits = read_meta(data_dir), {split: open_tokens(data_dir, split) for split in ("train", "val")}
+    for tokens in splits.values():
+        get_batch(tokens, 1, context_length, "cpu", starts=np.zeros(1, int))    # a val too short is refused now
     vocab_size = vocab_size or meta.get("vocab_size", NANOGPT_VOCABULARY)
-    check_ids(splits["val"], vocab_size, f"{folder}/val.bin")      # of train.bin each batch is
+    check_ids(splits["val"], vocab_size, f"{data_dir}/val.bin")      # of train.bin each batch is
     return meta, splits, vocab_size
 
 
@@ -232,15 +217,11 @@ def check_tokenizer(entries: dict, path: Path, data_dir, made_with: str | None) 
                          f"--tokenizer={path.parent}")
 
 
-# --- optimizers ---
-
 def make_optimizers(model: Transformer, config: TrainConfig, make=lambda cls, params, **more: cls(params, **more)):
     """One or two optimizers in a list; each group keeps its peak rate as `peak_lr`, which the schedule scales.
-
-    Matrices decay, vectors (norm weights) do not: a norm pulled to zero has nothing to win. An embedding is a table
-    of vectors and is not decayed either; its rows start at size 1 a number and most get a gradient in few steps only,
-    so they can do with a far larger rate. make(class, groups, **settings): Strategy.optimizer, which may divide it.
-    """
+    Vectors do not decay: a norm pulled to zero has nothing to win. Nor does an embedding, a table of vectors; its rows
+    start at size 1 a number and most get a gradient in few steps only, so they can do with a far larger rate.
+    make(class, groups, **settings): Strategy.optimizer, which may divide it."""
     hidden, others, vectors, tables = [], [], [], []
     for name, parameter in model.named_parameters():
         if "embeddings" in name:
@@ -260,10 +241,8 @@ def make_optimizers(model: Transformer, config: TrainConfig, make=lambda cls, pa
         jobs["muon"] = [{"params": hidden, "weight_decay": 0.0, "lr": config.muon_lr}]
     optimizers = []
     for name, groups in jobs.items():
-        cls, names, _ = OPTIMIZERS[name]
-        settings = {key: getattr(config, ours) if isinstance(ours, str) else tuple(getattr(config, one) for one in ours)
-                    for key, ours in names.items()}
-        optimizers.append(make(cls, groups, lr=config.lr, **settings))
+        cls, settings, _ = OPTIMIZERS[name]
+        optimizers.append(make(cls, groups, lr=config.lr, **settings(config)))
     for group in all_groups(optimizers):
         group["peak_lr"] = group["lr"]
     return optimizers
@@ -276,27 +255,23 @@ def all_groups(optimizers: list) -> list[dict]:
 
 def lr_factor(config: TrainConfig, step: int, total_steps: float) -> float:
     """The learning rate at `step` (from 1) of a run of total_steps, as a share of its peak."""
-    warmup = config.warmup_steps
+    low, warmup = config.min_lr_factor, config.warmup_steps
     if config.schedule == "cosine":
-        return optim.cosine_schedule(step, 1.0, config.min_lr_factor, warmup, total_steps)
+        return optim.cosine_schedule(step, 1.0, low, warmup, total_steps)
     decay = 0 if math.isinf(total_steps) else total_steps * config.decay_fraction      # inf: the clock has not begun
-    stable = max(total_steps - decay - warmup, 0)
-    return optim.wsd_schedule(step, 1.0, config.min_lr_factor, warmup, stable, max(decay, 1))
+    return optim.wsd_schedule(step, 1.0, low, warmup, max(total_steps - decay - warmup, 0), max(decay, 1))
 
 
 class LossScale:
-    """What a float16 loss is multiplied by before backward, and its gradients divided by after (1710.03740, 3.2).
-
-    float16 has no numbers below 6e-8, where many gradients lie. A gradient that overflows instead costs its step and
-    halves the scale; GROW_EVERY good steps in a row double it. Off, for other dtypes, it is 1.
-    """
+    """What a float16 loss is multiplied by before backward, and its gradients divided by after (1710.03740, 3.2), as
+    float16 has no numbers below 6e-8, where many gradients lie. One that overflows instead costs its step and halves
+    the scale; GROW_EVERY good steps in a row double it. Off, for other dtypes, it is 1."""
     GROW_EVERY = 2000
 
     def __init__(self, on: bool):
         self.on, self.scale, self.good_steps = on, 2.0 ** 16 if on else 1.0, 0
 
     def update(self, finite: bool) -> None:
-        """After a step whose gradients were finite, or not."""
         if self.on:
             self.good_steps = self.good_steps + 1 if finite else 0
             if not finite:

@@ -53,7 +53,7 @@ def test_memory_and_time_by_hand():
     assert bill.kv_cache_bytes(window, 1000, "float32") == 6 * (100 + 1000) * 2 * 768 * 4
     memory = bill.memory_bytes(config, 2, 1024, "bfloat16")
     assert memory["weights"] == memory["gradients"] == memory["optimizer"] / 2 == 4 * 8_030_261_248
-    fits = bill.largest_batch(config, 200e9, 1024)
+    fits = bill.largest_batch(config, 200e9, context_length=1024)
     assert bill.memory_bytes(config, fits, 1024)["total"] <= 200e9 < bill.memory_bytes(config, fits + 1, 1024)["total"]
     per_token = bill.flops_per_token(config, 8192, training=True)["total"]
     hours = bill.training_hours(config, 1e9, "H100", mfu=0.5, n_devices=8)
@@ -82,8 +82,7 @@ def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
     for block in model.layers:
         block.register_forward_pre_hook(lambda *_: calls.append(1))
     given = [*model.parameters(), x]
-    one_input, fewer = B * 64 * 64 * 4, dataclasses.replace(shape, n_layers=15)
-    one_block = B * (bill.activation_bytes(shape, 64) - bill.activation_bytes(fewer, 64))
+    one_input, one_block = B * 64 * 64 * 4, B * 64 * bill.activation_bytes(shape)[0]
     above, gradients = [], []
     for levels in range(5):
         plan, tracker = bill.checkpoint_plan(16, levels, one_block, one_input), MemoryTracker()
@@ -144,7 +143,7 @@ def test_what_parallel_ranks_compute_and_send_by_hand():
     assert mixed["communication_s"] == pytest.approx(max(kinds)) and mixed["compute_s"] == 6 * B * D * F / 8 / C
     at = ddp["step"]["smallest_batch"]             # there messages take as long as arithmetic
     edge = bill.data_parallel_cost(layer, at, N, *machine)["backward"]
-    assert edge["compute_s"] == pytest.approx(edge["communication_s"]) and ddp["step"]["hidden"] == (at <= B)
+    assert edge["compute_s"] == pytest.approx(edge["communication_s"])
     config = preset("xl")
     ranks, tp, cost = bill.best_mix(config, 2048, 8, *machine)
     every = [bill.fsdp_cost(config, 2048, 8 // t, *machine, tp=t)["step"]["seconds"] for t in (1, 2, 4, 8)]
