@@ -20,8 +20,7 @@ import numpy as np                       # torch takes two seconds and is import
 
 
 def write_atomically(path, write) -> None:
-    """Call `write(file)` on a temporary file beside `path`, flush it to the disk, rename it over `path`; if that fails
-    `path` is as it was. Raises OSError naming the path for the disk's errors, else what `write` raises."""
+    """`write(file)` on a temporary file, renamed over `path`. Raises OSError naming path, or what `write` raises."""
     path = claim_file(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -93,8 +92,7 @@ def forget_former(folder) -> None:
 
 
 def read_meta(folder) -> dict:
-    """meta.json of a data folder, or nanoGPT's convention without one: uint16, sizes unknown. Raises ValueError naming
-    the path when it cannot be used, or when the tokenizer.json beside it made other ids."""
+    """meta.json of a data folder, or nanoGPT's convention without one, uint16. Raises ValueError if it does not fit."""
     path, tokenizer = Path(folder) / "meta.json", Path(folder) / "tokenizer.json"
     if not path.exists():
         return {"dtype": "uint16"}
@@ -171,11 +169,10 @@ def read_checkpoint(path, map_location="cpu") -> dict:
 
 def multiplied_out(parts: dict):
     """The matrix (R, C) in float32 of {q, scale} in int8 or of {q, scale, shift} in int4; compress.py says how."""
-    import torch
     q, scale = parts["q"], parts["scale"].float()
     if "shift" not in parts:
         return q * scale
-    numbers = torch.stack((q // 16, q % 16), dim=-1)                 # two of 4 bits in a byte
+    numbers = q.unsqueeze(-1) >> q.new_tensor([4, 0]) & 15           # two of 4 bits in a byte
     groups = numbers.view(*scale.shape, -1).float() - 8              # (R, groups, GROUP)
     return (groups * scale.unsqueeze(-1) + parts["shift"].float().unsqueeze(-1)).flatten(1)
 
