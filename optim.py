@@ -127,13 +127,13 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     Newton-Schulz, products in bfloat16 only: X -> a X + (b A + c A²) X with A = X Xᵀ keeps U, V and sends a singular
     value s to a s + b s³ + c s⁵: a small one grows 3.4-fold a round, one near 1 stays within 0.3 of it."""
     x = matrices.bfloat16().flatten(0, -3) if matrices.dim() > 2 else matrices.bfloat16()[None]
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x                                       # A is then the smaller of the two Gram matrices
+    tall = x.shape[-2] > x.shape[-1]                              # then Xᵀ X is the smaller one, and stands behind X
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)    # all singular values below 1, with room for rounding
     for a, b, c in TWO_ROUNDS if steps == 2 else [JORDAN] * steps:
-        gram = x @ x.mT                                          # baddbmm: beta · first + alpha · second · third
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).reshape(matrices.shape)
+        gram = x.mT @ x if tall else x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)   # beta · first + alpha · second · third
+        x = torch.baddbmm(x, x, gram, beta=a) if tall else torch.baddbmm(x, gram, x, beta=a)
+    return x.reshape(matrices.shape)
 
 
 class Muon(_Optimizer):
