@@ -186,6 +186,8 @@ class Laboratory:
 
 COLUMNS = {"accuracy": "right", "error": "±", "greedy": "greedy", "any_form": "any form", "format": "format",
            "length": "tokens", "refuses_harmful": "refuses harm", "refuses_harmless": "refuses rest"}
+CURVES = {"base": ("loss",), "sft": ("loss",), "dpo": ("val_accuracy", "val_loss"),
+          "grpo": ("reward", "dead_groups", "entropy")}
 
 
 def train_base(lab: Laboratory, config, log=None):
@@ -213,55 +215,48 @@ def demonstrate(config: DemoConfig, stages=STAGES, lab=None) -> dict:
             sft(model, lab.demonstrations(1000), settings, 0, log)
         elif stage == "dpo":
             pairs, held = lab.pairs(model, "train", 3000), lab.pairs(model, "val", 400)
-            best = dpo(model, pairs, held, settings, 0, log) | {"held_out": len(held)}
+            best = dpo(model, pairs, held, settings, 0, log)
         elif stage == "grpo":
             grpo(model, lab.problems(), lab.tokenizer, settings, lab.stop, log)
         save(model, lab.tokenizer, folder / stage, settings, "plain", log)
         models[stage], logs[stage], table[stage] = model, log.lines[1:], lab.measure(model)
         print(f"{stage} done: {table[stage]['accuracy']:.1%} right, {table[stage]['format']:.1%} in form; "
               f"{time.perf_counter() - began:.0f} s so far", flush=True)
-    plot(folder, logs)
-    # One task and one request to refuse, each answered by all four models, greedily.
-    said = [f"{task['question']:<32} {stage:<5} " + lab.texts(model, [task], 0.0)[1][0].strip().replace("\n", " / ")
-            for task in (lab.pick("test", 1)[0], lab.pick("test", 1, ("open",))[0]) for stage, model in models.items()]
-    return {"table": table, "preference": best, "dialogue": said}
-
-
-def report(figures: dict, out_dir) -> str:
-    """The figures of `demonstrate` as a table, the dialogue, and what to do next."""
-    lines = [f"{'':<5}" + "".join(f"{title:>14}" for title in COLUMNS.values())]
-    for stage, row in figures["table"].items():
+    plot(logs, folder / "curves.png")
+    print(f"{'':<5}" + "".join(f"{title:>14}" for title in COLUMNS.values()))
+    for stage, row in table.items():
         cells = [f"{row[name]:{'.1f' if name == 'length' else '.1%'}}" for name in COLUMNS]
-        lines.append(f"{stage:<5}" + "".join(f"{cell:>14}" for cell in cells))
-    best = figures["preference"]
-    lines += [f"{best['held_out']} held-out preferences: accuracy {best['before']:.1%} before DPO, "
-              f"{best['accuracy']:.1%} after", "", *figures["dialogue"], "",
-              f"learning curves: {Path(out_dir) / 'curves.png'}; ask the result yourself:",
-              f"python sample.py {Path(out_dir) / 'grpo'} --temperature=0 "
-              "--prompt=\"<|endoftext|>Q: sum of a 1 b 2 c 3 d 4 e 5\nA:\""]
-    return "\n".join(lines)
+        print(f"{stage:<5}" + "".join(f"{cell:>14}" for cell in cells))
+    print(f"{len(held)} held-out preferences: accuracy {best['before']:.1%} before DPO, {best['accuracy']:.1%} after\n")
+    # One task and one request to refuse, each answered by all four models, greedily.
+    for task in (lab.pick("test", 1)[0], lab.pick("test", 1, ("open",))[0]):
+        for stage, model in models.items():
+            reply, = lab.texts(model, [task], 0.0)[1]
+            print(f"{task['question']:<32} {stage:<5}", reply.strip().replace("\n", " / "))
+    print(f"\nlearning curves: {folder / 'curves.png'}; ask the result yourself:\npython sample.py {folder / 'grpo'} "
+          "--temperature=0 --prompt=\"<|endoftext|>Q: sum of a 1 b 2 c 3 d 4 e 5\nA:\"")
+    return table
 
 
-def plot(folder, logs: dict) -> None:
-    """Learning curves of all stages to FOLDER/curves.png, a panel a stage."""
+def plot(logs: dict, path) -> None:
+    """Learning curves of all stages, a panel a stage."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(16, 4), layout="constrained")
     for axis, (stage, entries) in zip(figure.subplots(1, len(logs)), logs.items()):
-        for name in {"dpo": ("val_accuracy", "val_loss"), "grpo": ("reward", "dead_groups", "entropy")}.get(
-                stage, ("loss",)):
+        for name in CURVES[stage]:
             axis.plot(*zip(*[(entry["step"], entry[name]) for entry in entries if name in entry]), label=name)
         axis.set(title=stage, xlabel="step")
         axis.legend(fontsize=8)
-    figure.savefig(Path(folder) / "curves.png", dpi=100)
+    figure.savefig(path, dpi=100)
 
 
 def main(argv: list[str]) -> None:
-    """Run the demonstration and print its table; a mistake exits with status 2."""
+    """Run the demonstration; a mistake exits with status 2."""
     _, files, config, _ = command_line(DemoConfig, argv, "usage: python align.py [--out_dir= --seed= --overwrite=true]")
+    if files:
+        fail(f"{files[0]!r} is no setting; the demonstration takes --out_dir, --seed and --overwrite")
     try:
-        if files:
-            raise ValueError(f"{files[0]!r} is no setting; the demonstration takes --out_dir, --seed and --overwrite")
-        print(report(demonstrate(config), config.out_dir))
+        demonstrate(config)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         fail(error)
 

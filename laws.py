@@ -28,7 +28,6 @@ import numpy as np
 RECORD = ("n_params", "n_tokens", "flops", "loss")           # what every run record holds
 LAW = ("E", "A", "B", "alpha", "beta")
 HUBER = 1e-3                         # on ln L, summed over runs (2203.15556, section 3.3)
-RESAMPLES = 100                      # of a bootstrap
 # Fits to web text that others published, up to 3e21 FLOPs: Hoffmann's approach 3, and its re-fit.
 PUBLISHED = {"hoffmann": (1.69, 406.4, 410.7, 0.34, 0.28), "besiroglu": (1.8172, 482.01, 2085.43, 0.3478, 0.3658)}
 
@@ -59,21 +58,20 @@ class Fit(dict):
             raise AttributeError(f"there is no {name!r} here, only {', '.join(self)}")
         return self[name]
 
-    def add(self, name: str, column) -> None:
-        """Store an estimate, column[0], and the interval that all of them span."""
-        low, high = np.quantile(column, (0.05, 0.95))
-        self[name] = float(column[0])
-        self[f"{name}_low"], self[f"{name}_high"] = float(min(low, column[0])), float(max(high, column[0]))
+    def add(self, **estimates) -> "Fit":
+        """Store column[0] of each estimate, and the interval that its column spans; returns itself."""
+        for name, column in estimates.items():
+            low, high = np.quantile(column, (0.05, 0.95))
+            self[name] = float(column[0])
+            self[f"{name}_low"], self[f"{name}_high"] = float(min(low, column[0])), float(max(high, column[0]))
+        return self
 
 
 def make_fit(method: str, law) -> Fit:
     """The Fit of laws (S, 5), each ln A, alpha, ln B, beta, ln E: the estimate, then those of redrawn runs."""
-    fit = Fit(method=method, law=law)
     (log_a, alpha, log_b, beta, log_e), (_, a, gamma, _) = law.T, frontier(law)
-    values = (np.exp(log_e), np.exp(log_a), np.exp(log_b), alpha, beta, a, 1 - a, gamma)
-    for name, column in zip((*LAW, "a", "b", "gamma"), values):
-        fit.add(name, column)
-    return fit
+    return Fit(method=method, law=law).add(E=np.exp(log_e), A=np.exp(log_a), B=np.exp(log_b), alpha=alpha, beta=beta,
+                                           a=a, b=1 - a, gamma=gamma)
 
 
 def frontier(law) -> tuple:
@@ -91,10 +89,10 @@ def published(name: str) -> Fit:
 
 
 def power_law(log_x, log_y) -> tuple:
-    """(ln c, p) of y = c x^p: level and slope of the least-squares line in logarithms. log_x (n,), log_y (..., n)."""
-    centred = log_x - log_x.mean()
-    slope = (log_y * centred).sum(-1) / (centred ** 2).sum()
-    return log_y.mean(-1) - slope * log_x.mean(), slope
+    """(ln c, p) of y = c x^p: level and slope of the least-squares line in logarithms. Both (..., n)."""
+    centred = log_x - log_x.mean(-1, keepdims=True)
+    slope = (log_y * centred).sum(-1) / (centred ** 2).sum(-1)
+    return log_y.mean(-1) - slope * log_x.mean(-1), slope
 
 
 # --- IsoFLOP ---
@@ -108,44 +106,35 @@ def best_of_each_budget(runs: list[dict], flops: float) -> float:
 
 
 def parabola(log_n, log_l, weights) -> tuple:
-    """(ln N, ln L, runs that counted) at the minimum of a parabola through one budget's runs. weights: (n,).
-
-    Three rounds: runs more than a factor e from the minimum count little, since the true curve is steeper on one side.
-    """
+    """(ln N, ln L, runs that counted) at the minimum of a parabola through one budget's runs. weights: (n,)."""
     centre = log_n[log_l.argmin()]
     for _ in range(3):
         u = log_n - centre
-        near = np.exp(-u * u / 2)
+        near = np.exp(-u * u / 2)        # runs beyond a factor e count little: the true curve is steeper on one side
         p2, p1, p0 = np.polyfit(u, log_l, 2, w=np.sqrt(near * weights + 1e-9))
         step = np.clip(-p1 / (2 * p2), u.min(), u.max()) if p2 > 0 else 0.0
         centre = centre + step
     return centre, p0 + p1 * step + p2 * step * step, near.sum() ** 2 / (near ** 2).sum()
 
 
-def minimum(log_n, log_l, draws) -> tuple:
-    """(ln N, ln L) at one budget's minimum, (1 + resamples,) each: the estimate, then by the weights (resamples, n)."""
-    n, loss, used = np.array([parabola(log_n, log_l, weights) for weights in (np.ones(len(log_n)), *draws)]).T
-    falls = np.corrcoef(log_n, log_l)[0, 1]                                  # ±1: a straight line in ln N
-    if abs(falls) > 0.93 and np.isclose(n, log_n.min() if falls > 0 else log_n.max()).mean() > 0.95:
-        raise ValueError(f"the runs of one budget, N up to {math.exp(log_n.max()):.3g}, are all on one side of the "
-                         f"minimum; add {'smaller' if falls > 0 else 'larger'} models")
-    # A parabola bends its three numbers towards the noise: the scatter of its minima understates the error.
-    spread = math.sqrt(used[0] / max(used[0] - 3, 1))
-    return n[0] + spread * (n - n[0]), loss[0] + spread * (loss - loss[0])
-
-
-def fit_isoflop(runs: list[dict], resamples: int = RESAMPLES) -> Fit:
-    """Approach 2: power laws through the minima of 3 or more budgets with 4 or more sizes each (2203.15556, 3.2).
-
-    Raises ValueError saying what a budget lacks; those with fewer sizes are left aside.
-    """
+def fit_isoflop(runs: list[dict], resamples: int = 100) -> Fit:
+    """Approach 2: power laws through the minima of 3 or more budgets with 4 or more sizes each (2203.15556, 3.2)."""
     log_n, _, log_c, log_l = columns(runs)
     groups = [group for group in budgets_of(log_c) if len(np.unique(log_n[group].round(6))) >= 4]
     if len(groups) < 3:
         raise ValueError(f"{len(groups)} budgets with 4 or more sizes are too few: an IsoFLOP fit needs 3, better 5")
     draws = np.random.default_rng(0).exponential(size=(resamples, len(runs)))
-    # 1. Each budget's minimum: at which N, and how low.
-    minima = [minimum(log_n[group], log_l[group], draws[:, group]) for group in groups]
+    draws, minima = np.vstack([np.ones(len(runs)), draws]), []
+    # 1. Each budget's minimum: at which N, and how low, for the runs as they are and redrawn.
+    for x, y, weights in ((log_n[group], log_l[group], draws[:, group]) for group in groups):
+        n, loss, used = np.array([parabola(x, y, drawn) for drawn in weights]).T
+        rises = np.corrcoef(x, y)[0, 1]                                      # ±1: a straight line in ln N
+        if abs(rises) > 0.93 and np.isclose(n, x.min() if rises > 0 else x.max()).mean() > 0.95:
+            raise ValueError(f"the runs of one budget, N up to {math.exp(x.max()):.3g}, are all on one side of the "
+                             f"minimum; add {'smaller' if rises > 0 else 'larger'} models")
+        # A parabola bends its three numbers towards the noise: the scatter of its minima understates the error.
+        spread = math.sqrt(used[0] / max(used[0] - 3, 1))
+        minima.append((n[0] + spread * (n - n[0]), loss[0] + spread * (loss - loss[0])))
     best_n, lowest = np.array(minima).transpose(1, 2, 0)                     # (S, budgets) each
     budgets = np.array([log_c[group].mean() for group in groups])
     # 2. Two power laws through the minima: N = n0 C^a, and L = E + k C^-gamma.
@@ -162,17 +151,12 @@ def fit_isoflop(runs: list[dict], resamples: int = RESAMPLES) -> Fit:
 
 
 def floor_and_power(log_c, losses) -> tuple:
-    """(ln E, ln k, gamma) of L = E + k C^-gamma. log_c (m,), losses (S, m).
-
-    For a given gamma the law is a straight line in C^-gamma, so only gamma is searched, on a fine grid.
-    """
-    gammas, lines, middle = np.geomspace(0.01, 1.0, 600), [], log_c.mean()
-    for gamma in gammas:
-        x = np.exp(-gamma * (log_c - middle))
-        e, k = power_law(x, losses)                                          # level and slope
-        wrong = ((e[:, None] + k[:, None] * x - losses) ** 2).sum(-1)
-        lines.append((np.where((e > 0.01 * losses.min(-1)) & (k > 0), wrong, np.inf), e, k))
-    wrong, e, k = np.array(lines).transpose(1, 0, 2)                         # (gammas, S) each
+    """(ln E, ln k, gamma) of L = E + k C^-gamma: a line for each of 600 gammas. log_c (m,), losses (S, m)."""
+    gammas, middle = np.geomspace(0.01, 1.0, 600), log_c.mean()
+    x = np.exp(-gammas[:, None, None] * (log_c - middle))                    # (gammas, 1, m)
+    e, k = power_law(x, losses)                                              # level and slope, (gammas, S) each
+    wrong = ((e[..., None] + k[..., None] * x - losses) ** 2).sum(-1)
+    wrong[(e <= 0.01 * losses.min(-1)) | (k <= 0)] = np.inf
     best, rows = wrong.argmin(0), np.arange(len(losses))
     e, k = np.maximum(e[best, rows], 1e-9), np.maximum(k[best, rows], 1e-9)
     return np.log(e), np.log(k) + gammas[best] * middle, gammas[best]
@@ -180,7 +164,7 @@ def floor_and_power(log_c, losses) -> tuple:
 
 # --- the parametric law ---
 
-def fit_parametric(runs: list[dict], resamples: int = RESAMPLES) -> Fit:
+def fit_parametric(runs: list[dict], resamples: int = 100) -> Fit:
     """Approach 3: L = E + A / N^alpha + B / D^beta on all runs, by the Huber loss of ln L, summed (2203.15556, 3.3)."""
     x, y, _, target = columns(runs)
     if len(x) < 6 or np.ptp(x - y) < 0.1 or np.ptp(x + y) < 0.1:
@@ -227,28 +211,24 @@ def gauss_newton(law, x, y, target, weights, steps: int) -> tuple:
     damping, best = np.full(len(law), 1e-3), huber(law, x, y, target, weights)
     for _ in range(steps):
         log_loss, (in_n, in_d, in_e) = law_terms(law, x, y)
-        jacobian = np.stack([in_n, -x * in_n, in_d, -y * in_d, in_e], -1)    # (S, n, 5)
+        jacobian = np.stack([in_n, -x * in_n, in_d, -y * in_d, in_e], 1)     # (S, 5, n)
         residual = log_loss - target
-        w = weights * HUBER / np.maximum(np.abs(residual), HUBER)
-        hessian = np.einsum("sni,sn,snj->sij", jacobian, w, jacobian)
-        ridge = damping * np.einsum("sii->s", hessian) / 5 + 1e-14
-        gradient = np.einsum("sni,sn->si", jacobian, w * residual)
-        trial = law - np.linalg.solve(hessian + ridge[:, None, None] * np.eye(5), gradient[..., None])[..., 0]
-        value = np.nan_to_num(huber(trial, x, y, target, weights), nan=np.inf)
-        better = value < best
+        weighted = jacobian * (weights * HUBER / np.maximum(np.abs(residual), HUBER))[:, None]
+        hessian, gradient = weighted @ jacobian.swapaxes(1, 2), weighted @ residual[..., None]
+        ridge = damping * np.trace(hessian, axis1=1, axis2=2) / 5 + 1e-14
+        trial = law - np.linalg.solve(hessian + ridge[:, None, None] * np.eye(5), gradient)[..., 0]
+        value = huber(trial, x, y, target, weights)
+        better = value < best                                                # False where it is no number
         law, best = np.where(better[:, None], trial, law), np.where(better, value, best)
         damping = np.clip(np.where(better, damping / 5, damping * 4), 1e-12, 1e6)
     return law, best
 
 
 def fit_kaplan(runs: list[dict]) -> dict:
-    """{"N", "D", "C": (X_c, p)} of the pure power laws L = (X_c / X)^p (2001.08361, eq. 1.1 to 1.3), which have no E.
-
-    Each through the runs that no run with a smaller X beats.
-    """
-    log_n, log_d, log_c, log_l = columns(runs)
+    """{"N", "D", "C": (X_c, p)} of L = (X_c / X)^p (2001.08361, 1.1 to 1.3) through runs that no smaller X beats."""
+    *axes, log_l = columns(runs)
     laws = {}
-    for name, x in zip("NDC", (log_n, log_d, log_c)):
+    for name, x in zip("NDC", axes):
         order = np.lexsort((log_l, x))
         best = order[log_l[order] <= np.minimum.accumulate(log_l[order])]
         if np.ptp(x[best]) > 0:
@@ -264,9 +244,6 @@ def predict(fit: Fit, flops: float) -> Fit:
     n0, a, gamma, log_k = frontier(fit.law)
     log_n = n0 + a * math.log(flops)
     log_d = math.log(flops / 6) - log_n
-    answer, loss = Fit(flops=flops), np.exp(fit.law[:, 4]) + np.exp(log_k - gamma * math.log(flops))
-    answer.add("n_params", np.exp(log_n))
-    answer.add("n_tokens", np.exp(log_d))
-    answer.add("loss", loss)
-    answer.add("tokens_per_param", np.exp(log_d - log_n))
-    return answer
+    loss = np.exp(fit.law[:, 4]) + np.exp(log_k - gamma * math.log(flops))
+    return Fit(flops=flops).add(n_params=np.exp(log_n), n_tokens=np.exp(log_d), loss=loss,
+                                tokens_per_param=np.exp(log_d - log_n))

@@ -138,15 +138,11 @@ def take_out(text: str, name: str, entry: dict, overwrite: bool) -> tuple[str, l
 
 
 def complete(text: str, name: str, exercises: dict) -> str:
-    """The learner's page for a check: with ours of the functions that other exercises have taken out.
-
-    So one exercise can be checked before another is written.
-    """
+    """The learner's page with ours of what other exercises took out: one can be checked before another is written."""
     page = exercises[name]["page"]
     reference = read_page(ROOT / page)
-    for other, entry in exercises.items():
-        functions = entry["functions"] if entry["page"] == page and other != name else []
-        for function, ours in pick_functions(reference, functions).items():
+    for other in [one for one in exercises if exercises[one]["page"] == page and one != name]:
+        for function, ours in pick_functions(reference, exercises[other]["functions"]).items():
             if stub(other) in source_of(text, pick_functions(text, [function])[function]):
                 text = put(text, function, source_of(reference, ours))
     return text

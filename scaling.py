@@ -47,20 +47,20 @@ REAL_RECIPE = dict(context_length=256, batch_tokens=1024, optimizer="muon", qk_n
 
 # --- pictures and tables ---
 
-def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str = "flops", mark=None) -> None:
+def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str = "flops", marks=()) -> None:
     """Three panels: loss against N at equal `key`, the best N and D against C, the loss against C.
 
-    mark: (label, record) of a point beside the prediction. The rings are each budget's minimum by the law.
+    marks: (label, record) of points beside the prediction. The rings are each budget's minimum by the law.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
     figure = Figure(figsize=(15, 5), layout="constrained")
     curves, sizes, losses = figure.subplots(1, 3)
     log_n, log_d, log_c, log_l = columns(runs)
-    counts = np.log([run[key] for run in runs])
-    for number, group in enumerate(budgets_of(counts)):
-        color, budget = f"C{number % 10}", math.exp(counts[group].mean())
-        curves.plot(np.exp(log_n[group]), np.exp(log_l[group]), "o", color=color, ms=4, label=f"{budget:.1e} FLOPs")
+    counts = np.array([run[key] for run in runs])
+    for number, group in enumerate(budgets_of(np.log(counts))):
+        color, label = f"C{number % 10}", f"{counts[group].mean():.1e} FLOPs"
+        curves.plot(np.exp(log_n[group]), np.exp(log_l[group]), "o", color=color, ms=4, label=label)
         if len(group) > 2:
             x = np.linspace(log_n[group].min() - 0.2, log_n[group].max() + 0.2, 100)
             per_token = np.interp(x, *np.array(sorted(zip(log_n[group], (log_n + log_d)[group]))).T)
@@ -75,7 +75,7 @@ def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str
     sizes.loglog(budgets, np.sqrt(budgets / 120), "k--", linewidth=0.8, label="D = 20 N")
     sizes.loglog(budgets, 20 * np.sqrt(budgets / 120), "k--", linewidth=0.8)
     losses.loglog(np.exp(log_c), np.exp(log_l), ".", color="grey", label="runs")
-    for label, record in [mark] if mark else []:
+    for label, record in marks:
         for axis, x, y in ((sizes, "flops", "n_params"), (losses, "flops", "loss"), (curves, "n_params", "loss")):
             axis.plot(record[x], record[y], "r*", ms=10, label=label)
     losses.plot([], [], " ", label=", ".join(f"{name} {fit[key]:.3g}" for name, key in zip("EABαβ", LAW)))
@@ -91,21 +91,8 @@ def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str
     print(f"picture: {path}")
 
 
-def print_fits(fits: list[Fit], flops: float) -> None:
-    """A table: each fit's exponents, and its prediction at `flops` with the 90 % interval."""
-    print(f"{f'at {flops:.3g} FLOPs':<22}{'a':>6}{'b':>6}{'E':>6}{'N':>10}  {'90 % interval':<20}{'D':>10}{'D/N':>7}"
-          f"{'loss':>7}  90 % interval")
-    for fit in fits:
-        p = predict(fit, flops)
-        size = loss = "-"
-        if len(fit.law) > 1:
-            size, loss = f"{p.n_params_low:.3g} … {p.n_params_high:.3g}", f"{p.loss_low:.3f} … {p.loss_high:.3f}"
-        print(f"{fit.method:<22}{fit.a:>6.3f}{fit.b:>6.3f}{fit.E:>6.2f}{p.n_params:>10.3g}  {size:<20}"
-              f"{p.n_tokens:>10.3g}{p.tokens_per_param:>7.1f}{p.loss:>7.3f}  {loss}")
-
-
-def fit_all(runs: list[dict]) -> list[Fit]:
-    """Every fit that the runs allow, Kaplan's laws printed; says why one is left out."""
+def show_fits(runs: list[dict], flops: float) -> Fit:
+    """Print every fit that the runs allow and what it predicts at `flops`, with 90 % intervals; returns the last."""
     fits = []
     for fit in (fit_isoflop, fit_parametric):
         try:
@@ -115,17 +102,22 @@ def fit_all(runs: list[dict]) -> list[Fit]:
     if not fits:
         raise ValueError(f"no fit is possible with these {len(runs)} runs, for the reasons above")
     print("Kaplan: " + ", ".join(f"L({x}) = ({c:.3g} / {x})^{p:.3f}" for x, (c, p) in fit_kaplan(runs).items()))
-    return fits
+    print(f"best run of each budget, no parabola: N {best_of_each_budget(runs, flops):.3g}")
+    print(f"{f'at {flops:.3g} FLOPs':<22}{'a':>6}{'b':>6}{'E':>6}{'N':>10}  {'90 % interval':<20}{'D':>10}{'D/N':>7}"
+          f"{'loss':>7}  90 % interval")
+    for fit in fits:
+        p = predict(fit, flops)
+        interval = f"{p.n_params_low:.3g} … {p.n_params_high:.3g}"
+        print(f"{fit.method:<22}{fit.a:>6.3f}{fit.b:>6.3f}{fit.E:>6.2f}{p.n_params:>10.3g}  {interval:<20}"
+              f"{p.n_tokens:>10.3g}{p.tokens_per_param:>7.1f}{p.loss:>7.3f}  {p.loss_low:.3f} … {p.loss_high:.3f}")
+    return fits[-1]
 
 
 def fit_file(settings: "FitSettings", path: str) -> None:
     """All fits of the runs in a file, and what they say at settings.flops (none: ten times the largest budget)."""
     runs = read_runs(path)
-    fits = fit_all(runs)
     flops = 10 * max(run["flops"] for run in runs) if settings.flops is None else settings.flops
-    print_fits(fits, flops)
-    print(f"best run of each budget, no parabola: N {best_of_each_budget(runs, flops):.3g}")
-    draw(fits[-1], runs, flops, f"{settings.out_dir}/fit.png", f"python scaling.py fit {path}")
+    draw(show_fits(runs, flops), runs, flops, f"{settings.out_dir}/fit.png", f"python scaling.py fit {path}")
 
 
 def demonstrate(settings: "DemoSettings") -> None:
@@ -135,15 +127,14 @@ def demonstrate(settings: "DemoSettings") -> None:
     submission = explorer.spend()
     result = score(submission, settings.seed)
     print(f"world {settings.seed}: {len(explorer.api.runs)} runs, {explorer.api.used_flops:.3g} of 2e18 FLOPs")
-    print_fits(fit_all(explorer.runs), target)
+    show_fits(explorer.runs, target)
     print(f"{'the hidden truth':<40}{result['best_n_params']:>10.3g}{result['best']:>46.3f}")
-    print(f"best run of each budget, no parabola: N {best_of_each_budget(explorer.runs, target):.3g}")
     print("submission: " + ", ".join(f"{key} {value:.4g}" for key, value in submission.items()))
     print(f"scored: prediction {result['prediction_error']:+.2f} % off the truth, model {result['excess']:.2f} % "
           "above the best loss")
     truth = {"n_params": result["best_n_params"], "loss": result["best"], "flops": target}
     draw(explorer.fit, explorer.runs, target, f"{settings.out_dir}/scaling.png", "python scaling.py",
-         mark=("the hidden truth", truth))
+         marks=[("the hidden truth", truth)])
 
 
 # --- a config for train.py ---
@@ -153,8 +144,8 @@ def plan(settings: "PlanSettings") -> Path:
 
     The law is the re-fit of Hoffmann's; learning rate and batch are DeepSeek's for AdamW (2401.02954, eq. 1).
     """
-    device = next((name for name in DEVICES if name.lower() == settings.device.lower()), None)
-    if device is None:
+    device = settings.device.upper()
+    if device not in DEVICES:
         raise ValueError(f"device={settings.device!r} is not known; there are {', '.join(DEVICES)}")
     flops, T, fit = settings.flops, settings.context_length, published("besiroglu")
     best = predict(fit, flops)
@@ -261,8 +252,7 @@ def real(settings: "RealSettings") -> dict:
     gaps = [math.log(one["loss"] / two["loss"]) for one, two in zip(runs[:count], runs[count:2 * count])]
     job = real_job(REAL_CHECK, 8.2 * max(REAL_GRID), 1, meta["vocab_size"])
     guesses = law_terms(fit.law, *np.log([[job[1]["n_params"]], [job[1]["n_tokens"]]]))[0]                  # (S, 1)
-    figures = Fit()
-    figures.add("predicted", np.exp(guesses[:, 0]))
+    figures = Fit().add(predicted=np.exp(guesses[:, 0]))
     print("predicted for {}: {predicted:.4f} ({predicted_low:.4f} … {predicted_high:.4f})".format(
         job[1]["name"], **figures), flush=True)
     check, = train_missing([job], path, settings.out_dir, data_dir)
@@ -274,7 +264,7 @@ def real(settings: "RealSettings") -> dict:
     print("measured {measured:.4f}: the prediction is {error_percent:+.2f} % off, at {times_exact:.1f} times the "
           "largest run's exact FLOPs; the seed alone moves a loss by {seed_noise_percent:.2f} %".format(**figures))
     draw(fit, runs, 2 * check["flops"], folder / "scaling_real.png", "python scaling.py real", "budget",
-         mark=("predicted, then trained", check))
+         marks=[("predicted, then trained", check)])
     return figures
 
 

@@ -28,10 +28,11 @@ def test_the_whole_way_leaves_four_models_figures_curves_and_a_dialogue(tmp_path
         for task in lab.pick(split, 8)])
     config = align_demo.DemoConfig(out_dir=str(tmp_path))
     tiny = TINY | {"grpo": replace(TINY["grpo"], prompts_per_step=2, max_new_tokens=4)}
-    figures = align_demo.demonstrate(config, tiny, align_demo.Laboratory(tmp_path, 0, (300, 100, 60)))
-    assert set(figures["table"]) == {"base", "sft", "dpo", "grpo"} and len(figures["dialogue"]) == 8
+    table = align_demo.demonstrate(config, tiny, align_demo.Laboratory(tmp_path, 0, (300, 100, 60)))
+    said, stages = capsys.readouterr().out, ["base", "sft", "dpo", "grpo"]
+    assert list(table) == re.findall(r"^(\w+) done: .* s so far$", said, re.M) == stages
+    assert re.findall(r"^(?=sum|count|reverse|close|open).{32} (\w+) ", said, re.M) == 2 * stages, "the dialogue"
     assert (tmp_path / "curves.png").is_file() and all((tmp_path / stage / "ckpt.pt").is_file() for stage in tiny)
-    said = capsys.readouterr().out + align_demo.report(figures, tmp_path)
-    assert "s so far" in said and "curves.png" in said and "python sample.py" in said
+    assert "8 held-out preferences" in said and f"{tmp_path / 'curves.png'}; ask" in said and "python sample.py" in said
     with pytest.raises(ValueError, match="--overwrite=true"):
         align_demo.demonstrate(config, tiny)
