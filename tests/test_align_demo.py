@@ -30,7 +30,7 @@ def test_the_whole_way_leaves_four_models_figures_curves_and_a_dialogue(tmp_path
     tiny = TINY | {"grpo": replace(TINY["grpo"], prompts_per_step=2, max_new_tokens=4)}
     table = align_demo.demonstrate(config, tiny, align_demo.Laboratory(tmp_path, 0, (300, 100, 60)))
     said, stages = capsys.readouterr().out, ["base", "sft", "dpo", "grpo"]
-    assert list(table) == re.findall(r"^(\w+) done: .* s so far$", said, re.M) == stages
+    assert list(table) == re.findall(r"^(\w+) done: .* s so far, about \d+ s to go$", said, re.M) == stages
     assert re.findall(r"^(?=sum|count|reverse|close|open).{32} (\w+) ", said, re.M) == 2 * stages, "the dialogue"
     assert (tmp_path / "curves.png").is_file() and all((tmp_path / stage / "ckpt.pt").is_file() for stage in tiny)
     assert "8 held-out preferences" in said and f"{tmp_path / 'curves.png'}; ask" in said and "python sample.py" in said
