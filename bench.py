@@ -1,4 +1,4 @@
-"""Every measured figure of the README, one verb each: `python bench.py VERB [--key=value …]`; --help lists them.
+"""Measurements, a verb each: `python bench.py VERB [--key=value …]`; --help lists them.
 
 Models that write and the laptop's record stand here, the other verbs in bench_*.py.
 

@@ -1,9 +1,9 @@
 """A Transformer language model that a few switches turn from the course's plain one into GPT-2, Llama, Qwen3, Mixtral
-or DeepSeek-V3. Its parts are in layers.py; here stand the switches, attention and its cache, the block, the model.
+or DeepSeek-V3. Its parts are in layers.py and attention.py; here stand the switches, the block, the model.
 
     B batch   T time (queries)   S time (keys)   C d_model   H heads   K key/value heads   D head_dim   F d_ff   V vocab
 
-One block, pre-norm; Attention and Block below follow it line by line:
+One block, pre-norm; attention.py's Attention and Block below follow it line by line:
 
     x (B,T,C) ─┬─> ln1 ─┬─> q_proj (B,H,T,D) ─> RoPE ─┐
                │        ├─> k_proj (B,K,S,D) ─> RoPE ─┴─> softmax(q kᵀ / √D + causal mask) (B,H,T,S) ─┐

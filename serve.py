@@ -17,8 +17,8 @@ Any client of OpenAI's works: `openai.OpenAI(base_url="http://127.0.0.1:8000/v1"
     POST /v1/chat/completions   for a model that align.py tuned for it         GET /   serve.html
     POST /api/next  /api/tokens  /api/attention, GET /api/runs  /api/model     what the page draws
 
-32 requests at once get 6 to 10 times the tokens per second of one after another, and a short prompt under a long one
-waits 1.5 to 2.4 times as long as alone (default model, two busy CPU cores; results/serve.md). In bfloat16, the default
+32 requests at once get 5.1 to 5.8 times the tokens per second of one after another, and a short prompt under a long one
+waits 2.4 to 2.6 times as long as alone (default model, two CPU cores; results/serve.md). In bfloat16, the default
 on a GPU, a text may differ from the one written alone. protocol.py reads requests and forms answers, lens.py works out
 what the page draws.
 
