@@ -128,12 +128,12 @@ class Threads:
         self.clock, self.rate, self.before = clock, rate, torch.get_num_threads()
         self.most = self.threads = threads or self.before
         self.may_change = threads is None and self.most > 1
-        self.best_seconds, self.next_look = math.inf, 0.0
+        self.best_seconds, self.next_look, self.sure = math.inf, 0.0, False
 
     def __enter__(self):
         torch.set_num_threads(self.threads)
-        self.watch(math.inf)             # a machine that is busy from the start shows no quick step to compare with
-        return self
+        self.watch(math.inf)             # a machine that is busy from the start shows no quick step to compare with,
+        return self                      # so `watch` looks once more while it trains before it is sure of one
 
     def __exit__(self, *_):
         torch.set_num_threads(self.before)
@@ -143,14 +143,14 @@ class Threads:
         if not self.may_change:
             return
         fewer, began = self.threads < self.most, self.clock()
-        if (fewer or seconds > self.SLOW * self.best_seconds or seconds == math.inf) and began >= self.next_look:
+        if (fewer or seconds > self.SLOW * self.best_seconds or not self.sure) and began >= self.next_look:
             rates = {n: self.rate(n) for n in {self.most, self.most - 1, max(self.most // 2, 1), 1}}
             fastest = max(rates, key=rates.get)
             threads = fastest if rates[fastest] > self.SLOW * rates[self.most] else self.most
             if threads != self.threads:
                 why = "the machine is free again" if fewer else "another program is busy here"
                 print(f"{why}: {threads} of {self.most} threads from now on", flush=True)
-            self.threads = threads
+            self.threads, self.sure = threads, seconds < math.inf
             torch.set_num_threads(threads)
             self.next_look = self.clock() + self.PATIENCE * (self.clock() - began)
         elif not fewer:

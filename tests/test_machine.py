@@ -39,9 +39,9 @@ def test_threads_give_way_to_another_program_and_come_back(two_threads, capsys):
     here = OneCoreBusy(busy=False)
     with machine.Threads(clock=lambda: here.now, rate=here.rate) as threads:
         assert here.looks == 2 and [here.step(threads) for _ in range(50)] == [1.0] * 50
-        assert here.looks == 2 and torch.get_num_threads() == 2, "a quiet machine is looked at once"
+        assert here.looks == 4 and torch.get_num_threads() == 2, "a quiet machine is looked at before a step and after"
         threads.watch(9.0)                        # a disk that stalls: two threads still do more than one
-        assert here.looks == 4 and threads.threads == 2
+        assert here.looks == 6 and threads.threads == 2
         here.now, here.busy = here.now + 100, True
         assert [here.step(threads) for _ in range(3)] == [40.0, 1.8, 1.8], "one slow step is enough"
         assert torch.get_num_threads() == 1
@@ -60,6 +60,10 @@ def test_a_machine_busy_from_the_start_is_seen_and_a_fixed_number_stays(two_thre
     here = OneCoreBusy(busy=True)
     with machine.Threads(clock=lambda: here.now, rate=here.rate) as threads:
         assert here.step(threads) == 1.8
+    here = OneCoreBusy(busy=False)
+    with machine.Threads(clock=lambda: here.now, rate=here.rate) as threads:
+        here.busy = True                          # between the first look and the first step: no step was ever quick
+        assert [here.step(threads) for _ in range(3)] == [40.0, 1.8, 1.8]
     with machine.Threads(2, clock=lambda: here.now, rate=here.rate) as threads:
         assert here.step(threads) == here.step(threads) == 40.0
     with machine.Threads(1):
