@@ -86,7 +86,7 @@ def print_config(config, sources: dict) -> None:
     print("settings (--help lists them all):")
     for name, origin in sources.items():
         if origin != "default":
-            print(f"  {name:<20} = {getattr(config, name)!s:<24} {origin}")
+            print(f"  {name:<20} = {getattr(config, name)!s:<24} {origin.rpartition('/')[2]}")
 
 
 def command_line(config, argv: list[str], usage: str, reads_scripts: bool = False):
