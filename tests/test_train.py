@@ -195,7 +195,7 @@ def test_fine_tuning_starts_from_the_parent_as_it_was_scored(corpus, tmp_path, t
 def test_a_shape_of_the_default_config_yields_and_one_that_was_asked_for_does_not(corpus, tmp_path, trained, capsys):
     words = [f"--init_from={trained[0]}", f"--data_dir={corpus}", f"--out_dir={tmp_path / 'a'}", "--max_steps=1",
              "--device=cpu", "--num_samples=0", "--eval_every=0"]
-    train.run_command_line(words)                                         # the default config file has d_model = 128
+    train.run_command_line(words)                                         # the default config file has d_model = 160
     assert weights(tmp_path / "a").keys() == weights(trained[0]).keys()
     (tmp_path / "config_wide.py").write_text("d_model = 64\n", encoding="utf-8")
     for more, message in ((["--n_layers=4"], "n_layers=4 does not fit"),
