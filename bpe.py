@@ -219,8 +219,9 @@ class Tokenizer:
         self._regex = compile_pattern(pattern)
         self._cutter = Cutter(_CUTS.get(pattern), [utf8(t) for t in (*self.special_tokens, *self.added)])
         self._merged, self._splitters, self._encoder = Remembered(self._merge_word, CACHED_WORDS), {}, None
-        if can_cut(pattern) and not normalizer and not ignore_merges and all(bytes([b]) in self._id for b in range(256)):
-            self._encoder = Encoder([self._id[bytes([b])] for b in range(256)], self._ranks)
+        byte_ids = [self._id.get(bytes([b])) for b in range(256)]
+        if can_cut(pattern) and not normalizer and not ignore_merges and None not in byte_ids:
+            self._encoder = Encoder(byte_ids, self._ranks)
 
     def with_special(self, tokens):
         """A tokenizer with these special tokens besides its own; those it lacks get the next ids."""

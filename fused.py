@@ -5,7 +5,7 @@ default model matrix products were a quarter. So cross entropy, RMSNorm, SwiGLU 
 forward and one backward, in torch and, for float32 and bfloat16 on a CPU, in C (fused.c), which reads each number once.
 Both are equal by test to the simple versions in layers.py; torch.compile gets those and fuses them itself.
 
-A step of the default model on one core of an Intel Xeon, in turns: with C 100 ms, without 126 (of CPU time).
+A step of a model 128 wide on one core of an Intel Xeon, in turns: with C 93 to 100 ms of CPU time, without 119 to 126.
 """
 import functools
 import platform
