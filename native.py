@@ -16,14 +16,22 @@ import tempfile
 from pathlib import Path
 
 
-def load(page: str, flags=()):
-    """The C page of that name as a ctypes library; None: no compiler, switched off, or it would not compile."""
+def load(page: str, flags=(), openmp: bool = False):
+    """The C page of that name as a ctypes library; None: no compiler, switched off, or it would not compile.
+
+    openmp: its loops are divided among torch's own pool of threads, in the widest vectors there are.
+    """
     source, compiler = Path(__file__).with_name(f"{page}.c"), shutil.which("cc") or shutil.which("gcc")
     off = "0" in (os.environ.get("NATIVE"), os.environ.get(page.upper()))
     if compiler is None or off or os.name != "posix":
         return None
     flags = ["-O3", "-march=native", "-shared", "-fPIC", *flags]
     try:
+        if openmp:
+            import torch                 # here: the tokenizer's processes start without it
+            for runtime in Path(torch.__file__).parent.glob("lib/libgomp*"):
+                ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+            flags += ["-fopenmp", *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
         linux = platform.system() == "Linux"             # a home may be shared by machines of several kinds
         cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0] if linux else ""
         features = [line for line in cpu.splitlines() if line.startswith(("model", "flags", "Features"))]

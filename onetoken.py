@@ -14,8 +14,6 @@ idea of one file of C for one pass is Karpathy's llama2.c.
 import contextlib
 import ctypes
 import functools
-import platform
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -54,12 +52,9 @@ class Model(ctypes.Structure):
 @functools.cache
 def library():
     """onetoken.c compiled for this processor, or None where it cannot be."""
-    # Sums in any order, as vectors need it, but NaN stays NaN. torch's own OpenMP runs the threads: one pool of them.
-    flags = ["-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
-    flags += ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
-    for runtime in Path(torch.__file__).parent.glob("lib/libgomp*"):
-        ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
-    made = native.load("onetoken", flags)
+    # Sums in any order, as vectors need it, but NaN stays NaN.
+    made = native.load("onetoken", ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"],
+                       openmp=True)
     if made is not None:
         made.one_token.argtypes, made.linear.argtypes = (P, P, P, I, P, P, P, P, P), (P, I, P, P, I, P)
         made.widen.argtypes = P, P
