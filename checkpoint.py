@@ -64,11 +64,8 @@ def only_writer(folder):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"{folder} is being written by another process; give another folder") from None
-        try:
-            yield
-        finally:
-            if not os.listdir(folder):
-                os.rmdir(folder)
+        held.callback(lambda: os.listdir(folder) or os.rmdir(folder))
+        yield
 
 
 def sha256(path) -> str:
@@ -81,8 +78,7 @@ def claim_out_dir(out_dir, overwrite: bool = False, inputs=()) -> None:
     if Path(out_dir).resolve() in [Path(folder).resolve() for folder in inputs if folder]:
         raise ValueError(f"{out_dir} is read from and would be overwritten; give another folder (--out_dir=…)")
     if not overwrite and any((Path(out_dir) / name).exists() for name in ("ckpt.pt", "best.pt", "log.jsonl")):
-        raise ValueError(f"{out_dir} holds a run; give another --out_dir, --overwrite=true, which replaces it, or "
-                         "--resume=true, which trains it further")
+        raise ValueError(f"{out_dir} holds a run; give another --out_dir, --overwrite=true, or --resume=true to go on")
 
 
 def forget_former(folder) -> None:
@@ -130,13 +126,12 @@ def save_checkpoint(model, optimizer, step: int, path, **more) -> None:
     entries = {"format_version": 1, "model": states[0], "optimizer": states[1:], "step": int(step)}
     if dataclasses.is_dataclass(getattr(model, "config", None)):
         entries["model_config"] = dataclasses.asdict(model.config)
+    if hasattr(path, "write"):
+        return torch.save(entries | more, path)
     def write(file):
         torch.save(entries | more, file)
         read_checkpoint(file, "meta")    # names and shapes: only what can be read replaces the old file
-    if hasattr(path, "write"):
-        torch.save(entries | more, path)
-    else:
-        write_atomically(path, write)
+    write_atomically(path, write)
 
 
 def read_checkpoint(path, map_location="cpu") -> dict:
@@ -161,9 +156,8 @@ def read_checkpoint(path, map_location="cpu") -> dict:
     if not isinstance(entries, dict) or not isinstance(entries.get("model"), dict) or "step" not in entries:
         raise ValueError(f"{path} is not a checkpoint: it must hold a dict with 'model', tensors by name, and 'step'")
     if "quantized" in entries:           # what compress.py wrote: every page gets the rounded weights
-        dtype = next(iter(entries["model"].values())).dtype
         for name, parts in entries["quantized"]["weights"].items():
-            entries["model"][name] = multiplied_out(parts).to(dtype)
+            entries["model"][name] = multiplied_out(parts).to(next(iter(entries["model"].values())).dtype)
     return entries
 
 
@@ -189,9 +183,8 @@ def load_weights(model, weights: dict, path) -> None:
 def load_optimizer(optimizer, state, path) -> None:
     """Copy a saved optimizer state into one optimizer or a list of them. Raises ValueError naming the path."""
     optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    states = state if isinstance(state, list) else [state]
     try:
-        for one, saved in zip(optimizers, states, strict=True):
+        for one, saved in zip(optimizers, state if isinstance(state, list) else [state], strict=True):
             one.load_state_dict(saved)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no state of this {type(optimizers[0]).__name__}: {error}") from error

@@ -35,12 +35,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import onetoken
 from checkpoint import claim_out_dir, forget_former, open_tokens, read_checkpoint, save_checkpoint
 from configurator import command_line, fail
 from model import Linear, Transformer, load_model
-
-GROUP = 64                                   # weights of a row that share a scale and a shift in int4
+from onetoken import GROUP, RoundedLinear
 
 
 @dataclass
@@ -71,10 +69,8 @@ def round_int8(weight) -> dict:
 
 
 def round_int4(weight) -> dict:
-    """{q, scale, shift} of a matrix (R, C), w ≈ scale (q - 8) + shift, for every GROUP of a row.
-
-    q: uint8 (R, C / 2), two numbers 0 … 15 in a byte, the first in its upper half. scale, shift: (R, C / GROUP).
-    """
+    """{q, scale, shift} of a matrix (R, C), w ≈ scale (q - 8) + shift, for every GROUP of a row. q: uint8 (R, C / 2),
+    two numbers 0 … 15 in a byte, the first in its upper half. scale, shift: (R, C / GROUP)."""
     groups = weight.detach().float().unflatten(1, (-1, GROUP))                   # (R, C / GROUP, GROUP)
     low, high = groups.aminmax(dim=-1, keepdim=True)
     scale = ((high - low) / 15).clamp(min=1e-30).bfloat16()
@@ -87,67 +83,19 @@ def round_weight(weight, kind: str) -> dict:
     """The matrix in int8 or int4; in int8 where its rows are no multiple of GROUP. Raises ValueError."""
     if kind not in ("int8", "int4"):
         raise ValueError(f"kind={kind!r} must be int8 or int4")
-    if kind == "int4" and weight.shape[1] % GROUP == 0:
-        return round_int4(weight)
-    return round_int8(weight)
-
-
-class RoundedLinear(torch.nn.Module):
-    """x @ weightᵀ + bias with weights from round_int8 or round_int4, which onetoken.c reads for a few rows on a CPU.
-
-    For many rows, and on GPUs, they are multiplied out first: there this saves memory and no time.
-    int4 in the order of onetoken.c: bits 4 k … 4 k + 3 of 16 words hold numbers 16 k … 16 k + 15 of two groups; scale
-    is (R, 2, C / GROUP), a row's scales, then its shifts.
-    """
-
-    def __init__(self, parts: dict, bias=None):
-        super().__init__()
-        q, scale = parts["q"], parts["scale"]
-        if "shift" in parts:
-            numbers = torch.stack((q // 16, q % 16), dim=-1).flatten(1)
-            numbers = torch.nn.functional.pad(numbers, (0, numbers.shape[1] % (2 * GROUP))).int()
-            words = numbers.unflatten(1, (-1, 8, 16)) << 4 * torch.arange(8, device=q.device)[:, None]
-            q = words.sum(dim=2, dtype=torch.int32).flatten(1)
-            scale = torch.stack((scale, parts["shift"]), dim=1)
-        self.register_buffer("q", q)
-        self.register_buffer("scale", scale)
-        self.bias = bias
-
-    def multiplied_out(self):
-        """The weights in float32, (R, C)."""
-        if self.q.dtype == torch.int8:
-            return self.q * self.scale.float()
-        scale, shift = self.scale.float().unsqueeze(-1).unbind(1)               # (R, C / GROUP, 1)
-        numbers = self.q.unflatten(1, (-1, 1, 16)) >> 4 * torch.arange(8, device=self.q.device)[:, None] & 15
-        groups = numbers.flatten(1).unflatten(1, (-1, GROUP))[:, :scale.shape[1]]
-        return ((groups - 8) * scale + shift).flatten(1)
-
-    def forward(self, x):                                                       # (..., C) -> (..., R)
-        rows = x.reshape(-1, x.shape[-1])
-        in_c = x.device.type == "cpu" and self.scale.dtype == torch.bfloat16 and onetoken.library() is not None
-        trains = x.requires_grad and torch.is_grad_enabled()                    # C gives no gradient
-        if in_c and not trains and 0 < len(rows) <= onetoken.MAX_ROWS:
-            y = onetoken.linear(self, rows.float()).to(x.dtype)
-        else:
-            y = rows @ (onetoken.widen(self) if in_c else self.multiplied_out()).to(x.dtype).T
-        y = y.reshape(*x.shape[:-1], y.shape[-1])
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+    return round_int4(weight) if kind == "int4" and weight.shape[1] % GROUP == 0 else round_int8(weight)
 
 
 def matrices(model) -> dict:
-    """{name: Linear} of what rounding takes.
-
-    Not routers, whose small errors would choose other experts, nor MLA's kv_up_proj, which decoding uses as a matrix.
-    """
+    """{name: Linear} of what rounding takes: not routers, whose small errors would choose other experts, nor MLA's
+    kv_up_proj, which decoding uses as a matrix."""
     return {name: layer for name, layer in model.named_modules()
             if isinstance(layer, Linear) and not name.endswith(("router", "kv_up_proj"))}
 
 
 def quantize(model, kind: str, stored: dict | None = None):
-    """Round the model's matrices to int8 or int4 in place, for inference; returns the model.
-
-    Raises ValueError for another kind. stored: matrices that are rounded already, by name.
-    """
+    """Round the model's matrices to int8 or int4 in place, for inference; returns the model. ValueError for another
+    kind. stored: matrices that are rounded already, by name."""
     for name, layer in matrices(model).items():
         parts = (stored or {}).get(f"{name}.weight") or round_weight(layer.weight, kind)
         model.set_submodule(name, RoundedLinear(parts, layer.bias))
@@ -160,8 +108,10 @@ def load(out_dir, device=None, name: str = "ckpt.pt", kind: str | None = None, d
     model.to(dtype)
     stored = read_checkpoint(Path(out_dir) / name, map_location=model.token_embeddings.weight.device).get("quantized")
     if stored is not None and kind in (None, stored["kind"]):
-        return quantize(model, stored["kind"], stored["weights"]), tokenizer
-    return (quantize(model, kind) if kind else model), tokenizer
+        quantize(model, stored["kind"], stored["weights"])
+    elif kind:
+        quantize(model, kind)
+    return model, tokenizer
 
 
 def weight_bytes(model) -> int:
@@ -252,10 +202,8 @@ def column_sizes(model, data=None) -> list[tuple]:
 # --- distillation ---
 
 def distillation_loss(logits, teacher_logits, temperature: float = 1.0):
-    """T² KL(teacher || student) of softmax(logits / T), in nats per token; a scalar (1503.02531, section 2).
-
-    logits, teacher_logits: (..., V). T² keeps the gradient's size the same for every T. None flows to the teacher.
-    """
+    """T² KL(teacher || student) of softmax(logits / T), in nats per token; a scalar (1503.02531, section 2). Both
+    (..., V). T² keeps the gradient's size the same for every T. None flows to the teacher."""
     student, teacher = (x.float() / temperature for x in (logits, teacher_logits.detach()))
     student = student - student.logsumexp(dim=-1, keepdim=True)
     teacher = teacher - teacher.logsumexp(dim=-1, keepdim=True)
@@ -278,16 +226,15 @@ def main(argv: list[str]) -> None:
         claim_out_dir(new_out_dir, config.overwrite, inputs=[out_dir])
         model, _ = load_model(out_dir, "cpu", config.checkpoint)
         entries = read_checkpoint(out_dir / config.checkpoint, map_location="meta")
-        more = {key: entries[key] for key in ("train_config", "tokenizer_sha256", "tokens", "template")
-                if key in entries}
+        more = {key: entries[key] for key in ("train_config", "tokenizer_sha256", "tokens", "template") if key in entries}
         if verb == "prune":
             path = Path(config.data or Path((more.get("train_config") or {}).get("data_dir", "")) / "train.bin")
             ranks = config.kind == "width" and (config.data or path.is_file())
             small = prune(model, config.share, config.kind, open_tokens(path.parent, path.stem) if ranks else None)
             old, new = (sum(int((p != 0).sum()) for p in m.parameters()) for m in (model, small))
             by = f", ranked on {path}" if ranks else ""
-            print(f"heads {model.config.n_heads} -> {small.config.n_heads}, feed-forward neurons {model.config.d_ff:,} "
-                  f"-> {small.config.d_ff:,}, parameters that are not zero {old:,} -> {new:,}{by}")
+            print(f"heads {model.config.n_heads} -> {small.config.n_heads}, neurons {model.config.d_ff:,} -> "
+                  f"{small.config.d_ff:,}, parameters that are not zero {old:,} -> {new:,}{by}")
             model, weights = small, small.state_dict()
         else:
             # A head that is the embedding table stays: a table's rows are looked up. `load` rounds a copy of it.

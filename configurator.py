@@ -100,15 +100,13 @@ def command_line(config, argv: list[str], usage: str, reads_scripts: bool = Fals
     options = [word for word in argv if word.startswith("--") and word != "--help"]
     verb = words.pop(0) if words and words[0] in classes else None
     configs = [word for word in words if word.endswith(".py") and not reads_scripts][:1]
-    flags = {}
     if verb not in classes and "--help" not in argv:
         mistake = f"{words[0]!r} is no verb.{nearest(words[0], classes)}" if words else "a verb is missing."
         fail(f"{mistake} Give one of {', '.join(classes)}. {usage.strip()}")
     for option in options:
-        key, equals, value = option[2:].partition("=")
-        flags[key.replace("-", "_")] = value
-        if not equals:
+        if "=" not in option:
             fail(f"{option} has no value; write {option}=VALUE (for a switch, {option}=true)")
+    flags = {key.replace("-", "_"): value for key, _, value in (option[2:].partition("=") for option in options)}
     try:
         settings, sources = resolve(classes[verb], flags, *configs) if verb in classes else (None, {})
     except (ValueError, OSError) as error:

@@ -21,6 +21,7 @@ import torch
 import native
 from layers import LayerNorm, RMSNorm, rope_tables
 
+GROUP = 64                           # weights of a row that share a scale and a shift in int4
 MAX_ROWS = 64                        # about where a product of torch's, with its larger tiles, is as fast
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int32: 3}            # int32: words of int4
 NORMS = {torch.nn.Identity: 0, RMSNorm: 1, LayerNorm: 2}
@@ -65,14 +66,14 @@ def library():
 # --- a model as the C page sees it ---
 
 def matrix(layer) -> Matrix:
-    """A Linear, or compress.py's RoundedLinear. TypeError for what C cannot read."""
+    """A Linear, or a RoundedLinear. TypeError for what C cannot read."""
     weight, scale = getattr(layer, "weight", None), getattr(layer, "scale", None)
     weight = layer.q if weight is None else weight
     if weight.dtype not in KINDS or not weight.is_contiguous() or weight.device.type != "cpu":
         raise TypeError(f"weights in {weight.dtype} on {weight.device}")
     if scale is not None and scale.dtype != torch.bfloat16:                      # after model.float()
         raise TypeError(f"scales in {scale.dtype}")
-    d_in = scale.shape[2] * 64 if weight.dtype == torch.int32 else weight.shape[1]
+    d_in = scale.shape[2] * GROUP if weight.dtype == torch.int32 else weight.shape[1]
     return Matrix(weight.data_ptr(), None if scale is None else scale.data_ptr(), None, KINDS[weight.dtype],
                   len(weight), d_in)
 
@@ -80,7 +81,7 @@ def matrix(layer) -> Matrix:
 def linear(layer, x):
     """x (rows, d_in) in float32 through one such layer without its bias, (rows, d_out)."""
     m, rows, x = matrix(layer), len(x), x.contiguous()   # named: an address does not keep a copy alive
-    y, scratch = x.new_empty(rows, m.d_out), x.new_empty(m.d_in // 64)
+    y, scratch = x.new_empty(rows, m.d_out), x.new_empty(m.d_in // GROUP)
     library().linear(ctypes.byref(m), 1, x.data_ptr(), y.data_ptr(), rows, scratch.data_ptr())
     return y
 
@@ -91,6 +92,48 @@ def widen(layer):
     out = torch.empty(m.d_out, m.d_in, dtype=torch.float32)
     library().widen(ctypes.byref(m), out.data_ptr())
     return out
+
+
+class RoundedLinear(torch.nn.Module):
+    """x @ weightᵀ + bias with weights from compress.py's round_int8 or round_int4.
+
+    A few rows on a CPU are onetoken.c's; for many, and on GPUs, the weights are multiplied out first, which saves
+    memory and no time. int4 in the order of onetoken.c: bits 4 k … 4 k + 3 of 16 words hold numbers 16 k … 16 k + 15 of two groups; scale
+    is (R, 2, C / GROUP), a row's scales, then its shifts.
+    """
+
+    def __init__(self, parts: dict, bias=None):
+        super().__init__()
+        q, scale = parts["q"], parts["scale"]
+        if "shift" in parts:
+            numbers = torch.stack((q // 16, q % 16), dim=-1).flatten(1)
+            numbers = torch.nn.functional.pad(numbers, (0, numbers.shape[1] % (2 * GROUP))).int()
+            words = numbers.unflatten(1, (-1, 8, 16)) << 4 * torch.arange(8, device=q.device)[:, None]
+            q = words.sum(dim=2, dtype=torch.int32).flatten(1)
+            scale = torch.stack((scale, parts["shift"]), dim=1)
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
+        self.bias = bias
+
+    def multiplied_out(self):
+        """The weights in float32, (R, C)."""
+        if self.q.dtype == torch.int8:
+            return self.q * self.scale.float()
+        scale, shift = self.scale.float().unsqueeze(-1).unbind(1)               # (R, C / GROUP, 1)
+        numbers = self.q.unflatten(1, (-1, 1, 16)) >> 4 * torch.arange(8, device=self.q.device)[:, None] & 15
+        groups = numbers.flatten(1).unflatten(1, (-1, GROUP))[:, :scale.shape[1]]
+        return ((groups - 8) * scale + shift).flatten(1)
+
+    def forward(self, x):                                                       # (..., C) -> (..., R)
+        rows = x.reshape(-1, x.shape[-1])
+        in_c = x.device.type == "cpu" and self.scale.dtype == torch.bfloat16 and library() is not None
+        trains = x.requires_grad and torch.is_grad_enabled()                    # C gives no gradient
+        if in_c and not trains and 0 < len(rows) <= MAX_ROWS:
+            y = linear(self, rows.float()).to(x.dtype)
+        else:
+            y = rows @ (widen(self) if in_c else self.multiplied_out()).to(x.dtype).T
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class Pass:
@@ -116,7 +159,7 @@ class Pass:
                        c.position == "rope", c.rope_interleaved, KINDS[dtype], max_length, 0, 1, 0, 0, 0, cos, sin,
                        self.layers, self.norm(model.ln_final), self.matrix(model.lm_head))
         self.numbers = c.d_model + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * d_ff + c.n_heads * max_length
-        self.numbers += max(c.d_model, d_ff, c.n_heads * c.head_dim) // 64       # for int4
+        self.numbers += max(c.d_model, d_ff, c.n_heads * c.head_dim) // GROUP    # for int4
         self.scratch = torch.empty(0, dtype=torch.float32)
 
     def floats(self, tensor):

@@ -52,10 +52,8 @@ class _Optimizer(torch.optim.Optimizer):
 
 def state_tensors(params, states, name: str) -> list[torch.Tensor]:
     """What each parameter's state keeps under `name`; zeros before its first step."""
-    for p, state in zip(params, states):
-        if name not in state:
-            state[name] = torch.zeros_like(p)
-    return [state[name] for state in states]
+    return [state[name] if name in state else state.setdefault(name, torch.zeros_like(p))
+            for p, state in zip(params, states)]
 
 
 class SGD(_Optimizer):
