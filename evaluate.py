@@ -382,17 +382,22 @@ VERBS = {None: (None, ReadConfig), "mmlu": (ask_mmlu, MMLUConfig), "hellaswag": 
          "instructions": (ask_instructions, WriteConfig), "safety": (ask_open, OpenEndedConfig)}
 
 
-def open_model(out_dir: str, config) -> tuple:
-    """(model, tokenizer, what else the checkpoint holds) of a folder, with weights as small as config.quantize says."""
+def open_model(out_dir: str, config, threads: Threads) -> tuple:
+    """(model, tokenizer, what else the checkpoint holds) of a folder, with weights as small as config.quantize says.
+    On a CPU `threads` watches each pass through the blocks: a core may get busy in the middle of the questions."""
     model, tokenizer = compress.load(out_dir, pick_device(config.device), config.checkpoint, config.quantize)
+    if model.token_embeddings.weight.device.type == "cpu":
+        began = []
+        model.layers[0].register_forward_pre_hook(lambda *_: began.append(time.perf_counter()))
+        model.layers[-1].register_forward_hook(lambda *_: threads.watch(time.perf_counter() - began.pop()))
     return model, tokenizer, read_checkpoint(Path(out_dir) / config.checkpoint, map_location="meta")
 
 
-def ask(verb: str, out_dir: str, config) -> str:
+def ask(verb: str, out_dir: str, config, threads: Threads) -> str:
     """One model's answers to OUT_DIR/VERB.jsonl (alpaca: the judge's VERB.json), and the line that reports them."""
     if verb != "instructions" and config.data is None:
         raise ValueError(f"{verb} needs --data={'FOLDER' if verb == 'mmlu' else 'FILE'}, the questions")
-    model, tokenizer, state = open_model(out_dir, config)
+    model, tokenizer, state = open_model(out_dir, config, threads)
     if tokenizer is None:
         raise ValueError(f"{out_dir} has no tokenizer.json to ask questions with")
     template = getattr(config, "template", None) or state.get("template")
@@ -410,9 +415,9 @@ def ask(verb: str, out_dir: str, config) -> str:
     return f"{line} | unreadable {unreadable} | {path}"
 
 
-def read(out_dir: str, config: ReadConfig) -> str:
+def read(out_dir: str, config: ReadConfig, threads: Threads) -> str:
     """The line that reports one model's loss on a text."""
-    model, tokenizer, state = open_model(out_dir, config)
+    model, tokenizer, state = open_model(out_dir, config, threads)
     data_dir = (state.get("train_config") or {}).get("data_dir")
     if config.data is None and data_dir is None:
         raise ValueError(f"{out_dir} does not say what it was trained on; name a text with --data=FILE")
@@ -436,8 +441,8 @@ def main(argv: list[str]) -> None:
         fail(f"give the folder of a training run. {USAGE}")
     try:
         for out_dir in files:
-            with Threads():              # fewer where another program keeps a core busy
-                line = ask(verb, out_dir, config) if verb else read(out_dir, config)
+            with Threads() as threads:   # fewer where another program keeps a core busy
+                line = ask(verb, out_dir, config, threads) if verb else read(out_dir, config, threads)
             print(line if verb or len(files) == 1 else f"{out_dir:<24} {line}")
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)

@@ -51,7 +51,7 @@ class TrainConfig(ModelConfig):
     batch_tokens: int = 8192                 # tokens per optimizer step
     micro_batch_size: int | None = None      # sequences per forward pass; none = the whole step at once
     loader: str = "random"                   # random windows | epochs (windows side by side, shuffled anew each epoch)
-    optimizer: str = "adamw"                 # adamw | muon | sgd | adagrad | rmsprop; explained above
+    optimizer: str = "adamw"                 # one of those listed above
     lr: float = 1e-3                         # peak learning rate of all but muon
     muon_lr: float = 0.02                    # muon's peak learning rate
     muon_steps: int = 5                      # muon's rounds of matrix products: fewer are faster, less orthogonal
@@ -211,10 +211,12 @@ def open_data(data_dir, context_length: int, vocab_size: int | None = None) -> t
 def check_tokenizer(entries: dict, path: Path, data_dir, made_with: str | None) -> None:
     """Raises ValueError when a checkpoint reads other ids than data_dir holds, made with the tokenizer of that hash."""
     trained_with = entries.get("tokenizer_sha256")
+    reason = f"{data_dir}/meta.json is missing, or does not name the tokenizer of its tokens"
+    if made_with is not None:
+        reason = (f"{path} was trained with another tokenizer (SHA-256 {str(trained_with)[:9]}) than {data_dir} was "
+                  f"made with ({made_with[:9]} by its meta.json)")
     if trained_with != made_with:
-        raise ValueError(f"{path} was trained with another tokenizer (SHA-256 {str(trained_with)[:9]}) than {data_dir} "
-                         f"was made with ({str(made_with)[:9]} by its meta.json); give data made by data.py prepare "
-                         f"--tokenizer={path.parent}")
+        raise ValueError(f"{reason}; give data made by data.py prepare --tokenizer={path.parent}")
 
 
 def make_optimizers(model: Transformer, config: TrainConfig, make=lambda cls, params, **more: cls(params, **more)):

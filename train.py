@@ -430,7 +430,7 @@ def run_command_line(argv: list[str]) -> None:
     default = str(Path(__file__).with_name(DEFAULT_CONFIG))
     if argv[:1] != ["plot"] and not any(word.endswith(".py") and not word.startswith("--") for word in argv):
         argv = [*argv, default]
-    verb, files, config, sources = command_line(verbs, argv, USAGE)
+    verb, files, config, sources = command_line(verbs, argv, USAGE, reads_scripts=argv[:1] == ["plot"])
     if verb is None and files:
         fail(f"{files[0]!r} is neither a setting (--key=value), a config_*.py nor a verb. {USAGE}")
     interrupted = None
@@ -442,7 +442,8 @@ def run_command_line(argv: list[str]) -> None:
         by_axis = any(word.startswith("max_steps=") for word in files)
         if (by_flag or by_axis) and sources["max_minutes"] != "flag":
             config.max_minutes = None              # the time limit of the config file is not meant
-        config = take_shape(config, {key for key, source in sources.items() if source not in ("default", default)})
+        asked, config = config, take_shape(config, {key for key in sources if sources[key] not in ("default", default)})
+        sources |= {key: str(config.start) for key in sources if getattr(config, key) != getattr(asked, key)}
         print_config(config, sources)
         speaks = os.environ.get("RANK", "0") == "0" and verb is None
         with only_writer(config.out_dir) if speaks else contextlib.nullcontext():

@@ -27,7 +27,10 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary():
     ("hellaswag", "hellaswag.jsonl", 1, []), ("arc", "arc.jsonl", 2, ["--shots=1", "--shots_data=hellaswag.jsonl"]),
     ("gsm8k", "gsm8k.jsonl", 2, ["--shots=1", "--shots_data=train.jsonl", "--quantize=int8"]),
     ("instructions", None, 6, []), ("alpaca", "alpaca.json", 1, []), ("safety", "sst.csv", 1, [])])
-def test_every_kind_of_question_is_asked_and_its_answers_kept(little_base, questions, verb, data, n, more, capsys):
+def test_every_kind_of_question_is_asked_and_its_answers_kept(little_base, questions, verb, data, n, more, capsys,
+                                                              monkeypatch):
+    passes = []
+    monkeypatch.setattr(evaluate.Threads, "watch", lambda threads, seconds: passes.append(seconds))
     (questions / "train.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4"}\n', encoding="utf-8")
     more = [word.replace("shots_data=", f"shots_data={questions}/") for word in more]
     more += [] if data is None else [f"--data={questions / data}"]
@@ -36,6 +39,7 @@ def test_every_kind_of_question_is_asked_and_its_answers_kept(little_base, quest
     share = sum(answer["right"] for answer in answers) / n
     error = math.sqrt(share * (1 - share) / n)
     assert len(answers) == n and f"{share:.1%} ± {error:.1%}" in capsys.readouterr().out
+    assert 0 < min(passes) < max(passes) == math.inf, "a core that gets busy on the way is noticed"
     if verb == "alpaca":
         judged, = json.loads((little_base / "alpaca.json").read_text(encoding="utf-8"))
         assert {"instruction", "output", "generator", "dataset"} <= set(judged)
