@@ -56,11 +56,11 @@ def splitter_of(tokens):
 
 
 def utf8(text):
-    """`text` as UTF-8. Raises ValueError for half a surrogate pair."""
+    """`text` as UTF-8. Raises UnicodeError, a ValueError, for half a surrogate pair."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"text holds half a surrogate pair, {text[error.start]!r} at character {error.start}, "
+        raise UnicodeError(f"text holds half a surrogate pair, {text[error.start]!r} at character {error.start}, "
                          "which UTF-8 cannot write; replace it first") from None
 
 

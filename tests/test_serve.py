@@ -190,8 +190,11 @@ def test_chat(chat, base, runs):
     parts = events(ask(chat, "/v1/chat/completions", asked | {"stream": True}, **key)[1])
     assert parts[0]["choices"][0]["delta"]["role"] == "assistant" and parts[0]["object"] == "chat.completion.chunk"
     assert "".join(p["choices"][0]["delta"].get("content", "") for p in parts) == choice["message"]["content"]
-    for bad in ([], [{"role": "user"}], "hi", [*messages, {"role": "assistant", "content": "x"}]):
-        assert ask(chat, "/v1/chat/completions", asked | {"messages": bad}, **key)[0] == 400
+    lone, ended = {"role": "user", "content": "\ud800"}, [*messages, {"role": "assistant", "content": "x"}]
+    for bad, words in (([], "messages"), ([{"role": "user"}], "messages"), ("hi", "messages"), (ended, "message"),
+                       ([lone], "surrogate")):
+        status, answer = ask(chat, "/v1/chat/completions", asked | {"messages": bad}, **key)
+        assert status == 400 and words in answer["error"]["message"], answer
     status, answer = ask(base, "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
     assert status == 400 and "align.py sft" in answer["error"]["message"]
     status, answer = ask(chat, "/v1/models")
