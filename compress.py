@@ -226,7 +226,7 @@ def main(argv: list[str]) -> None:
         claim_out_dir(new_out_dir, config.overwrite, inputs=[out_dir])
         model, _ = load_model(out_dir, "cpu", config.checkpoint)
         entries = read_checkpoint(out_dir / config.checkpoint, map_location="meta")
-        more = {key: entries[key] for key in ("train_config", "tokenizer_sha256", "tokens", "template") if key in entries}
+        more = {k: entries[k] for k in ("train_config", "tokenizer_sha256", "tokens", "template") if k in entries}
         if verb == "prune":
             path = Path(config.data or Path((more.get("train_config") or {}).get("data_dir", "")) / "train.bin")
             ranks = config.kind == "width" and (config.data or path.is_file())

@@ -98,8 +98,8 @@ class RoundedLinear(torch.nn.Module):
     """x @ weightᵀ + bias with weights from compress.py's round_int8 or round_int4.
 
     A few rows on a CPU are onetoken.c's; for many, and on GPUs, the weights are multiplied out first, which saves
-    memory and no time. int4 in the order of onetoken.c: bits 4 k … 4 k + 3 of 16 words hold numbers 16 k … 16 k + 15 of two groups; scale
-    is (R, 2, C / GROUP), a row's scales, then its shifts.
+    memory and no time. int4 in the order of onetoken.c: bits 4 k … 4 k + 3 of 16 words hold numbers 16 k … 16 k + 15 of
+    two groups; scale is (R, 2, C / GROUP), a row's scales, then its shifts.
     """
 
     def __init__(self, parts: dict, bias=None):

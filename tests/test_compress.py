@@ -37,9 +37,9 @@ def test_distillation_loss_is_torchs_kl():
 
 @pytest.mark.parametrize("kind, error", [("int8", 0.012), ("int4", 0.15)])
 def test_rounded_layers_in_c_and_multiplied_out(kind, error, monkeypatch):
-    for d_in, bias in ((128, True), (48, False)):                        # 48 is no multiple of a group: int8
-        holder = torch.nn.Sequential(model_module.Linear(d_in, 70, bias))
-        x, exact = torch.randn(2, 3, d_in, generator=rng()), holder[0]
+    for d_in, bias, rows in ((128, True, 3), (48, False, 3), (128, True, 70)):   # 48: no multiple of a group, so int8;
+        exact = model_module.Linear(d_in, 70, bias)                              # 140 rows: C widens, torch multiplies
+        x = torch.randn(2, rows, d_in, generator=rng())
         small = compress.RoundedLinear(compress.round_weight(exact.weight, kind), exact.bias)
         with torch.no_grad():
             in_c, true = small(x), exact(x)

@@ -83,7 +83,7 @@ def test_distribution_by_hand():
     close(decoding.distribution(logits, top_p=0.81), torch.tensor([[0.5, 0.3, 0.15, 0]]) / 0.95)
     close(decoding.distribution(logits, top_p=1e-9), torch.tensor([[1.0, 0, 0, 0]]))
     close(decoding.distribution(logits, temperature=0.5), torch.tensor([[0.25, 0.09, 0.0225, 0.0025]]) / 0.365)
-    close(decoding.distribution(logits, temperature=1e-40), torch.tensor([[1.0, 0, 0, 0]]))
+    close(decoding.distribution(logits, temperature=1e-50), torch.tensor([[1.0, 0, 0, 0]]))     # 0 in float32
     close(decoding.distribution(logits, top_k=3, top_p=0.6), torch.tensor([[0.625, 0.375, 0, 0]]))
     close(decoding.distribution(logits, min_p=0.2), torch.tensor([[0.5, 0.3, 0.15, 0]]) / 0.95)
     close(decoding.distribution(torch.zeros(1, 4), min_p=1.0), torch.full((1, 4), 0.25))        # just that share stays

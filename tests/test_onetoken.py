@@ -68,11 +68,11 @@ def test_logits_equal_the_models_own_in_float32(name, kind):
 def test_texts_are_the_same_either_way_and_past_the_context(monkeypatch, how):
     model, texts = build(**MODELS["default"]), []
     prompts = [[1, 2, 3], [4] * 30, [5, 6] * 9]
-    for _ in range(2):
+    for name, value in (("MAX_ROWS", 64), ("MAX_ROWS", 2), ("library", lambda: None)):   # C; torch until rows end; torch
+        monkeypatch.setattr(onetoken, name, value)
         rng = torch.Generator().manual_seed(3)
         texts.append(decoding.generate(model, prompts, 60, generator=rng, stop_ids=[7], **how))
-        monkeypatch.setattr(onetoken, "library", lambda: None)
-    assert texts[0] == texts[1] and max(map(len, texts[0])) > 30
+    assert texts[0] == texts[1] == texts[2] and max(map(len, texts[0])) > 30
 
 
 @torch.inference_mode()
@@ -131,6 +131,10 @@ def test_what_it_cannot_run_and_damaged_weights():
 
 
 def test_no_compiler_or_a_broken_one_leaves_it_to_torch(monkeypatch, tmp_path):
+    for switch, off in (("NATIVE", True), ("ONETOKEN", True), ("FUSED", False)):
+        with monkeypatch.context() as environment:
+            environment.setenv(switch, "0")
+            assert (onetoken.library.__wrapped__() is None) == off, switch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "cc").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     (tmp_path / "cc").chmod(0o755)
