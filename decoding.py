@@ -31,7 +31,7 @@ import onetoken
 
 @torch.inference_mode()
 def simple_generate(model, prompt_ids, max_new_tokens: int, temperature: float = 1.0, generator=None) -> list[int]:
-    """The new ids after one prompt, without cache, batch or window: `generate`'s within the context. temperature > 0."""
+    """The new ids after one prompt, without cache, batch or window, as `generate` gives them; temperature: above 0."""
     ids = list(prompt_ids)
     for _ in range(max_new_tokens):
         logits = model(torch.tensor([ids]))[:, -1]                               # (1, V): after the last token

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from common import SWITCHES, TOY, ids, rng, toy
+import attention
 import bpe
 import checkpoint
 import sharded
@@ -130,6 +131,14 @@ def test_backends_agree(backend, switch):
         results.append((logits, model.layers[0].attn.q_proj.weight.grad))
     for ours, theirs in zip(*results):
         assert (ours - theirs).abs().max() <= 2e-5 * max(1, theirs.abs().max()), (ours - theirs).abs().max()  # float32
+
+
+def test_short_bfloat16_contexts_on_a_cpu_are_attended_to_by_either_way_alike(monkeypatch):
+    results = []
+    for longest in (attention.SHORT_CONTEXT, 0):                   # plain products, torch's fused kernel
+        monkeypatch.setattr(attention, "SHORT_CONTEXT", longest)
+        results.append(toy("qwen3").bfloat16()(ids(2, 13)).float())
+    assert (results[0] - results[1]).abs().max() < 2e-2 * results[0].abs().max()             # 8 bits
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -68,7 +68,7 @@ def test_logits_equal_the_models_own_in_float32(name, kind):
 def test_texts_are_the_same_either_way_and_past_the_context(monkeypatch, how):
     model, texts = build(**MODELS["default"]), []
     prompts = [[1, 2, 3], [4] * 30, [5, 6] * 9]
-    for name, value in (("MAX_ROWS", 64), ("MAX_ROWS", 2), ("library", lambda: None)):   # C; torch until rows end; torch
+    for name, value in (("MAX_ROWS", 64), ("MAX_ROWS", 2), ("library", lambda: None)):  # C; both; torch
         monkeypatch.setattr(onetoken, name, value)
         rng = torch.Generator().manual_seed(3)
         texts.append(decoding.generate(model, prompts, 60, generator=rng, stop_ids=[7], **how))
