@@ -8,7 +8,6 @@ command says is on the disk at once, OUT/STAGE.NAME.txt, so one that fails or is
 begins; OUT/stages.txt says how each ended. On a CPU all runs at toy sizes, the kernels through Triton's interpreter:
 that proves the command, not the figures. Nothing is downloaded.
 
-    stage         what
     correct       errors of all kernels against float64, tests, memcheck: side by side
     kernels       attention and memory-bound kernels beside torch's, as shares of a roof
     training      tokens/s and MFU of GPT-2 beside transformers; the parts of a step, its memory; loss curves
@@ -48,13 +47,14 @@ from optim import AdamW
 
 RUNS = Path("out/bench_gpu")
 LIMITS = {"correct": 85, "kernels": 80, "training": 175, "decoding": 65, "distributed": 25, "loss": 110}      # seconds
+GPT2 = "--norm=layer --position=learned --ffn=gelu --bias=true --tie_embeddings=true"
 # What a GPU measures, and what shows on a CPU that the command works.
-GPU = dict(shape="--d_model=768 --n_layers=12 --n_heads=12 --context_length=1024 --batch_tokens=8192", attention="",
+GPU = dict(shape=f"--d_model=768 --n_layers=12 --n_heads=12 --context_length=1024 --batch_tokens=8192 {GPT2}",
            rates={"plain": "--compile=false", "compiled": "", "triton": "--attention_backend=triton", "fused":
                   "--attention_backend=triton --fused_loss=true", "reference": "--reference=true"},
            step="--micro_batch_size=32 --vocab_size=50304", curve="--max_steps=200", loss="--max_minutes=0.66",
-           models=("llama-1.5b", "gpt2"), decode="--batch=8,64")
-TOY = dict(shape="--d_model=32 --d_ff=64 --n_layers=1 --n_heads=2 --context_length=32 --batch_tokens=256",
+           models=("llama-1.5b", "gpt2"), decode="--batch=8,64", attention="")
+TOY = dict(shape=f"--d_model=32 --d_ff=64 --n_layers=1 --n_heads=2 --context_length=32 --batch_tokens=256 {GPT2}",
            rates={"triton": "--attention_backend=triton", "reference": "--reference=true"}, attention="--toy=true",
            step="--vocab_size=300", curve="--max_steps=3", models=("toy",), decode="--batch=2")
 TOY["loss"] = f"{TOY['shape']} --micro_batch_size=8 --max_minutes=none --max_steps=3"
@@ -111,8 +111,8 @@ def stages(device: str, out: Path) -> dict:
                  for name in ("shakespeare", "tinystories")}}
 
 
-def run_stage(name: str, jobs: dict, limit: float, out: Path, environment: dict) -> list[str]:
-    """Run a stage's commands, each a process that writes a file; returns a line for each: how it ended, and when."""
+def run_stage(name: str, jobs: dict, limit: float, out: Path, environment: dict, head: list[str]) -> list[str]:
+    """Run a stage's commands, each a process that writes a file below the lines of `head`; returns how each ended."""
     end = time.monotonic() + limit
 
     def job(label: str) -> str:
@@ -120,7 +120,7 @@ def run_stage(name: str, jobs: dict, limit: float, out: Path, environment: dict)
         command = [sys.executable if word == "python" else str(here / word) if word.endswith(".py") else word
                    for word in jobs[label].split()]
         with open(out / f"{name}.{label}.txt", "w", encoding="utf-8") as file:
-            print("$", *command, file=file, flush=True)
+            print(*head, f"$ {jobs[label]}", sep="\n", file=file, flush=True)
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment,
                                        start_new_session=True)
             try:
@@ -157,7 +157,7 @@ def gpu(argv: list[str]) -> None:
     ended = []
     for name, jobs in stages(device, out).items():
         if config.only in ("all", name):
-            ended += run_stage(name, jobs, LIMITS[name], out, environment)
+            ended += run_stage(name, jobs, LIMITS[name], out, environment, lines)
             (out / "stages.txt").write_text("\n".join(lines + ended) + "\n", encoding="utf-8")
     failed = sum(" done, " not in line for line in ended)
     if failed:
@@ -216,8 +216,7 @@ def strategies(shape, device) -> dict:
              "torch DDP": DistributedDataParallel, "DDP + ZeRO-1": parallel.DDP, "FSDP": sharded.FSDP,
              "torch fully_shard": torch_fsdp, "tensor parallel": sharded.tensor_parallel}
     for schedule, n in (("gpipe", 2), ("1f1b", 2), ("gpipe", 4), ("1f1b", 4)):
-        wraps[f"{schedule} m={n}"] = functools.partial(sharded.Pipeline, group=None, n_micro_batches=n,
-                                                       schedule=schedule)
+        wraps[f"{schedule} m={n}"] = functools.partial(sharded.Pipeline, n_micro_batches=n, schedule=schedule)
     makes = {"DDP + ZeRO-1": lambda params: parallel.ShardedOptimizer(params, AdamW),
              "torch fully_shard": torch.optim.AdamW}
     even, made = replace(shape, vocab_size=256, n_layers=2 * parallel.world()[1]), {}      # a large head: the last's

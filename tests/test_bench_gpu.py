@@ -59,9 +59,10 @@ def test_a_command_that_fails_and_one_past_its_limit_keep_their_lines_and_the_ne
     (tmp_path / "a.py").write_text("print('half a table', flush=True); raise SystemExit(3)", encoding="utf-8")
     (tmp_path / "b.py").write_text("print('half', flush=True); import time; time.sleep(60)", encoding="utf-8")
     jobs = {"a": f"python {tmp_path}/a.py", "b": f"python {tmp_path}/b.py", "c": "python -c pass"}
-    lines = bench_gpu.run_stage("x", jobs, 2, tmp_path, dict(os.environ))
+    lines = bench_gpu.run_stage("x", jobs, 2, tmp_path, dict(os.environ), ["a card"])
     assert "failed with status 3" in lines[0] and "ended at its limit" in lines[1] and len(lines) == 3
-    assert all("half" in (tmp_path / f"x.{name}.txt").read_text(encoding="utf-8") for name in "ab")
+    texts = [(tmp_path / f"x.{name}.txt").read_text(encoding="utf-8") for name in "ab"]
+    assert all(text.startswith("a card\n$ python") and "half" in text for text in texts)
 
 
 def test_a_wrong_kernel_fails_the_table_of_errors(kernels, monkeypatch):
