@@ -4,9 +4,8 @@
     torchrun --standalone --nproc_per_node=2 bench.py parallel      messages, ways of dividing a model; a timeline
 
 `gpu`: six stages of commands that can also be run alone, each a process with what is left of its stage's time. What a
-command says is on the disk at once, OUT/STAGE.NAME.txt, so one that fails or is ended keeps what it has, and the next
-begins; OUT/stages.txt says how each ended. On a CPU all runs at toy sizes, the kernels through Triton's interpreter:
-that proves the command, not the figures. Nothing is downloaded.
+command says is on the disk at once, OUT/STAGE.NAME.txt: one that fails or is ended keeps what it has, the next begins.
+OUT/stages.txt says how each ended. On a CPU all runs at toy sizes, kernels interpreted. Nothing is downloaded.
 
     correct       errors of all kernels against float64, tests, memcheck: side by side
     kernels       attention and memory-bound kernels beside torch's, as shares of a roof
@@ -53,10 +52,10 @@ GPU = dict(shape=f"--d_model=768 --n_layers=12 --n_heads=12 --context_length=102
            rates={"plain": "--compile=false", "compiled": "", "triton": "--attention_backend=triton", "fused":
                   "--attention_backend=triton --fused_loss=true", "reference": "--reference=true"},
            step="--micro_batch_size=32 --vocab_size=50304", curve="--max_steps=200", loss="--max_minutes=0.66",
-           models=("llama-1.5b", "gpt2"), decode="--batch=8,64", attention="")
+           models=("llama-1.5b", "gpt2"), decode="--batch=8,64", attention="", pages=None)
 TOY = dict(shape=f"--d_model=32 --d_ff=64 --n_layers=1 --n_heads=2 --context_length=32 --batch_tokens=256 {GPT2}",
            rates={"triton": "--attention_backend=triton", "reference": "--reference=true"}, attention="--toy=true",
-           step="--vocab_size=300", curve="--max_steps=3", models=("toy",), decode="--batch=2")
+           step="--vocab_size=300", curve="--max_steps=3", models=("toy",), decode="--batch=2", pages=8)
 TOY["loss"] = f"{TOY['shape']} --micro_batch_size=8 --max_minutes=none --max_steps=3"
 
 
@@ -68,14 +67,15 @@ class GpuConfig:
     device: str | None = None          # cuda, cpu; none = the best there is
 
 
-def library() -> Path:
-    """A data folder of the text that every machine has, Python's own library."""
-    folder = RUNS / "library"
+def library(n: int | None) -> Path:
+    """A data folder of the text that every machine has, Python's own library: n pages, or all."""
+    folder = RUNS / f"library_{n or 'all'}"
     if not (folder / "meta.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        pages = [path.read_text(encoding="utf-8", errors="replace") for path in Path(os.__file__).parent.glob("*.py")]
-        (RUNS / "library.txt").write_text("<|endoftext|>".join(pages), encoding="utf-8", newline="")
-        data.prepare(RUNS / "library.txt", vocab_size=2048, data_dir=folder)
+        paths = sorted(Path(os.__file__).parent.glob("*.py"))[:n]
+        pages = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+        (folder / "text.txt").write_text("<|endoftext|>".join(pages), encoding="utf-8", newline="")
+        data.prepare(folder / "text.txt", vocab_size=2048, data_dir=folder)
     return folder
 
 
@@ -90,7 +90,7 @@ def stages(device: str, out: Path) -> dict:
         correct["tests"] = "python test_all.py kernels flash -x"
         if os.path.exists(sanitizer):
             correct["memcheck"] = f"{sanitizer} --tool=memcheck --error-exitcode=9 python bench.py kernels"
-    train = f"--data_dir={library()} {on_it} --eval_every=0 --num_samples=0 --overwrite=true --out_dir={RUNS}"
+    train = f"--data_dir={library(size['pages'])} {on_it} --eval_every=0 --num_samples=0 --overwrite=1 --out_dir={RUNS}"
     curve = f"{size['shape']} {size['curve']} --compile=false --max_minutes=none --log_every=1"
     step = f"{size['shape']} {size['step']} --dtype=bfloat16 {on_it} --out_dir={out}"
     return {

@@ -21,7 +21,7 @@ pytest.importorskip("transformers")
 
 def test_every_command_of_every_stage_can_be_read_and_small_ones_run(kernels, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench_gpu, "library", lambda: "data/library")
+    monkeypatch.setattr(bench_gpu, "library", lambda n: "data/library")
     assert sum(bench_gpu.LIMITS.values()) == 540
     monkeypatch.setitem(bench_gpu.LIMITS, "distributed", 300)                # other tests may keep this machine busy
     assert bench_gpu.stages("cuda", tmp_path).keys() == bench_gpu.LIMITS.keys()
