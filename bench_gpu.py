@@ -18,6 +18,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -159,9 +160,43 @@ def gpu(argv: list[str]) -> None:
         if config.only in ("all", name):
             ended += run_stage(name, jobs, LIMITS[name], out, environment, lines)
             (out / "stages.txt").write_text("\n".join(lines + ended) + "\n", encoding="utf-8")
+    pictures(out)
     failed = sum(" done, " not in line for line in ended)
     if failed:
         sys.exit(f"{out / 'stages.txt'}: {failed} commands failed or were ended")
+
+
+def pictures(out: Path) -> None:
+    """Draw OUT/pictures.png from the tables there: roofline, attention over its length, phases of a training step."""
+    from matplotlib.figure import Figure
+    texts = {path.stem: path.read_text(encoding="utf-8").replace(",", "") for path in sorted(out.glob("*.*.txt"))}
+    roofline, attention, training = Figure(figsize=(19, 6), layout="constrained").subplots(1, 3)
+    for copy, product in re.findall(r"copy (\S+) GB/s product in bfloat16 (\S+)", texts.get("kernels.others", "")):
+        x = [10 ** (i / 10) for i in range(-10, 51)]
+        roofline.loglog(x, [min(float(copy) * one / 1000, float(product)) for one in x], "k", label="measured roof")
+    points = {}                                            # by axes and label; a line of bench_kernels.row is a point
+    for name, *cells, unit in re.findall(r"^(.+?) +(\S+) +\S+ +(\S+)(?: +\S+){6}  (GB|TFLOP)/s$",
+                                         "\n".join(texts.values()), re.M):
+        x, rate = map(float, cells)
+        y = rate * x / 1000 if unit == "GB" else rate
+        label, T, D = re.fullmatch(r"(.+?)(?: (\d+) x (\d+))?", name).groups()
+        if T:
+            points.setdefault((attention, f"{label}, width {D}"), []).append((int(T), y))
+        else:
+            kernel, label = name.split(" ", 1)
+            roofline.annotate(kernel if label == "ours" else "", (x, y), fontsize=7)
+        points.setdefault((roofline, label), []).append((x, y))
+    for (axes, label), line in points.items():
+        axes.loglog(*zip(*line), "o-" if axes is attention else "o", label=label)
+        axes.legend(fontsize=7)
+    for name in GPU["rates"]:
+        phases = re.findall(r"^(?:forward|backward|clip|optimizer) +(\S+)", texts.get(f"training.{name}", ""), re.M)
+        for i, ms in enumerate(map(float, phases)):
+            training.barh(name, ms, left=sum(map(float, phases[:i])), color=f"C{i}")
+    roofline.set(xlabel="FLOPs a byte, forward", ylabel="TFLOP/s", title="roofline, bfloat16")
+    attention.set(xlabel="tokens", ylabel="TFLOP/s", title="causal attention, forward")
+    training.set(xlabel="ms: forward, backward, clip, optimizer", title="a training step of GPT-2")
+    roofline.figure.savefig(out / "pictures.png", dpi=110)
 
 
 # --- many ranks ---
