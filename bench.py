@@ -1,5 +1,4 @@
 """Measurements, a verb each: `python bench.py VERB [--key=value …]`; --help lists them.
-
 Models that write and the laptop's record stand here, the other verbs in bench_*.py.
 
 A step of decoding reads every weight for one row of products, so the share of the bandwidth counts. Before it stands
@@ -215,6 +214,7 @@ def decode(argv: list[str]) -> None:
     table(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.dtype}, prompt "
           f"{T}, {n} new; medians of 3 rounds; {on(device)}, {roof / 1e9:.1f} GB/s",
           ["", "rows", "tok/s", "roof tok/s", "share"], lines)
+    print("  gpt-fast's README, Llama-2 7B, A100: of 1,700 GB/s bfloat16 0.82, int8 0.63, int4 0.51 at one row")
 
 
 # --- the record of the laptop ---

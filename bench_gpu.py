@@ -4,11 +4,9 @@
     torchrun --standalone --nproc_per_node=2 bench.py parallel      messages, ways of dividing a model; a timeline
 
 `gpu`: six stages of commands that can also be run alone, each a process with what is left of its stage's time. What a
-command says is on the disk at once, OUT/STAGE.NAME.txt, so one that fails or is ended keeps what it has, and the next
-begins; OUT/stages.txt says how each ended. On a CPU all runs at toy sizes, the kernels through Triton's interpreter:
-that proves the command, not the figures. Nothing is downloaded.
+command says is on the disk at once, OUT/STAGE.NAME.txt: one that fails or is ended keeps what it has, the next begins.
+OUT/stages.txt says how each ended. On a CPU all runs at toy sizes, kernels interpreted. Nothing is downloaded.
 
-    stage         what
     correct       errors of all kernels against float64, tests, memcheck: side by side
     kernels       attention and memory-bound kernels beside torch's, as shares of a roof
     training      tokens/s and MFU of GPT-2 beside transformers; the parts of a step, its memory; loss curves
@@ -20,6 +18,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -48,15 +47,16 @@ from optim import AdamW
 
 RUNS = Path("out/bench_gpu")
 LIMITS = {"correct": 85, "kernels": 80, "training": 175, "decoding": 65, "distributed": 25, "loss": 110}      # seconds
+GPT2 = "--norm=layer --position=learned --ffn=gelu --bias=true --tie_embeddings=true"
 # What a GPU measures, and what shows on a CPU that the command works.
-GPU = dict(shape="--d_model=768 --n_layers=12 --n_heads=12 --context_length=1024 --batch_tokens=8192", attention="",
+GPU = dict(shape=f"--d_model=768 --n_layers=12 --n_heads=12 --context_length=1024 --batch_tokens=8192 {GPT2}",
            rates={"plain": "--compile=false", "compiled": "", "triton": "--attention_backend=triton", "fused":
                   "--attention_backend=triton --fused_loss=true", "reference": "--reference=true"},
            step="--micro_batch_size=32 --vocab_size=50304", curve="--max_steps=200", loss="--max_minutes=0.66",
-           models=("llama-1.5b", "gpt2"), decode="--batch=8,64")
-TOY = dict(shape="--d_model=32 --d_ff=64 --n_layers=1 --n_heads=2 --context_length=32 --batch_tokens=256",
+           models=("llama-1.5b", "gpt2"), decode="--batch=8,64", attention="", pages=None)
+TOY = dict(shape=f"--d_model=32 --d_ff=64 --n_layers=1 --n_heads=2 --context_length=32 --batch_tokens=256 {GPT2}",
            rates={"triton": "--attention_backend=triton", "reference": "--reference=true"}, attention="--toy=true",
-           step="--vocab_size=300", curve="--max_steps=3", models=("toy",), decode="--batch=2")
+           step="--vocab_size=300", curve="--max_steps=3", models=("toy",), decode="--batch=2", pages=8)
 TOY["loss"] = f"{TOY['shape']} --micro_batch_size=8 --max_minutes=none --max_steps=3"
 
 
@@ -68,14 +68,15 @@ class GpuConfig:
     device: str | None = None          # cuda, cpu; none = the best there is
 
 
-def library() -> Path:
-    """A data folder of the text that every machine has, Python's own library."""
-    folder = RUNS / "library"
+def library(n: int | None) -> Path:
+    """A data folder of the text that every machine has, Python's own library: n pages, or all."""
+    folder = RUNS / f"library_{n or 'all'}"
     if not (folder / "meta.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        pages = [path.read_text(encoding="utf-8", errors="replace") for path in Path(os.__file__).parent.glob("*.py")]
-        (RUNS / "library.txt").write_text("<|endoftext|>".join(pages), encoding="utf-8", newline="")
-        data.prepare(RUNS / "library.txt", vocab_size=2048, data_dir=folder)
+        paths = sorted(Path(os.__file__).parent.glob("*.py"))[:n]
+        pages = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+        (folder / "text.txt").write_text("<|endoftext|>".join(pages), encoding="utf-8", newline="")
+        data.prepare(folder / "text.txt", vocab_size=2048, data_dir=folder)
     return folder
 
 
@@ -90,7 +91,7 @@ def stages(device: str, out: Path) -> dict:
         correct["tests"] = "python test_all.py kernels flash -x"
         if os.path.exists(sanitizer):
             correct["memcheck"] = f"{sanitizer} --tool=memcheck --error-exitcode=9 python bench.py kernels"
-    train = f"--data_dir={library()} {on_it} --eval_every=0 --num_samples=0 --overwrite=true --out_dir={RUNS}"
+    train = f"--data_dir={library(size['pages'])} {on_it} --eval_every=0 --num_samples=0 --overwrite=1 --out_dir={RUNS}"
     curve = f"{size['shape']} {size['curve']} --compile=false --max_minutes=none --log_every=1"
     step = f"{size['shape']} {size['step']} --dtype=bfloat16 {on_it} --out_dir={out}"
     return {
@@ -111,8 +112,8 @@ def stages(device: str, out: Path) -> dict:
                  for name in ("shakespeare", "tinystories")}}
 
 
-def run_stage(name: str, jobs: dict, limit: float, out: Path, environment: dict) -> list[str]:
-    """Run a stage's commands, each a process that writes a file; returns a line for each: how it ended, and when."""
+def run_stage(name: str, jobs: dict, limit: float, out: Path, environment: dict, head: list[str]) -> list[str]:
+    """Run a stage's commands, each a process that writes a file below the lines of `head`; returns how each ended."""
     end = time.monotonic() + limit
 
     def job(label: str) -> str:
@@ -120,7 +121,7 @@ def run_stage(name: str, jobs: dict, limit: float, out: Path, environment: dict)
         command = [sys.executable if word == "python" else str(here / word) if word.endswith(".py") else word
                    for word in jobs[label].split()]
         with open(out / f"{name}.{label}.txt", "w", encoding="utf-8") as file:
-            print("$", *command, file=file, flush=True)
+            print(*head, f"$ {jobs[label]}", sep="\n", file=file, flush=True)
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment,
                                        start_new_session=True)
             try:
@@ -157,11 +158,45 @@ def gpu(argv: list[str]) -> None:
     ended = []
     for name, jobs in stages(device, out).items():
         if config.only in ("all", name):
-            ended += run_stage(name, jobs, LIMITS[name], out, environment)
+            ended += run_stage(name, jobs, LIMITS[name], out, environment, lines)
             (out / "stages.txt").write_text("\n".join(lines + ended) + "\n", encoding="utf-8")
+    pictures(out)
     failed = sum(" done, " not in line for line in ended)
     if failed:
         sys.exit(f"{out / 'stages.txt'}: {failed} commands failed or were ended")
+
+
+def pictures(out: Path) -> None:
+    """Draw OUT/pictures.png from the tables there: roofline, attention over its length, phases of a training step."""
+    from matplotlib.figure import Figure
+    texts = {path.stem: path.read_text(encoding="utf-8").replace(",", "") for path in sorted(out.glob("*.*.txt"))}
+    roofline, attention, training = Figure(figsize=(19, 6), layout="constrained").subplots(1, 3)
+    for copy, product in re.findall(r"copy (\S+) GB/s product in bfloat16 (\S+)", texts.get("kernels.others", "")):
+        x = [10 ** (i / 10) for i in range(-10, 51)]
+        roofline.loglog(x, [min(float(copy) * one / 1000, float(product)) for one in x], "k", label="measured roof")
+    points = {}                                            # by axes and label; a line of bench_kernels.row is a point
+    for name, *cells, unit in re.findall(r"^(.+?) +(\S+) +\S+ +(\S+)(?: +\S+){6}  (GB|TFLOP)/s$",
+                                         "\n".join(texts.values()), re.M):
+        x, rate = map(float, cells)
+        y = rate * x / 1000 if unit == "GB" else rate
+        label, T, D = re.fullmatch(r"(.+?)(?: (\d+) x (\d+))?", name).groups()
+        if T:
+            points.setdefault((attention, f"{label}, width {D}"), []).append((int(T), y))
+        else:
+            kernel, label = name.split(" ", 1)
+            roofline.annotate(kernel if label == "ours" else "", (x, y), fontsize=7)
+        points.setdefault((roofline, label), []).append((x, y))
+    for (axes, label), line in points.items():
+        axes.loglog(*zip(*line), "o-" if axes is attention else "o", label=label)
+        axes.legend(fontsize=7)
+    for name in GPU["rates"]:
+        phases = re.findall(r"^(?:forward|backward|clip|optimizer) +(\S+)", texts.get(f"training.{name}", ""), re.M)
+        for i, ms in enumerate(map(float, phases)):
+            training.barh(name, ms, left=sum(map(float, phases[:i])), color=f"C{i}")
+    roofline.set(xlabel="FLOPs a byte, forward", ylabel="TFLOP/s", title="roofline, bfloat16")
+    attention.set(xlabel="tokens", ylabel="TFLOP/s", title="causal attention, forward")
+    training.set(xlabel="ms: forward, backward, clip, optimizer", title="a training step of GPT-2")
+    roofline.figure.savefig(out / "pictures.png", dpi=110)
 
 
 # --- many ranks ---
@@ -216,8 +251,7 @@ def strategies(shape, device) -> dict:
              "torch DDP": DistributedDataParallel, "DDP + ZeRO-1": parallel.DDP, "FSDP": sharded.FSDP,
              "torch fully_shard": torch_fsdp, "tensor parallel": sharded.tensor_parallel}
     for schedule, n in (("gpipe", 2), ("1f1b", 2), ("gpipe", 4), ("1f1b", 4)):
-        wraps[f"{schedule} m={n}"] = functools.partial(sharded.Pipeline, group=None, n_micro_batches=n,
-                                                       schedule=schedule)
+        wraps[f"{schedule} m={n}"] = functools.partial(sharded.Pipeline, n_micro_batches=n, schedule=schedule)
     makes = {"DDP + ZeRO-1": lambda params: parallel.ShardedOptimizer(params, AdamW),
              "torch fully_shard": torch.optim.AdamW}
     even, made = replace(shape, vocab_size=256, n_layers=2 * parallel.world()[1]), {}      # a large head: the last's

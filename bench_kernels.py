@@ -150,15 +150,11 @@ def roofs(device, dtype) -> tuple[float, float]:
             2 * size ** 3 / min(seconds_of(lambda: torch.mm(a, a), device, 10) for _ in range(3)))
 
 
-def timed(function, inputs) -> tuple[float, float, float]:
-    """(ms forward, ms forward and backward, MB kept between them); upstreams are made once."""
+def timed(function, inputs) -> tuple[float, float, float, float]:
+    """(ms forward, ms of both passes, MB kept between them, on CUDA MB beside the inputs at the peak of both)."""
     def outputs() -> tuple:
         result = function(*inputs)
         return result if isinstance(result, tuple) else (result,)
-
-    def forward():
-        with torch.no_grad():
-            return outputs()
 
     def both():
         return torch.autograd.grad(outputs(), trained, upstream)
@@ -172,26 +168,32 @@ def timed(function, inputs) -> tuple[float, float, float]:
             import triton
             return triton.testing.do_bench(run, rep=70, return_mode="median")    # the L2 cache emptied before each
         return 1e3 * statistics.median(seconds_of(run) for _ in range(5))
-    kept, trained, upstream = {}, [x for x in inputs if x.requires_grad], [torch.randn_like(y) for y in forward()]
+    forward, kept, trained = torch.no_grad()(outputs), {}, [x for x in inputs if x.requires_grad]
+    upstream = [torch.randn_like(y) for y in forward()]
     both()                                                 # compiles
+    if inputs[0].is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         both()
-    return median_ms(forward), median_ms(both), sum(kept.values()) / 1e6
+    peak = torch.cuda.max_memory_allocated() - before or float("nan")              # nobody counts it on a CPU
+    return median_ms(forward), median_ms(both), sum(kept.values()) / 1e6, peak / 1e6
 
 
-HEAD = f"{'':34}" + f"{'ms':>12}{'rate':>9}{'roof':>6}" * 2 + f"{'MB kept':>9}  forward, then with backward"
+HEAD = f"{'forward, then both ways':34}{'FLOPs/B':>9}" + f"{'ms':>12}{'rate':>9}{'roof':>6}" * 2 + "  MB kept  at peak"
 
 
 def row(name: str, function, inputs, work, roof: float, scale: float) -> None:
-    """Print what a forward pass, and both passes, reach: work is their FLOPs or bytes."""
+    """Print what a forward pass, and both passes, reach. work: their FLOPs or bytes; a forward pass's FLOPs a byte."""
     try:
         times = timed(function, inputs)
     except RuntimeError as error:                          # out of memory is one
         print(f"{name:34}{str(error).splitlines()[0][:80]}", flush=True)
         return
-    rates = [1e3 * amount / ms for amount, ms in zip(work, times)]
+    rates = [1e3 * amount / ms for amount, ms in zip(work[:2], times)]
     cells = "".join(f"{ms:>12.3f}{rate / scale:>9,.2f}{rate / roof:>6.2f}" for ms, rate in zip(times, rates))
-    print(f"{name:34}{cells}{times[2]:>9,.1f}  {'TFLOP/s' if scale == 1e12 else 'GB/s'}", flush=True)
+    mb = "".join(f"{number:>9,.1f}" for number in times[2:])
+    print(f"{name:34}{work[2]:>9,.2f}{cells}{mb}  {'TFLOP/s' if scale == 1e12 else 'GB/s'}", flush=True)
 
 
 def kernel_times(device: str) -> None:
@@ -200,16 +202,15 @@ def kernel_times(device: str) -> None:
     copy, product = roofs(device, torch.bfloat16)
     print(f"{on(device)}; roofs: copy {copy / 1e9:,.0f} GB/s, product in bfloat16 {product / 1e12:,.1f} TFLOP/s\n{T:,} "
           f"tokens, width {C}, vocabulary {V:,}, {H} and {K} heads of {D}\n{HEAD}")
-    # Bytes that a forward pass must read and write, and those of both passes; one is bound by its FLOPs.
-    work = {"swiglu": (6 * T * C, 16 * T * C), "rms_norm": (4 * T * C, 10 * T * C),
-            "rope": (4 * T * (H + K) * D, 8 * T * (H + K) * D), "cross_entropy": (2 * T * V, 6 * T * V),
-            "linear+cross_entropy": (2 * T * C * V, 6 * T * C * V)}
+    # Bytes that a forward pass must read and write, those of both passes (one is bound by its FLOPs); FLOPs a byte.
+    work = {"swiglu": (6 * T * C, 16 * T * C, 1), "rms_norm": (4 * T * C, 10 * T * C, 1),
+            "rope": (4 * T * (H + K) * D, 8 * T * (H + K) * D, 0.75), "cross_entropy": (2 * T * V, 6 * T * V, 2.5),
+            "linear+cross_entropy": (2 * T * C * V, 6 * T * C * V, T * V / (T + V))}
     for name, ours, plain, own, inputs in layer_cases(device, T, C, V, H, K, D):
         if name not in work:                                         # matmul is there to be read
             continue
-        inputs, (roof, scale) = leaves(inputs, torch.bfloat16), (copy, 1e9)
-        if name == "linear+cross_entropy":
-            roof, scale = product, 1e12
+        roof, scale = (product, 1e12) if name == "linear+cross_entropy" else (copy, 1e9)
+        inputs = leaves(inputs, torch.bfloat16)
         for label, function in {"ours": ours, "eager": plain, "torch's own": own,
                                 "compiled": torch.compile(plain) if device == "cuda" else None}.items():
             if function is not None:
@@ -250,4 +251,4 @@ def attention(words: list[str]) -> None:
             if gpu and T > 4096 and ("plain" in name or "tiles" in name):
                 continue
             # A causal forward counts 2 T² D FLOPs a head, a backward 2.5 times that (2307.08691, section 4.1).
-            row(f"{name}, {T} x {D}", function, inputs, (flops, 3.5 * flops), product, 1e12)
+            row(f"{name}, {T} x {D}", function, inputs, (flops, 3.5 * flops, T / 2 / dtype.itemsize), product, 1e12)

@@ -1,7 +1,7 @@
 """One training step: how long its parts take, and its memory; and the clock of all verbs.
 
     python bench.py profile config_x.py [--key=value]     ms by phase and by region, the largest kernels, a trace
-    python bench.py memory config_x.py [--key=value]      MB by kind, the peaks, a picture in out/memory/
+    python bench.py memory config_x.py [--key=value]      MB by kind, the peaks, a picture in OUT_DIR
 
 For the memory every tensor that torch's operations make is watched from its birth to its end and counted by kind:
 weights, gradients, moments, activations by region, temporaries. On CUDA torch's own snapshot file is written too.
@@ -190,10 +190,10 @@ def memory_step(config, device: str, dtype):
 
 
 def memory(words: list[str]) -> None:
-    """Memory over one training step by kind, its peaks, its largest allocations; writes out/memory/."""
+    """Memory over one training step by kind, its peaks, its largest allocations; OUT_DIR/memory.png."""
     from matplotlib.figure import Figure
     config = command_line(train.TrainConfig, words, "python bench.py memory [config_x.py] [--key=value ...]")[2]
-    device, folder, timeline = pick_device(config.device), Path("out/memory"), {}
+    device, folder, timeline = pick_device(config.device), Path(config.out_dir), {}
     if device.startswith("cuda"):
         torch.cuda.memory._record_memory_history()
     tracker, kinds, peaks = memory_step(config, device, DTYPES[pick_dtype(config.dtype, device)])

@@ -20,6 +20,9 @@ halves, at other moments of a step, are ZeRO-1 (here) and FSDP (fsdp.py):
     DDP                                     4         4        8       2 N (W-1)/W   all-reduce of gradients
     ShardedOptimizer (ZeRO-1)               4         4        8/W     3 N (W-1)/W   and the new weights
     FSDP (ZeRO-3)                           4/W       4/W      8/W     3 N (W-1)/W   weights twice, gradients once
+    freed by     ShardedOptimizer.add_param_group: the inner optimizer is given the owned parameters only    state
+                 fsdp.FSDP._gradient_arrived: a whole gradient is dropped as soon as it is sent              gradient
+                 fsdp.Unit.free: the memory behind a whole matrix shrinks to 0 bytes after each use          weight
 
 DDP hides the sending behind the rest of backward, whose last layers come first:
 

@@ -151,13 +151,12 @@ def test_what_parallel_ranks_compute_and_send_by_hand():
     assert bill.best_mix(config, 10 ** 7, 8, *machine)[:2] == (8, 1), "a large batch hides FSDP: send least"
 
 
-def test_the_memory_verb_draws_a_step(tmp_path, monkeypatch, capsys):
+def test_the_memory_verb_draws_a_step(tmp_path, capsys):
     import bench
-    monkeypatch.chdir(tmp_path)
-    bench.main("memory --context_length=64 --d_model=64 --n_layers=2 --n_heads=2 --vocab_size=300 --batch_tokens=512 "
+    bench.main(f"memory --out_dir={tmp_path} --context_length=64 --d_model=64 --n_layers=2 --n_heads=2 --vocab_size=300 --batch_tokens=512 "
                "--device=cpu".split())
     assert "activations: attention" in capsys.readouterr().out
-    assert (tmp_path / "out" / "memory" / "memory.png").stat().st_size > 9999
+    assert (tmp_path / "memory.png").stat().st_size > 9999
 
 
 def test_the_command_prints_a_bill_of_presets_and_config_files(capsys):

@@ -21,7 +21,7 @@ pytest.importorskip("transformers")
 
 def test_every_command_of_every_stage_can_be_read_and_small_ones_run(kernels, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench_gpu, "library", lambda: "data/library")
+    monkeypatch.setattr(bench_gpu, "library", lambda n: "data/library")
     assert sum(bench_gpu.LIMITS.values()) == 540
     monkeypatch.setitem(bench_gpu.LIMITS, "distributed", 300)                # other tests may keep this machine busy
     assert bench_gpu.stages("cuda", tmp_path).keys() == bench_gpu.LIMITS.keys()
@@ -59,9 +59,31 @@ def test_a_command_that_fails_and_one_past_its_limit_keep_their_lines_and_the_ne
     (tmp_path / "a.py").write_text("print('half a table', flush=True); raise SystemExit(3)", encoding="utf-8")
     (tmp_path / "b.py").write_text("print('half', flush=True); import time; time.sleep(60)", encoding="utf-8")
     jobs = {"a": f"python {tmp_path}/a.py", "b": f"python {tmp_path}/b.py", "c": "python -c pass"}
-    lines = bench_gpu.run_stage("x", jobs, 2, tmp_path, dict(os.environ))
+    lines = bench_gpu.run_stage("x", jobs, 2, tmp_path, dict(os.environ), ["a card"])
     assert "failed with status 3" in lines[0] and "ended at its limit" in lines[1] and len(lines) == 3
-    assert all("half" in (tmp_path / f"x.{name}.txt").read_text(encoding="utf-8") for name in "ab")
+    texts = [(tmp_path / f"x.{name}.txt").read_text(encoding="utf-8") for name in "ab"]
+    assert all(text.startswith("a card\n$ python") and "half" in text for text in texts)
+
+
+def test_the_pictures_show_the_tables(tmp_path, monkeypatch):
+    """Points and bars of rows of known times: 2 GB/s at 0.5 FLOPs a byte are 0.001 TFLOP/s."""
+    figures, made = [], {"kernels.others": [("swiglu, ours", (2e6, 6e6, 0.5), 1e9)], "kernels.attention": [
+        (f"plain, compiled, {T} x 64", (5e9, 9e9, T / 4), 1e12) for T in (1024, 4096)]}
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **more: figures.append(figure))
+    monkeypatch.setattr(bench_kernels, "timed", lambda *_: (1.0, 3.0, 5.0, float("nan")))
+    for table, rows in made.items():
+        with open(tmp_path / f"{table}.txt", "w") as file, contextlib.redirect_stdout(file):
+            print("a card; roofs: copy 3,000 GB/s, product in bfloat16 600.0 TFLOP/s")
+            for name, work, scale in rows:
+                bench_kernels.row(name, None, [], work, 1e12, scale)
+    (tmp_path / "training.plain.txt").write_text("forward  20.00  0.10\nbackward  41.00  0.20\n", encoding="utf-8")
+    bench_gpu.pictures(tmp_path)
+    lines = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figures[0].axes]
+    roof = lines[0].pop("measured roof")
+    assert roof[0] == pytest.approx([0.1, 0.3]) and roof[30] == pytest.approx([100, 300]) and roof[-1] == [1e5, 600]
+    assert lines[0] == {"ours": [[0.5, 0.001]], "plain compiled": [[256, 5], [1024, 5]]}
+    assert lines[1] == {"plain compiled, width 64": [[1024, 5], [4096, 5]]}
+    assert [(bar.get_x(), bar.get_width()) for bar in figures[0].axes[2].patches] == [(0, 20), (20, 41)]
 
 
 def test_a_wrong_kernel_fails_the_table_of_errors(kernels, monkeypatch):

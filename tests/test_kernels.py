@@ -190,5 +190,5 @@ def test_profile_of_a_training_step_by_region(tmp_path, capsys):
     said = capsys.readouterr().out
     shares = dict(re.findall(r"^([a-z-]+) .* ([\d.]+)%$", said, re.M))
     assert len(shares) == 8 and 95 < sum(map(float, shares.values())) < 105, said
-    assert re.search(r"^clip +\d", said, re.M), "clipping is a phase of its own"
+    assert re.search(r"^clip +[\d.]+ +[\d.]+$", said, re.M), "clipping is a phase of its own: mean and deviation"
     assert '"attention"' in (tmp_path / "trace.json").read_text(encoding="utf-8")
