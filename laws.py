@@ -83,14 +83,6 @@ def frontier(law) -> tuple:
     return n0, a, alpha * a, np.logaddexp(log_a - alpha * n0, log_b + beta * (n0 + math.log(6)))
 
 
-def law_of_frontier(n0, a, gamma, log_k, log_e) -> np.ndarray:
-    """The law, (S, 5), with that frontier: on it A / N^alpha = a k C^-gamma and B / D^beta = (1 - a) k C^-gamma."""
-    a, gamma = np.clip(a, 0.05, 0.95), np.maximum(gamma, 0.01)
-    alpha, beta = gamma / a, gamma / (1 - a)
-    log_a, log_b = np.log(a) + log_k + alpha * n0, np.log(1 - a) + log_k - beta * (n0 + math.log(6))
-    return np.stack([log_a, alpha, log_b, beta, log_e], 1)
-
-
 def published(name: str) -> Fit:
     """A law of PUBLISHED as a Fit, without intervals."""
     e, a, b, alpha, beta = PUBLISHED[name]
@@ -129,8 +121,8 @@ def parabola(log_n, log_l, weights) -> tuple:
 def fit_isoflop(runs: list[dict], resamples: int = 100) -> Fit:
     """Approach 2: power laws through the minima of 3 or more budgets with 4 or more sizes each (2203.15556, 3.2).
 
-    A parabola is not quite the curve's shape, so the same is done to the law's own losses at these N and D: what comes
-    out beside that law is the error of the method, and is taken off.
+    A parabola is not quite the curve's shape: its minima of the fitted law's own losses at these N and D lie beside
+    that law's best N. So far they are moved, and the law is fitted again.
     """
     log_n, log_d, log_c, log_l = columns(runs)
     groups = [group for group in budgets_of(log_c) if len(np.unique(log_n[group].round(6))) >= 4]
@@ -142,31 +134,40 @@ def fit_isoflop(runs: list[dict], resamples: int = 100) -> Fit:
             raise ValueError(f"the runs of one budget, N up to {math.exp(x.max()):.3g}, are all on one side of the "
                              f"minimum; add {'smaller' if rises > 0 else 'larger'} models")
     draws, once = np.random.default_rng(0).exponential(size=(resamples, len(runs))), np.ones((1, len(runs)))
-    lines = through_minima(groups, log_n, log_c, log_l, np.vstack([once, draws]))
-    exact = law_terms(law_of_frontier(*lines)[0], log_n, log_d)[0]
-    error = through_minima(groups, log_n, log_c, exact, once) - lines[:, :1]
-    return make_fit("isoflop", law_of_frontier(*(lines - error)))
+    best_n, lowest = minima(groups, log_n, log_l, np.vstack([once, draws]))  # (S, budgets) each
+    budgets = np.array([log_c[group].mean() for group in groups])
+    law = law_through(budgets, best_n, lowest)
+    by_parabola, _ = minima(groups, log_n, law_terms(law[0], log_n, log_d)[0], once)
+    n0, a, *_ = frontier(law[:1])
+    return make_fit("isoflop", law_through(budgets, best_n - (by_parabola - n0 - a * budgets), lowest))
 
 
-def through_minima(groups, log_n, log_c, log_l, weights) -> np.ndarray:
-    """(5, S): ln n0, a, gamma, ln k, ln E of N = n0 C^a and L = E + k C^-gamma through the minima; weights (S, n)."""
-    minima = []
+def minima(groups, log_n, log_l, weights) -> np.ndarray:
+    """(2, S, budgets): ln N and ln L at the minimum of each budget, for runs that count by weights (S, n)."""
+    found = []
     for group in groups:
         n, loss, used = np.array([parabola(log_n[group], log_l[group], drawn[group]) for drawn in weights]).T
         # A parabola bends its three numbers towards the noise: the scatter of its minima understates the error.
         spread = math.sqrt(used[0] / max(used[0] - 3, 1))
-        minima.append((n[0] + spread * (n - n[0]), loss[0] + spread * (loss - loss[0])))
-    best_n, lowest = np.array(minima).transpose(1, 2, 0)                     # (S, budgets) each
-    budgets = np.array([log_c[group].mean() for group in groups])
-    n0, a = power_law(budgets, best_n)
-    if not 0.05 < a[0] < 0.95 or power_law(budgets, lowest[0])[1] >= 0:
+        found.append((n[0] + spread * (n - n[0]), loss[0] + spread * (loss - loss[0])))
+    return np.array(found).transpose(1, 2, 0)
+
+
+def law_through(log_c, best_n, lowest) -> np.ndarray:
+    """The law (S, 5) whose frontier, N = n0 C^a and L = E + k C^-gamma, passes through minima (S, m)."""
+    n0, a = power_law(log_c, best_n)
+    if not 0.05 < a[0] < 0.95 or power_law(log_c, lowest[0])[1] >= 0:
         raise ValueError(f"isoflop: the best N goes as C^{a[0]:.2f}, or the lowest loss does not fall with C, which no "
                          "law of N and D does; give more runs around each minimum, trained to their end")
-    return np.stack([n0, a, *floor_and_power(budgets, np.exp(lowest))])
+    a, (log_e, log_k, gamma) = np.clip(a, 0.05, 0.95), floor_and_power(log_c, np.exp(lowest))
+    # On the frontier A / N^alpha = a k C^-gamma, and B / D^beta = (1 - a) k C^-gamma.
+    alpha, beta = gamma / a, gamma / (1 - a)
+    log_a, log_b = np.log(a) + log_k + alpha * n0, np.log(1 - a) + log_k - beta * (n0 + math.log(6))
+    return np.stack([log_a, alpha, log_b, beta, log_e], 1)
 
 
 def floor_and_power(log_c, losses) -> tuple:
-    """gamma, ln k, ln E, (S,) each, of L = E + k C^-gamma: a line for each of 600 gammas. log_c (m,), losses (S, m)."""
+    """(ln E, ln k, gamma) of L = E + k C^-gamma: a line for each of 600 gammas. log_c (m,), losses (S, m)."""
     gammas, middle = np.geomspace(0.01, 1.0, 600), log_c.mean()
     x = np.exp(-gammas[:, None, None] * (log_c - middle))                    # (gammas, 1, m)
     e, k = power_law(x, losses)                                              # level and slope, (gammas, S) each
@@ -174,7 +175,7 @@ def floor_and_power(log_c, losses) -> tuple:
     wrong[(e <= 0.01 * losses.min(-1)) | (k <= 0)] = np.inf
     best, rows = wrong.argmin(0), np.arange(len(losses))
     e, k = np.maximum(e[best, rows], 1e-9), np.maximum(k[best, rows], 1e-9)
-    return gammas[best], np.log(k) + gammas[best] * middle, np.log(e)
+    return np.log(e), np.log(k) + gammas[best] * middle, gammas[best]
 
 
 # --- the parametric law ---
