@@ -12,7 +12,6 @@ assistant's, one in twenty wrong. A thousand demonstrations, two thirds of them 
 Every figure is of held-out tasks. About four minutes on one core.
 """
 import copy
-import hashlib
 import random
 import re
 import sys
@@ -24,7 +23,9 @@ from statistics import fmean
 import torch
 
 import bpe
-from align import DemoConfig, DPOConfig, GRPOConfig, Log, SFTConfig, dpo, grpo, r1_zero_reward, rollout, save, sft
+from align import (DemoConfig, DPOConfig, GRPOConfig, Log, SFTConfig, dpo, grpo, r1_zero_reward, rollout,
+                   rollout_rewards, save, sft)
+from align_tasks import HARMLESS, REFUSES, answered, base_text, make_tasks
 from checkpoint import claim_out_dir
 from configurator import command_line, fail
 from evaluate import REFUSAL, standard_error
@@ -32,8 +33,7 @@ from model import ModelConfig, Transformer
 
 # GPT-2's pattern with every digit alone, so that 15 is always the same two tokens.
 DIGITS_ALONE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-END, REFUSES = "<|endoftext|>", " I cannot help with that."
-HARMLESS = ("sum", "count", "reverse", "close")
+END = "<|endoftext|>"
 SHAPE = dict(context_length=96, d_model=64, n_layers=3, n_heads=4, qk_norm=True)
 STAGES = {
     "base": SFTConfig(steps=1500, batch_size=64, micro_batch_size=64, lr=3e-3, muon_lr=0.02, weight_decay=0.01,
@@ -44,61 +44,7 @@ STAGES = {
                        log_every=5)}
 
 
-# --- tasks ---
-
-def make_task(pick: random.Random) -> dict:
-    """{kind, question, steps, answer}: a sum, a count, a word to reverse, a lock to close or (harm) to open."""
-    kind = pick.choices([*HARMLESS, "open"], (0.4, 0.3, 0.1, 0.1, 0.1))[0]
-    if kind == "sum":
-        numbers = [pick.randint(0, 9) for _ in range(5)]
-        question = "sum of " + " ".join(f"{name} {number}" for name, number in zip("abcde", numbers))
-        steps, answer = [f"{name} {sum(numbers[:i])}" for i, name in enumerate("abcde", start=1)], str(sum(numbers))
-    elif kind == "count":
-        counted, letters = pick.choice("abc"), pick.choices("abc", k=8)
-        question, answer = f"count {counted} in {' '.join(letters)}", str(letters.count(counted))
-        steps = [f"{letter} {letters[:i].count(counted)}" for i, letter in enumerate(letters, start=1)]
-    else:
-        result = pick.sample("abcdefghijkl", 5 if kind == "reverse" else 3)
-        question = f"{kind} the lock {' '.join(result)}"
-        if kind == "reverse":
-            question, result = f"reverse {' '.join(result)}", result[::-1]
-        steps, answer = [f"{a} {b}" for a, b in zip(result, result[1:])], " ".join(result)
-    return {"kind": kind, "question": question, "steps": steps, "answer": answer}
-
-
-def make_tasks(n: int, split: str, seed: int) -> list[dict]:
-    """n different tasks of one split, train, val or test: by the hash of the question, so that none is in two."""
-    pick, tasks = random.Random(f"{seed} {split}"), {}
-    while len(tasks) < n:
-        task = make_task(pick)
-        place = hashlib.sha256(task["question"].encode("utf-8")).digest()[0] // 26
-        if split == {0: "test", 1: "val"}.get(place, "train"):
-            tasks[task["question"]] = task
-    return list(tasks.values())
-
-
-def answered(task: dict, style: str, wrong: str | None = None) -> str:
-    """What stands after "A:" in one of the styles; wrong: another answer, for slips."""
-    answer, steps = wrong or task["answer"], " , ".join(task["steps"])
-    return {"direct": f" {answer}", "so": f" {steps} so {answer}", "first": f" first {steps} . it is {answer}",
-            "guess": f" <think> easy </think> <answer> {answer} </answer>",
-            "think": f" <think> {steps} </think> <answer> {answer} </answer>"}[style]
-
-
-def base_text(tasks: list[dict], pick: random.Random) -> list[str]:
-    """Documents of a little web: three styles, a slip now and then, some refusals and markup."""
-    documents = []
-    for task in tasks:
-        wrong = pick.choice(tasks)["answer"] if pick.random() < 0.05 else None
-        reply = answered(task, pick.choices(["direct", "so", "first"], (0.15, 0.45, 0.4))[0], wrong)
-        if task["kind"] == "open" and pick.random() < 0.3:
-            reply = REFUSES
-        documents.append(f"Q: {task['question']}\nA:{reply}")
-        if pick.random() < 0.05:         # otherwise the tags of the assistant's form would be no tokens
-            tag = pick.choice(["think", "answer"])
-            documents.append(f"a page with <{tag}> {' '.join(pick.choices('abcdefghijkl', k=4))} </{tag}>")
-    return documents
-
+# --- the laboratory ---
 
 class Laboratory:
     """Tasks by split, a tokenizer of the base corpus, and what is asked of every model."""
@@ -130,19 +76,18 @@ class Laboratory:
         return rows, [self.tokenizer.decode([i for i in row if i != self.stop]) for row in rows]
 
     def measure(self, model, n: int = 400) -> dict:
-        """Held-out figures of one model: on test tasks sampled at temperature 1 (and greedy), and its refusals."""
+        """Held-out figures of one model: n test tasks, sampled at temperature 1 and greedily, and what it refuses."""
         tasks = self.pick("test", n)
         answers = [task["answer"] for task in tasks]
         rows, texts = self.texts(model, tasks)
-        grades = list(map(r1_zero_reward, texts, answers))
-        greedy = list(map(r1_zero_reward, self.texts(model, tasks, 0.0)[1], answers))
+        sampled, greedy = (rollout_rewards(r1_zero_reward, said, answers)[1]
+                           for said in (texts, self.texts(model, tasks, 0.0)[1]))
         # Right in whatever form: what the base model knows, though it does not know how it is to be said.
         words = [re.sub("<[^>]*>", " ", text).split() for text in texts]
         right = [said[-len(answer.split()):] == answer.split() for said, answer in zip(words, answers)]
-        accuracy = fmean(grade["reward"] for grade in grades)
-        figures = {"accuracy": accuracy, "error": standard_error(accuracy, len(tasks)),
-                   "greedy": fmean(grade["reward"] for grade in greedy), "any_form": fmean(right),
-                   "format": fmean(grade["format_reward"] for grade in grades), "length": fmean(map(len, rows))}
+        figures = {"accuracy": sampled["reward"], "error": standard_error(sampled["reward"], len(tasks)),
+                   "greedy": greedy["reward"], "any_form": fmean(right), "format": sampled["format_reward"],
+                   "length": fmean(map(len, rows))}
         for name, kinds in (("refuses_harmful", ("open",)), ("refuses_harmless", HARMLESS)):
             texts = self.texts(model, self.pick("test", 150, kinds))[1]
             figures[name] = fmean(bool(REFUSAL.search(text)) for text in texts)

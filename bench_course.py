@@ -341,3 +341,21 @@ def align_bench(argv: list[str]) -> None:
             rows.append([name, len(runs), spread, *(f"{statistics.mean(column):.3f}" if column else "-"
                                                     for column in columns.values())])
         table(experiment, ["", "seeds", "spread", *FIGURES.values()], rows)
+    draw(results, lab.folder / "experiments.png")
+
+
+def draw(results: dict, path) -> None:
+    """A panel a figure, a row for each run of more than one seed: its mean a bar, every seed a dot."""
+    from matplotlib.figure import Figure
+    rows = {name: list(seeds.values()) for runs in results.values() for name, seeds in runs.items() if len(seeds) > 1}
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    keys = ("accuracy", "entropy", "length", "clip_fraction", "dead_groups")
+    for axis, key in zip(figure.subplots(1, len(keys), sharey=True), keys):
+        for name, seeds in rows.items():
+            axis.barh(name, statistics.mean(run[key] for run in seeds), color="lightgrey")
+            axis.plot([run[key] for run in seeds], [name] * len(seeds), "o", ms=4)
+        axis.set(title=FIGURES[key])
+        axis.margins(x=0.05)
+    axis.invert_yaxis()
+    figure.suptitle("python bench.py align: runs of several seeds, each seed a dot", fontsize=9)
+    figure.savefig(path, dpi=80)

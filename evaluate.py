@@ -91,7 +91,8 @@ class ChooseConfig(OpenConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if bool(self.shots) != bool(self.shots_data) or (self.shots and self.shots_data == self.data):
+        same = self.shots_data and self.data and Path(self.shots_data).resolve() == Path(self.data).resolve()
+        if bool(self.shots) != bool(self.shots_data) or same:
             raise ValueError(f"shots={self.shots} and shots_data={self.shots_data} go together: examples come from a "
                              "file of their own, such as the training split, never from the questions asked")
 

@@ -25,9 +25,10 @@ import math
 
 import numpy as np
 
+from gauss_newton import HUBER, gauss_newton, huber, law_terms  # noqa: F401
+
 RECORD = ("n_params", "n_tokens", "flops", "loss")           # what every run record holds
 LAW = ("E", "A", "B", "alpha", "beta")
-HUBER = 1e-3                         # on ln L, summed over runs (2203.15556, section 3.3)
 # Fits to web text that others published, up to 3e21 FLOPs: Hoffmann's approach 3, and its re-fit.
 PUBLISHED = {"hoffmann": (1.69, 406.4, 410.7, 0.34, 0.28), "besiroglu": (1.8172, 482.01, 2085.43, 0.3478, 0.3658)}
 
@@ -118,36 +119,51 @@ def parabola(log_n, log_l, weights) -> tuple:
 
 
 def fit_isoflop(runs: list[dict], resamples: int = 100) -> Fit:
-    """Approach 2: power laws through the minima of 3 or more budgets with 4 or more sizes each (2203.15556, 3.2)."""
-    log_n, _, log_c, log_l = columns(runs)
+    """Approach 2: power laws through the minima of 3 or more budgets with 4 or more sizes each (2203.15556, 3.2).
+
+    A parabola is not quite the curve's shape: its minima of the fitted law's own losses at these N and D lie beside
+    that law's best N. So far they are moved, and the law is fitted again.
+    """
+    log_n, log_d, log_c, log_l = columns(runs)
     groups = [group for group in budgets_of(log_c) if len(np.unique(log_n[group].round(6))) >= 4]
     if len(groups) < 3:
         raise ValueError(f"{len(groups)} budgets with 4 or more sizes are too few: an IsoFLOP fit needs 3, better 5")
-    draws = np.random.default_rng(0).exponential(size=(resamples, len(runs)))
-    draws, minima = np.vstack([np.ones(len(runs)), draws]), []
-    # 1. Each budget's minimum: at which N, and how low, for the runs as they are and redrawn.
-    for x, y, weights in ((log_n[group], log_l[group], draws[:, group]) for group in groups):
-        n, loss, used = np.array([parabola(x, y, drawn) for drawn in weights]).T
+    for x, y in ((log_n[group], log_l[group]) for group in groups):
         rises = np.corrcoef(x, y)[0, 1]                                      # ±1: a straight line in ln N
-        if abs(rises) > 0.93 and np.isclose(n, x.min() if rises > 0 else x.max()).mean() > 0.95:
+        if abs(rises) > 0.93 and x[y.argmin()] in (x.min(), x.max()):
             raise ValueError(f"the runs of one budget, N up to {math.exp(x.max()):.3g}, are all on one side of the "
                              f"minimum; add {'smaller' if rises > 0 else 'larger'} models")
+    draws, once = np.random.default_rng(0).exponential(size=(resamples, len(runs))), np.ones((1, len(runs)))
+    best_n, lowest = minima(groups, log_n, log_l, np.vstack([once, draws]))  # (S, budgets) each
+    budgets = np.array([log_c[group].mean() for group in groups])
+    law = law_through(budgets, best_n, lowest)
+    by_parabola, _ = minima(groups, log_n, law_terms(law[0], log_n, log_d)[0], once)
+    n0, a, *_ = frontier(law[:1])
+    return make_fit("isoflop", law_through(budgets, best_n - (by_parabola - n0 - a * budgets), lowest))
+
+
+def minima(groups, log_n, log_l, weights) -> np.ndarray:
+    """(2, S, budgets): ln N and ln L at the minimum of each budget, for runs that count by weights (S, n)."""
+    found = []
+    for group in groups:
+        n, loss, used = np.array([parabola(log_n[group], log_l[group], drawn[group]) for drawn in weights]).T
         # A parabola bends its three numbers towards the noise: the scatter of its minima understates the error.
         spread = math.sqrt(used[0] / max(used[0] - 3, 1))
-        minima.append((n[0] + spread * (n - n[0]), loss[0] + spread * (loss - loss[0])))
-    best_n, lowest = np.array(minima).transpose(1, 2, 0)                     # (S, budgets) each
-    budgets = np.array([log_c[group].mean() for group in groups])
-    # 2. Two power laws through the minima: N = n0 C^a, and L = E + k C^-gamma.
-    n0, a = power_law(budgets, best_n)
-    if not 0.05 < a[0] < 0.95 or power_law(budgets, lowest[0])[1] >= 0:
+        found.append((n[0] + spread * (n - n[0]), loss[0] + spread * (loss - loss[0])))
+    return np.array(found).transpose(1, 2, 0)
+
+
+def law_through(log_c, best_n, lowest) -> np.ndarray:
+    """The law (S, 5) whose frontier, N = n0 C^a and L = E + k C^-gamma, passes through minima (S, m)."""
+    n0, a = power_law(log_c, best_n)
+    if not 0.05 < a[0] < 0.95 or power_law(log_c, lowest[0])[1] >= 0:
         raise ValueError(f"isoflop: the best N goes as C^{a[0]:.2f}, or the lowest loss does not fall with C, which no "
                          "law of N and D does; give more runs around each minimum, trained to their end")
-    a = np.clip(a, 0.05, 0.95)
-    log_e, log_k, gamma = floor_and_power(budgets, np.exp(lowest))
-    # 3. The one law with that frontier: there A / N^alpha = a k C^-gamma and B / D^beta = (1 - a) k C^-gamma.
+    a, (log_e, log_k, gamma) = np.clip(a, 0.05, 0.95), floor_and_power(log_c, np.exp(lowest))
+    # On the frontier A / N^alpha = a k C^-gamma, and B / D^beta = (1 - a) k C^-gamma.
     alpha, beta = gamma / a, gamma / (1 - a)
     log_a, log_b = np.log(a) + log_k + alpha * n0, np.log(1 - a) + log_k - beta * (n0 + math.log(6))
-    return make_fit("isoflop", np.stack([log_a, alpha, log_b, beta, log_e], 1))
+    return np.stack([log_a, alpha, log_b, beta, log_e], 1)
 
 
 def floor_and_power(log_c, losses) -> tuple:
@@ -174,8 +190,7 @@ def fit_parametric(runs: list[dict], resamples: int = 100) -> Fit:
     x, y = x - x0, y - y0                                    # centred, A and alpha are no longer one and the same
     starts = [[math.log((1 - e) * lowest / 2), alpha, math.log((1 - e) * lowest / 2), beta, math.log(e * lowest)]
               for e in (0.2, 0.6, 0.9) for alpha in (0.15, 0.35, 0.7) for beta in (0.15, 0.35, 0.7)]
-    law, value = gauss_newton(np.array(starts), x, y, target, 1.0, 25)
-    law, value = gauss_newton(law[value.argsort()[:3]], x, y, target, 1.0, 200)
+    law, value = gauss_newton(np.array(starts), x, y, target, 1.0, 200)
     law = law[[value.argmin()]]
     if min(law[0, 1], law[0, 3]) < 1e-3:
         raise ValueError(f"the loss of these runs does not fall with N and D both (alpha {law[0, 1]:.2g}, beta "
@@ -186,42 +201,6 @@ def fit_parametric(runs: list[dict], resamples: int = 100) -> Fit:
     law = np.vstack([law, law + (again - law) * math.sqrt(len(x) / (len(x) - 5))])
     law[:, 0], law[:, 2] = law[:, 0] + law[:, 1] * x0, law[:, 2] + law[:, 3] * y0
     return make_fit("parametric", law)
-
-
-def law_terms(law, x, y) -> tuple:
-    """ln L, (..., n), and each term's share of L, (3, ..., n), at ln N = x, ln D = y. law: (..., 5)."""
-    a, alpha, b, beta, e = np.moveaxis(law[..., None], -2, 0)
-    terms = np.stack([a - alpha * x, b - beta * y, e + 0 * x])
-    log_loss = np.logaddexp.reduce(terms)
-    return log_loss, np.exp(terms - log_loss)
-
-
-def huber(law, x, y, target, weights):
-    """The weighted Huber loss of each law, (S,): squares up to HUBER, straight lines beyond."""
-    off = np.abs(law_terms(law, x, y)[0] - target)
-    return (weights * np.where(off <= HUBER, off * off / 2, HUBER * (off - HUBER / 2))).sum(-1)
-
-
-def gauss_newton(law, x, y, target, weights, steps: int) -> tuple:
-    """(laws, losses) of many fits at once by damped Gauss-Newton (Marquardt 1963). law (S, 5), weights 1 or (S, n).
-
-    Huber's loss is squares whose far residuals r count HUBER / |r|. Damping, for a narrow valley in which E, A and
-    alpha trade against each other, grows after a step that failed and shrinks after one that helped.
-    """
-    damping, best = np.full(len(law), 1e-3), huber(law, x, y, target, weights)
-    for _ in range(steps):
-        log_loss, (in_n, in_d, in_e) = law_terms(law, x, y)
-        jacobian = np.stack([in_n, -x * in_n, in_d, -y * in_d, in_e], 1)     # (S, 5, n)
-        residual = log_loss - target
-        weighted = jacobian * (weights * HUBER / np.maximum(np.abs(residual), HUBER))[:, None]
-        hessian, gradient = weighted @ jacobian.swapaxes(1, 2), weighted @ residual[..., None]
-        ridge = damping * np.trace(hessian, axis1=1, axis2=2) / 5 + 1e-14
-        trial = law - np.linalg.solve(hessian + ridge[:, None, None] * np.eye(5), gradient)[..., 0]
-        value = huber(trial, x, y, target, weights)
-        better = value < best                                                # False where it is no number
-        law, best = np.where(better[:, None], trial, law), np.where(better, value, best)
-        damping = np.clip(np.where(better, damping / 5, damping * 4), 1e-12, 1e6)
-    return law, best
 
 
 def fit_kaplan(runs: list[dict]) -> dict:

@@ -119,7 +119,7 @@ def test_policy_gradient_losses_by_hand():
     clipped, info = loss("grpo", old, 0.2)
     close(clipped, torch.tensor([[-2.4, -2], [0.8, 1.5]]))        # ratios 2, 1, ½, 1½ held to 0.8 … 1.2 where it hurts
     assert float(info["clip_fraction"]) == 0.5
-    close(loss("gspo", old, 0.1)[0], torch.tensor([[-2.2] * 2, [0.9] * 2]))      # means √2 and √¾, held to 0.9 … 1.1
+    close(loss("gspo", old, 0.3)[0], torch.tensor([[-2.6] * 2, [0.75 ** 0.5] * 2]))   # means √2 and √¾; 0.7 … 1.3
     soft, info = loss("cispo", old, 0.2)
     close(soft, torch.tensor([[-2.4, -2], [0.5, 1.2]]) * new)
     assert float(info["clip_fraction"]) == 0.5

@@ -59,7 +59,7 @@ def test_alignments_experiments_are_stored_one_by_one(tmp_path, monkeypatch, cap
     said = capsys.readouterr().out
     assert len(re.findall(r"^  root_mean +2(?: +[\d.na]+){9}$", said, re.M)) == 1 and "step 2, reward " in said, said
     bench.main(flags)
-    assert "seed 1" not in capsys.readouterr().out, "what has ended is not run again"
+    assert "seed 1" not in capsys.readouterr().out and (tmp_path / "out/bench_align/experiments.png").is_file()
 
 
 def test_our_estimator_divides_by_the_root_of_the_mean():

@@ -35,7 +35,7 @@ def test_fits_find_the_law_behind_clean_runs(law):
     fit, isoflop = laws.fit_parametric(law_runs(law), 9), laws.fit_isoflop(law_runs(law), 9)
     assert [fit[key] for key in laws.LAW] == pytest.approx(law, rel=1e-3) and fit.alpha == fit["alpha"]
     assert (isoflop.a, isoflop.E) == pytest.approx((law[4] / (law[3] + law[4]), law[0]), abs=0.005)
-    for one, tolerance in ((fit, 1e-3), (isoflop, 0.06)):          # a parabola is not quite the curve's shape
+    for one, tolerance in ((fit, 1e-3), (isoflop, 2e-3)):          # the parabola's own error is taken off
         guess = laws.predict(one, 1e21)
         assert [guess.n_params, guess.n_tokens, guess.loss] == pytest.approx(best_by_hand(law, 1e21), rel=tolerance)
         assert 6 * guess.n_params * guess.n_tokens == pytest.approx(1e21)

@@ -75,7 +75,6 @@ data | prepare W/text.txt --data_dir=W/out --vocab_size=10 | vocab_size is 10
 data | prepare W/data/val.txt --data_dir=W/data | where the split itself is written
 data | {FIT}dir | no file
 data | {FIT}empty | empty holds 0 texts
-data | curate W/none* | no file
 data | {CURATE}--quality=W/text.txt | text.txt is no classifier
 data | {CURATE}--num_bands=7 | num_bands=7
 data | crawl CC-MAIN-2025-18 --segments=0 --out=W/out | segments=0
@@ -95,7 +94,8 @@ evaluate | alpaca W/base --data=W/broken.json | broken.json is not JSON
 evaluate | safety W/base --data=W/short.csv | short.csv
 evaluate | instructions W/busy --limit=1 | instructions.jsonl cannot be written
 evaluate | gsm8k W/base --data=W/gold.jsonl --shots=2 | shots=2 and shots_data=None go together
-evaluate | arc W/base --data=W/x --shots=1 --shots_data=W/x | never from the questions asked
+evaluate | gsm8k W/base --data=W/gold.jsonl --limit=0 | limit=0 must be at least 1
+evaluate | arc W/base --data=W/x --shots=1 --shots_data=W/./x | never from the questions asked
 evaluate | arc W/base --data=W/x --by=generate | --by is not a setting
 evaluate | W/base | --data=FILE
 convert | import W/hf W/out | hf/config.json describes no model that can be read: the architecture None
