@@ -66,6 +66,7 @@ bpe | encode W/text.txt W/text.txt | text.txt is not JSON
 bpe | encode W/list.json W/text.txt | list.json is no tokenizer.json
 bpe | encode W/{BPE} --out=W/file/x | file/x cannot be written
 bpe | encode W/{BPE} --workers=0 | workers is 0
+bpe | show W/text.txt word | text.txt
 data | prepare W/text.txt --languages=en | languages
 data | prepare W/empty --data_dir=W/out | empty is empty
 data | prepare W/utf16.txt --data_dir=W/out | iconv -f utf-16
