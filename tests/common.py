@@ -163,6 +163,15 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+SPECIALS = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
+
+
+def byte_tokenizer(specials=SPECIALS):
+    """A tokenizer without merges: the 256 bytes, then the special tokens."""
+    vocab = {i: bytes([i]) for i in range(256)} | {256 + i: text.encode() for i, text in enumerate(specials)}
+    return bpe.Tokenizer(vocab, [], specials)
+
+
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
     """A few questions of our own in the layouts of the published files."""

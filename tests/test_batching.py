@@ -17,6 +17,10 @@ class SixtyOne:
         return bytes(65 + i for i in ids)
 
 
+def row_of(prompt, n, **how):
+    return batching.Row(prompt, n, SixtyOne(), **{"how": (0, None, None, None)} | how)
+
+
 def run(rows, model, meanwhile=lambda engine: None, **how):
     """An engine after its thread has written these rows; every block must be free afterwards."""
     def notify(_):
@@ -40,16 +44,14 @@ def test_each_text_is_what_generate_gives_alone_whatever_else_is_written(switch,
     model, start = toy(switch).eval(), [7, 3, 9, 1, 1, 5]
     prompts = [start + [i] for i in range(4)] + [[4], [2, 4] * 8, start * 3, [8, 9]]
     hows = [(0, None, None, None), (1.0, None, None, None), (0.7, 5, None, None), (1.3, None, 0.8, None)] * 2
-    alone = []
-    for seed, (prompt, how) in enumerate(zip(prompts, hows)):
-        how = dict(zip(("temperature", "top_k", "top_p", "min_p"), how))
-        alone.append(decoding.generate(model, prompt, 24 - len(prompt), generator=rng(seed), stop_ids=[11], **how))
-    library = onetoken.library
+    jobs, library = list(zip(range(8), prompts, hows)), onetoken.library
+    alone = [decoding.generate(model, prompt, 24 - len(prompt), generator=rng(seed), stop_ids=[11],
+                               **dict(zip(("temperature", "top_k", "top_p", "min_p"), how)))
+             for seed, prompt, how in jobs]
     for more in (dict(max_batch=3), dict(max_batch=4), dict(max_batch=8, n_blocks=5), dict(max_batch=1, draft="ngram"),
                  dict(max_batch=1, draft=model, k=3)):
         monkeypatch.setattr(onetoken, "library", (lambda: None) if more == dict(max_batch=4) else library)
-        rows = [batching.Row(prompt, 24 - len(prompt), SixtyOne(), how=how, seed=seed, stop_ids=[11])
-                for seed, (prompt, how) in enumerate(zip(prompts, hows))]
+        rows = [row_of(prompt, 24 - len(prompt), how=how, seed=seed, stop_ids=[11]) for seed, prompt, how in jobs]
         engine = run(rows, model, block_size=5, budget=7, **more)
         for row, ids in zip(rows, alone):
             assert row.ids[row.n_prompt:] == ids, (switch, more)
@@ -60,7 +62,7 @@ def test_each_text_is_what_generate_gives_alone_whatever_else_is_written(switch,
 
 def test_a_row_that_is_cancelled_while_it_waits_for_blocks_gives_none_back_twice():
     model = toy().eval()
-    rows = [batching.Row([i, 5], 18, SixtyOne(), how=(0, None, None, None), streams=True) for i in range(3)]
+    rows = [row_of([i, 5], 18, streams=True) for i in range(3)]
 
     def cancel(engine):
         if engine.counts["preemptions"]:
@@ -72,32 +74,21 @@ def test_a_row_that_is_cancelled_while_it_waits_for_blocks_gives_none_back_twice
     assert engine.counts["preemptions"] == 1
 
 
-def test_equal_beginnings_are_read_once_and_the_block_left_first_goes_first():
-    blocks = batching.Blocks(3, 4)
-    table = [blocks.take() for _ in range(2)]
-    first = batching.next_key([], [1, 2, 3, 4])
-    second = batching.next_key([first], [5, 6, 7, 8])
-    assert second not in (first, batching.next_key([], [5, 6, 7, 8])), "a block is known by all that stands before it"
-    blocks.remember(table[0], first)
-    blocks.remember(table[1], second)
-    assert blocks.share(first) == table[0] and blocks.users[table[0]] == 2
-    blocks.give_back(table)
-    blocks.give_back(table[:1])
-    assert len(blocks.free) == 3 and first in blocks.by_key, "what is free is still remembered"
-    assert [blocks.take() for _ in range(3)][1:] == [table[1], table[0]] and not blocks.by_key
-    rows = [batching.Row(list(range(10, 23)), 4, SixtyOne(), how=(0, None, None, None)) for _ in range(2)]
+def test_equal_beginnings_are_read_once():
+    first, second = batching.next_key([], [1, 2, 3, 4]), batching.next_key([], [5, 6, 7, 8])
+    assert second != batching.next_key([first], [5, 6, 7, 8]), "a block is known by all that stands before it"
+    rows = [row_of(list(range(10, 23)), 4) for _ in range(2)]
     run(rows, toy().eval(), max_batch=1, block_size=4)
     assert [row.shared_tokens for row in rows] == [0, 12] and rows[0].ids == rows[1].ids
 
 
 def test_a_step_that_fails_ends_its_rows_and_not_the_engine():
-    bad, good = batching.Row([1, 2], 4, SixtyOne()), batching.Row([1, 2], 4, SixtyOne())
-    bad.how = (1.0, "five", None, None)
+    bad, good = row_of([1, 2], 4, how=(1.0, "five", None, None)), row_of([1, 2], 4)
     run([bad, good], toy().eval(), max_batch=1)
     assert bad.finish == "error" and "TypeError" in bad.error and good.finish == "length"
 
 
 def test_a_prompt_that_is_only_read_ends_beside_a_draft():
-    row = batching.Row([5], 0, SixtyOne())
-    run([row], toy("plain").eval(), draft="ngram")
+    row = row_of([5], 0)
+    run([row], toy().eval(), draft="ngram")
     assert row.finish == "length" and row.ids == [5]

@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -43,15 +42,11 @@ def test_swiglu_rms_norm_and_matmul_equal_float64(kernels, dtype):
         x, weight = randn(dtype, *shape), randn(dtype, shape[-1])
         assert_like_float64(kernels.rms_norm, lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-5), x, weight)
         assert_like_float64(kernels.swiglu, lambda g, u: F.silu(g) * u, x, x.flip(0))
+        looped = kernels.swiglu_loop(*x.float().view(1, -1).repeat(2, 1).numpy(), block=64)
+        torch.testing.assert_close(torch.tensor(looped), (F.silu(x.float()) * x.float()).flatten().cpu())
     for M, K, N in ((1, 1, 1), (70, 100, 90), (33, 17, 129)):
         assert_like_float64(lambda a, b: kernels.matmul(a, b.T), lambda a, b: a @ b.T,
                             randn(dtype, M, K), randn(dtype, N, K))
-
-
-def test_the_loop_in_numpy_is_swiglu(kernels):
-    gate, up = np.random.default_rng(0).normal(size=(2, 2500)).astype(np.float32)
-    expected = F.silu(torch.tensor(gate)) * torch.tensor(up)
-    torch.testing.assert_close(torch.tensor(kernels.swiglu_loop(gate, up, block=1024)), expected)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -108,25 +103,11 @@ def test_linear_cross_entropy_never_holds_all_logits(kernels):
 
 def test_what_the_kernels_cannot_do_is_said(kernels):
     x, four = torch.zeros(2, 3), torch.zeros(1, 2, 5, 6)
-    for name, inputs in (("cross_entropy", (x, torch.arange(3))), ("matmul", (x, x)), ("swiglu", (x, x.half())),
-                         ("rms_norm", (x, torch.ones(4))), ("apply_rope", (four, four, *torch.ones(2, 4, 3))),
-                         ("linear_cross_entropy", (x, torch.ones(9, 4), torch.arange(2)))):
+    for name, *inputs in (("cross_entropy", x, torch.arange(3)), ("matmul", x, x), ("swiglu", x, x.half()),
+                          ("rms_norm", x, torch.ones(4)), ("apply_rope", four, four, *torch.ones(2, 4, 3)),
+                          ("linear_cross_entropy", x, torch.ones(9, 4), torch.arange(2))):
         with pytest.raises(ValueError, match=r"\d"):
             getattr(kernels, name)(*inputs)
-
-
-def test_kernels_and_flash_under_torch_compile_are_one_graph(kernels):
-    from flash import flash_attention
-    targets = torch.arange(40).view(2, 20) % 30
-    def network(x, head):
-        q = x.view(2, 20, 4, 8).transpose(1, 2)
-        y = flash_attention(q, q[:, :2], q[:, :2] * 2, True).transpose(1, 2).reshape(2, 20, 32)
-        return kernels.linear_cross_entropy(y, head, targets, 15) + kernels.cross_entropy(y @ head.T, targets)
-    inputs = [randn("float32", *shape).requires_grad_() for shape in ((2, 20, 32), (30, 32))]
-    eager = network(*inputs)
-    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)(*inputs)
-    torch.testing.assert_close([compiled, *torch.autograd.grad(compiled, inputs)],
-                               [eager, *torch.autograd.grad(eager, inputs)])
 
 
 def test_kernels_read_and_write_nothing_outside(kernels, monkeypatch):
@@ -173,13 +154,6 @@ def test_without_triton_pytorch_runs_and_one_line_says_so(tmp_path):
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert lines[0] == "imported" and len(lines) == 2 and "PyTorch runs instead" in lines[1], lines
-
-
-def test_the_error_table_of_every_kernel(kernels, capsys):
-    import bench
-    bench.main(["kernels", "--page=kernels", "--dtypes=float32"])
-    rows = re.findall(r"^(\S.*?)\s+float32 +(\S+) +(\S+)", capsys.readouterr().out, re.M)
-    assert len(rows) == 6 and all(float(error) < 1e-5 for _, *errors in rows for error in errors), rows
 
 
 def test_profile_of_a_training_step_by_region(tmp_path, capsys):

@@ -23,6 +23,19 @@ def close(ours, theirs, tolerance):
     assert difference <= tolerance * max(1, theirs.abs().max().item()), difference
 
 
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=rng(seed))
+
+
+@pytest.fixture(params=["C", "torch"])
+def in_c_or_torch(request, monkeypatch):
+    """A test with fused.c, and the same one as if there were no compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(fused, "library", lambda: None)
+    elif fused.library() is None:
+        pytest.skip("needs a C compiler")
+
+
 WEIGHT, BIAS = torch.linspace(0.5, 2, 6), torch.linspace(-1, 1, 6)
 
 
@@ -46,7 +59,7 @@ FUNCTIONS = {
 def test_functions_follow_torch(name):
     ours, theirs = FUNCTIONS[name]
     for shape, dtype in itertools.product([(7,), (2, 3, 4)], TOLERANCE):
-        x, y = (torch.randn(*shape, 6, generator=rng(i)).to(dtype) * 3 for i in (0, 1))
+        x, y = (randn(*shape, 6, seed=i).to(dtype) * 3 for i in (0, 1))
         got = ours(x, y)
         assert got.shape == x.shape and got.dtype == dtype
         close(got, theirs(x.double(), y.double()), TOLERANCE[dtype])
@@ -59,14 +72,17 @@ def test_softmax_does_not_overflow():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(7,), (2, 3, 4)])
-def test_cross_entropy_follows_torch(shape, dtype):
-    x, targets = torch.randn(*shape, 6, generator=rng()).to(dtype) * 3, torch.arange(math.prod(shape)).view(shape) % 6
-    exact = F.cross_entropy(x.double().view(-1, 6), targets.view(-1), reduction="none").view(shape)
-    close(layers.simple_cross_entropy(x, targets), exact, TOLERANCE[dtype])
-    close(layers.cross_entropy(x, targets), exact.mean(), TOLERANCE[dtype])
-    assert layers.cross_entropy(x, targets.int()).dtype == torch.promote_types(dtype, torch.float32)
-    assert layers.cross_entropy(x * 1000, targets).isfinite() and layers.cross_entropy(x, targets).dim() == 0
+def test_cross_entropy_follows_torch(dtype, in_c_or_torch):
+    """In bfloat16 the sum of 20,000 exponentials would have two digits."""
+    for shape in ((7, 6), (2, 3, 4, 6), (64, 20_000)):
+        x, targets = randn(*shape).to(dtype) * 3, torch.arange(math.prod(shape[:-1])).view(shape[:-1]) % 6
+        exact = F.cross_entropy(x.double().flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+        for losses in (layers.simple_cross_entropy, layers.token_cross_entropy):
+            close(losses(x, targets), exact, min(1e-5, TOLERANCE[dtype]))
+        mean = layers.cross_entropy(x, targets.int())
+        close(mean, exact.mean(), min(1e-5, TOLERANCE[dtype]))
+        assert mean.dtype == torch.promote_types(dtype, torch.float32) and mean.dim() == 0
+        assert layers.cross_entropy(x * 1000, targets).isfinite()
     with pytest.raises(ValueError, match="do not fit logits"):
         layers.cross_entropy(x, targets.unsqueeze(-1))
 
@@ -84,30 +100,28 @@ def test_attention_masks_leading_dimensions_and_hidden_rows():
     assert layers.attention(zeros[:1], zeros, zeros + 1).item() == pytest.approx(1, rel=1e-2)
 
 
-@pytest.mark.parametrize("in_c", [True, False], ids=["C", "torch"])
+# --- what a CPU runs ---
+
 @pytest.mark.parametrize("name", ["norm", "swiglu", "rotate", "attention", "loss"])
-def test_what_a_cpu_runs_equals_the_simple_versions(name, in_c, monkeypatch):
+def test_what_a_cpu_runs_equals_the_simple_versions(name, in_c_or_torch, monkeypatch):
     """Values and gradients, at odd shapes; the loss also in pieces of two rows, of which the last is cut short."""
     def causal(q, k, v):
         k, v = (t.repeat_interleave(3, dim=1) for t in (k, v))
         return layers.attention(q, k, v, torch.ones(19, 19, dtype=torch.bool).tril())
-    if not in_c:
-        monkeypatch.setattr(fused, "library", lambda: None)
-    elif fused.library() is None:
-        pytest.skip("needs a C compiler")
     monkeypatch.setattr(fused.CrossEntropy, "PIECE", 2500)
-    x, y = torch.randn(2, 5, 3, 8, generator=rng()), torch.randn(2, 5, 3, 8, generator=rng(1))
-    heads, gates = [torch.randn(2, n, 19, 8, generator=rng(n)) for n in (6, 2, 2)], torch.randn(3, 700, generator=rng())
-    logits = torch.randn(2, 5, 1100, generator=rng()) * 20
+    x, heads = randn(2, 5, 3, 8), [randn(2, n, 19, 8, seed=n) for n in (6, 2, 2)]
+    gates, logits = randn(3, 700) * 25, randn(2, 5, 1100) * 20
     logits[0, :2, 7], logits[0, 2, -1], logits[1] = -torch.inf, 300, logits[1].sort().values
-    tables = [table.unsqueeze(-2) for table in layers.rope_tables(torch.tensor([[0, 1, 7, 300, 4], [9, 2, 2, 2, 5]]), 8)]
+    logits[0, 3, :1030] = -torch.inf
+    targets = torch.randint(1030, 1100, (5, 2), generator=rng()).T                          # they lie apart in memory
+    positions = torch.tensor([[0, 1, 7, 300, 4], [9, 2, 2, 2, 5]])
+    tables = [table.unsqueeze(-2) for table in layers.rope_tables(positions, 8)]
     fast, simple, tensors, more = {
         "norm": (fused.RMSNorm.apply, layers.rms_norm, [x, torch.rand(8, generator=rng()) + 0.5], [1e-5]),
-        "swiglu": (fused.SwiGLU.apply, layers.swiglu, [gates * 9, gates.flip(0)], []),
+        "swiglu": (fused.SwiGLU.apply, layers.swiglu, [gates, gates.flip(0)], []),
         "rotate": (lambda x, *more: turn(x, *more, False), layers.rotate, [x], tables),
         "attention": (machine.short_attention, causal, heads, []),
-        "loss": (fused.CrossEntropy.apply, layers.simple_cross_entropy, [logits],
-                 [torch.randint(8, 1100, (2, 5), generator=rng())])}[name]
+        "loss": (layers.token_cross_entropy, layers.simple_cross_entropy, [logits], [targets])}[name]
     for dtype in TOLERANCE:
         results = []
         for run, kind in ((fast, dtype), (simple, torch.float64)):
@@ -123,40 +137,12 @@ def test_what_a_cpu_runs_equals_the_simple_versions(name, in_c, monkeypatch):
             assert fast(*broken, *more).isnan().any()
 
 
-@pytest.mark.parametrize("in_c", [True, False], ids=["C", "torch"])
-def test_a_loss_whose_targets_lie_apart_or_whose_first_logits_are_masked(in_c, monkeypatch):
-    if not in_c:
-        monkeypatch.setattr(fused, "library", lambda: None)
-    gradients, targets = [], torch.randint(1030, 1100, (5, 3), generator=rng())[:, 1]      # a column: every third id
-    for loss in (layers.token_cross_entropy, layers.simple_cross_entropy):
-        logits = torch.randn(5, 1100, generator=rng())
-        logits[:, :1030] = -torch.inf
-        loss(logits.requires_grad_(), targets).sum().backward()
-        gradients.append(logits.grad)
-    close(*gradients, 1e-6)
-
-
-def test_a_norm_takes_weights_of_another_dtype():
-    x, weight = torch.randn(3, 8, generator=rng()), torch.rand(8, dtype=torch.float64, generator=rng())
-    close(fused.RMSNorm.apply(x, weight, 1e-5), layers.rms_norm(x, weight, 1e-5), 1e-6)
-
-
-@pytest.mark.skipif(fused.library() is None, reason="needs a C compiler")
-def test_exponentials_in_c_have_seven_digits():
-    """silu(x) · 1 is x / (1 + exp(-x))."""
-    x = torch.linspace(-80, 80, 4999)
-    exact = x.double() / (1 + torch.exp(-x.double()))
-    assert ((fused.SwiGLU.apply(x, torch.ones_like(x)) - exact).abs() <= 4e-7 * exact.abs()).all()
-
-
-# --- in float32, because … ---
-
 @pytest.mark.parametrize("kind, reference", [(layers.RMSNorm, F.rms_norm), (layers.LayerNorm, F.layer_norm)],
                          ids=["rms", "layer"])
 def test_norms_work_in_float32(kind, reference, monkeypatch):
     """The mean of squares: of float16 numbers from 256 on it would overflow, of bfloat16 it would have two digits."""
-    x = torch.randn(20, 768, generator=rng()).bfloat16()
-    large, exact = torch.tensor([300.0, -300.0]).half().repeat(4), reference(x.double(), (768,), eps=1e-5)
+    x, large = randn(20, 768).bfloat16(), torch.tensor([300.0, -300.0]).half().repeat(4)
+    exact = reference(x.double(), (768,), eps=1e-5)
     # Without gradients RMSNorm takes the simple way, without a compiler torch's.
     for training, library in ((True, fused.library), (True, lambda: None), (False, fused.library)):
         monkeypatch.setattr(fused, "library", library)
@@ -164,81 +150,49 @@ def test_norms_work_in_float32(kind, reference, monkeypatch):
             ours = kind(768)(x)
             assert (ours == exact.bfloat16()).float().mean() > 0.99 and ours.dtype == torch.bfloat16
             close(kind(8)(large), torch.tensor([1.0, -1.0]).repeat(4), 1e-3)
-
-
-def test_losses_work_in_float32(monkeypatch):
-    """In bfloat16 the sum of 20,000 exponentials has two digits."""
-    logits, targets = torch.randn(64, 20_000, generator=rng()).bfloat16(), torch.arange(64)
-    exact = F.cross_entropy(logits.double(), targets, reduction="none")
-    close(layers.token_cross_entropy(logits, targets), exact, 1e-5)
-    close(layers.simple_cross_entropy(logits, targets), exact, 1e-5)
-    monkeypatch.setattr(fused, "library", lambda: None)            # no compiler
-    close(layers.token_cross_entropy(logits, targets), exact, 1e-5)
-
-
-def test_rope_angles_are_float32():
-    """bfloat16 cannot tell position 1,000 from 1,001: the first pair would be off by a radian."""
-    x = torch.randn(4, 64, generator=rng())
-    positions = torch.tensor([1001, 4097, 10_001, 30_001])
-    exact = torch.view_as_real(torch.view_as_complex(x.double().view(4, 32, 2)) * torch.polar(
-        torch.ones(4, 32).double(), positions[:, None] * 10_000.0 ** (-torch.arange(32).double() / 32)))
-    with torch.autocast("cpu", torch.bfloat16):
-        for dtype in (torch.float32, torch.bfloat16):
-            close(layers.rope(x.to(dtype), positions, interleaved=True), exact.flatten(-2), 2e-2)
-
-
-def test_router_scores_are_float32():
-    config = ModelConfig(**TOY | SWITCHES["moe"])
-    layer, x, losses = layers.MixtureOfExperts(config).bfloat16(), torch.randn(3, 9, 48, generator=rng()).bfloat16(), []
-    layer(x, losses)
-    scores = layer.router(x.view(-1, 48)).double().softmax(dim=-1)
-    exact = layers.balance_loss(scores, layer.tokens_per_expert.double())
-    assert losses[0].item() == pytest.approx(exact.item(), abs=1e-6)
+            close(kind(768).double()(x.float()), exact, 1e-5)      # weights of another dtype
 
 
 # --- layers ---
 
 def test_rope_by_hand_and_by_distance():
-    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
-    turned = torch.view_as_complex(x.view(2, 3, 9, 4, 2)) * torch.polar(
-        torch.ones(9, 4, dtype=torch.float64),
-        torch.arange(9.)[:, None].double() * 100.0 ** (-torch.arange(4).double() / 4))
-    turned = torch.view_as_real(turned).flatten(-2)
-    close(layers.rope(x, torch.arange(9), 100.0, interleaved=True), turned, 1e-5)
-    halves = x.view(2, 3, 9, 4, 2).transpose(-1, -2).flatten(-2)                # the same pairs, laid out in two halves
-    close(layers.rope(halves, torch.arange(9), 100.0).view(2, 3, 9, 2, 4).transpose(-1, -2).flatten(-2), turned, 1e-5)
+    """As a product of complex numbers, which is how the paper has it; in float32, as bfloat16 cannot tell position
+    1,000 from 1,001."""
+    x, positions = randn(2, 3, 4, 8), torch.tensor([7, 1001, 4097, 30_001])
+    turns = torch.polar(torch.ones(4, 4).double(), positions[:, None] * 100.0 ** (-torch.arange(4).double() / 4))
+    turned = torch.view_as_real(torch.view_as_complex(x.double().view(2, 3, 4, 4, 2)) * turns).flatten(-2)
+    halves = x.view(2, 3, 4, 4, 2).mT.flatten(-2)                  # the same pairs, laid out in two halves
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype, tolerance in ((torch.float32, 5e-3), (torch.bfloat16, 2e-2)):
+            close(layers.rope(x.to(dtype), positions, 100.0, interleaved=True), turned, tolerance)
+            close(layers.rope(halves.to(dtype), positions, 100.0), turned.view(2, 3, 4, 4, 2).mT.flatten(-2), tolerance)
     q, k, shift = x[:, :, :1], x[:, :, 1:2], torch.tensor([[3], [11]])
     near = (layers.rope(q, torch.tensor([2])) * layers.rope(k, torch.tensor([7]))).sum(-1)
     far = (layers.rope(q, 2 + shift) * layers.rope(k, 7 + shift)).sum(-1)       # (B, T) positions
     close(near, far, 1e-5)
     with pytest.raises(ValueError, match="even"):
-        layers.rope(x[..., :3], torch.arange(9))
+        layers.rope(x[..., :3], torch.arange(4))
 
 
-def test_linear_by_hand():
-    weight = layers.Linear(300, 500).weight.detach()
-    assert weight.shape == (500, 300) and weight.abs().max() <= 3 * math.sqrt(2 / 800)
-    assert weight.std() == pytest.approx(0.9866 * math.sqrt(2 / 800), rel=0.01)             # cut at 3 sigma: 0.9866
-    assert layers.Linear(3, 4).bias is None and torch.equal(layers.Linear(3, 4, bias=True).bias, torch.zeros(4))
-    for bias in (False, True):
-        linear, x = layers.Linear(3, 4, bias), torch.randn(2, 5, 3, generator=rng())
-        if bias:
-            torch.nn.init.normal_(linear.bias)
-        close(linear(x), F.linear(x, linear.weight, linear.bias), 1e-6)
-
-
-def test_embedding_by_hand():
-    table, ids = layers.Embedding(500, 300), torch.tensor([[4, 0, 4], [1, 2, 3]])
-    assert table.weight.shape == (500, 300) and table.weight.abs().max() <= 3
-    assert table.weight.detach().std() == pytest.approx(0.9866, rel=0.01)
+def test_linear_and_embedding_by_hand():
+    """Truncated at three deviations, which leaves 0.9866 of the deviation."""
+    linear, table = layers.Linear(300, 500), layers.Embedding(500, 300)
+    for weight, std in ((linear.weight.detach(), math.sqrt(2 / 800)), (table.weight.detach(), 1)):
+        assert weight.shape == (500, 300) and weight.abs().max() <= 3 * std
+        assert weight.std() == pytest.approx(0.9866 * std, rel=0.01)
+    x, ids = randn(2, 5, 300), torch.tensor([[4, 0, 4], [1, 2, 3]])
+    close(linear(x), F.linear(x, linear.weight), 1e-5)
+    biased = layers.Linear(300, 4, bias=True)
+    assert linear.bias is None and torch.equal(biased.bias, torch.zeros(4))
+    torch.nn.init.normal_(biased.bias)
+    close(biased(x), F.linear(x, biased.weight, biased.bias), 1e-5)
     close(table(ids), table.weight[ids], 0)
     with pytest.raises(IndexError):
         table(torch.tensor([[-1]]))
 
 
 def test_swiglu_by_hand():
-    x = torch.randn(2, 5, 3, generator=rng())
-    layer = layers.SwiGLU(3, 8)
+    x, layer = randn(2, 5, 3), layers.SwiGLU(3, 8)
     gate, up, down = (getattr(layer, name).weight for name in ("w1", "w3", "w2"))
     assert gate.shape == up.shape == (8, 3) and down.shape == (3, 8) and layer.w1.bias is None
     close(layer(x), (F.silu(x @ gate.T) * (x @ up.T)) @ down.T, 1e-5)
@@ -254,7 +208,6 @@ def test_experts_route_and_balance():
         best = row.argsort(descending=True)[:2].tolist()
         close(sum(row[e] / row[best].sum() * layer.experts[e](token) for e in best), out, 1e-10)
     assert torch.equal(layer.tokens_per_expert, torch.bincount(scores.topk(2).indices.flatten(), minlength=4))
-    assert layers.balance_loss(torch.full((8, 4), 0.25), torch.tensor([4, 4, 4, 4])) == pytest.approx(2)
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral", reason="a reference for tests only")
     theirs = mixtral.load_balancing_loss_func((x.view(-1, 48) @ layer.router.weight.T,), 4, 2)
     assert len(losses) == 1 and losses[0].item() == pytest.approx(theirs.item(), rel=1e-6)
@@ -264,3 +217,11 @@ def test_experts_route_and_balance():
     close(moved(x), before, 1e-12)
     moved.expert_bias[3] += 100
     assert not torch.allclose(moved(x), before)
+
+
+def test_router_scores_are_float32():
+    layer, x = layers.MixtureOfExperts(ModelConfig(**TOY | SWITCHES["moe"])).bfloat16(), randn(3, 9, 48).bfloat16()
+    layer(x, losses := [])
+    scores = layer.router(x.view(-1, 48)).double().softmax(dim=-1)
+    exact = layers.balance_loss(scores, layer.tokens_per_expert.double())
+    assert losses[0].item() == pytest.approx(exact.item(), abs=1e-6)

@@ -29,15 +29,14 @@ def build(seed=0, **shape) -> Transformer:
 
 def stored(model, kind: str):
     """(the model with weights of this kind, the same numbers in float32 in a plain model)."""
-    small = copy.deepcopy(model)
-    if kind in ("int8", "int4"):
-        small, plain = compress.quantize(small, kind), copy.deepcopy(model)
-        for name, layer in compress.matrices(plain).items():
-            layer.weight.data = small.get_submodule(name).multiplied_out()
-        small.token_embeddings.weight.data = plain.token_embeddings.weight.data        # a tied head is rounded with it
-        return small, plain
-    small = small.to(getattr(torch, kind))
-    return small, copy.deepcopy(small).float()
+    if kind not in ("int8", "int4"):
+        small = copy.deepcopy(model).to(getattr(torch, kind))
+        return small, copy.deepcopy(small).float()
+    small, plain = compress.quantize(copy.deepcopy(model), kind), copy.deepcopy(model)
+    for name, layer in compress.matrices(plain).items():
+        layer.weight.data = small.get_submodule(name).multiplied_out()
+    small.token_embeddings.weight.data = plain.token_embeddings.weight.data        # a tied head is rounded with it
+    return small, plain
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
@@ -46,22 +45,19 @@ def stored(model, kind: str):
 def test_logits_equal_the_models_own_in_float32(name, kind):
     small, plain = stored(build(**MODELS[name]), kind)
     prompts = [list(range(1, n)) for n in (5, 9, 14, 3, 20)]             # ragged, and not a multiple of four
-    _, memory = decoding.prefill(plain, prompts, True, 20)
-    _, cache = decoding.prefill(plain, prompts, True, 20)
-    cache.in_c = onetoken.Pass(small, cache.max_length, torch.float32)
-    memory.in_c = None
-    close = 3e-2 if kind == "bfloat16" else 1e-4         # embeddings are added and gated in bfloat16
+    (_, memory), (_, cache) = (decoding.prefill(plain, prompts, True, 20) for _ in range(2))
+    memory.in_c, cache.in_c = None, onetoken.Pass(small, cache.max_length, torch.float32)
+    tolerance = 3e-2 if kind == "bfloat16" else 1e-4     # embeddings are added and gated in bfloat16
+
+    def close(ours, expected):
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
     for step in range(8):
         ids = [(7 * step + i) % 301 for i in range(5)]
-        expected = decoding.decode(plain, ids, memory)
-        scale = close * expected.abs().max().item()
-        torch.testing.assert_close(decoding.decode(small, ids, cache), expected, rtol=close, atol=scale)
+        close(decoding.decode(small, ids, cache), decoding.decode(plain, ids, memory))
     assert cache.lengths == memory.lengths == [n + 7 for n in (5, 9, 14, 3, 20)]
     three = torch.tensor([[3, 9, i] for i in range(5)])              # several tokens at once see each other in order
-    expected = torch.stack([decoding.decode(plain, ids, memory) for ids in three.T.tolist()], dim=1)
-    scale = close * expected.abs().max().item()
-    torch.testing.assert_close(decoding.read_on(small, three, cache), expected, rtol=close, atol=scale)
-    torch.testing.assert_close(cache.k[1], memory.k[1], rtol=close, atol=close)
+    close(decoding.read_on(small, three, cache), decoding.read_on(plain, three, memory))
+    torch.testing.assert_close(cache.k[1], memory.k[1], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("how", [dict(temperature=0), dict(temperature=0.8, top_p=0.9), dict(temperature=1.0, top_k=5)])
@@ -107,18 +103,15 @@ def test_a_layer_alone_equals_float64_at_any_size():
 
 
 def test_rounded_layers_pass_gradients_on():
-    layer, x = compress.Linear(64, 8), torch.randn(3, 64, requires_grad=True)
-    small = compress.RoundedLinear(compress.round_int8(layer.weight))
+    small, x = compress.RoundedLinear(compress.round_int8(torch.randn(8, 64))), torch.randn(3, 64, requires_grad=True)
     small(x).sum().backward()
     torch.testing.assert_close(x.grad, small.multiplied_out().sum(dim=0).expand(3, 64))
 
 
 def test_what_it_cannot_run_and_damaged_weights():
     for name, value in (("norm_position", "post"), ("attention", "mla"), ("n_experts", 4)):
-        model = build(**{name: value})
-        assert onetoken.prepare(model, 8) is None, name
-    model = build()
-    assert onetoken.prepare(model, 8) and onetoken.prepare(model.double(), 8) is None
+        assert onetoken.prepare(build(**{name: value}), 8) is None, name
+    assert onetoken.prepare(build(), 8) and onetoken.prepare(build().double(), 8) is None
     for ffn, name in (("swiglu", "w2"), ("relu2", "w1"), ("gelu", "w1")):        # it reaches the logits from anywhere
         model = build(ffn=ffn)
         _, cache = decoding.prefill(model, [[1, 2]], True, 4)

@@ -66,6 +66,7 @@ bpe | encode W/text.txt W/text.txt | text.txt is not JSON
 bpe | encode W/list.json W/text.txt | list.json is no tokenizer.json
 bpe | encode W/{BPE} --out=W/file/x | file/x cannot be written
 bpe | encode W/{BPE} --workers=0 | workers is 0
+bpe | show W/text.txt word | text.txt
 data | prepare W/text.txt --languages=en | languages
 data | prepare W/empty --data_dir=W/out | empty is empty
 data | prepare W/utf16.txt --data_dir=W/out | iconv -f utf-16
@@ -84,6 +85,18 @@ sample | W/notok | no tokenizer.json
 sample | W/base --device=xpu9 | device='xpu9'
 sample | W/base --quantize=int3 | int3
 sample | W/base --chat=true | chat=true
+sample | W/base --draft=mtp | mtp_depth=0
+sample | W/base --dtype=float31 | float31
+sample | W/base --prompt=\ud800 | half a surrogate pair
+serve | W/cut | ckpt.pt is cut short
+serve | W/base --port=99999 | port=99999
+serve | W/base --draft=mtp | draft=mtp is not served
+serve | W/base --host=203.0.113.7 | 203.0.113.7
+compress | prune W/base | two folders
+compress | quantize W/base W/busy | --overwrite=true
+compress | quantize W/base W/base --overwrite=true | read from
+compress | quantize W/base W/out --kind=int2 | int2
+compress | prune W/base W/out --data=W/none.bin | none.bin
 evaluate | W/base --data=W/dir | dir is no file
 evaluate | W/base --data=W/empty | empty has 0 tokens
 evaluate | W/base --data=W/odd.bin | odd.bin has 3 bytes
@@ -100,6 +113,9 @@ evaluate | arc W/base --data=W/x --by=generate | --by is not a setting
 evaluate | W/base | --data=FILE
 convert | import W/hf W/out | hf/config.json describes no model that can be read: the architecture None
 convert | export W/base W/file | file
+convert | export W/base W/busy | --overwrite=true
+convert | export W/base W/base | base
+convert | import W/hf | import FOLDER OUT_DIR
 train | --data_dir=W/data --out_dir=W/file | file
 train | W/latin.py --data_dir=W/data --out_dir=W/out | latin.py:1
 train | --data_dir=W/data --out_dir=W/out --device=xpu9 | device='xpu9'
