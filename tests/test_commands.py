@@ -71,12 +71,6 @@ def test_a_run_that_is_stopped_goes_on(corpus, tmp_path, number):
     assert steps == list(range(1, step + 4))
 
 
-def test_bad_command_lines_end_with_status_2_and_a_reason(tmp_path):
-    for command, said in (("train.py --max_stpes=3", "Did you mean max_steps?"), ("data.py", "a verb is missing")):
-        done = python(*command.split(), cwd=tmp_path)
-        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
-
-
 @pytest.mark.parametrize("script", ["train", "sample", "evaluate", "data", "bpe", "accounting", "scaling", "align",
                                     "practice", "compress", "convert", "serve"])
 def test_help_lists_every_key(script, capsys):
