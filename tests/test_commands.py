@@ -21,10 +21,10 @@ def test_examples_in_docstrings_are_true():
     assert sum(result.attempted for result in results) > 5 and not any(result.failed for result in results), results
 
 
-def test_importing_a_script_does_nothing(tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import " + ", ".join(PAGES) + \
-           "; import torch; assert not torch.cuda.is_initialized()" \
-           "; assert not {'matplotlib', 'tiktoken'} & set(sys.modules)"
+def test_importing_a_script_does_nothing_and_data_workers_start_without_torch(tmp_path):
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import curate; assert 'torch' not in sys.modules; "
+            f"import {', '.join(PAGES)}; import torch; assert not torch.cuda.is_initialized(); "
+            "assert not {'matplotlib', 'tiktoken'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout == done.stderr == "" and not list(tmp_path.iterdir()), done.stderr
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from common import random_model, rng  # noqa: F401
+from common import random_model, rng
 import bpe
 import evaluate
 import model as model_module

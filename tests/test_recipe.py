@@ -22,14 +22,9 @@ def test_settings_that_cannot_be_are_refused_by_name(settings, words):
         recipe.TrainConfig(**settings)
 
 
-def test_batches_are_windows_with_the_next_token():
-    tokens = np.arange(100, dtype=np.uint16)
-    x, y = recipe.get_batch(tokens, 4, 7, "cpu")
-    assert x.shape == y.shape == (4, 7) and x.dtype == torch.int64 and torch.equal(x + 1, y)
-
-
-def test_batch_starts_are_uniform_over_all_windows():
-    x, y = recipe.get_batch(np.arange(17), 20_000, 7, "cpu", torch.Generator().manual_seed(0))
+def test_batches_are_windows_with_the_next_token_and_start_anywhere():
+    x, y = recipe.get_batch(np.arange(17, dtype=np.uint16), 20_000, 7, "cpu", torch.Generator().manual_seed(0))
+    assert x.shape == y.shape == (20_000, 7) and x.dtype == torch.int64 and torch.equal(x + 1, y)
     counts = torch.bincount(x[:, 0])
     assert len(counts) == 10 and y.max() == 16                            # 0 … n - m - 1, the last one included
     assert ((counts - 2000).abs() < 5 * 2000 ** 0.5).all(), counts         # five sigma of a binomial, seeded

@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-import common  # noqa: F401
 import configurator
 import scaling
 import train
