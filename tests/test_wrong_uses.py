@@ -59,12 +59,9 @@ bpe | train W/text.txt --out=/dev/null --vocab_size=300 | /dev/null cannot be wr
 bpe | train W/script.py --out=W/t --vocab_size=5 | vocab_size is 5
 bpe | train W/bytes --out=W/t | bytes is not UTF-8
 bpe | train W/empty --out=W/t | empty is empty
-bpe | encode W/text.txt W/text.txt | text.txt is not JSON
 bpe | encode W/list.json W/text.txt | list.json is no tokenizer.json
-bpe | encode W/{BPE} --out=W/file/x | file/x cannot be written
 bpe | encode W/{BPE} --workers=0 | workers is 0
 data |  | a verb is missing
-data | prepare W/text.txt --languages=en | languages
 data | prepare W/text.txt --data_dir=W/file | file
 data | prepare W/text.txt --data_dir=W/out --tokenizer=W/none | No such file
 data | prepare W/data/val.txt --data_dir=W/data | where the split itself is written
@@ -103,7 +100,6 @@ train | --data_dir=W/data --out_dir=W/out --init_from=W/cut | cut short
 align | {SFT}--base=W/dir | no checkpoint at
 align | {SFT}--base=W/base --data=W/latin.jsonl | latin.jsonl:1
 align | {SFT}--base=W/base --out_dir=W/base | is read from
-align | {SFT}--base=W/base --lr=nan | lr=nan
 align | {SFT}--base=W/base --beta=0.5 | --beta is not a setting
 align | grpo --base=W/base --data=W/sft.jsonl --out_dir=W/out --temperature=0 | temperature=0.0 must be above 0
 align | grpo --base=W/base --data=W/sft.jsonl --out_dir=W/out --baseline=x | baseline='x'
