@@ -1,10 +1,9 @@
-"""What the tests of parallel.py and sharded.py share: a small model, one process as reference, ranks that run checks."""
+"""What the tests of parallel.py and sharded.py share: a small model, one process as reference, ranks that check."""
 import datetime
 import os
 import traceback
 from pathlib import Path
 
-import pytest
 import torch
 
 from common import adamw, ragged, steps
@@ -23,28 +22,27 @@ def small(seed=0, **more):
     return Transformer(ModelConfig(**SHAPE | more))
 
 
-def one_process(which=range(5), make=adamw, **more):
-    """(model, optimizer, gradient norms) after these steps without ranks."""
+def one_process(which=range(5), **more):
+    """(model, gradient norms) after these steps without ranks."""
     model = small(**more)
-    optimizer = make(list(model.parameters()))
-    return model, optimizer, steps(model, optimizer, which, clip=optim.clip_grad_norm)
+    return model, steps(model, adamw(list(model.parameters())), which, clip=optim.clip_grad_norm)
 
 
 class Wrapped:
     """A model of train.py's kind under a strategy, for `train`: Strategy as it is, its group made by the test."""
 
-    def __init__(self, name, seed, tp=1, pp=1, make=optim.AdamW, **more):
+    def __init__(self, name, seed=0, tp=1, pp=1, **more):
         self.strategy, self.model = sharded.Strategy(name, tp=tp, pp=pp), small(seed, **more)
         self.strategy.divide(self.model)
-        self.optimizer = self.strategy.optimizer(make, list(self.model.parameters()), lr=1e-2, eps=1e-3,
+        self.optimizer = self.strategy.optimizer(optim.AdamW, list(self.model.parameters()), lr=1e-2, eps=1e-3,
                                                  weight_decay=0.1)
 
-    def train(self, which, micro_batch_size=3):
+    def train(self, which):
         norms = []
         for step in which:
             x, y, _ = ragged(step)
             self.optimizer.zero_grad()
-            self.loss = self.strategy.forward_backward(x, y, micro_batch_size)
+            self.strategy.forward_backward(x, y, 3)
             norms.append(self.strategy.clip_grad_norm(self.model.parameters(), 1.0).item())
             self.optimizer.step()
         return torch.tensor(norms)
@@ -97,7 +95,7 @@ def run_checks(checks: dict, tmp):
 
 
 def selected(request, checks: dict) -> dict:
-    """Of these checks those that this run of pytest asks for (test_ranks[2-check_fsdp]); all where any other test does."""
+    """Of these checks those that this run of pytest asks for, as test_ranks[2-check_fsdp]; all where another test does."""
     items = [item for item in request.session.items if "ranks" in item.fixturenames and item.path == request.path]
     if any(item.originalname != "test_ranks" for item in items):
         return checks
@@ -107,11 +105,7 @@ def selected(request, checks: dict) -> dict:
 
 
 def assert_passed(tmp, size, check):
-    said = {}
-    for rank in range(size):
-        file = Path(tmp, f"{check}.{size}.{rank}")
-        said[rank] = file.read_text(encoding="utf-8") if file.exists() else "did not come to an end"
-    failed = {rank: text for rank, text in said.items() if text != "passed"}
+    files = [Path(tmp, f"{check}.{size}.{rank}") for rank in range(size)]
+    said = [file.read_text(encoding="utf-8") if file.exists() else "did not come to an end" for file in files]
     # The rank that failed first says why; the others only that it is gone.
-    if failed:
-        pytest.fail("\n".join(f"rank {rank} of {size}: {text}" for rank, text in failed.items()))
+    assert said == ["passed"] * size, "\n".join(said)

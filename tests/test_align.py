@@ -4,12 +4,13 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
 import torch
 
-from common import random_model, rng  # noqa: F401
+from common import random_model, rng
 import align
 import align_data
 import bpe
@@ -20,7 +21,10 @@ import optim
 import sample
 
 
-# --- masks and log-probabilities ---
+@pytest.fixture(scope="module")
+def tokenizer(bpe_trained):
+    return bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
+
 
 @pytest.mark.parametrize("kind", ["ours", "tokenizers", "transformers"])
 def test_prompts_and_responses_become_shifted_rows_with_an_aligned_mask(kind, bpe_trained, tmp_path):
@@ -47,6 +51,8 @@ def test_prompts_and_responses_become_shifted_rows_with_an_aligned_mask(kind, bp
 def test_log_probs_and_entropy_are_those_of_the_logits():
     model, ids = random_model(), torch.randint(0, 50, (3, 9), generator=rng())
     scored = align.response_log_probs(model, ids[:, :-1], ids[:, 1:], return_entropy=True)
+    theirs = align.response_log_probs(lambda ids: SimpleNamespace(logits=model(ids)), ids[:, :-1], ids[:, 1:])
+    assert torch.equal(theirs["log_probs"], scored["log_probs"]), "Hugging Face's models give an object with logits"
     log_p = torch.log_softmax(model(ids[:, :-1]).double(), dim=-1)
     expected = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(scored["log_probs"].double(), expected, atol=1e-5, rtol=0)     # float32 against float64
@@ -153,14 +159,14 @@ def test_three_ways_to_average(normalize, constant, expected):
     (dict(reweight="noclip"), "old_log_probs"), (dict(reweight="grpo", old_log_probs=torch.zeros(8, 4)), "needs clip"),
     (dict(normalize="constant"), "needs constant"), (dict(group_size=3), "groups"), (dict(group_size=1), "deviation"),
     (dict(responses=["a"]), "8 prompts and 1 responses")])
-def test_what_is_unknown_or_missing_is_named(wrong, match, bpe_trained):
+def test_what_is_unknown_or_missing_is_named(wrong, match, tokenizer):
     with pytest.raises(ValueError, match=match):
-        grpo_once(bpe_trained, **wrong)
+        grpo_once(tokenizer, **wrong)
 
 
-def grpo_once(bpe_trained, responses=tuple("abbbcccc"), group_size=4, **more):
+def grpo_once(tokenizer, responses=tuple("abbbcccc"), group_size=4, **more):
     """(model, rows of each forward pass, what the step returned, weights before) of a step with plain SGD."""
-    model, tokenizer, rows = random_model(vocab_size=340), bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"]), []
+    model, rows = random_model(vocab_size=340), []
     model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = optim.SGD(model.parameters(), lr=1.0, momentum=0.0)
@@ -170,9 +176,9 @@ def grpo_once(bpe_trained, responses=tuple("abbbcccc"), group_size=4, **more):
 
 
 @pytest.mark.parametrize("normalize, constant", [("sequence", None), ("token", None), ("constant", 30)])
-def test_a_step_is_the_plain_ten_lines_however_it_is_divided(bpe_trained, normalize, constant):
+def test_a_step_is_the_plain_ten_lines_however_it_is_divided(tokenizer, normalize, constant):
     responses = ("a", "bb", "b", "bbb", "a", "cc", "b", "a")                   # the second group is dead
-    plain, tokenizer = random_model(vocab_size=340), bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
+    plain = random_model(vocab_size=340)
     groups = torch.tensor([float(r == t) for r, t in zip(responses, "aaaacccc")]).view(-1, 4)
     advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
     batch = align.tokenize_prompt_and_output(["the cat "] * 8, list(responses), tokenizer)
@@ -182,7 +188,7 @@ def test_a_step_is_the_plain_ten_lines_however_it_is_divided(bpe_trained, normal
             "constant": per_token.sum() / 30}[normalize]
     loss.backward()
     for parts in (1, 3, 8):
-        model, rows, (got, info), before = grpo_once(bpe_trained, responses, accumulation_steps=parts,
+        model, rows, (got, info), before = grpo_once(tokenizer, responses, accumulation_steps=parts,
                                                      normalize=normalize, constant=constant)
         assert sum(rows) == 4 and max(rows) <= math.ceil(8 / parts)
         torch.testing.assert_close(got, loss.detach(), atol=1e-6, rtol=0)
@@ -193,8 +199,8 @@ def test_a_step_is_the_plain_ten_lines_however_it_is_divided(bpe_trained, normal
         assert info["norm"] > 0 and info["entropy"] > 0 and info["clip_fraction"] == 0
 
 
-def test_a_step_over_dead_groups_moves_nothing(bpe_trained):
-    model, rows, (loss, info), before = grpo_once(bpe_trained, "bbbbbbbb")
+def test_a_step_over_dead_groups_moves_nothing(tokenizer):
+    model, rows, (loss, info), before = grpo_once(tokenizer, "bbbbbbbb")
     assert loss.item() == 0 and info["dead_groups"] == 1 and rows == [] and math.isnan(info["entropy"])
     assert all(torch.equal(old, p) and p.grad is None for old, p in zip(before, model.parameters()))
 
@@ -212,10 +218,10 @@ def test_r1_zero_reward_wants_the_form_and_the_answer(response, truth, rewards):
     assert align.boxed_reward("3/4", "0.75") == {"reward": 0, "format_reward": 0, "answer_reward": 0}
 
 
-def test_packed_documents_are_cut_into_shifted_chunks(bpe_trained, tmp_path):
-    tokenizer, path = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"]), tmp_path / "sft.jsonl"
+def test_packed_documents_are_cut_into_shifted_chunks(tokenizer, tmp_path):
+    path = tmp_path / "sft.jsonl"
     pairs = [("say one", "one"), ("say two", "two two"), ("say three", "three, three, three")]
-    path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in pairs), encoding="utf-8")
+    path.write_text("\n".join(json.dumps({"prompt": p, "response": r}) for p, r in pairs), encoding="utf-8")
     form = evaluate.TEMPLATES["alpaca"][0]
     text = "".join(form.format(prompt=p) + r + "<|endoftext|>" for p, r in pairs)
     ids, data_set = tokenizer.encode(text), align.PackedSFT(tokenizer, path, 32, shuffle=False)
@@ -228,34 +234,29 @@ def test_packed_documents_are_cut_into_shifted_chunks(bpe_trained, tmp_path):
     assert len(batches) == math.ceil(len(data_set) / 2) and next(iter(batches))["labels"].shape == (2, 32)
 
 
-def test_layouts_that_people_publish_read_alike():
-    user, assistant = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
-    for record in ({"prompt": "2+2?", "response": "4"}, {"messages": [user, assistant]},
-                   {"instruction": "2+2?", "input": "", "output": "4"}):
-        assert align_data.read_pair(record) == (["2+2?"], "4")
-    asked = "What does 'Assistant: ' mean?\nHuman: is a word"       # a name inside a message begins no turn
-    sides = [f"\n\nHuman: {asked}\n\nAssistant: {answer}" for answer in ("a", "b")]
-    for record in ({"prompt": asked, "chosen": "a", "rejected": "b"}, dict(zip(("chosen", "rejected"), sides))):
-        assert align_data.read_preference(record) == ([asked], "a", "b")
+ASKED = "What does 'Assistant: ' mean?\nHuman: is a word"                   # a name inside a message begins no turn
+LINES = {  # what a verb reads alike, and what it cannot read
+    "sft": ([{"prompt": ASKED, "response": "4"}, {"instruction": ASKED, "input": "", "output": "4"},
+             {"messages": [{"role": "user", "content": ASKED}, {"role": "assistant", "content": "4"}]}],
+            [{"messages": []}, {"messages": [{"role": "system", "content": "x"}]}, {"messages": [{"role": "user"}]},
+             {"prompt": 5, "response": "x"}, {"prompt": "x"}]),
+    "dpo": ([{"prompt": ASKED, "chosen": "4", "rejected": "5"},
+             {"chosen": f"\n\nHuman: {ASKED}\n\nAssistant: 4", "rejected": f"\n\nHuman: {ASKED}\n\nAssistant: 5"}],
+            [{"chosen": [], "rejected": []}, {"prompt": "a", "chosen": "b", "rejected": "b"},
+             {name: f"\n\nHuman: {name}\n\nAssistant: a" for name in ("chosen", "rejected")}]),
+    "grpo": ([{"question": ASKED, "answer": "2 and 2 #### 4"}], [{"question": {}, "answer": "x"}])}
 
 
-BAD = {"sft": [{"messages": []}, {"messages": [{"role": "system", "content": "x"}]}, {"messages": 3}, {"prompt": "x"},
-               {"messages": [{"role": "user"}]}, {"prompt": 5, "response": "x"}, {"prompt": "x", "response": []}],
-       "dpo": [{"chosen": [], "rejected": []}, {"prompt": "x", "chosen": 1, "rejected": 2},
-               {"prompt": "a", "chosen": "b", "rejected": "b"},
-               {name: f"\n\nHuman: {name}\n\nAssistant: a" for name in ("chosen", "rejected")}],
-       "grpo": [{"question": {}, "answer": "x"}]}
-
-
-@pytest.mark.parametrize("verb", BAD)
-def test_any_bad_line_is_named_and_can_be_skipped(verb, bpe_trained, tmp_path):
-    path, tokenizer = tmp_path / "x.jsonl", bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"])
-    good = {"prompt": "x", "response": "y", "chosen": "y", "rejected": "z"}
-    path.write_text("".join(json.dumps(line) + "\n" for line in (good, *BAD[verb])), encoding="utf-8")
+@pytest.mark.parametrize("verb", LINES)
+def test_published_layouts_read_alike_and_any_bad_line_is_named_and_can_be_skipped(verb, tokenizer, tmp_path):
+    path, (good, bad) = tmp_path / "x.jsonl", LINES[verb]
+    path.write_text("\n".join(map(json.dumps, good + bad)), encoding="utf-8")
     reader = align_data.make_reader(verb, tokenizer, "alpaca", 999)
     rows, complaints = evaluate.read_jsonl(path, reader, skip=True)
-    assert len(rows) == 1 and len(complaints) == len(BAD[verb]) and complaints[0].startswith(f"{path}:2: ")
-    with pytest.raises(ValueError, match="x.jsonl:2: "):
+    prompt, *answers = (part if isinstance(part, str) else tokenizer.decode(part) for part in rows[0])
+    assert ASKED in prompt and [answer[:1] for answer in answers] == {"dpo": ["4", "5"]}.get(verb, ["4"])
+    assert rows == [rows[0]] * len(good) and len(complaints) == len(bad)
+    with pytest.raises(ValueError, match=f"x.jsonl:{len(good) + 1}: "):
         evaluate.read_jsonl(path, reader)
 
 
@@ -270,10 +271,11 @@ def align_run(verb, base, data, out_dir, **more):
     return model_module.load_model(out_dir), evaluate.read_jsonl(Path(out_dir) / "log.jsonl")[0][1:]
 
 
-def test_sft_learns_to_answer_and_to_stop_and_names_every_bad_line(little_base, tmp_path, capsys):
+def test_sft_teaches_answers_and_to_stop_and_dpo_turns_the_model_round(little_base, tmp_path, capsys):
+    data = little_base / "sft.jsonl"
     with pytest.raises(ValueError, match=r"5 bad lines(?s:.*)jsonl:9: (?s:.*)11: an empty response"):
-        align_run("sft", little_base, little_base / "sft.jsonl", tmp_path, skip_bad=False)
-    (model, tokenizer), log = align_run("sft", little_base, little_base / "sft.jsonl", tmp_path, steps=60)
+        align_run("sft", little_base, data, tmp_path / "sft", skip_bad=False)
+    (model, tokenizer), log = align_run("sft", little_base, data, tmp_path / "sft", steps=60)
     assert "8 usable lines, 5 bad ones skipped" in capsys.readouterr().out and log[-1]["loss"] < 0.05 < log[0]["loss"]
     stop = tokenizer.special_tokens["<|end|>"]
     for prompt, answer in (("cat<|end|>", "hat<|end|>"), ("hat", "cat cat<|end|>")):
@@ -281,16 +283,17 @@ def test_sft_learns_to_answer_and_to_stop_and_names_every_bad_line(little_base, 
         assert ids.count(stop) == 1                                  # the user's own "<|end|>" is plain text
         assert tokenizer.decode(sample.generate(model, ids, 20, temperature=0, stop_ids=(stop,))) == answer
     with pytest.raises(ValueError, match="--overwrite=true"):
-        align_run("sft", little_base, little_base / "sft.jsonl", tmp_path)
-
-
-def test_dpo_starts_at_ln_2_and_turns_a_model_round(little_base, tmp_path):
-    align_run("sft", little_base, little_base / "sft.jsonl", tmp_path / "sft", steps=40)
-    settings = dict(steps=30, lr=3e-3, val_fraction=0.25)
-    _, log = align_run("dpo", tmp_path / "sft", little_base / "dpo.jsonl", tmp_path / "dpo", **settings)
+        align_run("sft", little_base, data, tmp_path / "sft")
+    _, log = align_run("dpo", tmp_path / "sft", little_base / "dpo.jsonl", tmp_path / "dpo", steps=30, lr=3e-3,
+                       val_fraction=0.25)
     held = [line for line in log if "val_loss" in line]
     assert held[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-4) and held[0]["val_accuracy"] == 0.5
     assert held[-1]["val_accuracy"] == 1 and held[-1]["val_margin"] > 0.1
+
+
+def vowel(response, truth):
+    """A reward that an untrained model can earn."""
+    return {"reward": float(response[:1] in "aeiou ")}
 
 
 @pytest.mark.parametrize("more", [dict(reweight="none", baseline="none", normalizer="none", normalize="token"),
@@ -301,38 +304,29 @@ def test_grpo_raises_a_reward_that_can_be_had(little_base, tmp_path, monkeypatch
     with pytest.raises(ValueError, match="5 rollouts in a row.*align.py sft.*--group_size"):       # no answer is right
         align_run("grpo", little_base, little_base / "grpo.jsonl", tmp_path, **settings | dict(baseline="mean"))
     assert not (tmp_path / "ckpt.pt").exists()
-    monkeypatch.setitem(align.REWARDS, "boxed", lambda response, truth: {"reward": float(response[:1] in "aeiou ")})
+    monkeypatch.setitem(align.REWARDS, "boxed", vowel)
     _, log = align_run("grpo", little_base, little_base / "grpo.jsonl", tmp_path, **settings)
     first, last = (sum(line["reward"] for line in part) / 5 for part in (log[:5], log[-5:]))
     assert last > first + 0.15, (first, last)       # of 160 answers each: some four standard deviations
     assert {"dead_groups", "distinct", "eos_rate", "length", "entropy", "clip_fraction", "norm"} <= set(log[0])
 
 
-@pytest.mark.parametrize("verb", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("verb", CONFIGS)
 def test_a_base_of_nan_is_named_and_an_older_run_stays_whole(verb, little_base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(align.REWARDS, "boxed", lambda response, truth: {"reward": float(response[:1] in "aeiou ")})
-    words = [verb, f"--data={little_base / verb}.jsonl", "--skip_bad=true", "--template=chat"]
-    words += ["--reward=boxed", "--max_new_tokens=4"] if verb == "grpo" else []
-    with pytest.raises(SystemExit) as end:
-        align.main(words + [f"--base={little_base}", f"--out_dir={tmp_path}/new", "--lr=1e30", "--grad_clip=1e30",
-                            "--warmup_steps=0"])
-    assert end.value.code == 2                                           # no run: no flag to start again
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["log.new.jsonl"]
-    base, out = (shutil.copytree(little_base, tmp_path / name) for name in ("base", "out"))
+    monkeypatch.setitem(align.REWARDS, "boxed", vowel)
+    base, out, new = (shutil.copytree(little_base, tmp_path / name) for name in ("base", "out", "new"))
+    (new / "ckpt.pt").unlink()                                           # no run: no flag to start again
     state = checkpoint.read_checkpoint(base / "ckpt.pt")
     state["model"]["layers.0.ffn.w1.weight"][0, 0] = math.nan
     torch.save(state, base / "ckpt.pt")
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(SystemExit) as end:
-        align.main(words + [f"--base={base}", f"--out_dir={out}", "--steps=2", "--overwrite=true"])
-    assert end.value.code == 2 and "the model gives NaN" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in out.iterdir() if path.name != "log.new.jsonl"} == before
-
-
-def test_log_probs_of_hugging_face_models_are_theirs():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)).eval()
-    ids = torch.randint(0, 400, (2, 12), generator=rng())
-    log_probs = align.response_log_probs(theirs, ids[:, :-1], ids[:, 1:])["log_probs"]
-    assert -log_probs.mean().item() == pytest.approx(theirs(ids, labels=ids).loss.item(), abs=1e-5)
+    before = {path: path.read_bytes() for folder in (out, new) for path in folder.iterdir()}
+    words = [verb, f"--data={little_base / verb}.jsonl", "--skip_bad=true", "--template=chat"]
+    words += ["--reward=boxed", "--max_new_tokens=4"] if verb == "grpo" else []
+    for more in ([f"--base={little_base}", f"--out_dir={new}", "--lr=1e30", "--grad_clip=1e30", "--warmup_steps=0"],
+                 [f"--base={base}", f"--out_dir={out}", "--steps=2", "--overwrite=true"]):
+        with pytest.raises(SystemExit) as end:
+            align.main(words + more)
+        assert end.value.code == 2
+    assert "the model gives NaN" in capsys.readouterr().err
+    after = {path: path.read_bytes() for folder in (out, new) for path in folder.iterdir()}
+    assert {path: after[path] for path in after if path.name != "log.new.jsonl"} == before

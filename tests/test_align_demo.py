@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-import common  # noqa: F401
 import align
 import align_demo
 

@@ -21,10 +21,10 @@ def test_examples_in_docstrings_are_true():
     assert sum(result.attempted for result in results) > 5 and not any(result.failed for result in results), results
 
 
-def test_importing_a_script_does_nothing(tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import " + ", ".join(PAGES) + \
-           "; import torch; assert not torch.cuda.is_initialized()" \
-           "; assert not {'matplotlib', 'tiktoken'} & set(sys.modules)"
+def test_importing_a_script_does_nothing_and_data_workers_start_without_torch(tmp_path):
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import curate; assert 'torch' not in sys.modules; "
+            f"import {', '.join(PAGES)}; import torch; assert not torch.cuda.is_initialized(); "
+            "assert not {'matplotlib', 'tiktoken'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout == done.stderr == "" and not list(tmp_path.iterdir()), done.stderr
 
@@ -47,20 +47,16 @@ def test_from_a_text_file_to_samples_by_commands(tmp_path):
     assert done.stdout.startswith("def é") and "decode 29 tokens" in done.stdout, done.stderr
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends signals as a terminal and a scheduler do")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_stopped_goes_on(corpus, tmp_path, number):
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal as a scheduler does")
+def test_a_run_that_is_stopped_goes_on(corpus, tmp_path):
     flags = [f"--{key}={value}" for key, value in (TINY | {"log_every": 1, "checkpoint_every": 1}).items()]
     command = [sys.executable, str(ROOT / "train.py"), f"--data_dir={corpus}", f"--out_dir={tmp_path}/out",
                "--max_steps=100000", "--num_samples=0", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    for line in process.stdout:
-        if line.strip().startswith("25/"):
-            break
-    process.send_signal(number)
-    rest, code = process.stdout.read(), process.wait(timeout=60)
-    assert code == (-number if number == signal.SIGKILL else 128 + number), rest
-    assert number == signal.SIGKILL or "--resume=true" in rest
+    while not process.stdout.readline().strip().startswith("25/"):
+        assert process.poll() is None
+    process.terminate()
+    assert "--resume=true" in process.stdout.read() and process.wait(timeout=60) == 128 + signal.SIGTERM
     step = checkpoint.load_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert step >= 24
     done = python("sample.py", tmp_path / "out", "--max_new_tokens=5")
@@ -69,12 +65,6 @@ def test_a_run_that_is_stopped_goes_on(corpus, tmp_path, number):
     assert done.returncode == 0 and f"at step {step}," in done.stdout, done.stderr
     steps = [line["step"] for line in train.read_log(tmp_path / "out" / "log.jsonl") if "loss" in line]
     assert steps == list(range(1, step + 4))
-
-
-def test_bad_command_lines_end_with_status_2_and_a_reason(tmp_path):
-    for command, said in (("train.py --max_stpes=3", "Did you mean max_steps?"), ("data.py", "a verb is missing")):
-        done = python(*command.split(), cwd=tmp_path)
-        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("script", ["train", "sample", "evaluate", "data", "bpe", "accounting", "scaling", "align",

@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from common import ROOT  # noqa: F401 - puts the pages on the path
 import configurator
 
 

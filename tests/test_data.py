@@ -11,7 +11,6 @@ import pytest
 from common import corpus_text
 import bpe
 import data
-import train
 
 
 def test_markdown_becomes_a_printed_play():
@@ -49,7 +48,7 @@ def test_a_preparation_that_fails_says_why_and_leaves_nothing(corpus, tmp_path, 
 
 
 def test_prepare_writes_what_the_design_names_and_takes_a_tokenizer_byte_for_byte(corpus, tmp_path, capsys):
-    run, text, mine = tmp_path / "run", tmp_path / "mine.txt", tmp_path / "mine"
+    run, text, mine = tmp_path / "run", tmp_path / "mine.py", tmp_path / "mine"
     run.mkdir()
     written = json.loads((corpus / "tokenizer.json").read_text(encoding="utf-8"))
     (run / "tokenizer.json").write_text(json.dumps(written, indent=3), encoding="utf-8")     # not as ours would save it
@@ -64,7 +63,7 @@ def test_prepare_writes_what_the_design_names_and_takes_a_tokenizer_byte_for_byt
     meta = json.loads((mine / "meta.json").read_text(encoding="utf-8"))
     assert written == (run / "tokenizer.json").read_bytes()
     assert meta["tokenizer_sha256"] == hashlib.sha256(written).hexdigest()
-    assert (meta["dtype"], meta["vocab_size"], meta["source"]) == ("uint16", 512, "mine.txt")
+    assert (meta["dtype"], meta["vocab_size"], meta["source"]) == ("uint16", 512, "mine.py"), "a script is text, too"
     for split in ("train", "val"):
         ids, split_text = data.open_tokens(mine, split), (mine / f"{split}.txt").read_bytes()
         assert bpe.Tokenizer.load(mine / "tokenizer.json").decode_bytes(ids) == split_text
@@ -75,12 +74,6 @@ def test_prepare_writes_what_the_design_names_and_takes_a_tokenizer_byte_for_byt
         with pytest.raises(ValueError, match=words):
             data.prepare(text, vocab_size, tmp_path / "other", tokenizer=tokenizer)
     assert not (tmp_path / "other").exists()
-
-
-def test_torchrun_is_sent_to_prepare_first(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ValueError, match="python data.py prepare shakespeare --data_dir="):
-        train.prepare_data(train.TrainConfig(data_dir=str(tmp_path / "shakespeare")))
 
 
 class Flaky(http.server.BaseHTTPRequestHandler):

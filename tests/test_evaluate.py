@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from common import random_model, rng  # noqa: F401
+from common import random_model, rng
 import bpe
 import evaluate
 import model as model_module
@@ -59,13 +59,11 @@ def test_the_answer_gets_what_the_prompt_leaves_of_the_context(little_base, monk
     assert together == texts
 
 
-def test_a_text_and_its_token_file_score_alike_and_another_tokenizers_is_refused(corpus, little_base, monkeypatch, capsys):
+def test_a_text_and_its_token_file_score_alike(corpus, little_base, monkeypatch, capsys):
     tokenizer = bpe.Tokenizer.load(corpus / "tokenizer.json")
     from_bin, from_text = (evaluate.read_tokens(corpus / f"val.{kind}", tokenizer) for kind in ("bin", "txt"))
-    assert [*from_bin[0]] == [*from_text[0]] and from_bin[1] == from_text[1] == (corpus / "val.txt").stat().st_size
-    with pytest.raises(SystemExit):
-        evaluate.main([str(little_base), f"--data={corpus / 'val.bin'}"])
-    assert "val.bin was made with another tokenizer" in capsys.readouterr().err
+    assert from_bin[1] == from_text[1] == (corpus / "val.txt").stat().st_size
+    assert from_bin[0].tolist() == from_text[0].tolist()
     monkeypatch.setattr(evaluate, "token_losses", lambda model, tokens, stride, rows: torch.full((9,), float(rows)))
     evaluate.main([str(little_base), f"--data={corpus / 'val.txt'}", "--batch_size=3"])
     assert "loss 3.0000" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import re
 import shlex
 
 import bench
+import bench_gpu
 from common import ROOT
 
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")
@@ -59,10 +60,10 @@ def test_every_setting_is_read_somewhere():
                     assert re.search(rf"\.{field.name}\b|[\"']{field.name}[\"']", code), (page, name, field.name)
 
 
-def commands() -> list:
+def commands(texts: dict) -> list:
     """(file, words from the script on) of every `python …` and `torchrun …` in code blocks and spans of the texts."""
     found = []
-    for name, text in TEXTS.items():
+    for name, text in texts.items():
         blocks = re.findall(r"```[a-z]*\n(.*?)```", text, re.DOTALL)
         spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
         for line in [line for block in blocks for line in block.replace("\\\n", " ").split("\n")] + spans:
@@ -81,7 +82,7 @@ class Parsed(Exception):
     """The command line was read to its end."""
 
 
-def test_every_command_in_the_texts_can_be_read(monkeypatch):
+def test_every_command_in_the_texts_and_of_the_gpus_stages_can_be_read(monkeypatch):
     from configurator import command_line
 
     def stop(*args, **more):
@@ -90,8 +91,11 @@ def test_every_command_in_the_texts_can_be_read(monkeypatch):
     for page in PAGES:
         monkeypatch.setattr(importlib.import_module(page), "command_line", stop, raising=False)
     monkeypatch.chdir(ROOT)
-    shown, wrong = commands(), []
-    assert len(shown) > 40
+    monkeypatch.setattr(bench_gpu, "library", lambda: "data/library")
+    jobs = [job for device in ("cpu", "cuda") for stage in bench_gpu.stages(device, ROOT / "out").values()
+            for job in stage.values()]
+    shown, wrong = commands(TEXTS | {"python bench.py gpu": "\n".join(["```", *jobs, "```"])}), []
+    assert len(shown) > 40 + len(jobs)
     for file, (script, *words) in shown:
         no_settings = script in ("SCRIPT.py", "test_all.py", "kernels.py", "flash.py", "optim.py") or "--help" in words
         if script == "bench.py" and words[0] in bench.VERBS and not any(word.startswith("--") for word in words):

@@ -5,7 +5,6 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import common  # noqa: F401
 import laws
 
 LAWS = [*laws.PUBLISHED.values(), (1.5, 300.0, 5000.0, 0.3, 0.45)]

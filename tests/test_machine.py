@@ -10,8 +10,8 @@ from common import ids, toy
 import machine
 
 
-class OneCoreBusy:
-    """A clock and a machine of two cores: a step takes 1 s, 40 s with two threads while another program runs."""
+class TwoCores:
+    """A machine and its clock: a step takes 1 s, but 40 s with two threads while another program keeps a core busy."""
 
     def __init__(self, busy):
         self.now, self.busy, self.looks = 0.0, busy, 0
@@ -20,11 +20,17 @@ class OneCoreBusy:
         self.now, self.looks = self.now + 0.05, self.looks + 1
         return {1: 55.0, 2: 2.0 if self.busy else 100.0}[threads]
 
-    def step(self, threads):
-        seconds = 40.0 if self.busy and threads.threads == 2 else 1.0 if threads.threads == 2 else 1.8
-        self.now += seconds
-        threads.watch(seconds)
-        return seconds
+    def threads(self, fixed=None):
+        return machine.Threads(fixed, clock=lambda: self.now, rate=self.rate)
+
+    def steps(self, threads, n):
+        """Seconds of each of n steps."""
+        taken = []
+        for _ in range(n):
+            taken.append(1.8 if threads.threads == 1 else 40.0 if self.busy else 1.0)
+            self.now += taken[-1]
+            threads.watch(taken[-1])
+        return taken
 
 
 @pytest.fixture
@@ -36,38 +42,31 @@ def two_threads():
 
 
 def test_threads_give_way_to_another_program_and_come_back(two_threads, capsys):
-    here = OneCoreBusy(busy=False)
-    with machine.Threads(clock=lambda: here.now, rate=here.rate) as threads:
-        assert here.looks == 2 and [here.step(threads) for _ in range(50)] == [1.0] * 50
-        assert here.looks == 4 and torch.get_num_threads() == 2, "a quiet machine is looked at before a step and after"
+    here = TwoCores(busy=False)
+    with here.threads() as threads:
+        assert here.looks == 2 and here.steps(threads, 50) == [1.0] * 50
+        assert here.looks == 4, "a quiet machine is looked at before a step and after"
         threads.watch(9.0)                        # a disk that stalls: two threads still do more than one
         assert here.looks == 6 and threads.threads == 2
         here.now, here.busy = here.now + 100, True
-        assert [here.step(threads) for _ in range(3)] == [40.0, 1.8, 1.8], "one slow step is enough"
-        assert torch.get_num_threads() == 1
+        assert here.steps(threads, 3) == [40.0, 1.8, 1.8] and torch.get_num_threads() == 1, "one slow step is enough"
         looks = here.looks
-        for _ in range(100):
-            here.step(threads)
+        here.steps(threads, 100)
         assert (here.looks - looks) * 0.05 < 0.03 * 180, "looking again costs little"
         here.busy = False
-        assert [here.step(threads) for _ in range(10)][-1] == 1.0
+        assert here.steps(threads, 10)[-1] == 1.0
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and "1 of 2 threads" in said[0] and "free again" in said[1]
     assert torch.get_num_threads() == 2
 
 
-def test_a_machine_busy_from_the_start_is_seen_and_a_fixed_number_stays(two_threads):
-    here = OneCoreBusy(busy=True)
-    with machine.Threads(clock=lambda: here.now, rate=here.rate) as threads:
-        assert here.step(threads) == 1.8
-    here = OneCoreBusy(busy=False)
-    with machine.Threads(clock=lambda: here.now, rate=here.rate) as threads:
-        here.busy = True                          # between the first look and the first step: no step was ever quick
-        assert [here.step(threads) for _ in range(3)] == [40.0, 1.8, 1.8]
-    with machine.Threads(2, clock=lambda: here.now, rate=here.rate) as threads:
-        assert here.step(threads) == here.step(threads) == 40.0
-    with machine.Threads(1):
-        assert torch.get_num_threads() == 1
+@pytest.mark.parametrize("busy_before, fixed, seconds", [
+    (True, None, [1.8, 1.8]), (False, None, [40.0, 1.8]), (True, 2, [40.0, 40.0]), (False, 1, [1.8, 1.8])])
+def test_a_machine_busy_from_the_start_is_seen_and_a_fixed_number_stays(two_threads, busy_before, fixed, seconds):
+    here = TwoCores(busy_before)
+    with here.threads(fixed) as threads:
+        here.busy = True                          # at the latest now, before any step was quick
+        assert here.steps(threads, 2) == seconds and torch.get_num_threads() == threads.threads
     assert torch.get_num_threads() == 2
 
 

@@ -9,41 +9,30 @@ import optim
 import parallel
 
 
-def copies(shapes, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    first = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    return first, [p.detach().clone().requires_grad_() for p in first]
+def copies(n=2, dtype=torch.float32):
+    first = [torch.randn(shape, generator=rng()).to(dtype) for shape in ((5, 7), (3,), (2, 2, 2))]
+    return [[p.clone().requires_grad_() for p in first] for _ in range(n)]
 
 
 def test_adamw_follows_torch_for_1000_steps():
-    ours, theirs = copies([(5, 7), (3,), (2, 2, 2)])
+    """And the loop of eight lines follows both: the same sums in another order, in float64."""
+    ours, theirs, loop = copies(3, torch.float64)
     a, b = optim.AdamW(ours, lr=1e-3, weight_decay=0.01), torch.optim.AdamW(theirs, lr=1e-3, weight_decay=0.01)
-    for step in range(1000):
-        for p, q in zip(ours, theirs):
-            p.grad = torch.randn(p.shape, generator=rng(step))
-            q.grad = p.grad.clone()
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in loop]
+    for step in range(1, 1001):
+        for same in zip(ours, theirs, loop):
+            gradient = torch.randn(same[0].shape, generator=rng(step)).double()
+            for p in same:
+                p.grad = gradient.clone()
         a.step()
         b.step()
+        optim.adamw_step(loop, moments, step, lr=1e-3, weight_decay=0.01)
         if step == 500:
             state = a.state_dict()
             a.load_state_dict(b.state_dict())
             b.load_state_dict(state)
-    largest = max((p - q).abs().max().item() for p, q in zip(ours, theirs))
-    assert largest < 2e-6, largest  # decay after the step instead of before: lr² · decay a step, and float32 rounding
-
-
-def test_adamw_in_eight_lines_is_adamw():
-    ours, loop = ([p.detach().double().requires_grad_() for p in ps] for ps in copies([(5, 7), (3,), (2, 2, 2)]))
-    optimizer = optim.AdamW(ours, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in loop]
-    for step in range(1, 101):
-        for p, q in zip(ours, loop):
-            p.grad = torch.randn(p.shape, generator=rng(step)).double()
-            q.grad = p.grad.clone()
-        optimizer.step()
-        optim.adamw_step(loop, moments, step, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
-    largest = max((p - q).abs().max().item() for p, q in zip(ours, loop))
-    assert largest < 1e-12, largest                                  # the same sums in another order, in float64
+    torch.testing.assert_close(ours, loop, atol=1e-12, rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)           # decay after the step: lr² · decay a step
 
 
 def test_adamw_first_step_by_hand():
@@ -54,14 +43,13 @@ def test_adamw_first_step_by_hand():
     assert p.item() == pytest.approx((1.0 - 0.1) * (1 - 0.1 * 0.5))       # m̂/√v̂ = 1 on the first step, then decay
 
 
-@pytest.mark.parametrize("ours, theirs", [
-    (lambda p: optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
-    (lambda p: optim.AdaGrad(p, lr=0.1), lambda p: torch.optim.Adagrad(p, lr=0.1)),
-    (lambda p: optim.RMSProp(p, lr=0.1, beta=0.9), lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.9))],
+@pytest.mark.parametrize("name, settings, theirs", [
+    ("SGD", dict(momentum=0.9), dict(momentum=0.9)), ("AdaGrad", {}, {}), ("RMSProp", dict(beta=0.9), dict(alpha=0.9))],
     ids=["SGD", "AdaGrad", "RMSProp"])
-def test_the_steps_towards_adam_follow_torch(ours, theirs):
-    mine, others = copies([(5, 7), (3,)])
-    a, b = ours(mine), theirs(others)
+def test_the_steps_towards_adam_follow_torch(name, settings, theirs):
+    mine, others = copies()
+    cls = {"SGD": torch.optim.SGD, "AdaGrad": torch.optim.Adagrad, "RMSProp": torch.optim.RMSprop}[name]
+    a, b = getattr(optim, name)(mine, lr=0.1, **settings), cls(others, lr=0.1, **theirs)
     for _ in range(50):
         for p, q in zip(mine, others):
             p.grad, q.grad = p.detach() - 0.5, q.detach() - 0.5
@@ -69,9 +57,8 @@ def test_the_steps_towards_adam_follow_torch(ours, theirs):
         b.step()
     torch.testing.assert_close(mine, others, atol=1e-5, rtol=1e-5)         # sqrt and division, 50 float32 steps
     still = torch.ones(2, requires_grad=True)
-    still.grad, decayed = torch.zeros(2), ours([still])
-    decayed.param_groups[0]["weight_decay"] = 0.5
-    decayed.step()
+    still.grad = torch.zeros(2)
+    getattr(optim, name)([still], lr=0.1, weight_decay=0.5, **settings).step()
     torch.testing.assert_close(still, torch.full((2,), 1 - 0.1 * 0.5))     # decoupled: no gradient is needed for it
 
 

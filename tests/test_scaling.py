@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-import common  # noqa: F401
 import configurator
 import scaling
 import train
@@ -61,11 +60,3 @@ def test_the_real_grid_is_trained_once_and_its_check_predicted(corpus, tmp_path,
     assert scaling.real(settings) == figures and len(calls) == 21
     scaling.main(["fit", str(path), f"--out_dir={tmp_path}"])
     assert "parametric" in capsys.readouterr().out and (tmp_path / "fit.png").exists()
-
-
-@pytest.mark.parametrize("argv, words", [
-    (["fit"], "one file of runs"), (["--flops=-1"], "flops=-1"), (["fit", "no.json"], "no.json")])
-def test_wrong_commands_say_what_is_wrong(argv, words, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        scaling.main(argv)
-    assert stopped.value.code == 2 and words in capsys.readouterr().err

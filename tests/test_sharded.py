@@ -1,15 +1,13 @@
 """Claims about sharded.py and fsdp.py."""
 import copy
-import functools
 import itertools
 import math
 
 import pytest
 import torch
 
-from common import adamw, ragged, steps
+from common import ragged
 import model as model_module
-import optim
 import parallel
 import sharded
 from ranks import CLOSE, Wrapped, assert_passed, furthest, one_process, run_checks, selected, small
@@ -25,9 +23,9 @@ EXPERTS = dict(n_experts=3, balance="none", n_shared_experts=1, mtp_depth=1, sme
 
 def check_three_steps(rank, size, tmp):
     """Every strategy ends with the weights of one process; 11 rows, so that nothing divides."""
-    for more in (TIED, GPT2, EXPERTS) if size == 2 else (TIED,):
-        reference, _, norms = one_process(range(3), **more)
-        for strategy in TWO if size == 2 else FOUR:
+    for more in (TIED, GPT2, EXPERTS):
+        reference, norms = one_process(range(3), **more)
+        for strategy in TWO:
             if more is not EXPERTS or "pp" not in strategy:
                 wrapped = Wrapped(**strategy, seed=rank, **more)       # rank 0's weights must rule
                 got = wrapped.train(range(3))
@@ -37,9 +35,9 @@ def check_three_steps(rank, size, tmp):
 
 
 def check_checkpoints_move(rank, size, tmp):
-    """3 steps on 4 ranks by each strategy, 2 more on 2 ranks by another."""
-    for number, strategy in enumerate(FOUR if size == 4 else TWO):
-        wrapped = Wrapped(**strategy, seed=rank, n_layers=4)
+    """3 steps on 4 ranks by each strategy, 2 more on 2 ranks by another, or in one process."""
+    for number, strategy in enumerate({4: FOUR, 2: TWO, 1: [dict(name="ddp")] * len(FOUR)}[size]):
+        wrapped = Wrapped(**strategy, seed=rank, **TIED)
         if size == 4:
             wrapped.train(range(3))
             state = wrapped.state()
@@ -48,8 +46,8 @@ def check_checkpoints_move(rank, size, tmp):
         else:
             wrapped.load(*torch.load(f"{tmp}/{number}.pt", weights_only=True))
             wrapped.train(range(3, 5))
-            worst = furthest(wrapped.state()[0], one_process(n_layers=4)[0].state_dict())
-            assert worst < CLOSE, f"{FOUR[number]} on 4 ranks, then {strategy} on 2: {worst} from one process's"
+            worst = furthest(wrapped.state()[0], one_process(**TIED)[0].state_dict())
+            assert worst < CLOSE, f"{FOUR[number]} on 4 ranks, then {strategy} on {size}: {worst} from one process's"
 
 
 class Matrices(torch.nn.Module):
@@ -61,28 +59,21 @@ class Matrices(torch.nn.Module):
         self.layers = torch.nn.ModuleList([torch.nn.Sequential(model_module.Linear(7, n), torch.nn.Linear(n, 7))
                                            for n in (5, 3)])
         self.head, self.unused = model_module.Linear(7, 2), model_module.Linear(7, 2).requires_grad_(False)
-        self.checkpointing = None
 
     def forward(self, ids):
         x = self.norm(self.table(ids))
         for layer in self.layers:
-            if self.checkpointing == "outside":                # the call of the layer, hooks included
-                x = x + torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
-            else:
-                x = x + layer(x)
+            x = x + layer(x)
         return self.head(x).float()
 
 
 def check_fsdp(rank, size, tmp):
     ids = torch.randint(13, (size, 6), generator=torch.Generator().manual_seed(5))
-    for dtype, checkpointing in ((None, None), (None, "outside"), (torch.float16, "inside"), (torch.bfloat16, None)):
+    for dtype in (None, torch.float16, torch.bfloat16):
         torch.manual_seed(0)
         reference = Matrices()
         divided = copy.deepcopy(reference)
         model = sharded.FSDP(divided, compute_dtype=dtype)
-        divided.checkpointing = checkpointing
-        for layer in divided.layers if checkpointing == "inside" else ():          # as train.py does
-            layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
         for turn in range(2):
             model.zero_grad()
             with torch.no_grad():
@@ -101,7 +92,7 @@ def check_fsdp(rank, size, tmp):
                 grad = sharded.take_like(p, q.grad.float())
                 assert p.dtype == p.grad.dtype == torch.float32 and p.shape == p.grad.shape, name
                 error = (p.grad - grad).abs().max().item() / q.grad.abs().max().item() if p.numel() else 0
-                assert error < tolerance, f"{name}, {dtype}, checkpointing {checkpointing}: {error}"
+                assert error < tolerance, f"{name}, {dtype}: {error}"
         assert furthest(model.full_state_dict(), reference.state_dict()) == 0, "nothing has stepped"
         flats = [flat for unit in model.units for flat in unit.flats.values()]
         assert not any(flat.untyped_storage().nbytes() for flat in flats), "not freed"
@@ -175,27 +166,8 @@ def check_memory_by_the_formula(rank, size, tmp):
         assert abs(held / formula - 1) < 0.05, f"{name}: {held} bytes, formula {formula}"
 
 
-def check_bytes_sent(rank, size, tmp):
-    """What the strategies hand to torch.distributed: a ring sends (W-1)/W of it, twice for an all-reduce."""
-    sent, send = [], parallel.send
-    parallel.send = lambda kind, call, *tensors, **more: (sent.append((kind, tensors[0].nbytes)),
-                                                          send(kind, call, *tensors, **more))[1]
-    for name, wrapper, times in (("DDP", parallel.DDP, 2), ("FSDP", sharded.FSDP, 3)):
-        module = small(n_layers=4)
-        formula = times * 4 * sum(p.numel() for p in module.parameters()) * (size - 1) / size
-        model = wrapper(module)
-        sent.clear()
-        model(*ragged(0)[:2])[1].backward()
-        model.finish_gradient_synchronization()
-        total = sum((2 if kind == "all-reduce" else 1) * (size - 1) / size * nbytes for kind, nbytes in sent)
-        # Vectors twice, padded rows; in FSDP the embedding is gathered once, the last unit too.
-        assert 0.75 * formula < total < 1.05 * formula, f"{name}: {total} bytes, formula {formula}"
-    parallel.send = send
-
-
-CHECKS = {4: (check_three_steps, check_checkpoints_move, check_fsdp, check_pipeline, check_memory_by_the_formula),
-          2: (check_three_steps, check_checkpoints_move, check_fsdp, check_pipeline, check_bytes_sent,
-              check_columns_and_rows)}
+CHECKS = {4: (check_checkpoints_move, check_fsdp, check_pipeline, check_memory_by_the_formula),
+          2: (check_three_steps, check_checkpoints_move, check_fsdp, check_pipeline, check_columns_and_rows)}
 
 
 @pytest.fixture(scope="module")
@@ -209,14 +181,7 @@ def test_ranks(ranks, size, check):
 
 
 def test_a_checkpoint_of_four_ranks_goes_on_in_one_process(ranks):
-    for saved in range(len(FOUR)):
-        weights, state = torch.load(ranks / f"{saved}.pt", weights_only=True)
-        model = small(seed=9, n_layers=4)
-        optimizer = adamw(list(model.parameters()))
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(state)
-        steps(model, optimizer, range(3, 5), clip=optim.clip_grad_norm)
-        assert furthest(model.state_dict(), one_process(n_layers=4)[0].state_dict()) < CLOSE, FOUR[saved]
+    check_checkpoints_move(0, 1, ranks)
 
 
 def test_a_stage_works_in_the_order_of_its_schedule():
@@ -227,9 +192,9 @@ def test_a_stage_works_in_the_order_of_its_schedule():
 
 
 def test_one_process_needs_no_group():
-    reference, _, norms = one_process(which=range(2))
+    reference, norms = one_process(range(2))
     for name in ("ddp", "zero1", "fsdp"):
-        wrapped = Wrapped(name, seed=0)
+        wrapped = Wrapped(name)
         assert torch.allclose(wrapped.train(range(2)), norms, rtol=1e-5)
         assert furthest(wrapped.state()[0], reference.state_dict()) < 1e-6
     column, row = sharded.ColumnParallelLinear(6, 8), sharded.RowParallelLinear(8, 6)
