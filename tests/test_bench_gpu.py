@@ -53,7 +53,7 @@ def test_the_pictures_show_the_tables(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **more: figures.append(figure))
     monkeypatch.setattr(bench_kernels, "timed", lambda *_: (1.0, 3.0, 5.0, float("nan")))
     for table, rows in made.items():
-        with open(tmp_path / f"{table}.txt", "w") as file, contextlib.redirect_stdout(file):
+        with open(tmp_path / f"{table}.txt", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
             print("a card; roofs: copy 3,000 GB/s, product in bfloat16 600.0 TFLOP/s")
             for name, work, scale in rows:
                 bench_kernels.row(name, None, [], work, 1e12, scale)
