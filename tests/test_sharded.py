@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from common import ragged
 import model as model_module
@@ -59,21 +60,22 @@ class Matrices(torch.nn.Module):
         self.layers = torch.nn.ModuleList([torch.nn.Sequential(model_module.Linear(7, n), torch.nn.Linear(n, 7))
                                            for n in (5, 3)])
         self.head, self.unused = model_module.Linear(7, 2), model_module.Linear(7, 2).requires_grad_(False)
+        self.recompute = False
 
     def forward(self, ids):
         x = self.norm(self.table(ids))
-        for layer in self.layers:
-            x = x + layer(x)
+        for layer in self.layers:                              # hooks are run again with the layer, as train.py does
+            x = x + (checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x))
         return self.head(x).float()
 
 
 def check_fsdp(rank, size, tmp):
     ids = torch.randint(13, (size, 6), generator=torch.Generator().manual_seed(5))
-    for dtype in (None, torch.float16, torch.bfloat16):
+    for dtype, recompute in ((None, False), (None, True), (torch.float16, False), (torch.bfloat16, False)):
         torch.manual_seed(0)
         reference = Matrices()
         divided = copy.deepcopy(reference)
-        model = sharded.FSDP(divided, compute_dtype=dtype)
+        divided.recompute, model = recompute, sharded.FSDP(divided, compute_dtype=dtype)
         for turn in range(2):
             model.zero_grad()
             with torch.no_grad():
@@ -92,7 +94,7 @@ def check_fsdp(rank, size, tmp):
                 grad = sharded.take_like(p, q.grad.float())
                 assert p.dtype == p.grad.dtype == torch.float32 and p.shape == p.grad.shape, name
                 error = (p.grad - grad).abs().max().item() / q.grad.abs().max().item() if p.numel() else 0
-                assert error < tolerance, f"{name}, {dtype}: {error}"
+                assert error < tolerance, f"{name}, {dtype}, recomputed {recompute}: {error}"
         assert furthest(model.full_state_dict(), reference.state_dict()) == 0, "nothing has stepped"
         flats = [flat for unit in model.units for flat in unit.flats.values()]
         assert not any(flat.untyped_storage().nbytes() for flat in flats), "not freed"
@@ -166,8 +168,25 @@ def check_memory_by_the_formula(rank, size, tmp):
         assert abs(held / formula - 1) < 0.05, f"{name}: {held} bytes, formula {formula}"
 
 
+def check_fsdp_sends_what_it_freed_again(rank, size, tmp):
+    """Bytes that a step hands to torch.distributed: weights for forward and for backward, gradients once."""
+    sent, send = [], parallel.send
+    parallel.send = lambda kind, call, *tensors, **more: (sent.append(tensors[0].nbytes),
+                                                          send(kind, call, *tensors, **more))[1]
+    module = small(n_layers=4)
+    formula = 3 * 4 * sum(p.numel() for p in module.parameters())
+    model = sharded.FSDP(module)
+    sent.clear()
+    model(*ragged(0)[:2])[1].backward()
+    model.finish_gradient_synchronization()
+    parallel.send = send
+    # Vectors go twice, rows are padded; the embedding and the last unit are gathered once.
+    assert 0.75 * formula < sum(sent) < 1.05 * formula, f"{sum(sent)} bytes, formula {formula}"
+
+
 CHECKS = {4: (check_checkpoints_move, check_fsdp, check_pipeline, check_memory_by_the_formula),
-          2: (check_three_steps, check_checkpoints_move, check_fsdp, check_pipeline, check_columns_and_rows)}
+          2: (check_three_steps, check_checkpoints_move, check_fsdp, check_pipeline, check_columns_and_rows,
+              check_fsdp_sends_what_it_freed_again)}
 
 
 @pytest.fixture(scope="module")
