@@ -214,7 +214,8 @@ def decode(argv: list[str]) -> None:
     table(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.dtype}, prompt "
           f"{T}, {n} new; medians of 3 rounds; {on(device)}, {roof / 1e9:.1f} GB/s",
           ["", "rows", "tok/s", "roof tok/s", "share"], lines)
-    print("  gpt-fast's README, Llama-2 7B, A100: of 1,700 GB/s bfloat16 0.82, int8 0.63, int4 0.51 at one row")
+    if device.startswith("cuda"):
+        print("  gpt-fast's README, Llama-2 7B, A100: of 1,700 GB/s bfloat16 0.82, int8 0.63, int4 0.51 at one row")
 
 
 # --- the record of the laptop ---

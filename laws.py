@@ -8,8 +8,8 @@ IsoFLOP (Hoffmann 2022, approach 2). At one budget, small models see much and le
     loss  \                      .      The handout takes the lowest dot of each budget and fits ln N against ln C:
            \                   .        `best_of_each_budget`. It can only answer with a size of the grid, and a grid
             o                o          off centre moves every budget's answer the same way, so the error does not
-              `o         o´             average out (24 to 34 % of N in one published set). The parabola through the
-                 `o - o´  <- minimum    dots has its minimum between them: `fit_isoflop`.
+              `o         o´             average out. The parabola through the dots has its minimum between them:
+                 `o - o´  <- minimum    `fit_isoflop`.
             ----------------- ln N
 
 The parametric law (approach 3): L = E + A / N^alpha + B / D^beta on all runs at once, `fit_parametric`. At its best

@@ -201,8 +201,13 @@ def check_ids(ids, vocab_size: int, where) -> None:
 def open_data(data_dir, context_length: int, vocab_size: int | None = None) -> tuple[dict, dict, int]:
     """(meta.json, {"train": ids, "val": ids}, vocabulary size). Raises ValueError for files that do not fit."""
     meta, splits = read_meta(data_dir), {split: open_tokens(data_dir, split) for split in ("train", "val")}
-    for tokens in splits.values():
-        get_batch(tokens, 1, context_length, "cpu", starts=np.zeros(1, int))    # a val too short is refused now
+    for split, tokens in splits.items():
+        if len(tokens) <= context_length:
+            raise ValueError(f"{data_dir}/{split}.bin has {len(tokens)} tokens, too few for one window of context_length="
+                             f"{context_length} and the token after; give more text, or a shorter context")
+        if len(tokens) != meta.get(f"{split}_tokens", len(tokens)):    # the bits per byte would be wrong, and unnoticed
+            raise ValueError(f"{data_dir}/{split}.bin has {len(tokens)} tokens, its meta.json says "
+                             f"{meta[f'{split}_tokens']}; copy the whole folder, or run data.py prepare again")
     vocab_size = vocab_size or meta.get("vocab_size", NANOGPT_VOCABULARY)
     check_ids(splits["val"], vocab_size, f"{data_dir}/val.bin")      # of train.bin each batch is
     return meta, splits, vocab_size

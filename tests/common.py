@@ -1,4 +1,4 @@
-"""What the tests of several pages share. Importing it first puts the pages on the path and Triton into its interpreter."""
+"""What several tests share. Importing it first puts the pages on the path and Triton into its interpreter."""
 import json
 import os
 import subprocess

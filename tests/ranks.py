@@ -95,7 +95,7 @@ def run_checks(checks: dict, tmp):
 
 
 def selected(request, checks: dict) -> dict:
-    """Of these checks those that this run of pytest asks for, as test_ranks[2-check_fsdp]; all where another test does."""
+    """Of these checks those that this run of pytest asks for, as test_ranks[2-check_fsdp]; else all."""
     items = [item for item in request.session.items if "ranks" in item.fixturenames and item.path == request.path]
     if any(item.originalname != "test_ranks" for item in items):
         return checks

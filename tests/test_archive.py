@@ -57,7 +57,7 @@ def test_pages_are_unpacked_as_they_are_not_as_they_say(tmp_path, body, headers,
     assert pages == [PAGE, page, "안녕 똠".encode(), PAGE] and not damage
 
 
-LENGTHS = [gzip.compress(warc_record("http://a/x", PAGE, length=length)) for length in (300, 9000)]      # neither is true
+LENGTHS = [gzip.compress(warc_record("http://a/x", PAGE, length=length)) for length in (300, 9000)]   # both untrue
 
 
 @pytest.mark.parametrize("between, pages", [

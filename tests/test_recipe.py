@@ -56,9 +56,12 @@ def test_epochs_show_every_window_once_and_random_windows_follow_their_generator
 def test_token_files_that_do_not_fit_together_are_refused(corpus, tmp_path):
     folder = shutil.copytree(corpus, tmp_path / "data")
     assert recipe.open_data(folder, 32)[2] == 512 and recipe.open_data(folder, 32, 600)[2] == 600
-    for context, vocab_size, words in ((32, 9, "val.bin holds id"), (10 ** 6, None, "too few for windows")):
+    for context, vocab_size, words in ((32, 9, "val.bin holds id"), (10 ** 6, None, "train.bin has .* too few")):
         with pytest.raises(ValueError, match=words):
             recipe.open_data(folder, context, vocab_size)
+    (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[:-2])         # a copy that was cut short
+    with pytest.raises(ValueError, match="val.bin has .* its meta.json says"):
+        recipe.open_data(folder, 32)
     (folder / "meta.json").unlink()
     assert recipe.open_data(folder, 32)[2] == 50_304, "as nanoGPT's token files, which have no meta.json"
 
