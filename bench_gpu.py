@@ -50,13 +50,15 @@ LIMITS = {"correct": 85, "kernels": 80, "training": 175, "decoding": 65, "distri
 GPT2 = "--norm=layer --position=learned --ffn=gelu --bias=true --tie_embeddings=true"
 # What a GPU measures, and what shows on a CPU that the command works.
 GPU = dict(shape=f"--d_model=768 --n_layers=12 --n_heads=12 --context_length=1024 --batch_tokens=8192 {GPT2}",
-           rates={"plain": "--compile=false", "compiled": "", "triton": "--attention_backend=triton", "fused":
-                  "--attention_backend=triton --fused_loss=true", "reference": "--reference=true"},
-           step="--micro_batch_size=32 --vocab_size=50304", curve="--max_steps=200", loss="--max_minutes=0.66",
+           rates={"plain": "--compile=false --micro_batch_size=16", "compiled": "--micro_batch_size=64 --reference=true",
+                  "triton": "--micro_batch_size=64 --attention_backend=triton",
+                  "fused": "--micro_batch_size=64 --fused_loss=true"},
+           step="--vocab_size=50304", curve="--max_steps=200", loss="--max_minutes=0.66", small="--micro_batch_size=16",
+           owt="--vocab_size=32000",
            models=("llama-1.5b", "gpt2"), decode="--batch=8,64", attention="", pages=None)
 TOY = dict(shape=f"--d_model=32 --d_ff=64 --n_layers=1 --n_heads=2 --context_length=32 --batch_tokens=256 {GPT2}",
-           rates={"triton": "--attention_backend=triton", "reference": "--reference=true"}, attention="--toy=true",
-           step="--vocab_size=300", curve="--max_steps=3", models=("toy",), decode="--batch=2", pages=8)
+           rates={"triton": "--attention_backend=triton --reference=true"}, attention="--toy=true", small="",
+           owt="--vocab_size=300 --d_model=32 --n_layers=1 --n_heads=2 --micro_batch_size=1", step="--vocab_size=300", curve="--max_steps=3", models=("toy",), decode="--batch=2", pages=8)
 TOY["loss"] = f"{TOY['shape']} --micro_batch_size=8 --max_minutes=none --max_steps=3"
 
 
@@ -68,8 +70,10 @@ class GpuConfig:
     device: str | None = None          # cuda, cpu; none = the best there is
 
 
-def library(n: int | None) -> Path:
-    """A data folder of the text that every machine has, Python's own library: n pages, or all."""
+def corpus(n: int | None) -> Path:
+    """A data folder: the default corpus if it has been prepared, else Python's own library, n pages or all."""
+    if n is None and Path("data/shakespeare/meta.json").exists():
+        return Path("data/shakespeare")
     folder = RUNS / f"library_{n or 'all'}"
     if not (folder / "meta.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,10 +92,10 @@ def stages(device: str, out: Path) -> dict:
     correct = {"flash": "python bench.py kernels --page=flash"}
     if gpu:
         correct = {dtype: f"python bench.py kernels --long=true --dtypes={dtype}" for dtype in TOLERANCE}
-        correct["tests"] = "python test_all.py kernels flash -x"
+        correct["tests"] = "python test_all.py kernels flash"
         if os.path.exists(sanitizer):
             correct["memcheck"] = f"{sanitizer} --tool=memcheck --error-exitcode=9 python bench.py kernels"
-    train = f"--data_dir={library(size['pages'])} {on_it} --eval_every=0 --num_samples=0 --overwrite=1 --out_dir={RUNS}"
+    train = f"--data_dir={corpus(size['pages'])} {on_it} --eval_every=0 --num_samples=0 --overwrite=1 --out_dir={RUNS}"
     curve = f"{size['shape']} {size['curve']} --compile=false --max_minutes=none --log_every=1"
     step = f"{size['shape']} {size['step']} --dtype=bfloat16 {on_it} --out_dir={out}"
     return {
@@ -100,7 +104,8 @@ def stages(device: str, out: Path) -> dict:
                     "others": "python bench.py kernels --times=true"},
         "training": {
             **{name: f"python bench.py profile {step} {flags}" for name, flags in size["rates"].items()},
-            "memory": f"python bench.py memory {step}",
+            "owt": f"python bench.py profile config_owt.py {size['owt']} --dtype=bfloat16 {on_it} --out_dir={out}",
+            "memory": f"python bench.py memory {step} {size['small']}",
             **{f"loss_{name}": f"python train.py {curve} --attention_backend={name} {train}/{name}"
                for name in ("sdpa", "triton")},
             "curves": f"python train.py plot {RUNS}/sdpa {RUNS}/triton --out_dir={out}"},
@@ -191,8 +196,9 @@ def pictures(out: Path) -> None:
         axes.legend(fontsize=7)
     for name in GPU["rates"]:
         phases = re.findall(r"^(?:forward|backward|clip|optimizer) +(\S+)", texts.get(f"training.{name}", ""), re.M)
-        for i, ms in enumerate(map(float, phases)):
-            training.barh(name, ms, left=sum(map(float, phases[:i])), color=f"C{i}")
+        for i, ms in enumerate(map(float, phases)):        # four of ours, then perhaps four of transformers'
+            before = phases[i // 4 * 4:i]
+            training.barh("transformers" if i > 3 else name, ms, left=sum(map(float, before)), color=f"C{i % 4}")
     roofline.set(xlabel="FLOPs a byte, forward", ylabel="TFLOP/s", title="roofline, bfloat16")
     attention.set(xlabel="tokens", ylabel="TFLOP/s", title="causal attention, forward")
     training.set(xlabel="ms: forward, backward, clip, optimizer", title="a training step of GPT-2")

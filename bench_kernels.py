@@ -248,7 +248,7 @@ def attention(words: list[str]) -> None:
         B, H = (max(1, 16384 // T), 2048 // D) if gpu else (8, 1)
         inputs, flops = leaves(attention_inputs(device, B, H, H, T, T, D), dtype), 2 * B * H * T * T * D
         for name, function in functions.items():
-            if gpu and T > 4096 and ("plain" in name or "tiles" in name):
+            if gpu and (T > 4096 and "plain" in name or T > 1024 and ("tiles" in name or "compiled" in name)):
                 continue
             # A causal forward counts 2 T² D FLOPs a head, a backward 2.5 times that (2307.08691, section 4.1).
             row(f"{name}, {T} x {D}", function, inputs, (flops, 3.5 * flops, T / 2 / dtype.itemsize), product, 1e12)

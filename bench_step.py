@@ -230,7 +230,7 @@ LABELS = ("attention", "feed-forward", "norm", "loss", "clip", "optimizer")
 @dataclass
 class ProfileConfig(train.TrainConfig):
     """What `python bench.py profile` can be told: every setting of train.py."""
-    reference: bool = False                  # transformers' GPT-2 of this shape instead
+    reference: bool = False                  # also transformers' GPT-2 of this shape, in turns
 
 
 def profile(argv: list[str]) -> None:
@@ -248,14 +248,20 @@ def profile(argv: list[str]) -> None:
     attached = device.startswith("cuda") and any(key in os.environ for key in (
         "NSYS_PROFILING_SESSION_ID", "CUDA_INJECTION64_PATH", "NVTX_INJECTION64_PATH"))
     region = torch.cuda.nvtx.range if attached else torch.profiler.record_function
-    model, _, parts, tokens, flops = made_step(config, device, DTYPES[name], config.reference)
-    first, *times = [step_ms(parts, device, region) for _ in range(14)]
-    columns = list(zip(*times[3:]))                        # the first ones warm up
-    print(f"{'':14}{'mean ms':>9}{'std ms':>8}   over 10 steps after 4; the first one {sum(first):,.0f} ms")
-    for phase, column in zip(parts, columns):
-        print(f"{phase:14}{statistics.mean(column):9.2f}{statistics.stdev(column):8.2f}")
-    seconds, peak = sum(map(statistics.mean, columns)) / 1e3, peak_flops(device, name)
-    print(f"{tokens / seconds:,.0f} tokens/s" + (f", MFU {flops / seconds / peak:.1%}" if peak else ""))
+    made = {"ours": made_step(config, device, DTYPES[name])}
+    if config.reference:
+        made["transformers"] = made_step(config, device, DTYPES[name], True)
+    turns = {who: functools.partial(step_ms, one[2], device, region) for who, one in made.items()}
+    for who, (first, *times) in alternate(turns, 14).items():
+        columns = list(zip(*times[3:]))                    # the first ones warm up
+        print(f"{who:14}{'mean ms':>9}{'std ms':>8}   over 10 steps after 4; the first one {sum(first):,.0f} ms")
+        for phase, column in zip(made[who][2], columns):
+            print(f"{phase:14}{statistics.mean(column):9.2f}{statistics.stdev(column):8.2f}")
+        seconds, peak, (*_, tokens, flops) = sum(map(statistics.mean, columns)) / 1e3, peak_flops(device, name), made[who]
+        if device.startswith("cuda"):                      # the host may run ahead now, as in training
+            seconds = seconds_of(functools.partial(step_ms, made[who][2], "cpu"), device, 20)
+        print(f"{tokens / seconds:,.0f} tokens/s" + (f", MFU {flops / seconds / peak:.1%}" if peak else ""))
+    model, _, parts, *_ = made["ours"]
     if config.reference or config.compile:
         return
     for path, module in model.named_modules():

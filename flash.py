@@ -20,7 +20,7 @@ softmax's gradient is dS = P ∘ (dP - delta), delta the sum of P ∘ dP over a 
 dP = dO vᵀ, so sum_j P_ij dP_ij = sum_j P_ij (dO_i · v_j) = dO_i · sum_j P_ij v_j = dO_i · O_i: delta = rowsum(dO ∘ O),
 known before the first tile.
 
-Left out: dropout, masks and windows (attention.py takes torch's sdpa for those), Hopper's larger tiles and TMA, fp8.
+Left out: dropout, masks and windows (attention.py takes torch's sdpa for those), warps of different tasks, fp8.
 Papers: FlashAttention 2205.14135, FlashAttention-2 2307.08691 (algorithms 1 and 2).
 
     python flash.py               errors beside torch's own attention
@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import INTERPRET, as_operator, constexpr, dot, jit, launch, tl, triton, use_triton
+from kernels import INTERPRET, TensorDescriptor, as_operator, constexpr, dot, jit, launch, tl, triton, use_triton
 
 LOG2E = constexpr(math.log2(math.e))                   # exp(x) = 2^(x log2 e), and 2^x is one instruction
 LOWEST = -1e30                                         # where the largest score starts: not -inf, as -inf - -inf is NaN
@@ -125,14 +125,22 @@ def tiled_backward(q, k, v, o, lse, do, is_causal: bool):
 
 # --- tiles in Triton ---
 
-# Queries and keys of a tile, warps, stages, for D up to 128 and over: in the 96 KB of shared memory of consumer cards.
+# Queries and keys of a tile, warps, stages, for D up to 128 and over. The first fit the 96 KB of shared memory of
+# consumer cards; Hopper, whose copy engine loads whole tiles, measured fastest with small ones and four warps.
 TILES = {"forward": ((128, 64, 8, 2), (64, 32, 8, 2)), "queries": ((64, 64, 8, 2), (32, 32, 4, 2)),
          "keys": ((32, 64, 8, 2), (32, 32, 4, 2))}
+HOPPER = {"forward": (64, 64, 4, 3), "queries": (64, 64, 4, 2), "keys": (64, 64, 4, 2)}
 
 
-def tiles(kernel: str, D: int, dtype: torch.dtype) -> dict:
+def copy_engine(x: Tensor) -> bool:
+    """Whether tiles of x (heads, T, D) can go by descriptor: on Hopper, up to 128 wide, rows of 16 bytes."""
+    return (x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10) and x.itemsize == 2 and x.numel() > 0
+            and x.shape[-1] in range(8, 129, 8) and x.storage_offset() % 8 == 0)
+
+
+def tiles(kernel: str, D: int, dtype: torch.dtype, engine: bool = False) -> dict:
     """Sizes of a tile by kernel (forward, queries, keys), padded head width and dtype."""
-    sizes = TILES[kernel][D > 128]
+    sizes = HOPPER[kernel] if engine else TILES[kernel][D > 128]
     if INTERPRET:                                      # small and uneven, so that a test of 130 tokens has every border
         sizes = (32, 64, 1, 1) if kernel == "keys" else (64, 32, 1, 1)
     elif dtype == torch.float32:                       # IEEE products take no tensor core and hold tiles in registers
@@ -141,17 +149,32 @@ def tiles(kernel: str, D: int, dtype: torch.dtype) -> dict:
 
 
 @jit
-def load_tile(base, start, rows, ROWS: constexpr, D: constexpr, D_PAD: constexpr):
-    """Rows start … start + ROWS of a (rows, D) matrix as a (ROWS, D_PAD) tile; zero outside it."""
+def addresses(x, head, start, T, ROWS: constexpr, D: constexpr, D_PAD: constexpr):
+    """(addresses, mask) of rows start … start + ROWS of one head of x (heads, T, D), padded to D_PAD columns."""
     row, column = start + tl.arange(0, ROWS)[:, None], tl.arange(0, D_PAD)[None, :]
-    return tl.load(base + (row.to(tl.int64) * D + column), mask=(row < rows) & (column < D), other=0.0)
+    return x + tl.cast(head, tl.int64) * T * D + (row.to(tl.int64) * D + column), (row < T) & (column < D)
 
 
 @jit
-def store_tile(base, start, rows, tile, ROWS: constexpr, D: constexpr, D_PAD: constexpr):
-    """Store what of a (ROWS, D_PAD) tile lies inside a (rows, D) matrix, in the matrix's dtype."""
-    row, column = start + tl.arange(0, ROWS)[:, None], tl.arange(0, D_PAD)[None, :]
-    tl.store(base + (row.to(tl.int64) * D + column), tile.to(base.dtype.element_ty), mask=(row < rows) & (column < D))
+def load_tile(x, head, start, T, ROWS: constexpr, D: constexpr, D_PAD: constexpr, ENGINE: constexpr):
+    """Those rows as a (ROWS, D_PAD) tile, zeros outside x. ENGINE: x is a descriptor, and Hopper's copy engine (TMA)
+    works out the addresses and edges; else the threads do."""
+    if ENGINE:
+        tile = x.load([head, start, 0]).reshape(ROWS, D_PAD)
+    else:
+        address, mask = addresses(x, head, start, T, ROWS, D, D_PAD)
+        tile = tl.load(address, mask=mask, other=0.0)
+    return tile
+
+
+@jit
+def store_tile(x, head, start, T, tile, ROWS: constexpr, D: constexpr, D_PAD: constexpr, ENGINE: constexpr):
+    """Store what of a (ROWS, D_PAD) tile lies inside x there, in x's dtype."""
+    if ENGINE:
+        x.store([head, start, 0], tile.to(x.dtype).reshape(1, ROWS, D_PAD))
+    else:
+        address, mask = addresses(x, head, start, T, ROWS, D, D_PAD)
+        tl.store(address, tile.to(x.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -177,74 +200,74 @@ def key_limits(q0, Tq, Tk, CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: const
 
 
 @jit
-def _flash_forward(q, k, v, o, lse, Tq, Tk, scale, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
-                   CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
+def _flash_forward(lse, q, k, v, o, Tq, Tk, scale, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
+                   CAUSAL: constexpr, ENGINE: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
     """BLOCK_Q queries of one head. q, o (heads, Tq, D); k, v (heads / GROUP, Tk, D); lse (heads, Tq) float32. scale is
     log2(e) / √D: scores are in base 2. Neighbouring programs share a head, whose keys and values then come from L2; the
     longest rows of the causal triangle come first, so that what finishes last is short."""
     blocks, pid = tl.cdiv(Tq, BLOCK_Q), tl.program_id(0)
-    q0, head = (blocks - 1 - pid % blocks) * BLOCK_Q, (pid // blocks).to(tl.int64)
-    k, v = k + head // GROUP * Tk * D, v + head // GROUP * Tk * D
+    q0, head = (blocks - 1 - pid % blocks) * BLOCK_Q, pid // blocks
     query, key = q0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
-    q_tile = load_tile(q + head * Tq * D, q0, Tq, BLOCK_Q, D, D_PAD)
+    q_tile = load_tile(q, head, q0, Tq, BLOCK_Q, D, D_PAD, ENGINE)
     m = tl.full((BLOCK_Q,), -1e30, tl.float32)                     # LOWEST
     l = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, D_PAD), tl.float32)
     whole, last = key_limits(q0, Tq, Tk, CAUSAL, BLOCK_Q, BLOCK_K)
     for MASKED in tl.static_range(2):                              # two loops: first the whole tiles, without a mask
         for k0 in range(whole if MASKED else 0, last if MASKED else whole, BLOCK_K):
-            k_tile = load_tile(k, k0, Tk, BLOCK_K, D, D_PAD)
-            s = scores(q_tile, k_tile, query[:, None], (k0 + key)[None, :], Tq, Tk, MASKED, CAUSAL) * scale
-            m_new = tl.maximum(m, tl.max(s, axis=1))
-            p, shrink = tl.exp2(s - m_new[:, None]), tl.exp2(m - m_new)
-            v_tile = load_tile(v, k0, Tk, BLOCK_K, D, D_PAD)
+            k_tile = load_tile(k, head // GROUP, k0, Tk, BLOCK_K, D, D_PAD, ENGINE)
+            s = scores(q_tile, k_tile, query[:, None], (k0 + key)[None, :], Tq, Tk, MASKED, CAUSAL)
+            m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
+            p, shrink = tl.exp2(s * scale - m_new[:, None]), tl.exp2(m - m_new)        # a multiply-add a score
+            v_tile = load_tile(v, head // GROUP, k0, Tk, BLOCK_K, D, D_PAD, ENGINE)
             acc = dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None])
             l = l * shrink + tl.sum(p, axis=1)
             m = m_new
     some = tl.where(l == 0.0, 1.0, l)                              # a row without keys: o = 0, L = -inf
-    store_tile(o + head * Tq * D, q0, Tq, acc / some[:, None], BLOCK_Q, D, D_PAD)
-    tl.store(lse + head * Tq + query, tl.where(l == 0.0, -float("inf"), (m + tl.log2(some)) / LOG2E), mask=query < Tq)
+    store_tile(o, head, q0, Tq, acc / some[:, None], BLOCK_Q, D, D_PAD, ENGINE)
+    row = lse + head.to(tl.int64) * Tq + query
+    tl.store(row, tl.where(l == 0.0, -float("inf"), (m + tl.log2(some)) / LOG2E), mask=query < Tq)
 
 
 @jit
-def _flash_queries(q, k, v, o, do, lse, delta, dq, Tq, Tk, scale, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
-                   CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
+def _flash_queries(lse, q, k, v, o, do, delta, dq, Tq, Tk, scale, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
+                   CAUSAL: constexpr, ENGINE: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
     """dQ = dS K / √D of BLOCK_Q queries of one head, walking over the keys as forward does; lse in base 2. It leaves
     delta (heads, Tq) = rowsum(dO ∘ O) for the kernel of the keys, and so runs first."""
     blocks, pid = tl.cdiv(Tq, BLOCK_Q), tl.program_id(0)
-    q0, head = (blocks - 1 - pid % blocks) * BLOCK_Q, (pid // blocks).to(tl.int64)
-    k, v = k + head // GROUP * Tk * D, v + head // GROUP * Tk * D
+    q0, head = (blocks - 1 - pid % blocks) * BLOCK_Q, pid // blocks
     query, key = q0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
-    q_tile = load_tile(q + head * Tq * D, q0, Tq, BLOCK_Q, D, D_PAD)
-    do_tile = load_tile(do + head * Tq * D, q0, Tq, BLOCK_Q, D, D_PAD)
-    o_tile = load_tile(o + head * Tq * D, q0, Tq, BLOCK_Q, D, D_PAD)
+    row = head.to(tl.int64) * Tq + query
+    q_tile = load_tile(q, head, q0, Tq, BLOCK_Q, D, D_PAD, ENGINE)
+    do_tile = load_tile(do, head, q0, Tq, BLOCK_Q, D, D_PAD, ENGINE)
+    o_tile = load_tile(o, head, q0, Tq, BLOCK_Q, D, D_PAD, ENGINE)
     row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), axis=1)
-    tl.store(delta + head * Tq + query, row_delta, mask=query < Tq)
-    row_lse = tl.load(lse + head * Tq + query, mask=query < Tq, other=0.0)
+    tl.store(delta + row, row_delta, mask=query < Tq)
+    row_lse = tl.load(lse + row, mask=query < Tq, other=0.0)
     acc = tl.zeros((BLOCK_Q, D_PAD), tl.float32)
     whole, last = key_limits(q0, Tq, Tk, CAUSAL, BLOCK_Q, BLOCK_K)
     for MASKED in tl.static_range(2):
         for k0 in range(whole if MASKED else 0, last if MASKED else whole, BLOCK_K):
-            k_tile = load_tile(k, k0, Tk, BLOCK_K, D, D_PAD)
+            k_tile = load_tile(k, head // GROUP, k0, Tk, BLOCK_K, D, D_PAD, ENGINE)
             s = scores(q_tile, k_tile, query[:, None], (k0 + key)[None, :], Tq, Tk, MASKED, CAUSAL)
             p = tl.exp2(s * scale - row_lse[:, None])
-            v_tile = load_tile(v, k0, Tk, BLOCK_K, D, D_PAD)
+            v_tile = load_tile(v, head // GROUP, k0, Tk, BLOCK_K, D, D_PAD, ENGINE)
             dp = dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32))
             acc = dot((p * (dp - row_delta[:, None])).to(k_tile.dtype), k_tile, acc)
-    store_tile(dq + head * Tq * D, q0, Tq, acc * (scale / LOG2E), BLOCK_Q, D, D_PAD)       # scale / LOG2E = 1 / √D
+    store_tile(dq, head, q0, Tq, acc * (scale / LOG2E), BLOCK_Q, D, D_PAD, ENGINE)            # scale / LOG2E = 1 / √D
 
 
 @jit
-def _flash_keys(q, k, v, do, lse, delta, dk, dv, Tq, Tk, scale, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
-                CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
+def _flash_keys(lse, q, k, v, do, delta, dk, dv, Tq, Tk, scale, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
+                CAUSAL: constexpr, ENGINE: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
     """dV = Pᵀ dO and dK = dSᵀ Q / √D of BLOCK_K keys of one key head, summed over the queries of GROUP heads. Scores
     stand transposed, so that P and dS enter the second products as they lie in registers. P is computed again, 7
     products where 5 would do: one kernel for all would add to dQ from many programs, in another order in each run."""
     blocks, pid = tl.cdiv(Tk, BLOCK_K), tl.program_id(0)
-    k0, key_head = pid % blocks * BLOCK_K, (pid // blocks).to(tl.int64)
+    k0, key_head = pid % blocks * BLOCK_K, pid // blocks
     key = k0 + tl.arange(0, BLOCK_K)
-    k_tile = load_tile(k + key_head * Tk * D, k0, Tk, BLOCK_K, D, D_PAD)
-    v_tile = load_tile(v + key_head * Tk * D, k0, Tk, BLOCK_K, D, D_PAD)
+    k_tile = load_tile(k, key_head, k0, Tk, BLOCK_K, D, D_PAD, ENGINE)
+    v_tile = load_tile(v, key_head, k0, Tk, BLOCK_K, D, D_PAD, ENGINE)
     dk_tile = tl.zeros((BLOCK_K, D_PAD), tl.float32)
     dv_tile = tl.zeros((BLOCK_K, D_PAD), tl.float32)
     first, whole = 0, 0                  # queries from `first` on see some of these keys, from `whole` on all of them
@@ -256,34 +279,38 @@ def _flash_keys(q, k, v, do, lse, delta, dk, dv, Tq, Tk, scale, GROUP: constexpr
         for MASKED in tl.static_range(2 if CAUSAL else 1):
             for q0 in range(first if MASKED else whole, whole if MASKED else Tq, BLOCK_Q):
                 query = q0 + tl.arange(0, BLOCK_Q)
-                q_tile = load_tile(q + head * Tq * D, q0, Tq, BLOCK_Q, D, D_PAD)
+                row = tl.cast(head, tl.int64) * Tq + query
+                q_tile = load_tile(q, head, q0, Tq, BLOCK_Q, D, D_PAD, ENGINE)
                 s = scores(k_tile, q_tile, query[None, :], key[:, None], Tq, Tk, MASKED, CAUSAL)
-                row_lse = tl.load(lse + head * Tq + query, mask=query < Tq, other=0.0)
-                p = tl.exp2(s * scale - row_lse[None, :])
-                do_tile = load_tile(do + head * Tq * D, q0, Tq, BLOCK_Q, D, D_PAD)
+                p = tl.exp2(s * scale - tl.load(lse + row, mask=query < Tq, other=0.0)[None, :])
+                do_tile = load_tile(do, head, q0, Tq, BLOCK_Q, D, D_PAD, ENGINE)
                 dv_tile = dot(p.to(do_tile.dtype), do_tile, dv_tile)
                 dp = dot(v_tile, tl.trans(do_tile), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32))
-                ds = p * (dp - tl.load(delta + head * Tq + query, mask=query < Tq, other=0.0)[None, :])
+                ds = p * (dp - tl.load(delta + row, mask=query < Tq, other=0.0)[None, :])
                 dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile)
-    store_tile(dk + key_head * Tk * D, k0, Tk, dk_tile * (scale / LOG2E), BLOCK_K, D, D_PAD)
-    store_tile(dv + key_head * Tk * D, k0, Tk, dv_tile, BLOCK_K, D, D_PAD)
+    store_tile(dk, key_head, k0, Tk, dk_tile * (scale / LOG2E), BLOCK_K, D, D_PAD, ENGINE)
+    store_tile(dv, key_head, k0, Tk, dv_tile, BLOCK_K, D, D_PAD, ENGINE)
 
 
-def launch_flash(kernel, name: str, q, k, is_causal: bool, *more) -> None:
-    """Launch one of the three for contiguous q (heads, Tq, D), k (key heads, Tk, D) and its further tensors."""
-    (heads, Tq, D), (key_heads, Tk, _) = q.shape, k.shape
+def launch_flash(kernel, name: str, is_causal: bool, lse, queries: dict, keys: dict, **more) -> None:
+    """Launch one of the three for contiguous queries, (heads, Tq, D), and keys, (key heads, Tk, D), by name."""
+    (heads, Tq, D), (key_heads, Tk, _), dtype = queries["q"].shape, keys["k"].shape, queries["q"].dtype
     D_PAD = max(16, triton.next_power_of_2(D))                     # tl.dot takes no side below 16
-    tile = tiles(name, D_PAD, q.dtype)
+    engine = all(copy_engine(x) for x in (queries | keys).values())
+    tile = tiles(name, D_PAD, dtype, engine)
+    for size, tensors in (("BLOCK_Q", queries), ("BLOCK_K", keys)):
+        more |= {key: TensorDescriptor.from_tensor(x, [1, tile[size], D_PAD]) if engine else x
+                 for key, x in tensors.items()}
     rows, length, block = (key_heads, Tk, "BLOCK_K") if name == "keys" else (heads, Tq, "BLOCK_Q")
-    launch(kernel, (rows * triton.cdiv(length, tile[block]),), q, k, *more, Tq, Tk, math.log2(math.e) / math.sqrt(D),
-           GROUP=heads // max(1, key_heads), D=D, D_PAD=D_PAD, CAUSAL=is_causal, **tile)
+    launch(kernel, (rows * triton.cdiv(length, tile[block]),), lse, Tq=Tq, Tk=Tk, scale=math.log2(math.e) / D ** 0.5,
+           GROUP=heads // max(1, key_heads), D=D, D_PAD=D_PAD, CAUSAL=is_causal, ENGINE=engine, **tile, **more)
 
 
 @as_operator
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
     """(o, L) from the forward kernel."""
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    launch_flash(_flash_forward, "forward", q, k, is_causal, v, o, lse)
+    launch_flash(_flash_forward, "forward", is_causal, lse, dict(q=q, o=o), dict(k=k, v=v))
     return o, lse
 
 
@@ -293,8 +320,8 @@ def flash_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: 
     """(dq, dk, dv) from the kernel of the queries and then that of the keys."""
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
     lse = (lse * math.log2(math.e)).clamp(min=LOWEST)              # no key seen: exp2(-inf - L) must be 0, not NaN
-    launch_flash(_flash_queries, "queries", q, k, is_causal, v, o, do, lse, delta, dq)
-    launch_flash(_flash_keys, "keys", q, k, is_causal, v, do, lse, delta, dk, dv)
+    launch_flash(_flash_queries, "queries", is_causal, lse, dict(q=q, o=o, do=do, dq=dq), dict(k=k, v=v), delta=delta)
+    launch_flash(_flash_keys, "keys", is_causal, lse, dict(q=q, do=do), dict(k=k, v=v, dk=dk, dv=dv), delta=delta)
     return dq, dk, dv
 
 

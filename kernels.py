@@ -30,8 +30,9 @@ try:
     import triton
     import triton.language as tl
     from triton.language import constexpr              # an argument known when the kernel is compiled
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:                                    # macOS, Windows: the kernels stay text, the references run
-    triton, tl, constexpr = None, None, float
+    triton, tl, constexpr, TensorDescriptor = None, None, float, None
 
 INTERPRET = triton is not None and bool(triton.knobs.runtime.interpret)
 INTERPRETED = constexpr(INTERPRET)                     # the same, as kernels may read it
@@ -416,11 +417,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None) -> Tensor:
     """cross_entropy(x @ weightᵀ, targets) without ever holding all (tokens, V) logits: 6.6 GB in bfloat16, twice, for
     64 x 1,024 tokens of GPT-2's vocabulary. x: (..., C), weight: (V, C), targets: (...). chunk_tokens: rows of logits
-    alive at a time; not given, as many as fill 256 MB on CUDA, 32 MB elsewhere."""
+    alive at a time; not given, as many as fill 1 GB on CUDA, 32 MB elsewhere."""
     if targets.shape != x.shape[:-1] or targets.is_floating_point() or weight.shape[1:] != x.shape[-1:]:
         raise ValueError(f"linear_cross_entropy takes x (..., C), weight (V, C) and ids (...), not {x.shape}, "
                          f"{weight.shape} and {targets.dtype} {targets.shape}")
-    chunk = chunk_tokens or max(128, 2 ** (28 if x.is_cuda else 25) // (len(weight) * x.element_size()))
+    chunk = chunk_tokens or max(128, 2 ** (30 if x.is_cuda else 25) // (len(weight) * x.element_size()))
     with torch.autocast(x.device.type, enabled=False):             # x comes in the dtype that it wants
         return LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight.to(x.dtype), targets.flatten().long(), chunk)
 

@@ -44,8 +44,11 @@ def token_cross_entropy(logits, targets):
 
 def simple_cross_entropy(logits, targets):
     """logsumexp(logits) - logits[target]: a probability is never formed, so its logarithm never overflows."""
-    logits = wide(logits)
-    return logits.logsumexp(dim=-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    logits, targets = wide(logits), targets.unsqueeze(-1)
+    if torch.compiler.is_compiling():            # fused with the sum; the gradient of gather is a scatter into zeros
+        at_target = torch.arange(logits.shape[-1], device=logits.device) == targets
+        return logits.logsumexp(dim=-1) - torch.where(at_target, logits, 0.0).sum(dim=-1)
+    return logits.logsumexp(dim=-1) - logits.gather(-1, targets).squeeze(-1)
 
 
 def attention(q, k, v, mask=None):
@@ -148,8 +151,8 @@ def silu(x: torch.Tensor) -> torch.Tensor:
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
-    """x Φ(x) by the tanh formula that GPT-2 was trained with (1606.08415, section 2)."""
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+    """x Φ(x) by the formula that GPT-2 was trained with (1606.08415, section 2); (1 + tanh z) / 2 is sigmoid(2 z)."""
+    return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x ** 3))
 
 
 def relu2(x: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ What makes the model someone else's (all other fields at their defaults):
 balancing and of further tokens; `model.losses` holds the parts. Left out: dropout (one pass over the data does not need
 it), encoders, a first dense layer before experts.
 """
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -128,6 +129,12 @@ class ModelConfig:
         if self.position == "rope" and rotated % 2:
             raise ValueError(f"the rotated width {rotated} must be even: RoPE turns pairs of numbers")
 
+    def plain(self) -> "ModelConfig":
+        """A copy with ordinary numbers alone: torch.compile traces no others before torch 2.13."""
+        copied = copy.copy(self)
+        copied.__dict__ |= {name: int(value) for name, value in vars(self).items() if isinstance(value, Derived)}
+        return copied
+
     def _fill(self, name: str, value: int) -> None:
         if getattr(self, name) is None:
             setattr(self, name, Derived(value))
@@ -209,7 +216,7 @@ class Transformer(nn.Module):
     """Token ids (B, T) to logits (B, T, V); with targets (B, T) also the mean loss in nats."""
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config = config = config.plain()
         self.token_embeddings = Embedding(config.vocab_size, config.d_model)
         if config.smear:
             self.smear_gate = nn.Parameter(torch.zeros(config.d_model))

@@ -102,14 +102,18 @@ class AdamW(_Optimizer):
         for state in states:
             state.setdefault("step", torch.tensor(0.0)).add_(1)
         m, v = state_tensors(params, states, "exp_avg"), state_tensors(params, states, "exp_avg_sq")
-        beta1, beta2 = group["betas"]
+        steps, (beta1, beta2) = torch.stack([state["step"] for state in states]), group["betas"]
+        if params[0].is_cuda:                                    # there torch has all of it as one kernel
+            torch._fused_adamw_(params, grads, m, v, [], [*steps.to(params[0].device)], lr=group["lr"], beta1=beta1,
+                                beta2=beta2, weight_decay=0.0, eps=group["eps"], amsgrad=False, maximize=False)
+            return
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-        steps = [state["step"].item() for state in states]       # an idle expert's parameters lag behind the others
         # lr · m̂ / (√v̂ + eps) with √(1 - b2^t) taken out above and below the line: two passes fewer over all tensors.
-        roots = [math.sqrt(1 - beta2 ** t) for t in steps]
-        rates = [-float(group["lr"]) * root / (1 - beta1 ** t) for root, t in zip(roots, steps)]
+        # An idle expert's parameters lag behind the others, so every one has its own t.
+        roots = [math.sqrt(1 - beta2 ** t) for t in steps.tolist()]
+        rates = [-float(group["lr"]) * root / (1 - beta1 ** t) for root, t in zip(roots, steps.tolist())]
         denominators = torch._foreach_sqrt(v)
         torch._foreach_add_(denominators, [group["eps"] * root for root in roots])
         torch._foreach_addcdiv_(params, m, denominators, rates)

@@ -306,8 +306,9 @@ class Strategy:
         self.name, self.tp, self.pp, self.dp = name, tp, pp, self.size // max(tp * pp, 1)
         self.mesh = make_mesh(self.dp, tp, pp)
 
-    def divide(self, model: nn.Module, dtype=None, compile: bool = False) -> None:
-        """Make `model`, in place, this rank's part. dtype: what its products compute in (autocast, and FSDP's)."""
+    def divide(self, model: nn.Module, dtype=None, compile: bool = False, logits: bool = True) -> None:
+        """Make `model`, in place, this rank's part. dtype: what its products compute in (autocast, and FSDP's). logits:
+        whether loss_of reads them; a compiled model that returns them adds a gradient of zeros to theirs."""
         if model.config.fused_loss and self.name == "fsdp":
             raise ValueError("fused_loss=true reads the head's matrix, which parallel=fsdp divides; choose one of them")
         kind = next(model.parameters()).device.type
@@ -319,7 +320,8 @@ class Strategy:
             self.model = Pipeline(model, self.mesh.pp)
             self.model.autocast = self.autocast
         elif compile:
-            self.forward = torch.compile(model)
+            loss_alone = torch.compile(lambda x, y: model(x, y)[1])
+            self.forward = torch.compile(model) if logits else lambda x, y: (None, loss_alone(x, y))
         self.wrapper = FSDP(model, dtype, self.mesh.dp) if self.name == "fsdp" else DDP(model, group=self.mesh.dp)
 
     def optimizer(self, cls, params, **kwargs):

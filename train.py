@@ -93,7 +93,7 @@ class Run:
         # From here on self.model may hold only this rank's part.
         on_cuda = self.device.startswith("cuda") and not config.divided
         self.strategy.divide(self.model, None if self.dtype == "float32" else DTYPES[self.dtype],
-                             on_cuda if config.compile is None else config.compile)
+                             on_cuda if config.compile is None else config.compile, logits=bool(config.teacher))
         if config.activation_checkpointing:
             self.model.layers = Recomputed(self.model.layers)
         self.optimizers = make_optimizers(self.model, config, self.strategy.optimizer)

@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 
 def test_stages_run_at_toy_sizes(kernels, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench_gpu, "library", lambda n: "data/library")
+    monkeypatch.setattr(bench_gpu, "corpus", lambda n: "data/library")
     monkeypatch.setitem(bench_gpu.LIMITS, "distributed", 300)                # other tests may keep this machine busy
     decoding_at_toy_size = bench_gpu.stages("cpu", tmp_path)["decoding"]["toy"].split()[2:]
     for words in (["kernels", "--times=true"], decoding_at_toy_size,
@@ -27,7 +27,7 @@ def test_stages_run_at_toy_sizes(kernels, tmp_path, monkeypatch, capsys):
         bench.main(words)
     said = capsys.readouterr().out
     assert said.count("GB/s") > 8 and "swiglu, ours" in said
-    assert said.count(" of 4 ids as generate's") == 3 == said.count(" of 8 ids as generate's")
+    assert said.count(" of 4 ids as generate's") == 3 and said.count(" of 8 ids as generate's") == 1
     assert len(re.findall(r"transformers +[12] ", said)) == 2
     stages = (tmp_path / "stages.txt").read_text(encoding="utf-8")
     assert stages.startswith("CPU, toy sizes: this proves the command, not the figures\n") and " done, " in stages
@@ -57,14 +57,16 @@ def test_the_pictures_show_the_tables(tmp_path, monkeypatch):
             print("a card; roofs: copy 3,000 GB/s, product in bfloat16 600.0 TFLOP/s")
             for name, work, scale in rows:
                 bench_kernels.row(name, None, [], work, 1e12, scale)
-    (tmp_path / "training.plain.txt").write_text("forward  20.00  0.10\nbackward  41.00  0.20\n", encoding="utf-8")
+    (tmp_path / "training.plain.txt").write_text("forward  20.00  0.10\nbackward  41.00  0.20\nclip  1.00  0.1\noptimizer"
+                                                 "  2.00  0.1\nforward  30.00  0.10\n", encoding="utf-8")
     bench_gpu.pictures(tmp_path)
     lines = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figures[0].axes]
     roof = lines[0].pop("measured roof")
     assert roof[0] == pytest.approx([0.1, 0.3]) and roof[30] == pytest.approx([100, 300]) and roof[-1] == [1e5, 600]
     assert lines[0] == {"ours": [[0.5, 0.001]], "plain compiled": [[256, 5], [1024, 5]]}
     assert lines[1] == {"plain compiled, width 64": [[1024, 5], [4096, 5]]}
-    assert [(bar.get_x(), bar.get_width()) for bar in figures[0].axes[2].patches] == [(0, 20), (20, 41)]
+    assert [(bar.get_x(), bar.get_width()) for bar in figures[0].axes[2].patches] == [
+        (0, 20), (20, 41), (61, 1), (62, 2), (0, 30)]
 
 
 def test_a_wrong_kernel_fails_the_table_of_errors(kernels, monkeypatch):

@@ -42,8 +42,8 @@ def test_swiglu_rms_norm_and_matmul_equal_float64(kernels, dtype):
         x, weight = randn(dtype, *shape), randn(dtype, shape[-1])
         assert_like_float64(kernels.rms_norm, lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-5), x, weight)
         assert_like_float64(kernels.swiglu, lambda g, u: F.silu(g) * u, x, x.flip(0))
-        looped = kernels.swiglu_loop(*x.float().view(1, -1).repeat(2, 1).numpy(), block=64)
-        torch.testing.assert_close(torch.tensor(looped), (F.silu(x.float()) * x.float()).flatten().cpu())
+        looped = kernels.swiglu_loop(*x.float().cpu().view(1, -1).repeat(2, 1).numpy(), block=64)
+        torch.testing.assert_close(torch.from_numpy(looped), (F.silu(x.float()) * x.float()).flatten().cpu())
     for M, K, N in ((1, 1, 1), (70, 100, 90), (33, 17, 129)):
         assert_like_float64(lambda a, b: kernels.matmul(a, b.T), lambda a, b: a @ b.T,
                             randn(dtype, M, K), randn(dtype, N, K))
