@@ -273,9 +273,11 @@ def profile(argv: list[str]) -> None:
         step_ms(parts, device, region)
         torch.cuda.profiler.stop()
         return
-    with torch.profiler.profile() as profiler:             # the CPU, and CUDA where there is one
+    on_gpu = device.startswith("cuda")
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+    with torch.profiler.profile(activities=activities) as profiler:
         wall_ms = sum(step_ms(parts, device, region))
-    report(profiler, wall_ms, device.startswith("cuda"))
+    report(profiler, wall_ms, on_gpu)
     trace = Path(config.out_dir) / "trace.json"
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))

@@ -254,7 +254,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 # --- RoPE: pairs of numbers ---
 
 @jit
-def _rope(x, y, cos, sin, T, HALF: constexpr, HALF_PAD: constexpr, INTERLEAVED: constexpr, BLOCK: constexpr):
+def _rope(x, y, cos, sin, T, SIGN: constexpr, HALF: constexpr, HALF_PAD: constexpr, INTERLEAVED: constexpr,
+          BLOCK: constexpr):
     """BLOCK positions of one head. x, y (heads, T, 2 HALF); cos, sin (T, HALF)."""
     head = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]

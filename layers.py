@@ -79,8 +79,10 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
     def forward(self, x):                                          # (..., d_in) -> (..., d_out)
-        y = x @ self.weight.T
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if self.bias is None:
+            return x @ self.weight.T
+        y = torch.addmm(self.bias, x.flatten(0, -2), self.weight.T)           # bias + product, in one operation
+        return y.view(*x.shape[:-1], -1)
 
 
 class Embedding(nn.Module):

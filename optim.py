@@ -98,22 +98,29 @@ class AdamW(_Optimizer):
     def __init__(self, params, lr=1e-3, betas: tuple = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01):
         super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
 
+    @staticmethod
+    def in_one_kernel(p) -> bool:
+        """Whether torch's fused update runs: on CUDA, where it reads every number once."""
+        return p.is_cuda
+
     def update(self, group, params, grads, states):
-        for state in states:
-            state.setdefault("step", torch.tensor(0.0)).add_(1)
         m, v = state_tensors(params, states, "exp_avg"), state_tensors(params, states, "exp_avg_sq")
-        steps, (beta1, beta2) = torch.stack([state["step"] for state in states]), group["betas"]
-        if params[0].is_cuda:                                    # there torch has all of it as one kernel
-            torch._fused_adamw_(params, grads, m, v, [], [*steps.to(params[0].device)], lr=group["lr"], beta1=beta1,
-                                beta2=beta2, weight_decay=0.0, eps=group["eps"], amsgrad=False, maximize=False)
+        for p, state in zip(params, states):                     # the device's own count: to copy one there is to wait
+            state["step"] = state.get("step", torch.tensor(0.0)).to(p.device)
+        steps, (beta1, beta2) = [state["step"] for state in states], group["betas"]
+        torch._foreach_add_(steps, 1)
+        if self.in_one_kernel(params[0]):
+            torch._fused_adamw_(params, grads, m, v, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2,
+                                weight_decay=0.0, eps=group["eps"], amsgrad=False, maximize=False)
             return
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
         # lr · m̂ / (√v̂ + eps) with √(1 - b2^t) taken out above and below the line: two passes fewer over all tensors.
         # An idle expert's parameters lag behind the others, so every one has its own t.
-        roots = [math.sqrt(1 - beta2 ** t) for t in steps.tolist()]
-        rates = [-float(group["lr"]) * root / (1 - beta1 ** t) for root, t in zip(roots, steps.tolist())]
+        steps = torch.stack(steps).tolist()
+        roots = [math.sqrt(1 - beta2 ** t) for t in steps]
+        rates = [-float(group["lr"]) * root / (1 - beta1 ** t) for root, t in zip(roots, steps)]
         denominators = torch._foreach_sqrt(v)
         torch._foreach_add_(denominators, [group["eps"] * root for root in roots])
         torch._foreach_addcdiv_(params, m, denominators, rates)

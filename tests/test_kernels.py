@@ -117,11 +117,13 @@ def test_kernels_read_and_write_nothing_outside(kernels, monkeypatch):
         """The launch on copies between two walls of NaN, which reads would spread and writes would breach."""
         rooms = {}
         def move(t):
+            if not isinstance(t, torch.Tensor):
+                return t
             wall = float("nan") if t.is_floating_point() else 1 << 40
-            room = torch.full((t.numel() + 128,), wall, dtype=t.dtype)
+            room = torch.full((t.numel() + 128,), wall, dtype=t.dtype, device=t.device)
             rooms.setdefault(t.data_ptr(), (t, room, room[64:-64].as_strided(t.shape, t.stride()).copy_(t)))
             return rooms[t.data_ptr()][2]
-        launch(kernel, grid, *(move(t) if isinstance(t, torch.Tensor) else t for t in arguments), **constants)
+        launch(kernel, grid, *map(move, arguments), **{name: move(value) for name, value in constants.items()})
         for t, room, inside in rooms.values():
             walls = torch.cat([room[:64], room[-64:]])
             assert (walls.isnan() if t.is_floating_point() else walls == 1 << 40).all(), f"{kernel} wrote outside"
