@@ -198,7 +198,7 @@ def row(name: str, function, inputs, work, roof: float, scale: float) -> None:
 
 def kernel_times(device: str) -> None:
     """The kernels of kernels.py beside eager, compiled and torch's own, in bfloat16."""
-    T, C, V, H, K, D = (16384, 4096, 50304, 32, 8, 128) if device == "cuda" else (8, 16, 48, 2, 1, 8)
+    T, C, V, H, K, D = (65536, 4096, 50304, 32, 8, 128) if device == "cuda" else (8, 16, 48, 2, 1, 8)
     copy, product = roofs(device, torch.bfloat16)
     print(f"{on(device)}; roofs: copy {copy / 1e9:,.0f} GB/s, product in bfloat16 {product / 1e12:,.1f} TFLOP/s\n{T:,} "
           f"tokens, width {C}, vocabulary {V:,}, {H} and {K} heads of {D}\n{HEAD}")

@@ -256,12 +256,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 @jit
 def _rope(x, y, cos, sin, T, SIGN: constexpr, HALF: constexpr, HALF_PAD: constexpr, INTERLEAVED: constexpr,
           BLOCK: constexpr):
-    """BLOCK positions of one head. x, y (heads, T, 2 HALF); cos, sin (T, HALF)."""
+    """BLOCK positions of one head, by SIGN times the angle. x, y (heads, T, 2 HALF); cos, sin (T, HALF)."""
     head = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     i = tl.arange(0, HALF_PAD)[None, :]
     mask = (t < T) & (i < HALF)
-    c, s = load(cos + t * HALF + i, mask), load(sin + t * HALF + i, mask)
+    c, s = load(cos + t * HALF + i, mask), SIGN * load(sin + t * HALF + i, mask)
     first = (head * T + t) * (2 * HALF) + (2 * i if INTERLEAVED else i)
     second = first + (1 if INTERLEAVED else HALF)
     a, b = load(x + first, mask), load(x + second, mask)
@@ -269,21 +269,26 @@ def _rope(x, y, cos, sin, T, SIGN: constexpr, HALF: constexpr, HALF_PAD: constex
     tl.store(y + second, (a * s + b * c).to(y.dtype.element_ty), mask=mask)
 
 
+def launch_rope(x, cos, sin, interleaved, sign):
+    """x (B, H, T, D) turned by sign times the angles."""
+    (B, H, T, D), x = x.shape, x.contiguous()
+    y, block = torch.empty_like(x), max(1, 2048 // triton.next_power_of_2(D))
+    launch(_rope, (B * H, triton.cdiv(T, block)), x, y, cos, sin, T, SIGN=sign, HALF=D // 2,
+           HALF_PAD=triton.next_power_of_2(D // 2), INTERLEAVED=interleaved, BLOCK=block)
+    return y
+
+
 class RoPE(torch.autograd.Function):
-    """x (B, H, T, D) turned. The gradient is the rotation by minus the angle, so only the tables are saved."""
+    """The gradient is the rotation by minus the angle, so only the tables are saved."""
     @staticmethod
     def forward(ctx, x, cos, sin, interleaved):
         ctx.save_for_backward(cos, sin)
-        ctx.interleaved, (B, H, T, D), x = interleaved, x.shape, x.contiguous()
-        y, block = torch.empty_like(x), max(1, 2048 // triton.next_power_of_2(D))
-        launch(_rope, (B * H, triton.cdiv(T, block)), x, y, cos, sin, T, HALF=D // 2,
-               HALF_PAD=triton.next_power_of_2(D // 2), INTERLEAVED=interleaved, BLOCK=block)
-        return y
+        ctx.interleaved = interleaved
+        return launch_rope(x, cos, sin, interleaved, 1)
 
     @staticmethod
     def backward(ctx, dy):
-        cos, sin = ctx.saved_tensors
-        return RoPE.apply(dy, cos, -sin, ctx.interleaved), None, None, None
+        return launch_rope(dy, *ctx.saved_tensors, ctx.interleaved, -1), None, None, None
 
 
 def turned(x, cos, sin, interleaved):
