@@ -211,14 +211,15 @@ def root_mean(rewards, group_size: int, baseline: str, normalizer: str):
 
 OFF_POLICY = dict(reweight="grpo", batch_size=32)                    # 8 optimizer steps a rollout of 256 rows, not one
 GRPO = {                                                             # experiment -> run -> settings
-    "on_policy": {"grpo": {}, "dr_grpo": dict(normalize="constant", normalizer="none"),
+    "on_policy": {"grpo": {}, "constant": dict(normalize="constant"),
+                  "dr_grpo": dict(normalize="constant", normalizer="none"),
                   "rft": dict(baseline="none", normalizer="none"), "maxrl": dict(normalizer="mean"),
                   "root_mean": dict(normalizer="none", estimator=root_mean)},
     "off_policy": {"no ratio": OFF_POLICY | dict(reweight="none"), "no clip": OFF_POLICY | dict(reweight="noclip"),
                    "clip": OFF_POLICY, "gspo": OFF_POLICY | dict(reweight="gspo", clip=0.05)},
     "rates": {f"lr {lr:g}": dict(lr=lr) for lr in (1e-4, 3e-4, 3e-3, 1e-2)},
     "parts": {"no baseline": dict(baseline="none", normalizer="none"), "no deviation": dict(normalizer="none"),
-              "by tokens": dict(normalize="token"), "by a constant": dict(normalize="constant"),
+              "by tokens": dict(normalize="token"),
               "groups of 2": dict(group_size=2, prompts_per_step=128),
               "groups of 4": dict(group_size=4, prompts_per_step=64)},
     "epochs": {f"{epochs} x {rows} rows": OFF_POLICY | dict(epochs=epochs, batch_size=rows)

@@ -8,7 +8,7 @@
     Muon       P -= lr · U Vᵀ                      a matrix as a matrix: the gradient U S Vᵀ with all of S set to 1
 
 `python optim.py` lets five of them compete and draws the losses and a gradient's singular values before and after Muon.
-AdamW and Muon hand lists of tensors to torch._foreach_*, one call for all. Decoupled weight decay follows each step.
+Muon hands lists of tensors to torch._foreach_*, one call for all. Decoupled weight decay follows each step.
 """
 import math
 import sys
@@ -92,38 +92,27 @@ class RMSProp(_Optimizer):
             p -= group["lr"] * g / (s.sqrt() + group["eps"])
 
 
+def in_order(x, p):
+    """x with its numbers in p's order in memory: the fused kernel walks over all tensors as they lie there."""
+    return x if x.stride() == p.stride() else torch.empty_like(p).copy_(x)
+
+
 class AdamW(_Optimizer):
-    """`adamw_step` over lists of tensors. Its state_dict is torch's: it moves between torch's AdamW and this one."""
+    """`adamw_step` in one pass over the numbers, torch's fused kernel. Its state_dict is torch's: it moves between torch's AdamW and this one."""
 
     def __init__(self, params, lr=1e-3, betas: tuple = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01):
         super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
 
-    @staticmethod
-    def in_one_kernel(p) -> bool:
-        """Whether torch's fused update runs: on CUDA, where it reads every number once."""
-        return p.is_cuda
-
     def update(self, group, params, grads, states):
-        m, v = state_tensors(params, states, "exp_avg"), state_tensors(params, states, "exp_avg_sq")
-        for p, state in zip(params, states):                     # the device's own count: to copy one there is to wait
-            state["step"] = state.get("step", torch.tensor(0.0)).to(p.device)
-        steps, (beta1, beta2) = [state["step"] for state in states], group["betas"]
-        torch._foreach_add_(steps, 1)
-        if self.in_one_kernel(params[0]):
-            torch._fused_adamw_(params, grads, m, v, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2,
-                                weight_decay=0.0, eps=group["eps"], amsgrad=False, maximize=False)
-            return
-        torch._foreach_lerp_(m, grads, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-        # lr · m̂ / (√v̂ + eps) with √(1 - b2^t) taken out above and below the line: two passes fewer over all tensors.
-        # An idle expert's parameters lag behind the others, so every one has its own t.
-        steps = torch.stack(steps).tolist()
-        roots = [math.sqrt(1 - beta2 ** t) for t in steps]
-        rates = [-float(group["lr"]) * root / (1 - beta1 ** t) for root, t in zip(roots, steps)]
-        denominators = torch._foreach_sqrt(v)
-        torch._foreach_add_(denominators, [group["eps"] * root for root in roots])
-        torch._foreach_addcdiv_(params, m, denominators, rates)
+        lists = []
+        for p, g, state in zip(params, grads, states):
+            state["step"] = state.get("step", torch.tensor(0.0)).to(p.device) + 1      # an idle expert's lags behind
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = in_order(state[name], p) if name in state else torch.zeros_like(p)
+            lists.append((p, in_order(g, p), state["exp_avg"], state["exp_avg_sq"], state["step"]))
+        params, grads, m, v, steps = map(list, zip(*lists))
+        torch._fused_adamw_(params, grads, m, v, [], steps, lr=float(group["lr"]), beta1=group["betas"][0],
+                            beta2=group["betas"][1], weight_decay=0.0, eps=group["eps"], amsgrad=False, maximize=False)
 
 
 JORDAN = (3.4445, -4.7750, 2.0315)

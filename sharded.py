@@ -320,8 +320,8 @@ class Strategy:
             self.model = Pipeline(model, self.mesh.pp)
             self.model.autocast = self.autocast
         elif compile:
-            loss_alone = torch.compile(lambda x, y: model(x, y)[1])
-            self.forward = torch.compile(model) if logits else lambda x, y: (None, loss_alone(x, y))
+            compiled = torch.compile(model if logits else lambda x, y: model(x, y)[1])
+            self.forward = compiled if logits else lambda x, y: (None, compiled(x, y))
         self.wrapper = FSDP(model, dtype, self.mesh.dp) if self.name == "fsdp" else DDP(model, group=self.mesh.dp)
 
     def optimizer(self, cls, params, **kwargs):

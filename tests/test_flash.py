@@ -28,10 +28,12 @@ def inputs(Tq, Tk, D, group, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_and_its_gradients_equal_float64(flash, case):
-    """The case of 130 tokens also in half precision."""
+def test_attention_and_its_gradients_equal_float64(flash, case, monkeypatch):
+    """Tiles by descriptor, as Hopper has them, and by address; the case of 130 tokens also in half precision."""
     *shape, is_causal = case
-    for name, dtype in itertools.product(BOTH, [torch.float32, *[torch.float16, torch.bfloat16] * (case == HALF)]):
+    dtypes = [torch.float32, *[torch.float16, torch.bfloat16] * (case == HALF)]
+    for (name, engine), dtype in itertools.product([*itertools.product(BOTH, [False]), (BOTH[0], True)], dtypes):
+        monkeypatch.setattr(flash, "copy_engine", lambda x: engine)
         assert_like_float64(lambda q, k, v: getattr(flash, name).apply(q, k, v, is_causal),
                             lambda q, k, v: sdpa(q, k, v, is_causal, None), *inputs(*shape, dtype))
 

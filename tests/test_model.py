@@ -299,6 +299,7 @@ def test_configs_survive_a_round_trip_and_derive_again_what_was_not_given():
         stored = dataclasses.asdict(config)
         assert ModelConfig(**stored) == config
         assert {type(value) for value in stored.values()} <= {int, float, str, bool, type(None)}
+        assert {type(value) for value in vars(config.plain()).values()} <= {int, float, str, bool, type(None)}
     change, given = dataclasses.replace, dict(head_dim=32, d_ff=1344, n_kv_heads=16)
     wider = change(ModelConfig(), d_model=1024)
     assert wider == ModelConfig(d_model=1024) and (wider.d_ff, change(wider, n_layers=2).head_dim) == (2752, 64)

@@ -15,7 +15,7 @@ def copies(n=2, dtype=torch.float32):
 
 
 def test_adamw_follows_torch_for_1000_steps():
-    """And the loop of eight lines follows both: the same sums in another order, in float64."""
+    """The loop of eight lines follows both: the same sums in another order, in float64."""
     ours, theirs, loop = copies(3, torch.float64)
     a, b = optim.AdamW(ours, lr=1e-3, weight_decay=0.01), torch.optim.AdamW(theirs, lr=1e-3, weight_decay=0.01)
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in loop]
@@ -33,6 +33,19 @@ def test_adamw_follows_torch_for_1000_steps():
             b.load_state_dict(state)
     torch.testing.assert_close(ours, loop, atol=1e-12, rtol=0)
     torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)           # decay after the step: lr² · decay a step
+
+
+def test_adamw_of_numbers_that_lie_in_other_orders():
+    """Gradients and moments of a transposed matrix; the fused kernel alone would mix them up."""
+    for start in (torch.randn(3, 4), torch.randn(4, 3).T):
+        p, plain = start.clone().requires_grad_(), start.contiguous().clone().requires_grad_()
+        optimizer, moments = optim.AdamW([p], weight_decay=0.01), [(torch.zeros(3, 4), torch.zeros(3, 4))]
+        for step in range(1, 4):
+            p.grad = plain.grad = torch.randn(4, 3).T
+            optimizer.step()
+            optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].T.contiguous().T
+            optim.adamw_step([plain], moments, step)
+        torch.testing.assert_close(p, plain)
 
 
 def test_adamw_first_step_by_hand():

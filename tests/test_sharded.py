@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from common import ragged
+from common import ragged, toy
 import model as model_module
 import parallel
 import sharded
@@ -208,6 +208,20 @@ def test_a_stage_works_in_the_order_of_its_schedule():
     for arguments, words in ((("1f1b", 3, 4, 3), "f0 b0 f1 b1 f2 b2"), (("gpipe", 3, 4, 2), "f0 f1 b0 b1"),
                              (("1f1b", 0, 4, 8), "f0 f1 f2 f3 b0 f4 b1 f5 b2 f6 b3 f7 b4 b5 b6 b7")):
         assert " ".join(f"{kind[0]}{i}" for kind, i in sharded.order_of_work(*arguments)) == words
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_a_compiled_model_trains_as_the_plain_one_with_and_without_its_logits(monkeypatch, logits):
+    compiler, graphs, gradients = torch.compile, [], []
+    monkeypatch.setattr(torch, "compile", lambda fn: graphs.append(fn) or compiler(fn, backend="aot_eager"))
+    for compiled in (False, True):
+        model, strategy = toy("gpt2"), sharded.Strategy("ddp")
+        strategy.divide(model, compile=compiled, logits=logits)
+        ids = torch.arange(16).view(2, 8)
+        loss = strategy.forward_backward(ids, ids, 1, lambda logits, loss, inputs: loss)
+        gradients.append([loss, *(p.grad for p in model.parameters())])
+    assert len(graphs) == 1
+    torch.testing.assert_close(*gradients)
 
 
 def test_one_process_needs_no_group():
