@@ -45,9 +45,9 @@ def token_cross_entropy(logits, targets):
 def simple_cross_entropy(logits, targets):
     """logsumexp(logits) - logits[target]: a probability is never formed, so its logarithm never overflows."""
     logits, targets = wide(logits), targets.unsqueeze(-1)
-    if torch.compiler.is_compiling():            # fused with the sum; the gradient of gather is a scatter into zeros
-        at_target = torch.arange(logits.shape[-1], device=logits.device) == targets
-        return logits.logsumexp(dim=-1) - torch.where(at_target, logits, 0.0).sum(dim=-1)
+    if torch.compiler.is_compiling():            # one more sum for the same pass; gather's gradient scatters into zeros
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        return logits.logsumexp(dim=-1) - torch.where(ids == targets, logits, 0.0).sum(dim=-1)
     return logits.logsumexp(dim=-1) - logits.gather(-1, targets).squeeze(-1)
 
 
@@ -81,8 +81,8 @@ class Linear(nn.Module):
     def forward(self, x):                                          # (..., d_in) -> (..., d_out)
         if self.bias is None:
             return x @ self.weight.T
-        y = torch.addmm(self.bias, x.flatten(0, -2), self.weight.T)           # bias + product, in one operation
-        return y.view(*x.shape[:-1], -1)
+        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight.T)          # product and sum in one
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class Embedding(nn.Module):
