@@ -91,7 +91,7 @@ def test_every_command_in_the_texts_and_of_the_gpus_stages_can_be_read(monkeypat
     for page in PAGES:
         monkeypatch.setattr(importlib.import_module(page), "command_line", stop, raising=False)
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(bench_gpu, "library", lambda n: "data/library")
+    monkeypatch.setattr(bench_gpu, "corpus", lambda n: "data/library")
     jobs = [job for device in ("cpu", "cuda") for stage in bench_gpu.stages(device, ROOT / "out").values()
             for job in stage.values()]
     shown, wrong = commands(TEXTS | {"python bench.py gpu": "\n".join(["```", *jobs, "```"])}), []

@@ -104,7 +104,7 @@ WRONG = [  # exercise, what stands in ours, what somebody might write
     ("attention", "weights.masked_fill(~mask, 0.0)", "weights"),
     ("multihead", "turn(k, cos, sin, c.rope_interleaved)", "k"),
     ("multihead", "plan.masks[self.window], plan.fresh", "None, plan.fresh"),
-    ("cross_entropy", "logits = wide(logits)", "pass"),
+    ("cross_entropy", "wide(logits), targets", "logits, targets"),
     ("adam_loop", "1 - betas[1] ** t", "1 - betas[1]"),
     ("clipping", "(norm + eps)", "norm"),
     ("cosine", "(step - warmup_steps) /", "step /"),
