@@ -98,19 +98,19 @@ def in_order(x, p):
 
 
 class AdamW(_Optimizer):
-    """`adamw_step` in one pass over the numbers, torch's fused kernel. Its state_dict is torch's: it moves between torch's AdamW and this one."""
+    """`adamw_step` in one pass over the numbers, torch's fused kernel. Its state_dict is torch's and moves to and fro."""
 
     def __init__(self, params, lr=1e-3, betas: tuple = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01):
         super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
 
     def update(self, group, params, grads, states):
-        lists = []
-        for p, g, state in zip(params, grads, states):
-            state["step"] = state.get("step", torch.tensor(0.0)).to(p.device) + 1      # an idle expert's lags behind
+        for p, state in zip(params, states):
+            state["step"] = state.get("step", torch.tensor(0.0)).to(p.device)          # an idle expert's lags behind
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = in_order(state[name], p) if name in state else torch.zeros_like(p)
-            lists.append((p, in_order(g, p), state["exp_avg"], state["exp_avg_sq"], state["step"]))
-        params, grads, m, v, steps = map(list, zip(*lists))
+        m, v, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        torch._foreach_add_(steps, 1)
+        grads = [in_order(g, p) for p, g in zip(params, grads)]
         torch._fused_adamw_(params, grads, m, v, [], steps, lr=float(group["lr"]), beta1=group["betas"][0],
                             beta2=group["betas"][1], weight_decay=0.0, eps=group["eps"], amsgrad=False, maximize=False)
 
