@@ -46,7 +46,7 @@ from optim import AdamW
 # --- one GPU ---
 
 RUNS = Path("out/bench_gpu")
-LIMITS = {"correct": 100, "kernels": 110, "training": 350, "decoding": 240, "distributed": 30, "loss": 130}     # seconds
+LIMITS = {"correct": 100, "kernels": 110, "training": 350, "decoding": 240, "distributed": 30, "loss": 130}    # seconds
 GPT2 = "--norm=layer --position=learned --ffn=gelu --bias=true --tie_embeddings=true"
 # What a GPU measures, and what shows on a CPU that the command works.
 GPU = dict(shape=f"--d_model=768 --n_layers=12 --n_heads=12 --context_length=1024 --batch_tokens=8192 {GPT2}",

@@ -157,8 +157,8 @@ def addresses(x, head, start, T, ROWS: constexpr, D: constexpr, D_PAD: constexpr
 
 @jit
 def load_tile(x, head, start, T, ROWS: constexpr, D: constexpr, D_PAD: constexpr, ENGINE: constexpr):
-    """Those rows as a (ROWS, D_PAD) tile, zeros outside x. ENGINE: x is a descriptor, and Hopper's copy engine (TMA)
-    works out the addresses and edges; else the threads do."""
+    """Those rows as a tile, zeros outside x. ENGINE: x is a descriptor, and Hopper's copy engine (TMA) works out the
+    addresses and edges; else the threads do."""
     if ENGINE:
         tile = x.load([head, start, 0]).reshape(ROWS, D_PAD)
     else:
