@@ -311,6 +311,15 @@ def test_grpo_raises_a_reward_that_can_be_had(little_base, tmp_path, monkeypatch
     assert {"dead_groups", "distinct", "eos_rate", "length", "entropy", "clip_fraction", "norm"} <= set(log[0])
 
 
+def test_figures_of_a_rollout_are_means_over_all_its_batches_that_teach_something(monkeypatch):
+    steps = iter([{"norm": float(c < 1), "clip_fraction": c % 1} for c in (0.0, 0.2, 0.4, 0.6, 1.0, 1.0)])
+    monkeypatch.setattr(align, "policy_step", lambda *arguments, **settings: (None, next(steps)))
+    batch = {name: torch.zeros(6, 4, dtype=torch.long) for name in ("input_ids", "labels", "response_mask")}
+    config = align.GRPOConfig(reweight="none", epochs=2, batch_size=2)
+    info = align.learn(None, [], batch, torch.zeros(6), config, torch.Generator().manual_seed(0))
+    assert info == {"norm": 1.0, "clip_fraction": pytest.approx(0.3)} and next(steps, None) is None
+
+
 @pytest.mark.parametrize("verb", CONFIGS)
 def test_a_base_of_nan_is_named_and_an_older_run_stays_whole(verb, little_base, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(align.REWARDS, "boxed", vowel)
