@@ -8,7 +8,6 @@
     Muon       P -= lr · U Vᵀ                      a matrix as a matrix: the gradient U S Vᵀ with all of S set to 1
 
 `python optim.py` lets five of them compete and draws the losses and a gradient's singular values before and after Muon.
-Muon hands lists of tensors to torch._foreach_*, one call for all. Decoupled weight decay follows each step.
 """
 import math
 import sys
@@ -110,9 +109,11 @@ class AdamW(_Optimizer):
                 state[name] = in_order(state[name], p) if name in state else torch.zeros_like(p)
         m, v, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
         torch._foreach_add_(steps, 1)
-        grads = [in_order(g, p) for p, g in zip(params, grads)]
-        torch._fused_adamw_(params, grads, m, v, [], steps, lr=float(group["lr"]), beta1=group["betas"][0],
-                            beta2=group["betas"][1], weight_decay=0.0, eps=group["eps"], amsgrad=False, maximize=False)
+        if any(x.stride() != p.stride() for x, p in zip(m, params)):
+            raise ValueError("AdamW cannot step a parameter with gaps in memory, a slice of another: give it a clone")
+        torch._fused_adamw_(params, [in_order(g, p) for p, g in zip(params, grads)], m, v, [], steps, eps=group["eps"],
+                            lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=0.0,
+                            amsgrad=False, maximize=False)
 
 
 JORDAN = (3.4445, -4.7750, 2.0315)

@@ -46,6 +46,10 @@ def test_adamw_of_numbers_that_lie_in_other_orders():
             optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].T.contiguous().T
             optim.adamw_step([plain], moments, step)
         torch.testing.assert_close(p, plain)
+    gaps = torch.zeros(3, 4)[:, :2].requires_grad_()
+    gaps.grad = torch.ones(3, 2)
+    with pytest.raises(ValueError, match="clone"):
+        optim.AdamW([gaps]).step()
 
 
 def test_adamw_first_step_by_hand():
