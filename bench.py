@@ -141,7 +141,7 @@ SHAPES = PRESETS | {"llama-30m": LLAMA | dict(vocab_size=32_000, d_model=512, n_
 class DecodeConfig:
     """What `python bench.py decode` can be told."""
     batch: str = "16"                    # prompts at once, beside one alone; with commas between
-    graph: bool = False                  # also Decoder: on a GPU CUDA graphs of its compiled steps
+    graph: bool = False                  # also Decoder: on a GPU CUDA graphs of its steps; int8, int4 for one row only
     reference: bool = False              # also transformers' generate with the same weights
     device: str | None = None            # cpu, cuda, mps; none = the best there is
     dtype: str = "float32"               # float32, bfloat16, float16

@@ -59,7 +59,7 @@ def on(device: str) -> str:
     return f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
 
 
-def step_ms(parts: dict, device, region=contextlib.nullcontext) -> list[float]:
+def step_ms(parts: dict, device="cpu", region=contextlib.nullcontext) -> list[float]:
     """ms of each phase of one step."""
     times = []
     for phase, run in parts.items():
@@ -236,7 +236,8 @@ class ProfileConfig(train.TrainConfig):
 def profile(argv: list[str]) -> None:
     """One training step by phase, not compiled also by region with its ten largest kernels and OUT_DIR/trace.json.
 
-    The step is one micro-batch of random tokens. Regions are modules, and a compiled model has none. Under a CUDA
+    The step is one micro-batch of random tokens. A phase ends when the device has done it; on CUDA tokens/s are of
+    whole steps, in which the host may run ahead. Regions are modules, and a compiled model has none. Under a CUDA
     profiler the regions are NVTX ranges, and only a step after the warm-up is captured: nsys profile
     --capture-range=cudaProfilerApi --trace=cuda,nvtx python bench.py profile config_x.py --compile=false
     """
@@ -252,15 +253,18 @@ def profile(argv: list[str]) -> None:
     if config.reference:
         made["transformers"] = made_step(config, device, DTYPES[name], True)
     turns = {who: functools.partial(step_ms, one[2], device, region) for who, one in made.items()}
+    whole = {who: functools.partial(seconds_of, functools.partial(step_ms, one[2]), device, 10)
+             for who, one in made.items() if device.startswith("cuda")}
+    rates = {}
     for who, (first, *times) in alternate(turns, 14).items():
         columns = list(zip(*times[3:]))                    # the first ones warm up
         print(f"{who:14}{'mean ms':>9}{'std ms':>8}   over 10 steps after 4; the first one {sum(first):,.0f} ms")
         for phase, column in zip(made[who][2], columns):
             print(f"{phase:14}{statistics.mean(column):9.2f}{statistics.stdev(column):8.2f}")
-        seconds, peak, (*_, tokens, flops) = sum(map(statistics.mean, columns)) / 1e3, peak_flops(device, name), made[who]
-        if device.startswith("cuda"):                      # the host may run ahead now, as in training
-            seconds = seconds_of(functools.partial(step_ms, made[who][2], "cpu"), device, 20)
-        print(f"{tokens / seconds:,.0f} tokens/s" + (f", MFU {flops / seconds / peak:.1%}" if peak else ""))
+        rates[who] = [sum(map(statistics.mean, columns)) / 1e3]
+    for who, seconds in (rates | alternate(whole, 2)).items():
+        seconds, peak, (*_, tokens, flops) = statistics.mean(seconds), peak_flops(device, name), made[who]
+        print(f"{who}: {tokens / seconds:,.0f} tokens/s" + (f", MFU {flops / seconds / peak:.1%}" if peak else ""))
     model, _, parts, *_ = made["ours"]
     if config.reference or config.compile:
         return

@@ -97,7 +97,7 @@ def in_order(x, p):
 
 
 class AdamW(_Optimizer):
-    """`adamw_step` in one pass over the numbers, torch's fused kernel. Its state_dict is torch's and moves to and fro."""
+    """`adamw_step` in one pass over the numbers, by torch's fused kernel. Its state_dict is torch's: both read both."""
 
     def __init__(self, params, lr=1e-3, betas: tuple = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01):
         super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
@@ -111,9 +111,10 @@ class AdamW(_Optimizer):
         torch._foreach_add_(steps, 1)
         if any(x.stride() != p.stride() for x, p in zip(m, params)):
             raise ValueError("AdamW cannot step a parameter with gaps in memory, a slice of another: give it a clone")
-        torch._fused_adamw_(params, [in_order(g, p) for p, g in zip(params, grads)], m, v, [], steps, eps=group["eps"],
-                            lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=0.0,
-                            amsgrad=False, maximize=False)
+        lists = [params, [in_order(g, p) for p, g in zip(params, grads)], m, v, steps]
+        for (params, grads, m, v, steps), _ in self._group_tensors_by_device_and_dtype(lists).values():    # torch's own
+            torch._fused_adamw_(params, grads, m, v, [], steps, eps=group["eps"], lr=float(group["lr"]), amsgrad=False,
+                                beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=0.0, maximize=False)
 
 
 JORDAN = (3.4445, -4.7750, 2.0315)

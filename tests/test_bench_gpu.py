@@ -57,8 +57,8 @@ def test_the_pictures_show_the_tables(tmp_path, monkeypatch):
             print("a card; roofs: copy 3,000 GB/s, product in bfloat16 600.0 TFLOP/s")
             for name, work, scale in rows:
                 bench_kernels.row(name, None, [], work, 1e12, scale)
-    (tmp_path / "training.plain.txt").write_text("forward  20.00  0.10\nbackward  41.00  0.20\nclip  1.00  0.1\noptimizer"
-                                                 "  2.00  0.1\nforward  30.00  0.10\n", encoding="utf-8")
+    (tmp_path / "training.plain.txt").write_text("forward  20.00  0.10\nbackward  41.00  0.20\nclip  1.00  0.1\n"
+                                                 "optimizer  2.00  0.1\nforward  30.00  0.10\n", encoding="utf-8")
     bench_gpu.pictures(tmp_path)
     lines = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figures[0].axes]
     roof = lines[0].pop("measured roof")

@@ -46,6 +46,12 @@ def test_adamw_of_numbers_that_lie_in_other_orders():
             optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].T.contiguous().T
             optim.adamw_step([plain], moments, step)
         torch.testing.assert_close(p, plain)
+    mixed = [torch.zeros(3, dtype=dtype).requires_grad_() for dtype in (torch.bfloat16, torch.float64)]
+    for p in mixed:
+        p.grad = torch.ones_like(p)
+    optim.AdamW(mixed, lr=0.5).step()                # a first step is as long as the rate
+    assert [p.dtype for p in mixed] == [torch.bfloat16, torch.float64]
+    assert all(torch.allclose(p.double(), torch.full((3,), -0.5).double(), atol=1e-2) for p in mixed)
     gaps = torch.zeros(3, 4)[:, :2].requires_grad_()
     gaps.grad = torch.ones(3, 2)
     with pytest.raises(ValueError, match="clone"):
