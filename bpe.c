@@ -4,6 +4,7 @@
 // there is no compiler; tests hold all of them equal. Texts are valid UTF-8, which the callers have checked.
 
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -104,15 +105,21 @@ typedef struct {
     int32_t *slots;                                      // 2 · room of them: a word's number + 1, or 0
 } Words;
 
+// `memory`, if there was any: a trainer of gigabytes says what ended it.
+static void *got(void *memory) {
+    if (!memory) fputs("bpe.c: out of memory\n", stderr), exit(1);
+    return memory;
+}
+
 void add_word(Words *w, const uint8_t *s, int32_t length, int64_t count) {
     uint64_t hash = 0;
     for (int i = 0; i < length; i++) hash = (hash ^ s[i]) * 0x9e3779b97f4a7c15u;
     hash ^= hash >> 32;
     if (w->n == w->room) {
         w->room = w->room ? 2 * w->room : 1 << 14;
-        w->words = realloc(w->words, w->room * sizeof(Word));
+        w->words = got(realloc(w->words, w->room * sizeof(Word)));
         free(w->slots);
-        w->slots = calloc(2 * w->room, sizeof(int32_t));
+        w->slots = got(calloc(2 * w->room, sizeof(int32_t)));
         for (int64_t i = 0, at; i < w->n; i++) {
             for (at = w->words[i].hash & (2 * w->room - 1); w->slots[at]; at = (at + 1) & (2 * w->room - 1)) {}
             w->slots[at] = i + 1;
@@ -128,7 +135,7 @@ void add_word(Words *w, const uint8_t *s, int32_t length, int64_t count) {
     }
     while (w->n_bytes + length > w->room_bytes) {
         w->room_bytes = w->room_bytes ? 2 * w->room_bytes : 1 << 17;
-        w->bytes = realloc(w->bytes, w->room_bytes);
+        w->bytes = got(realloc(w->bytes, w->room_bytes));
     }
     memcpy(w->bytes + w->n_bytes, s, length);
     w->words[w->n++] = (Word){hash, count, w->n_bytes, length};
@@ -188,7 +195,10 @@ static int before(const Trainer *t, const Pair *x, const Pair *y) {   // more fr
 }
 
 static void push(Trainer *t, Pair pair) {
-    if (t->n_heap == t->room) t->heap = realloc(t->heap, (t->room = t->room ? 2 * t->room : 1 << 16) * sizeof(Pair));
+    if (t->n_heap == t->room) {
+        t->room = t->room ? 2 * t->room : 1 << 16;
+        t->heap = got(realloc(t->heap, t->room * sizeof(Pair)));
+    }
     int64_t i = t->n_heap++;
     for (; i && before(t, &pair, &t->heap[(i - 1) / 2]); i = (i - 1) / 2) t->heap[i] = t->heap[(i - 1) / 2];
     t->heap[i] = pair;
@@ -210,7 +220,7 @@ static Pair pop(Trainer *t) {
 // Push the pairs that token c makes with its neighbours at these places, or with its right ones alone. groups: a number
 // for each token and side, all 0.
 static void add_pairs(Trainer *t, int c, const int32_t *places, int n, int only_right, int32_t *groups) {
-    Pair *pairs = malloc((2 * (int64_t)n + 1) * sizeof(Pair));
+    Pair *pairs = got(malloc((2 * (int64_t)n + 1) * sizeof(Pair)));
     int n_pairs = 0;
     for (int round = 0; round < 2; round++) {            // count the places of each pair, then list them
         for (int i = 0; i < n; i++)
@@ -244,9 +254,9 @@ static void add_pairs(Trainer *t, int c, const int32_t *places, int n, int only_
 int64_t learn(const Words *w, int64_t n_merges, int32_t *merges, int64_t *how_often) {
     int64_t n = w->n + w->n_bytes + 1, made = 0, at = 1;
     // A merge lists two places and ends a token, so there are at most 3 n places.
-    Trainer t = {malloc(n * 4), malloc(n * 4), malloc(3 * n * 4), w->words,
-                 malloc((256 + n_merges) * sizeof *t.bytes), malloc((256 + n_merges) * 4), NULL, 0, 0, 0};
-    int32_t *groups = calloc(2 * (256 + n_merges), 4), *first = malloc(n * 4);
+    Trainer t = {got(malloc(n * 4)), got(malloc(n * 4)), got(malloc(3 * n * 4)), w->words,
+                 got(malloc((256 + n_merges) * sizeof *t.bytes)), got(malloc((256 + n_merges) * 4)), NULL, 0, 0, 0};
+    int32_t *groups = got(calloc(2 * (256 + n_merges), 4)), *first = got(malloc(n * 4));
     static uint8_t single[256];
     for (int i = 0; i < 256; i++) single[i] = i, t.bytes[i] = single + i, t.lengths[i] = 1;
     t.symbols[0] = -1;
@@ -339,7 +349,7 @@ static void set_leaf(int32_t *tree, int64_t i, int32_t rank) {
 static int64_t merge_long(const Merges *m, int32_t *ids, int64_t n) {
     int64_t size = 1, kept = 0;
     while (size < n) size *= 2;
-    int32_t *tree = malloc(2 * size * 4), *before = malloc(n * 4), *after = malloc(n * 4);
+    int32_t *tree = got(malloc(2 * size * 4)), *before = got(malloc(n * 4)), *after = got(malloc(n * 4));
     for (int64_t i = 0; i < size; i++) tree[size + i] = i + 1 < n ? rank_of(m, ids[i], ids[i + 1]) : NEVER;
     for (int64_t i = size - 1; i; i--) tree[i] = tree[2 * i] < tree[2 * i + 1] ? tree[2 * i] : tree[2 * i + 1];
     for (int64_t i = 0; i < n; i++) before[i] = i - 1, after[i] = i + 1;

@@ -4,7 +4,8 @@ Why: NumPy and torch are fast where one operation takes many numbers. Where the 
 small operator for every layer, plain C of the same length is many times as fast, and reads like the formula.
 
 The compiler is the system's `cc`; it takes a second, once, and the result stays in ~/.cache/native, named by what went
-into it. Without one, or with NATIVE=0 in the environment (for one page BPE=0, FUSED=0, ONETOKEN=0), Python runs.
+into it. Without one, which a line says, or with NATIVE=0 in the environment (for one page BPE=0, FUSED=0, ONETOKEN=0),
+Python runs.
 """
 import ctypes
 import hashlib
@@ -12,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,8 +24,11 @@ def load(page: str, flags=(), openmp: bool = False):
     openmp: its loops are divided among torch's own pool of threads, in the widest vectors there are.
     """
     source, compiler = Path(__file__).with_name(f"{page}.c"), shutil.which("cc") or shutil.which("gcc")
-    off = "0" in (os.environ.get("NATIVE"), os.environ.get(page.upper()))
-    if compiler is None or off or os.name != "posix":
+    if "0" in (os.environ.get("NATIVE"), os.environ.get(page.upper())) or os.name != "posix":
+        return None
+    if compiler is None:
+        print(f"no C compiler (cc) here: what {page}.c does runs in Python, several times slower; install one, for "
+              "example gcc or clang, or set NATIVE=0 to read this no more", file=sys.stderr)
         return None
     flags = ["-O3", "-march=native", "-shared", "-fPIC", *flags]
     try:

@@ -3,6 +3,7 @@
 `python test_all.py bpe model` runs two pages' tests, and other arguments go to pytest: `python test_all.py -k resume`.
 CPU only, offline, no timing assertions.
 """
+import itertools
 import os
 import subprocess
 import sys
@@ -31,8 +32,9 @@ def run_halves(files: list) -> int:
 
 if __name__ == "__main__":
     tests = Path(__file__).resolve().parent / "tests"
-    pages = [word for word in sys.argv[1:] if (tests / f"test_{word.removesuffix('.py')}.py").is_file()]
-    others = [word for word in sys.argv[1:] if word not in pages]
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))    # after -k is no page
+    pages = [word for word in words if (tests / f"test_{word.removesuffix('.py')}.py").is_file()]
+    others = [word for word in words if word not in pages] + sys.argv[1 + len(words):]
     if not pages and not others and (os.cpu_count() or 1) > 1:
         sys.exit(run_halves(list(tests.glob("test_*.py"))))
     import pytest

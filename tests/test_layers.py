@@ -13,6 +13,7 @@ import fused
 import layers
 import machine
 from model import ModelConfig
+import native
 
 # One rounding of the result, and for bfloat16 (8 bits) of the intermediates that the simple version has too.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -225,3 +226,11 @@ def test_router_scores_are_float32():
     scores = layer.router(x.view(-1, 48)).double().softmax(dim=-1)
     exact = layers.balance_loss(scores, layer.tokens_per_expert.double())
     assert losses[0].item() == pytest.approx(exact.item(), abs=1e-6)
+
+
+def test_a_missing_compiler_is_said(monkeypatch, capsys):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("NATIVE", raising=False)
+    assert native.load("fused") is None and "no C compiler" in capsys.readouterr().err
+    monkeypatch.setenv("FUSED", "0")
+    assert native.load("fused") is None and not capsys.readouterr().err
