@@ -1,15 +1,14 @@
 """Run tests with other pages in place of ours, many times in a short time: `python tests/blanked.py < jobs`.
 
-jobs: lines of {"folder", "words"} in JSON: where the pages lie, and what pytest is called with. torch and Triton, which
-take seconds to import, are imported once here; each job is a fork of this process, in which the pages are imported
-anew. It leaves failures.json in its folder, {test: why it failed}; its exit status is printed. Not on Windows.
+jobs: lines of {"folder", "tests"} in JSON: where the pages lie, and FILE::TEST of tests/. torch and Triton, which take
+seconds to import, are imported once here; each job is a fork of this process, in which the pages are imported anew.
+What pytest says is left in said.txt in the folder; its exit status is printed. Not on Windows.
 """
 import gc
 import importlib.util
 import json
 import os
 import sys
-from pathlib import Path
 
 import numpy  # noqa: F401
 import pytest
@@ -19,18 +18,12 @@ import torch._dynamo  # noqa: F401  an optimizer's first step imports it
 if importlib.util.find_spec("triton"):
     import triton  # noqa: F401
 
-
-class Failures:
-    """A plugin that notes why each test failed."""
-
-    def __init__(self):
-        self.texts = {}
-
-    def pytest_exception_interact(self, node, report):
-        self.texts[node.nodeid] = str(report.longrepr)
+HERE = os.path.dirname(os.path.abspath(__file__))
+# Plain asserts, as rewriting a file of tests takes longer than running one of them; no collection of garbage after.
+OPTIONS = ["-q", "--maxfail=1", "--assert=plain", "-p", "no:unraisableexception", "-p", "no:cacheprovider"]
 
 
-def run(folder: str, words: list[str]) -> int:
+def run(folder: str, tests: list[str]) -> int:
     """The exit status of one job, in this process."""
     os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ["PYTHONPATH"]])      # for processes that tests start
     sys.path.insert(0, folder)
@@ -39,10 +32,7 @@ def run(folder: str, words: list[str]) -> int:
     os.dup2(silent, 1)
     os.dup2(silent, 2)
     torch.set_num_threads(1)
-    failures = Failures()
-    status = pytest.main(words, plugins=[failures])
-    Path(folder, "failures.json").write_text(json.dumps(failures.texts), encoding="utf-8")
-    return int(status)
+    return int(pytest.main([*OPTIONS, *(os.path.join(HERE, test) for test in tests)]))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def pytest_exception_interact(call) -> None:
     frames = [entry for entry in call.excinfo.traceback if Path(entry.path).parent in (TESTS, FOLDER)]
     in_tests, in_page = ([frame for frame in frames if Path(frame.path).parent == folder] for folder in (TESTS, FOLDER))
     for frame in (*in_tests[:1], *in_tests[1:][-1:], *in_page[-1:]):     # the test, its helper, the learner's line
-        folder = "practice/checked" if frame in in_page else "tests"
+        folder = f"practice/{FOLDER.name}" if frame in in_page else "tests"
         statement = " ".join(str(frame.statement).split())
         print(f"{folder}/{Path(frame.path).name}:{frame.lineno + 1} in {frame.name}: {statement[:160]}")
     # pytest's " + where tensor(…) = <built-in method …>": the shapes and first numbers below say more in less.
