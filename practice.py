@@ -1,21 +1,22 @@
 """The pages as exercises: write a function yourself, checked by the tests of this project.
 
     python practice.py                          the exercises in the course's order, and how far you are
-    python practice.py start rope               practice/rope/layers.py: layers.py without the body of rope
+    python practice.py start rope               practice/layers.py: layers.py without the bodies of rope
     python practice.py check rope               the tests of rope with your page in place of ours; a hint more each time
     python practice.py check rope --hint=true   two hints more
     python practice.py check all                all that you have begun
     python practice.py show rope                ours
-    python practice.py reset rope               begin again; what you wrote moves to practice/saved/
-    python practice.py predict [NAME]           experiments: say what comes out, then see what came out
+    python practice.py reset rope               begin again; your page is copied to practice/saved/ first
+    python practice.py predict [NAME]           experiments: say what comes out (--answer=a), see what came out
 
-    layers.py ──start──> practice/rope/layers.py ──you──> practice/rope/layers.py ──check──> passed, or
-    def rope(x, …):      def rope(x, …):                  def rope(x, …):                    what failed
-        '''x (..., T,        '''x (..., T,                    '''x (..., T,                  and a hint
-        cos, sin = …         raise NotImplementedError        c, s = …
+    layers.py ──start──> practice/layers.py ──you──> practice/layers.py ──check──> passed, or
+    def rope(x, …):      def rope(x, …):             def rope(x, …):               what failed
+        '''x (..., T,        '''x (..., T,               '''x (..., T,             and a hint
+        cos, sin = …         raise NotImplementedError   c, s = …
 
-Every exercise has a folder with a copy of its page, all else in it ours; no command changes what you wrote. `check`
-puts that folder before ours on Python's path: every page that imports layers gets yours. Exercises: exercises.toml.
+A second exercise of the same page takes its functions out of the copy that is there; what you wrote stays. `check` puts
+your page before ours on Python's path: every page that imports layers gets yours. Exercises: exercises.toml. To begin a
+page anew, or to stop, delete the file, or practice/.
 """
 import ast
 import json
@@ -23,6 +24,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import tomllib
@@ -32,18 +34,16 @@ from pathlib import Path
 from configurator import command_line, fail, nearest
 
 ROOT = Path(__file__).resolve().parent
-FOLDER = ROOT / "practice"                   # a folder for each exercise, and saved/
+FOLDER = ROOT / "practice"                   # the learner's pages, progress.json, saved/
+STUB = 'raise NotImplementedError("practice: '  # NAME"): what stands in a function that an exercise asks for
 SECONDS = 60                                 # tests that take longer are ended
 
 
 @dataclass
-class NoConfig:
-    """What all verbs but check can be told: nothing."""
-
-
-@dataclass
-class CheckConfig:
-    hint: bool = False                       # true = one hint more than usual when it fails
+class PracticeConfig:
+    overwrite: bool = False                  # of start: true = as reset does
+    hint: bool = False                       # of check: true = one hint more than usual when it fails
+    answer: str | None = None                # of predict: the letter of what you expect
 
 
 # --- the table, and functions of a page ---
@@ -54,42 +54,53 @@ def read_table() -> tuple[dict, dict]:
     return table, table.pop("predict")
 
 
-def functions_of(text: str, names: list[str]) -> list[ast.FunctionDef]:
-    """Functions of a page, top to bottom: "rope", "Linear.forward", or "Linear" for all methods of it."""
-    functions = {}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef):
-            functions[node.name] = node
-        elif isinstance(node, ast.ClassDef):
-            functions |= {f"{node.name}.{part.name}": part for part in node.body if isinstance(part, ast.FunctionDef)}
-    return [node for name, node in functions.items() if name in names or name.split(".")[0] in names]
+def read_page(path: Path, names=None) -> tuple[list[str], dict[str, ast.FunctionDef]]:
+    """(lines, functions from top to bottom) of a page: "rope", "Linear.forward", "Linear" for all its
+    methods; None: all. Raises SyntaxError where Python cannot read it."""
+    text, functions = path.read_text(encoding="utf-8"), {}
+    for node in ast.parse(text, path.name).body:
+        for part in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(part, ast.FunctionDef):
+                name = part.name if part is node else f"{node.name}.{part.name}"
+                functions.pop(name, None)                # of two by a name the lower counts, in Python too
+                functions[name] = part
+    chosen = [name for name in functions if names is None or name in names or name.split(".")[0] in names]
+    return text.split("\n"), {name: functions[name] for name in chosen}
 
 
-def page_to_fill(name: str, entry: dict) -> str:
-    """The page of an exercise with an error in place of the bodies that are asked for; signature and docstring stay."""
-    text = (ROOT / entry["page"]).read_text(encoding="utf-8")
-    lines = text.split("\n")
+def span(node: ast.AST) -> slice:
+    """Where a function stands among the lines of its page."""
+    return slice(node.lineno - 1, node.end_lineno)
+
+
+def take_out(page: Path, name: str, entry: dict, anew: bool = False) -> tuple[str, list[str]]:
+    """(the page with an error in place of the bodies that are asked for; signature and docstring stay, the functions
+    that are kept as they are not ours). anew: none is. Raises ValueError where one is gone."""
+    our_lines, ours = read_page(ROOT / entry["page"], entry["functions"])
     if entry.get("empty"):
-        return "\n".join(lines[:ast.parse(text).body[0].end_lineno]) + "\n"
-    for node in reversed(functions_of(text, entry["functions"])):        # from below: line numbers above stay true
-        first = node.body[0]
-        kept = first.end_lineno if ast.get_docstring(node) else first.lineno - 1
-        lines[kept:node.end_lineno] = [" " * first.col_offset + f'raise NotImplementedError("practice: {name}")']
-    return "\n".join(lines)
+        return "\n".join(our_lines[span(ast.parse("\n".join(our_lines)).body[0])]) + "\n", []
+    (lines, theirs), kept = read_page(page, ours), []
+    if len(theirs) < len(ours):
+        raise ValueError(f"{', '.join(ours.keys() - theirs.keys())} is gone: write its first line again")
+    for function in reversed(theirs):                    # from below: line numbers above stay true
+        node, part, first = ours[function], span(theirs[function]), ours[function].body[0]
+        if anew or lines[part] == our_lines[span(node)]:
+            end = first.end_lineno if ast.get_docstring(node) else first.lineno - 1
+            lines[part] = [*our_lines[node.lineno - 1:end], f'{" " * first.col_offset}{STUB}{name}")']
+        elif STUB not in "\n".join(lines[part]):
+            kept.append(function)
+    return "\n".join(lines), kept
 
 
 # --- verbs ---
 
-def read_progress(name: str, entry: dict) -> dict:
-    """{"hints": how many were shown, "state": "not begun", "begun" or, as the last check ended, "passed"}."""
-    if not (FOLDER / name / entry["page"]).exists():
-        return {"hints": 0, "state": "not begun"}
-    return json.loads((FOLDER / name / "progress.json").read_text(encoding="utf-8"))
-
-
-def write_progress(name: str, hints: int, state: str) -> None:
-    """Note how far an exercise is."""
-    (FOLDER / name / "progress.json").write_text(json.dumps({"hints": hints, "state": state}), encoding="utf-8")
+def read_progress(exercises: dict) -> dict:
+    """{name: {"hints": how many were shown, "state": "begun" or, as the last check ended, "passed"}} of what is
+    begun, which nothing is of a page that was deleted."""
+    path = FOLDER / "progress.json"
+    progress = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {name: progress[name] for name, entry in exercises.items()
+            if name in progress and (FOLDER / entry["page"]).exists()}
 
 
 def say(label: str, text: str) -> None:
@@ -100,30 +111,34 @@ def say(label: str, text: str) -> None:
 
 def show_list(exercises: dict) -> None:
     """A line an exercise; what to do next goes to standard error, so that every line is an exercise."""
-    states = {}
+    states = dict.fromkeys(exercises, "not begun")
+    states |= {name: done["state"] for name, done in read_progress(exercises).items()}
     for name, entry in exercises.items():
-        states[name] = read_progress(name, entry)["state"]
         print(f"{name:<20} {entry['page']:<16} {entry['problem']:<34} {entry['minutes']:>3} min   {states[name]}")
     following = next((name for name in states if states[name] != "passed"), "NAME")
     print(f"{list(states.values()).count('passed')} of {len(exercises)} passed. Next: python practice.py start "
           f"{following}; experiments: python practice.py predict", file=sys.stderr)
 
 
-def start(name: str, entry: dict, anew: bool) -> None:
-    """Write the page that a learner fills, unless it is there, and say what is asked. anew: what is there is moved."""
-    folder = FOLDER / name
-    if anew and folder.exists():
-        saved = FOLDER / "saved" / f"{name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-        saved.parent.mkdir(exist_ok=True)
-        folder.rename(saved)                             # an error, and nothing lost, where there is such a folder
-        print(f"what you had is now practice/saved/{saved.name}/{entry['page']}")
-    print(f"{name}: practice/{name}/{entry['page']}, about {entry['minutes']} minutes")
-    if (folder / entry["page"]).exists():
-        say("kept", f"the page as you left it; python practice.py reset {name} begins again and saves what is there")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_progress(name, 0, "begun")                 # first: a page has a progress.json beside it
-        (folder / entry["page"]).write_text(page_to_fill(name, entry), encoding="utf-8")
+def start(name: str, exercises: dict, anew: bool) -> None:
+    """Take an exercise out of the learner's page, unless it was begun before, and say what is asked. anew: always."""
+    entry, page, progress = exercises[name], FOLDER / exercises[name]["page"], read_progress(exercises)
+    kept = entry["functions"]
+    if anew or not (name in progress or (entry.get("empty") and page.exists())):
+        text, kept = take_out(page if page.exists() else ROOT / entry["page"], name, entry, anew)
+        (FOLDER / "saved").mkdir(parents=True, exist_ok=True)
+        if anew and page.exists():
+            saved = FOLDER / "saved" / f"{page.stem}_{time.strftime('%Y-%m-%d_%H-%M-%S')}.py"
+            with open(saved, "xb") as file:              # x: an error, and nothing lost, where there is such a file
+                file.write(page.read_bytes())
+            print(f"what you had is saved as practice/saved/{saved.name}")
+        page.write_text(text, encoding="utf-8")
+    if anew or name not in progress:
+        progress[name] = {"hints": 0, "state": "begun"}
+        (FOLDER / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+    print(f"{name}: practice/{entry['page']}, about {entry['minutes']} minutes")
+    if kept:
+        say("kept", f"{', '.join(kept)} as in your page; python practice.py reset {name} begins again and saves it")
     say("write", ", ".join(entry["functions"]))
     say("read", entry["read"])
     say("do", entry["task"])
@@ -132,13 +147,15 @@ def start(name: str, entry: dict, anew: bool) -> None:
 
 def show(entry: dict) -> None:
     """The functions as they stand in our page."""
-    text = (ROOT / entry["page"]).read_text(encoding="utf-8")
-    for node in functions_of(text, entry["functions"]):
-        print("\n".join(text.split("\n")[node.lineno - 1:node.end_lineno]) + "\n")
+    lines, functions = read_page(ROOT / entry["page"], entry["functions"])
+    for node in functions.values():
+        print("\n".join(lines[span(node)]) + "\n")
 
 
-def show_outcome(entry: dict) -> None:
-    """What came out of an experiment, why, and the figures that results/ has of it."""
+def show_outcome(entry: dict, answer: str | None) -> None:
+    """What came out of an experiment, why, and the figures that results/ has of it. answer: what a learner expects."""
+    if answer is not None:
+        print("yes" if answer == entry["right"] else "no")
     say(entry["right"], f"{entry['outcomes'][entry['right']]}. {entry['why']}")
     print(f"{entry['file']}, by {entry['command']}:")
     for line in (ROOT / entry["file"]).read_text(encoding="utf-8").splitlines():
@@ -159,11 +176,11 @@ def environment(folder: Path) -> dict:
 
 def run_limited(words: list[str], folder: Path) -> tuple[int | None, list[str]]:
     """(exit status, or None where it was ended; the lines it printed) of Python with the pages of this folder."""
-    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=FOLDER,
+    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder,
                                env=environment(folder), encoding="utf-8", errors="replace", start_new_session=True)
     try:
         said, _ = process.communicate(timeout=SECONDS)
-        return process.returncode, said.strip().splitlines()
+        return process.returncode, said.replace(str(folder), "practice").strip().splitlines()
     except subprocess.TimeoutExpired:
         return None, [f"ended after {SECONDS} s: it does not come to an end, or is far too slow"]
     finally:
@@ -174,47 +191,73 @@ def run_limited(words: list[str], folder: Path) -> tuple[int | None, list[str]]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def check(name: str, entry: dict, n_hints: int) -> bool:
+def write_checked(name: str, page: str, folder: Path) -> None:
+    """The learner's page in a folder, with ours of what other exercises have taken out and nobody has written yet."""
+    # Ours is longer than what it replaces, and moves the lines below: lines.json has the number of each line in the
+    # learner's page, 0 for a line of ours, and tests/explain.py prints that.
+    (our_lines, ours), (lines, theirs) = read_page(ROOT / page), read_page(FOLDER / page)
+    numbers = [*range(1, len(lines) + 1)]
+    for function in reversed(theirs):                    # from below
+        part = span(theirs[function])
+        source = "\n".join(lines[part])
+        if STUB in source and f'{STUB}{name}"' not in source and function in ours:
+            lines[part] = our_lines[span(ours[function])]
+            numbers[part] = [0] * len(our_lines[span(ours[function])])
+    (folder / page).write_text("\n".join(lines), encoding="utf-8")
+    (folder / "lines.json").write_text(json.dumps(numbers), encoding="utf-8")
+
+
+def check(name: str, exercises: dict, n_hints: int) -> bool:
     """Run an exercise's tests, say what came of it, and show n_hints hints more; returns whether they hold."""
-    progress = read_progress(name, entry)
-    if progress["state"] == "not begun":
+    entry, done = exercises[name], read_progress(exercises).get(name)
+    if done is None:
         print(f"{name} is not begun: python practice.py start {name}")
         return False
     # All that is printed comes from tests/explain.py; its exit status is not 0 either when every test was skipped.
     words = ["-m", "pytest", "--maxfail=1", "--rootdir", str(ROOT), "-p", "explain", "-p", "no:terminal",
              "-p", "no:cacheprovider", *(str(ROOT / "tests" / test) for test in entry["tests"])]
-    status, said = run_limited(words, FOLDER / name)
-    passed, failed = status == 0, status in (1, None)    # neither: the page cannot be imported, and no hint helps
-    print("\n  ".join([f"{name}: passed"] if passed else [f"{name}: not yet", *said[-20 if failed else -4:]]))
-    if failed and n_hints:
-        progress["hints"] = min(progress["hints"] + n_hints, len(entry["hints"]))
-        for number, text in enumerate(entry["hints"][:progress["hints"]], 1):
-            say(f"hint {number}", text)
-        if progress["hints"] == len(entry["hints"]):
-            print(f"no more hints; ours: python practice.py show {name}")
-    write_progress(name, progress["hints"], "passed" if passed else "begun")
-    if passed and n_hints and "speed" in entry:
-        for whose, folder in (("yours", FOLDER / name), ("ours", ROOT)):
-            _, said = run_limited(["-m", "timeit", "-u", "msec", "-s", entry["setup"], entry["speed"]], folder)
-            say(whose, f"{entry['speed']}: {said[-1]}")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            write_checked(name, entry["page"], Path(folder))
+            status, said = run_limited(words, folder)
+        except (SyntaxError, ValueError) as error:
+            status, said = 2, [f"practice/{entry['page']} cannot be read: {error}"]
+        passed, failed = status == 0, status in (1, None)    # neither: it cannot be imported, and no hint helps
+        print("\n  ".join([f"{name}: passed"] if passed else [f"{name}: not yet", *said[-20 if failed else -4:]]))
+        if failed and n_hints:
+            done["hints"] = min(done["hints"] + n_hints, len(entry["hints"]))
+            for number, text in enumerate(entry["hints"][:done["hints"]], 1):
+                say(f"hint {number}", text)
+            if done["hints"] == len(entry["hints"]):
+                print(f"no more hints; ours: python practice.py show {name}")
+        if passed and n_hints and "speed" in entry:
+            for whose, place in (("yours", folder), ("ours", ROOT)):
+                _, said = run_limited(["-m", "timeit", "-u", "msec", "-s", entry["setup"], entry["speed"]], place)
+                say(whose, f"{entry['speed']}: {said[-1]}")
+    progress = read_progress(exercises) | {name: done | {"state": "passed" if passed else "begun"}}
+    (FOLDER / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
     return passed
 
 
 # --- the command ---
 
 USAGE = "usage: python practice.py [start NAME | check NAME | check all | show NAME | reset NAME | predict [NAME]]"
-VERBS = {"start": NoConfig, "check": CheckConfig, "show": NoConfig, "reset": NoConfig, "predict": NoConfig}
+SETTINGS = {"start": "overwrite", "check": "hint", "show": None, "reset": None, "predict": "answer"}
 
 
 def main(argv: list[str]) -> int:
     """Run a command; the exit status."""
-    verb, words, config, _ = command_line(VERBS if argv else {None: NoConfig}, argv, USAGE)
+    verbs = dict.fromkeys(SETTINGS if argv else [None], PracticeConfig)
+    verb, words, config, sources = command_line(verbs, argv, USAGE)
     exercises, experiments = read_table()
     table, name = experiments if verb == "predict" else exercises, " ".join(words)
+    for key in sources:
+        if sources[key] == "flag" and key != SETTINGS[verb]:
+            fail(f"--{key} is no setting of {verb}. {USAGE}")
     if verb is None:
         show_list(exercises)
     elif verb == "check" and name == "all":
-        results = [check(name, exercises[name], 0) for name in exercises if (FOLDER / name).exists()]
+        results = [check(name, exercises, 0) for name in read_progress(exercises)]
         if not results:
             fail("nothing is begun: python practice.py start NAME")
         return 0 if all(results) else 1
@@ -225,13 +268,19 @@ def main(argv: list[str]) -> int:
     elif name not in table:
         fail(f"{name!r} must be one NAME of the list.{nearest(name, table)} {USAGE}")
     elif verb == "check":
-        return 0 if check(name, exercises[name], 2 if config.hint else 1) else 1
+        return 0 if check(name, exercises, 2 if config.hint else 1) else 1
+    elif verb == "predict" and config.answer not in (None, *experiments[name]["outcomes"]):
+        fail(f"--answer={config.answer} must be one of {', '.join(experiments[name]['outcomes'])}")
     elif verb == "show":
         show(exercises[name])
     elif verb == "predict":
-        show_outcome(experiments[name])
+        show_outcome(experiments[name], config.answer)
     else:
-        start(name, exercises[name], anew=verb == "reset")
+        try:
+            start(name, exercises, anew=verb == "reset" or config.overwrite)
+        except (SyntaxError, ValueError, OSError) as error:
+            print(f"practice/{exercises[name]['page']} stays as it is: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -1,4 +1,5 @@
 """A plugin of pytest for `python practice.py check`: it prints what failed, in a few lines for a learner."""
+import json
 import os
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 
 TESTS, FOLDER = Path(__file__).resolve().parent, Path(os.environ["PRACTICE_FOLDER"])     # the learner's page
 SHOWN = (int, float, str, bytes, list, tuple, dict, set, type(None), np.ndarray, torch.Tensor)
+LINES = json.loads((FOLDER / "lines.json").read_text(encoding="utf-8"))    # their numbers in practice/, 0: ours
 PASSED, SKIPPED = [], []
 
 
@@ -24,11 +26,12 @@ def describe(value) -> str:
 def pytest_exception_interact(call) -> None:
     """Where it failed, in the test and in the learner's page, why, and the values of the names in that line."""
     frames = [entry for entry in call.excinfo.traceback if Path(entry.path).parent in (TESTS, FOLDER)]
-    in_tests, in_page = ([frame for frame in frames if Path(frame.path).parent == folder] for folder in (TESTS, FOLDER))
+    in_tests = [frame for frame in frames if Path(frame.path).parent == TESTS]
+    in_page = [frame for frame in frames if frame not in in_tests and LINES[frame.lineno]]
     for frame in (*in_tests[:1], *in_tests[1:][-1:], *in_page[-1:]):     # the test, its helper, the learner's line
-        folder = f"practice/{FOLDER.name}" if frame in in_page else "tests"
+        folder, number = ("practice", LINES[frame.lineno]) if frame in in_page else ("tests", frame.lineno + 1)
         statement = " ".join(str(frame.statement).split())
-        print(f"{folder}/{Path(frame.path).name}:{frame.lineno + 1} in {frame.name}: {statement[:160]}")
+        print(f"{folder}/{Path(frame.path).name}:{number} in {frame.name}: {statement[:160]}")
     # pytest's " + where tensor(…) = <built-in method …>": the shapes and first numbers below say more in less.
     why = [line for line in call.excinfo.exconly(tryshort=True).splitlines()
            if not (line.startswith(" + ") and re.search("tensor\\(|Tensor object|<built-in", line))]

@@ -20,6 +20,12 @@ def ours(name: str) -> str:
     return (ROOT / EXERCISES[name]["page"]).read_text(encoding="utf-8")
 
 
+def without(name: str) -> str:
+    text, kept = practice.take_out(ROOT / EXERCISES[name]["page"], name, EXERCISES[name])
+    assert kept == []
+    return text
+
+
 def run_tests(folder, texts: list[tuple[str, str]]) -> list[tuple[int, str]]:
     """(pytest's exit status, output) of the tests of each (exercise, text in place of its page)."""
     jobs = []
@@ -37,7 +43,7 @@ def test_the_table_names_what_exists():
     course, taken = (ROOT / "COURSE.md").read_text(encoding="utf-8"), set()
     for name, entry in EXERCISES.items():
         for function in entry["functions"]:
-            places = {(entry["page"], node.lineno) for node in practice.functions_of(ours(name), [function])}
+            places = {(entry["page"], key) for key in practice.read_page(ROOT / entry["page"], [function])[1]}
             assert places and not places & taken, f"{name}: {function} does not exist, or another exercise has it"
             taken |= places
         assert len(entry["hints"]) >= 3 and entry["read"] and entry["task"] and 5 <= entry["minutes"] <= 120, name
@@ -46,14 +52,17 @@ def test_the_table_names_what_exists():
 
 @forks
 def test_a_page_to_fill_is_ours_but_for_the_bodies_and_fails_the_tests(tmp_path):
-    texts = {name: practice.page_to_fill(name, entry) for name, entry in EXERCISES.items()}
+    texts = {name: without(name) for name in EXERCISES}
     for (name, text), (status, said) in zip(texts.items(), run_tests(tmp_path, [*texts.items()]), strict=True):
         assert status == 1, f"the tests of {name} pass without it, or do not exist: {said[-1000:]}"
         if "empty" in EXERCISES[name]:
             continue
         assert f"NotImplementedError: practice: {name}\n" in said, f"{name} fails elsewhere: {said[-1000:]}"
-        before, after = (practice.functions_of(page, EXERCISES[name]["functions"]) for page in (ours(name), text))
-        assert [ast.get_docstring(node) for node in before] == [ast.get_docstring(node) for node in after]
+        (tmp_path / "page.py").write_text(text, encoding="utf-8")
+        before, after = (practice.read_page(path, EXERCISES[name]["functions"])[1]
+                         for path in (ROOT / EXERCISES[name]["page"], tmp_path / "page.py"))
+        assert [*before] == [*after]
+        assert [ast.get_docstring(before[key]) for key in before] == [ast.get_docstring(after[key]) for key in after]
         pieces = re.split(rf' +raise NotImplementedError\("practice: {name}"\)\n', text)
         assert len(pieces) == len(before) + 1 and all(piece in ours(name) for piece in pieces)
 
@@ -94,44 +103,84 @@ def run(words: str) -> int:
 
 
 STUB = '    raise NotImplementedError("practice: softmax")'
-TO_FILL = practice.page_to_fill("softmax", EXERCISES["softmax"])
-MINE = TO_FILL.replace(STUB, "    return torch.exp(x) / torch.exp(x).sum(dim, keepdim=True)   # ﬁrst try, ünfinished")
+MINE = "    return torch.exp(x) / torch.exp(x).sum(dim, keepdim=True)   # ﬁrst try, ünfinished"
+
+
+def change(page, before: str, after: str) -> str:
+    """Write in the learner's page; its new text."""
+    text = page.read_text(encoding="utf-8")
+    assert text.count(before) == 1
+    page.write_text(text.replace(before, after), encoding="utf-8")
+    return text.replace(before, after)
 
 
 def test_a_start_keeps_what_a_learner_wrote_and_a_reset_saves_it(folder, capsys):
-    page = folder / "softmax" / "layers.py"
+    page = folder / "layers.py"
     assert run("start softmax") == 0
     said = capsys.readouterr().out
     assert "write  softmax" in said and "check softmax" in said and EXERCISES["softmax"]["read"] in said
-    assert page.read_text(encoding="utf-8") == TO_FILL
-    page.write_text(MINE, encoding="utf-8")
-    assert run("start softmax") == run("start rope") == 0
-    assert "kept" in capsys.readouterr().out and page.read_text(encoding="utf-8") == MINE
-    assert run("reset softmax") == 0
-    saved, = (folder / "saved").glob("*/layers.py")
-    assert f"practice/saved/{saved.parent.name}/layers.py" in capsys.readouterr().out
-    assert saved.read_text(encoding="utf-8") == MINE and page.read_text(encoding="utf-8") == TO_FILL
+    assert page.read_text(encoding="utf-8") == without("softmax")
+    written = change(page, STUB, MINE)
+    assert run("start softmax") == 0
+    assert "kept   softmax" in capsys.readouterr().out and page.read_text(encoding="utf-8") == written
+    written = change(page, "def silu(", "def silu_of_mine(): pass\n\n\ndef silu(")
+    assert run("start linear") == run("start rope") == 0
+    after = page.read_text(encoding="utf-8")
+    assert MINE in after and "def silu_of_mine" in after
+    assert after.count('"practice: linear"') == 2 and after.count('"practice: rope"') == 3
+    assert run("start softmax --overwrite=true") == 0
+    saved, = (folder / "saved").iterdir()
+    assert f"practice/saved/{saved.name}" in capsys.readouterr().out and saved.read_text(encoding="utf-8") == after
+    assert page.read_text(encoding="utf-8") == after.replace(MINE, STUB), "the rest of the page as it was"
+
+
+def test_what_was_not_begun_but_written_stays_and_what_was_begun_stays_even_if_it_is_ours(folder, capsys):
+    page = folder / "layers.py"
+    assert run("start softmax") == 0
+    change(page, STUB, MINE)
+    (folder / "progress.json").unlink()
+    assert run("start softmax") == 0 and MINE in page.read_text(encoding="utf-8")
+    page.write_text(ours("softmax"), encoding="utf-8")
+    assert run("start softmax") == 0 and page.read_text(encoding="utf-8") == ours("softmax")
+    page.unlink()                                             # begins the page anew
+    assert run("start rope") == run("start softmax") == 0 and STUB in page.read_text(encoding="utf-8")
+    assert run("start train_loop") == 0
+    (folder / "loop.py").write_text("def train(): ...", encoding="utf-8")
+    (folder / "progress.json").unlink()
+    assert run("start train_loop") == 0 and (folder / "loop.py").read_text(encoding="utf-8") == "def train(): ..."
+    for name, broken, told in (("linear", "def softmax(x, dim) return x", "layers.py, line 1"),
+                               ("softmax", "x = 1", "softmax is gone")):
+        page.write_text(broken, encoding="utf-8")
+        for verb in ("start", "reset"):
+            assert run(f"{verb} {name}") == 1 and told in capsys.readouterr().err
+            assert page.read_text(encoding="utf-8") == broken
+            assert "linear" not in (folder / "progress.json").read_text(encoding="utf-8")
+    assert not list((folder / "saved").iterdir())
 
 
 def test_a_check_passes_ours_and_explains_what_fails(folder, capsys):
-    page = folder / "softmax" / "layers.py"
+    page = folder / "layers.py"
     assert run("check softmax") == 1 and "not begun" in capsys.readouterr().out
-    assert run("start softmax") == run("start linear") == 0
-    page.write_text(MINE, encoding="utf-8")
+    assert run("start softmax") == run("start rope") == run("start linear") == 0
+    text = change(page, "import torch\n", "import torch\nfrom torch import exp\n")
+    change(page, STUB, MINE)
     assert run("check softmax") == 1
     said = capsys.readouterr().out
     assert "test_softmax_does_not_overflow" in said and "hint 1" in said and "hint 2" not in said
     assert "ours: shape (2, 3) float32 [nan" in said and " where tensor" not in said
-    page.write_text(ours("softmax"), encoding="utf-8")
-    assert run("check softmax") == 0
+    assert run("check rope") == 1
+    number = text[:text.rindex("raise NotImplementedError")].count("\n") + 1       # ours of linear, above, is longer
+    assert f"practice/layers.py:{number} in rope: raise NotImplementedError" in capsys.readouterr().out
+    change(page, MINE, "    return torch.softmax(x, dim)")
+    assert run("check softmax") == 0, "linear and rope, which nobody has written yet, are no mistake in softmax"
     assert re.search(r"yours .* msec per loop\s+ours .* msec per loop", capsys.readouterr().out) and run("") == 0
     states = {line.split()[0]: line.rsplit("   ", 1)[1] for line in capsys.readouterr().out.splitlines()}
     assert list(states) == list(EXERCISES)
-    assert states["softmax"] == "passed" and states["linear"] == "begun" and states["rope"] == "not begun"
-    page.write_text(TO_FILL.replace(STUB, "    return x +"), encoding="utf-8")
+    assert states["softmax"] == "passed" and states["linear"] == "begun" and states["swiglu"] == "not begun"
+    change(page, "torch.softmax(x, dim)", "x +")
     assert run("check softmax --hint=true") == run("check all") == 1
     said = capsys.readouterr().out
-    assert said.count("SyntaxError: invalid syntax") == 2 and "linear: not yet" in said
+    assert said.count("invalid syntax (layers.py, line ") == 4 and "linear: not yet" in said
     assert "hint" not in said, "no test has run"
 
 
@@ -141,7 +190,7 @@ def test_tests_that_hang_are_ended_with_all_that_they_started(folder, capsys, mo
     assert run("start bytes") == 0
     alive = folder / "alive"
     hanging = f"import os, time\nos.fork()\nwhile True:\n    open({str(alive)!r}, 'a').write('.')\n    time.sleep(0.1)"
-    (folder / "bytes" / "words.py").write_text(hanging, encoding="utf-8")
+    (folder / "words.py").write_text(hanging, encoding="utf-8")
     assert run("check bytes") == 1 and "ended after 8 s" in capsys.readouterr().out
     size = alive.stat().st_size if alive.exists() else 0      # 0 where this machine needs 8 s to come that far
     time.sleep(0.5)
@@ -150,7 +199,9 @@ def test_tests_that_hang_are_ended_with_all_that_they_started(folder, capsys, mo
 
 @pytest.mark.parametrize("words, told", [
     ("start ropee", "Did you mean rope?"), ("start", "one NAME"), ("strat rope", "mean start?"),
-    ("check rope --hints=true", "mean hint?"), ("predict no_rop", "mean no_rope?"), ("check all", "nothing is begun")])
+    ("check rope --hints=true", "mean hint?"),
+    ("start rope --hint=true", "no setting of start"), ("predict int8 --answer=z", "a, b, c"),
+    ("predict no_rop", "mean no_rope?"), ("check all", "nothing is begun")])
 def test_mistakes_name_the_nearest(words, told, folder, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(words)
