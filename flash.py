@@ -22,10 +22,12 @@ known before the first tile.
 
 Left out: dropout, masks and windows (attention.py: torch's sdpa), second derivatives, fp8, warp specialization.
 
-    python bench.py kernels --page=flash     errors beside torch's own attention
-    python bench.py attention                times beside it
+    python flash.py               errors beside torch's own attention
+    python bench.py attention     times beside it
 """
 import math
+import subprocess
+import sys
 
 import torch
 from torch import Tensor
@@ -348,3 +350,8 @@ class FlashAttentionTriton(FlashAttentionPyTorch):
 
 
 flash_attention = FlashAttentionTriton.apply           # what attention.py calls
+
+
+if __name__ == "__main__":
+    bench = __file__.replace("flash.py", "bench.py")
+    sys.exit(subprocess.call([sys.executable, bench, "kernels", "--page=flash", *sys.argv[1:]]))

@@ -13,10 +13,12 @@ Left out: second derivatives, ignored targets, fp8, `triton.autotune` (other til
 Papers: Triton (Tillet et al. 2019), SwiGLU 2002.05202, RMSNorm 1910.07467, RoPE 2104.09864, online softmax 1805.02867,
 chunked linear cross entropy 2410.10989 (Liger).
 
-    python bench.py kernels                  every kernel's error beside PyTorch's
+    python kernels.py                        every kernel's error beside PyTorch's
     python bench.py gpu --only=kernels       their times beside eager, compiled and torch's own (CUDA)
 """
 import functools
+import subprocess
+import sys
 
 import numpy as np
 import torch
@@ -428,3 +430,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk_token
     chunk = chunk_tokens or max(128, 2 ** (30 if x.is_cuda else 25) // (len(weight) * x.element_size()))
     with torch.autocast(x.device.type, enabled=False):             # x comes in the dtype that it wants
         return LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight.to(x.dtype), targets.flatten().long(), chunk)
+
+
+if __name__ == "__main__":
+    bench = __file__.replace("kernels.py", "bench.py")
+    sys.exit(subprocess.call([sys.executable, bench, "kernels", "--page=kernels", *sys.argv[1:]]))

@@ -97,7 +97,7 @@ def test_every_command_in_the_texts_and_of_the_gpus_stages_can_be_read(monkeypat
     shown, wrong = commands(TEXTS | {"python bench.py gpu": "\n".join(["```", *jobs, "```"])}), []
     assert len(shown) > 40 + len(jobs)
     for file, (script, *words) in shown:
-        no_settings = script in ("SCRIPT.py", "test_all.py", "optim.py") or "--help" in words
+        no_settings = script in ("SCRIPT.py", "test_all.py", "kernels.py", "flash.py", "optim.py") or "--help" in words
         if script == "bench.py" and words[0] in bench.VERBS and not any(word.startswith("--") for word in words):
             no_settings = True                             # a verb without settings would run
         if no_settings or "config_x.py" in words:
