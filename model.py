@@ -87,6 +87,7 @@ class ModelConfig:
     qkv_bias: bool = False           # a bias in the query, key and value projections only (Qwen2, 2407.10671)
     tie_embeddings: bool = False     # the head is the embedding matrix (1608.05859)
     smear: bool = False              # to each embedding add the one before it, times a gate (cf. RWKV, 2305.13048)
+    smear_keys: bool = False         # each key is mixed with the one before it (2209.11895, "smeared keys")
     zero_init: bool = False          # each block's last matrices start at 0, so that the model starts as the identity
     logit_softcap: float | None = None     # logits become cap * tanh(logits / cap) (Gemma 2, 2408.00118)
     sliding_window: int | None = None      # a position sees so many positions, itself included (2310.06825); none = all
@@ -166,8 +167,8 @@ class ModelConfig:
         if c.rope_factor < 1 or c.rope_factor != 1 and c.position != "rope" or c.rope_low_freq >= c.rope_high_freq:
             raise ValueError(f"rope_factor={c.rope_factor} must be at least 1 and needs position=rope, rope_low_freq="
                              f"{c.rope_low_freq} must be below rope_high_freq={c.rope_high_freq}")
-        if mla and (c.position != "rope" or c.qk_norm or c.n_kv_heads != c.n_heads or c.qkv_bias):
-            raise ValueError("attention=mla needs position=rope and no qk_norm, qkv_bias or n_kv_heads")
+        if mla and (c.position != "rope" or c.qk_norm or c.n_kv_heads != c.n_heads or c.qkv_bias or c.smear_keys):
+            raise ValueError("attention=mla needs position=rope and no qk_norm, qkv_bias, n_kv_heads or smear_keys")
         if not mla and (c.kv_lora_rank or c.q_lora_rank or c.rope_head_dim):
             raise ValueError("kv_lora_rank, q_lora_rank and rope_head_dim need attention=mla")
         if c.n_experts and c.n_experts_per_token > c.n_experts:

@@ -39,7 +39,7 @@ class Norm(ctypes.Structure):
 
 class Layer(ctypes.Structure):
     _fields_ = [(name, Norm) for name in ("ln1", "ln2", "q_norm", "k_norm")] + [
-        (name, Matrix) for name in ("q", "k", "v", "o", "w1", "w3", "w2")] + [("window", I)]
+        (name, Matrix) for name in ("q", "k", "v", "o", "w1", "w3", "w2")] + [("window", I), ("key_smear", P)]
 
 
 class Model(ctypes.Structure):
@@ -57,7 +57,7 @@ def library():
     made = native.load("onetoken", ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"],
                        openmp=True)
     if made is not None:
-        made.one_token.argtypes, made.linear.argtypes = (P, P, P, I, P, P, P, P, P), (P, I, P, P, I, P)
+        made.one_token.argtypes, made.linear.argtypes = (P, P, P, I, P, P, P, P, P, P), (P, I, P, P, I, P)
         made.widen.argtypes = P, P
         made.one_token.restype = made.linear.restype = made.widen.restype = None
     return made
@@ -185,14 +185,16 @@ class Pass:
         attn, ffn = block.attn, block.ffn
         norms = [block.ln1, block.ln2, getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)]
         matrices = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, ffn.w1, getattr(ffn, "w3", ffn.w1), ffn.w2]
-        return Layer(*(self.norm(one) for one in norms), *(self.matrix(one) for one in matrices), window or 0)
+        smear = torch.sigmoid(attn.key_smear) if self.model.config.smear_keys else None
+        return Layer(*(self.norm(one) for one in norms), *(self.matrix(one) for one in matrices), window or 0,
+                     self.floats(smear))
 
     def __call__(self, tokens, pasts: list[int], cache, keys, values, slots=None):
         """Logits (B, T, V) after each of T more tokens of every row, whose keys and values are added to the cache.
 
         tokens: (B, T), lists or a tensor. pasts: positions that each row holds. keys, values: a tensor (B, K, slots, D)
         for each layer, all of the same strides, the last of them 1. slots: (B, …) int32, the slot of each position;
-        none: its own number. cache: what the model's embedding asks for earlier ids.
+        none: its own number. cache: has earlier ids for the embedding; raw, the keys before smearing.
         """
         tokens, c = torch.as_tensor(tokens), self.model.config
         B, T = tokens.shape
@@ -206,7 +208,7 @@ class Pass:
         logits = x.new_empty(B, T, c.vocab_size)
         self.c.n_tokens, self.c.n_slots = T, 0 if slots is None else slots.shape[1]
         self.c.next_row, self.c.next_head, self.c.next_slot, _ = keys[0].stride()
-        pointers = [(P * len(stores))(*(store.data_ptr() for store in stores)) for stores in (keys, values)]
+        pointers = [(P * len(stores))(*(store.data_ptr() for store in stores)) for stores in (keys, values, cache.raw)]
         library().one_token(ctypes.byref(self.c), x.data_ptr(), at.data_ptr(), B * T, *pointers,
                             None if slots is None else slots.data_ptr(), logits.data_ptr(), self.scratch.data_ptr())
         return logits if c.logit_softcap is None else c.logit_softcap * torch.tanh(logits / c.logit_softcap)
