@@ -80,7 +80,7 @@ def _block_params(c: ModelConfig, active: bool = False) -> dict:
         vectors = R + Q + c.bias * (R + P + C + Q)
     else:
         attention = C * (H + 2 * K) * D + H * D * C
-        vectors = 2 * D * c.qk_norm + K * D * c.smear_keys + (H + 2 * K) * D * (c.bias or c.qkv_bias) + C * c.bias
+        vectors = 2 * D * c.qk_norm + (H + 2 * K) * D * (c.bias or c.qkv_bias) + C * c.bias
     experts = c.n_experts_per_token if active else c.n_experts
     shared = [c.n_shared_experts * c.d_ff_expert] if c.n_shared_experts else []
     widths = [c.d_ff_expert] * experts + shared if c.n_experts else [c.d_ff]
@@ -148,7 +148,7 @@ def activation_bytes(config: ModelConfig, dtype: str = "float32") -> tuple[int, 
 def kv_cache_bytes(config: ModelConfig, length: int, dtype: str = "bfloat16") -> int:
     """Bytes of one sequence's keys and values (or MLA's latent and rotary key): all positions, or a layer's window."""
     c = config
-    width = c.kv_lora_rank + c.rope_head_dim if c.attention == "mla" else (2 + c.smear_keys) * c.n_kv_heads * c.head_dim
+    width = c.kv_lora_rank + c.rope_head_dim if c.attention == "mla" else (2 + c.shift_keys) * c.n_kv_heads * c.head_dim
     return sum(min(length, window or length) for window in c.windows) * width * BYTES[dtype]
 
 

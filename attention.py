@@ -38,8 +38,6 @@ class Attention(nn.Module):
             nn.init.zeros_(self.o_proj.weight)
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
-        if c.smear_keys:
-            self.key_smear = nn.Parameter(torch.zeros(c.n_kv_heads * c.head_dim))
 
     def forward(self, x, positions=None, cache=None, plan=None):
         """x: (B, T, C) -> (B, T, C). positions: (T,) or (B, T), none: counted on from the cache. plan: see Plan."""
@@ -48,8 +46,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, c.n_heads, c.head_dim)
         k = self.k_proj(x).view(B, T, c.n_kv_heads, c.head_dim)
         v = self.v_proj(x).view(B, T, c.n_kv_heads, c.head_dim)
-        if c.smear_keys:
-            k = self.smeared(k, cache, plan)
+        if c.shift_keys:
+            k = self.shifted(k, cache, plan)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if c.position == "rope":
@@ -61,14 +59,14 @@ class Attention(nn.Module):
         y = attend(c.attention_backend, q, k, v, plan.masks[self.window], plan.fresh)              # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, c.n_heads * c.head_dim))
 
-    def smeared(self, k, cache, plan):
-        """s k_t + (1 - s) k_(t-1), s = sigmoid(a), an a for each number (for each head in 2209.11895, "smeared keys"). A
-        name that comes again finds what followed it the last time, as that key holds the name; without, this takes two
-        layers, and luck. k (B, T, K, D), before its norm and rotation."""
-        before = nn.functional.pad(k[:, :-1], (0, 0, 0, 0, 1, 0))              # (B, T, K, D)
+    def shifted(self, k, cache, plan):
+        """Keys k (B, T, K, D), before norm and rotation, every other number of them from the position before. So a key
+        tells also which token stood before it, and a name that comes again finds what followed it the last time. Two
+        layers can learn that, by luck (induction heads, 2209.11895, whose "smeared keys" are a mean of the two)."""
+        before = nn.functional.pad(k[:, :-1], (0, 0, 0, 0, 1, 0))
         if cache is not None:
             before = torch.cat((cache.key_before(self.layer, k, plan), before[:, 1:]), dim=1)
-        return torch.lerp(before, k, torch.sigmoid(self.key_smear).to(k.dtype).view(k.shape[2:]))
+        return torch.where(torch.arange(k.shape[-1], device=k.device) % 2 == 0, before, k)
 
 
 def turn(x, cos, sin, interleaved: bool):
@@ -146,7 +144,7 @@ class KVCache:
         self.k, self.v = ([torch.zeros(batch_size, heads, max_length, width, device=device, dtype=dtype)
                            for _ in range(n_layers)] for width in widths)
         self.ids = torch.zeros(batch_size, max_length, dtype=torch.long, device=device) if config.smear else None
-        self.raw = [torch.zeros_like(k) for k in self.k] if config.smear_keys else []        # keys before smearing
+        self.raw = [torch.zeros_like(k) for k in self.k] if config.shift_keys else []        # keys before shifting
         self.rows = [[0] * batch_size for _ in range(n_layers)]    # positions of each row, layer by layer
         self.batch_size, self.max_length, self.device = batch_size, max_length, torch.device(device)
         self.in_c = None                                           # the model's pass in C, see onetoken.py
@@ -179,7 +177,7 @@ class KVCache:
         self.batch_size = len(rows)
 
     def key_before(self, layer: int, k, plan: Plan):
-        """Keep keys k (B, T, K, D) as they are before smearing; returns those one position before, (B, 1, K, D)."""
+        """Keep keys k (B, T, K, D) as they are before shifting; returns those one position before, (B, 1, K, D)."""
         rows, slots = torch.arange(self.batch_size)[:, None], plan.slots.expand(self.batch_size, -1)     # (B, T)
         raw, first = self.raw[layer].transpose(1, 2), slots[:, :1]             # (B, S, K, D)
         before = raw[rows, (first - 1).clamp(min=0)] * (first > 0)[..., None, None]    # nothing stands before the first

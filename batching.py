@@ -91,7 +91,7 @@ class PagedCache:
     """Keys and values in blocks; to the model it looks like attention.KVCache, for the rows of one pass at a time.
 
     pool: for each layer (slots, K, D + D), a key and its value side by side, so that they are written and collected
-    together; with smear_keys the key before smearing follows. Slot s of block b is b * size + s. MLA's latent and
+    together; with shift_keys the key before shifting follows. Slot s of block b is b * size + s. MLA's latent and
     rotary key take the places of the two, as in KVCache.
     """
 
@@ -101,7 +101,7 @@ class PagedCache:
         if c.attention == "mla":
             self.heads, self.key_width, self.width = 1, c.kv_lora_rank, c.kv_lora_rank + c.rope_head_dim
         # Zeros, not empty memory: a slot not yet filled is masked out, but 0 times NaN would be NaN.
-        raw_width = c.head_dim * c.smear_keys
+        raw_width = c.head_dim * c.shift_keys
         self.pool = [torch.zeros((n_blocks + 1) * size, self.heads, self.width + raw_width, device=weight.device,
                                  dtype=weight.dtype) for _ in range(c.n_layers)]
         self.size, self.device, self.smear, self.max_length = size, weight.device, c.smear, c.context_length

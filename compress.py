@@ -175,8 +175,6 @@ def prune_width(model, share: float, data=None):
                 state[name] = state[name][rows[module]]
             elif module in columns and kind == "weight":
                 state[name] = state[name][:, columns[module]]
-            elif kind == "key_smear":
-                state[name] = state[name][keys]
     small = Transformer(small_config).to(model.token_embeddings.weight)          # its device and dtype
     small.load_state_dict(state)
     return small.train(model.training)

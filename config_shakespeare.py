@@ -18,6 +18,7 @@ n_heads = 1
 qk_norm = True
 zero_init = True
 smear = True
+shift_keys = True
 
 batch_tokens = 8 * context_length
 loader = "epochs"

@@ -141,7 +141,7 @@ def architecture_of(config: ModelConfig) -> str:
                          if getattr(config, key) != getattr(plain, key)]
         if not lacking[name]:
             return name
-    ours = " ".join(f"--{name}=false" for name in ("smear", "smear_keys") if getattr(config, name))
+    ours = " ".join(f"--{name}=false" for name in ("smear", "shift_keys") if getattr(config, name))
     hint = f"; train with {ours} for a model that can be exported" if ours else ""
     raise ValueError(f"none of {', '.join(ARCHITECTURES)} has {', '.join(min(lacking.values(), key=len))}{hint}")
 

@@ -30,12 +30,11 @@ typedef struct {
     Norm ln1, ln2, q_norm, k_norm;
     Matrix q, k, v, o, w1, w3, w2;
     int window;                                          // keys that a query sees, 0 = all
-    const float *key_smear;                              // (K, D), shares of a position's own key, or NULL
 } Layer;
 
 typedef struct {
-    int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, ffn, rotate, interleaved, cache_kind, max_length;
-    int n_slots, n_tokens;
+    int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, ffn, rotate, interleaved, shift_keys, cache_kind;
+    int max_length, n_slots, n_tokens;
     int64_t next_row, next_head, next_slot;              // in the cache, in numbers
     const float *cos, *sin;                              // (max_length, D / 2)
     const Layer *layers;
@@ -266,19 +265,17 @@ static float activation(int kind, float x) {
     return x / (1 + expf(-x));
 }
 
-// Mix each key of k (rows, K, D) with the one before it, and keep it as it was in `raw`. From the last row on: a row's
-// key is still as it was when the next one asks for it.
-static void smear(const Model *m, const Layer *layer, float *k, void *raw, const int *slots, const int *positions,
-                  int rows) {
+// Every other number of each key of k (rows, K, D) becomes that of the position before; in `raw` it is kept as it was.
+// From the last row on: a row's key is still as it was when the next one asks for it.
+static void shift(const Model *m, float *k, void *raw, const int *slots, const int *positions, int rows) {
     int K = m->n_kv_heads, D = m->head_dim;
     for (int i = rows * K - 1; i >= 0; i--) {
         int r = i / K, text = r / m->n_tokens, p = positions[r];
         int64_t at = place(m, slots, text, i % K, p), last = p ? place(m, slots, text, i % K, p - 1) : 0;
         float *key = k + (int64_t)i * D;
         for (int d = 0; d < D; d++) {
-            float before = r % m->n_tokens ? key[d - K * D] : p ? cached(m, raw, last + d) : 0;
             put(m, raw, at + d, key[d]);
-            key[d] = before + layer->key_smear[i % K * D + d] * (key[d] - before);
+            if (d % 2 == 0) key[d] = r % m->n_tokens ? key[d - K * D] : p ? cached(m, raw, last + d) : 0;
         }
     }
 }
@@ -296,7 +293,7 @@ void one_token(const Model *m, float *x, const int *positions, int rows, void **
         const Layer *layer = m->layers + l;
         for (int r = 0; r < rows; r++) norm(&layer->ln1, x + (int64_t)r * C, h + (int64_t)r * C, C);
         linear(&layer->q, 3, h, q, rows, more);          // and k, v
-        if (layer->key_smear) smear(m, layer, k, raw[l], slots, positions, rows);
+        if (m->shift_keys) shift(m, k, raw[l], slots, positions, rows);
         for (int i = 0; i < rows * (H + K); i++) {       // every head of q, then of k
             float *head = i < rows * H ? q + (int64_t)i * D : k + (int64_t)(i - rows * H) * D;
             const Norm *own = i < rows * H ? &layer->q_norm : &layer->k_norm;

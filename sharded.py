@@ -121,8 +121,6 @@ def tensor_parallel(model: nn.Module, group=None) -> nn.Module:
         if "q_proj" in names:
             parent.config = copy.copy(c)            # not replace, which would derive head_dim from n_heads anew
             parent.config.n_heads, parent.config.n_kv_heads = c.n_heads // size, c.n_kv_heads // size
-            if c.smear_keys:
-                Cut(0, len(parent.key_smear), group).apply(parent.key_smear)
             for norm in (parent.q_norm, parent.k_norm) if c.qk_norm else ():
                 # Its weight serves all heads, of which a rank sees only its own.
                 norm.weight.register_hook(lambda grad: reduce(grad.clone(), group))

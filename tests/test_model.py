@@ -48,26 +48,22 @@ def test_cache_gives_the_logits_of_the_full_forward(switch):
 
 
 @torch.no_grad()
-def test_smeared_keys_mix_each_key_with_the_one_before_it():
-    """From half and half on; the first head here keeps its keys as they are."""
-    attn = Attention(ModelConfig(**TOY | dict(smear_keys=True, n_kv_heads=2))).double()
-    assert attn.key_smear.tolist() == [0] * 24
+def test_half_of_the_numbers_of_shifted_keys_are_those_of_the_position_before():
+    attn = Attention(ModelConfig(**TOY | dict(shift_keys=True, n_kv_heads=2, position="none"))).double()
+    plain = Attention(ModelConfig(**TOY | dict(n_kv_heads=2, position="none"))).double()
+    plain.load_state_dict(attn.state_dict())
     x = torch.randn(1, 5, 48, dtype=torch.float64, generator=rng())
-    attn.key_smear.copy_(torch.tensor([30.0] * 12 + [0.1 * i for i in range(12)]))
-    share, weight = torch.sigmoid(attn.key_smear).view(2, 12), attn.k_proj.weight.view(2, 12, 48)
-    keys = [[weight[head] @ x[0, t] for t in range(5)] for head in range(2)]
-    mixed = torch.stack([torch.stack([share[head] * keys[head][t] + (1 - share[head]) * (keys[head][t - 1] if t else 0)
-                                      for head in range(2)]) for t in range(5)])              # (T, K, D)
-    seen = []
-    attn.smeared, smeared = lambda *args: seen.append(smeared(*args)) or seen[0], attn.smeared
-    attn(x)
-    torch.testing.assert_close(seen[0][0], mixed, rtol=0, atol=1e-12)
-    torch.testing.assert_close(seen[0][0, :, 0], torch.stack(keys[0]), rtol=0, atol=1e-10)
+    keys = [plain.k_proj(x[0, t]).tolist() for t in range(5)]
+    shifted = torch.tensor([[(keys[t - 1][i] if t else 0) if i % 2 == 0 else keys[t][i] for i in range(24)]
+                            for t in range(5)], dtype=torch.float64)
+    del plain.k_proj
+    plain.k_proj = lambda x: shifted[None]                         # plain attention on keys that were shifted by hand
+    torch.testing.assert_close(attn(x), plain(x), rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
 def test_cache_rows_are_cut_chosen_and_copied_and_survive_an_error():
-    model, tokens = toy("smear window", smear_keys=True).eval(), ids(3, 12)
+    model, tokens = toy("smear window", shift_keys=True).eval(), ids(3, 12)
     full, cache = model(tokens), model.new_cache(3, max_length=12)
     model(tokens[:, :9], cache=cache)
     cache.set_lengths([9, 2, 5])                                   # further back than any window
