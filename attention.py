@@ -30,6 +30,7 @@ class Attention(nn.Module):
         super().__init__()
         c, bias = config, config.bias or config.qkv_bias
         self.config, self.layer, self.window = config, layer, config.windows[layer]
+        self.rotates = c.position == "rope" and c.rope_pattern[layer % len(c.rope_pattern)] == "R"
         self.q_proj = Linear(c.d_model, c.n_heads * c.head_dim, bias)
         self.k_proj = Linear(c.d_model, c.n_kv_heads * c.head_dim, bias)
         self.v_proj = Linear(c.d_model, c.n_kv_heads * c.head_dim, bias)
@@ -50,7 +51,7 @@ class Attention(nn.Module):
             k = self.shifted(k, cache, plan)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if c.position == "rope":
+        if self.rotates:
             cos, sin = plan.cos, plan.sin
             q, k = turn(q, cos, sin, c.rope_interleaved), turn(k, cos, sin, c.rope_interleaved)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)      # (B, H, T, D), and twice (B, K, T, D)

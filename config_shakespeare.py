@@ -19,6 +19,7 @@ qk_norm = True
 zero_init = True
 smear = True
 shift_keys = True
+rope_pattern = "RRRN"
 
 batch_tokens = 8 * context_length
 loader = "epochs"

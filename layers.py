@@ -212,13 +212,10 @@ def rope_tables(positions: torch.Tensor, head_dim: int, theta: float = 10_000.0,
     """(cos, sin) of positions x frequencies, each (..., T, D/2) in float32.
 
     Frequency i is theta^(-2i/D), i = 0 … D/2 - 1 (2104.09864, section 3.2.2): the first pair turns by one radian a
-    position, the last by about 1 / theta. config: a ModelConfig whose rope_fraction says how many pairs turn at all (so
-    many that i runs over those alone), and whose rope_factor stretches them; or none.
+    position, the last by about 1 / theta. config: a ModelConfig whose rope_factor stretches them, or none.
     """
-    pairs = head_dim // 2
-    turning = pairs if config is None else max(1, round(pairs * config.rope_fraction))
-    frequencies = theta ** -(torch.arange(turning, device=positions.device, dtype=torch.float32) / turning)
-    frequencies = torch.nn.functional.pad(frequencies, (0, pairs - turning))       # the others tell no positions
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    frequencies = theta ** -exponents
     if config is not None and config.rope_factor != 1:
         # Turns over the original context: few turns are stretched, many stay, between the two a straight line.
         turns = config.rope_original_context * frequencies / (2 * math.pi)

@@ -78,7 +78,7 @@ class ModelConfig:
     qk_norm: bool = False            # RMSNorm over each head's query and key (2010.04245, 2302.05442)
     position: str = "rope"           # rope (2104.09864) | learned (GPT-2) | sinusoidal (1706.03762) | none (2305.19466)
     rope_interleaved: bool = False   # rotate pairs (2i, 2i+1) as the paper does instead of (i, i + D/2), Llama's files
-    rope_fraction: float = 1.0       # share of each head's pairs that turn; the others see contents alone (GPT-NeoX)
+    rope_pattern: str = "R"          # R: a layer with RoPE, N: one without (2501.18795), repeated over all layers
     rope_factor: float = 1.0         # RoPE for contexts so many times longer (Llama 3, 2407.21783); 1 = not stretched
     rope_low_freq: float = 1.0       # wavelengths over rope_original_context / this are stretched in full
     rope_high_freq: float = 4.0      # wavelengths under rope_original_context / this stay
@@ -156,6 +156,8 @@ class ModelConfig:
                 raise ValueError(f"{name}={value} must be {'at least' if may_be_zero else 'above'} 0, and finite")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"window_pattern={self.window_pattern!r} must be made of S (sliding) and L (full)")
+        if not self.rope_pattern or set(self.rope_pattern) - set("RN"):
+            raise ValueError(f"rope_pattern={self.rope_pattern!r} must be made of R (rotary) and N (no positions)")
 
     def _check_combinations(self) -> None:
         c, mla = self, self.attention == "mla"
@@ -165,8 +167,8 @@ class ModelConfig:
             raise ValueError(f"window_pattern={c.window_pattern!r} needs sliding_window, the positions to see")
         if c.fused_loss and c.logit_softcap is not None:
             raise ValueError("fused_loss=true never has the logits that logit_softcap bends; choose one")
-        if c.rope_fraction > 1 or c.rope_fraction != 1 and c.position != "rope":
-            raise ValueError(f"rope_fraction={c.rope_fraction} must be at most 1 and needs position=rope")
+        if c.rope_pattern != "R" and (mla or c.position != "rope"):
+            raise ValueError(f"rope_pattern={c.rope_pattern!r} needs position=rope and attention=standard")
         if c.rope_factor < 1 or c.rope_factor != 1 and c.position != "rope" or c.rope_low_freq >= c.rope_high_freq:
             raise ValueError(f"rope_factor={c.rope_factor} must be at least 1 and needs position=rope, rope_low_freq="
                              f"{c.rope_low_freq} must be below rope_high_freq={c.rope_high_freq}")

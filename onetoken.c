@@ -29,11 +29,11 @@ typedef struct { const float *weight, *bias; float eps; int kind; } Norm;
 typedef struct {
     Norm ln1, ln2, q_norm, k_norm;
     Matrix q, k, v, o, w1, w3, w2;
-    int window;                                          // keys that a query sees, 0 = all
+    int window, rotate;                                  // keys that a query sees, 0 = all; whether RoPE turns them
 } Layer;
 
 typedef struct {
-    int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, ffn, rotate, interleaved, shift_keys, cache_kind;
+    int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, ffn, interleaved, shift_keys, cache_kind;
     int max_length, n_slots, n_tokens;
     int64_t next_row, next_head, next_slot;              // in the cache, in numbers
     const float *cos, *sin;                              // (max_length, D / 2)
@@ -298,7 +298,7 @@ void one_token(const Model *m, float *x, const int *positions, int rows, void **
             float *head = i < rows * H ? q + (int64_t)i * D : k + (int64_t)(i - rows * H) * D;
             const Norm *own = i < rows * H ? &layer->q_norm : &layer->k_norm;
             if (own->kind != NONE) norm(own, head, head, D);
-            if (m->rotate) rotate(m, head, positions[i < rows * H ? i / H : (i - rows * H) / K]);
+            if (layer->rotate) rotate(m, head, positions[i < rows * H ? i / H : (i - rows * H) / K]);
         }
         for (int i = 0; i < rows * K; i++) {             // into the cache, in its dtype
             int64_t at = place(m, slots, i / K / m->n_tokens, i % K, positions[i / K]), from = (int64_t)i * D;
