@@ -167,8 +167,8 @@ class ModelConfig:
             raise ValueError(f"window_pattern={c.window_pattern!r} needs sliding_window, the positions to see")
         if c.fused_loss and c.logit_softcap is not None:
             raise ValueError("fused_loss=true never has the logits that logit_softcap bends; choose one")
-        if c.rope_pattern != "R" and (mla or c.position != "rope"):
-            raise ValueError(f"rope_pattern={c.rope_pattern!r} needs position=rope and attention=standard")
+        if mla and c.rope_pattern != "R":
+            raise ValueError(f"rope_pattern={c.rope_pattern!r} needs attention=standard: MLA rotates in every layer")
         if c.rope_factor < 1 or c.rope_factor != 1 and c.position != "rope" or c.rope_low_freq >= c.rope_high_freq:
             raise ValueError(f"rope_factor={c.rope_factor} must be at least 1 and needs position=rope, rope_low_freq="
                              f"{c.rope_low_freq} must be below rope_high_freq={c.rope_high_freq}")

@@ -295,7 +295,7 @@ def test_multi_token_prediction_by_hand_and_as_a_draft():
 @pytest.mark.parametrize("words, settings", {
     "norm='batch'": dict(norm="batch"), "n_kv_heads=3": dict(n_kv_heads=3), "d_model=50": dict(d_model=50),
     "7 must be even": dict(head_dim=7), "RX": dict(rope_pattern="RX"),
-    "rope_pattern='N'": dict(rope_pattern="N", position="none"), "SX": dict(window_pattern="SX", sliding_window=3),
+    "rope_pattern='N'": dict(rope_pattern="N", attention="mla"), "SX": dict(window_pattern="SX", sliding_window=3),
     "needs sliding_window": dict(window_pattern="SL"), "qk_norm": dict(attention="mla", qk_norm=True),
     "need n_experts": dict(n_shared_experts=1), "n_experts=2": dict(n_experts=2, n_experts_per_token=3),
     "never has the logits": dict(fused_loss=True, logit_softcap=1.0), "rope_factor=0.5": dict(rope_factor=0.5),
