@@ -141,8 +141,9 @@ def architecture_of(config: ModelConfig) -> str:
                          if getattr(config, key) != getattr(plain, key)]
         if not lacking[name]:
             return name
-    ours = " ".join(f"--{name}=false" for name in ("smear", "shift_keys") if getattr(config, name))
-    hint = f"; train with {ours} for a model that can be exported" if ours else ""
+    off = {"smear": "false", "shift_keys": "false", "rope_pattern": "R"}
+    flags = " ".join(f"--{key}={off[key]}" for key in off if getattr(config, key) != getattr(plain, key))
+    hint = f"; train with {flags} for a model that can be exported" if flags else ""
     raise ValueError(f"none of {', '.join(ARCHITECTURES)} has {', '.join(min(lacking.values(), key=len))}{hint}")
 
 
