@@ -141,9 +141,7 @@ def architecture_of(config: ModelConfig) -> str:
                          if getattr(config, key) != getattr(plain, key)]
         if not lacking[name]:
             return name
-    off = {"smear": "false", "shift_keys": "false", "rope_pattern": "R"}
-    flags = " ".join(f"--{key}={off[key]}" for key in off if getattr(config, key) != getattr(plain, key))
-    hint = f"; train with {flags} for a model that can be exported" if flags else ""
+    hint = "; train with --smear=false --shift_keys=false --rope_pattern=R" if config.smear or config.shift_keys else ""
     raise ValueError(f"none of {', '.join(ARCHITECTURES)} has {', '.join(min(lacking.values(), key=len))}{hint}")
 
 
