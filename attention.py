@@ -30,6 +30,7 @@ class Attention(nn.Module):
         super().__init__()
         c, bias = config, config.bias or config.qkv_bias
         self.config, self.layer, self.window = config, layer, config.windows[layer]
+        self.rotates = c.position == "rope" and c.rope_pattern[layer % len(c.rope_pattern)] == "R"
         self.q_proj = Linear(c.d_model, c.n_heads * c.head_dim, bias)
         self.k_proj = Linear(c.d_model, c.n_kv_heads * c.head_dim, bias)
         self.v_proj = Linear(c.d_model, c.n_kv_heads * c.head_dim, bias)
@@ -46,9 +47,11 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, c.n_heads, c.head_dim)
         k = self.k_proj(x).view(B, T, c.n_kv_heads, c.head_dim)
         v = self.v_proj(x).view(B, T, c.n_kv_heads, c.head_dim)
+        if c.shift_keys:
+            k = self.shifted(k, cache, plan)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if c.position == "rope":
+        if self.rotates:
             cos, sin = plan.cos, plan.sin
             q, k = turn(q, cos, sin, c.rope_interleaved), turn(k, cos, sin, c.rope_interleaved)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)      # (B, H, T, D), and twice (B, K, T, D)
@@ -56,6 +59,15 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v, plan, self.window)           # (B, K, S, D)
         y = attend(c.attention_backend, q, k, v, plan.masks[self.window], plan.fresh)              # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, c.n_heads * c.head_dim))
+
+    def shifted(self, k, cache, plan):
+        """Keys k (B, T, K, D), before norm and rotation, every other number of them from the position before. So a key
+        tells also which token stood before it, and a name that comes again finds what followed it the last time. Two
+        layers can learn that, by luck (induction heads, 2209.11895, whose "smeared keys" are a mean of the two)."""
+        before = nn.functional.pad(k[:, :-1], (0, 0, 0, 0, 1, 0))
+        if cache is not None:
+            before = torch.cat((cache.key_before(self.layer, k, plan), before[:, 1:]), dim=1)
+        return torch.where(torch.arange(k.shape[-1], device=k.device) % 2 == 0, before, k)
 
 
 def turn(x, cos, sin, interleaved: bool):
@@ -133,6 +145,7 @@ class KVCache:
         self.k, self.v = ([torch.zeros(batch_size, heads, max_length, width, device=device, dtype=dtype)
                            for _ in range(n_layers)] for width in widths)
         self.ids = torch.zeros(batch_size, max_length, dtype=torch.long, device=device) if config.smear else None
+        self.raw = [torch.zeros_like(k) for k in self.k] if config.shift_keys else []        # keys before shifting
         self.rows = [[0] * batch_size for _ in range(n_layers)]    # positions of each row, layer by layer
         self.batch_size, self.max_length, self.device = batch_size, max_length, torch.device(device)
         self.in_c = None                                           # the model's pass in C, see onetoken.py
@@ -160,9 +173,17 @@ class KVCache:
         """Keep these rows, in this order; named twice it is copied: samples of one prompt share a prefill."""
         rows = torch.as_tensor(rows, dtype=torch.long, device=self.device)
         self.k, self.v = [store[rows] for store in self.k], [store[rows] for store in self.v]
-        self.ids = None if self.ids is None else self.ids[rows]
+        self.raw, self.ids = [store[rows] for store in self.raw], None if self.ids is None else self.ids[rows]
         self.rows = [[held[row] for row in rows.tolist()] for held in self.rows]
         self.batch_size = len(rows)
+
+    def key_before(self, layer: int, k, plan: Plan):
+        """Keep keys k (B, T, K, D) as they are before shifting; returns those one position before, (B, 1, K, D)."""
+        rows, slots = torch.arange(self.batch_size)[:, None], plan.slots.expand(self.batch_size, -1)     # (B, T)
+        raw, first = self.raw[layer].transpose(1, 2), slots[:, :1]             # (B, S, K, D)
+        before = raw[rows, (first - 1).clamp(min=0)] * (first > 0)[..., None, None]    # nothing stands before the first
+        raw[rows, slots] = k.to(raw.dtype)
+        return before.to(k.dtype)
 
     def append(self, layer: int, k, v, plan: Plan, window: int | None):
         """Store k and v (B, K, T, D) behind each row; return those that this layer reads, (B, K, S, D) each."""

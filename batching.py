@@ -91,7 +91,8 @@ class PagedCache:
     """Keys and values in blocks; to the model it looks like attention.KVCache, for the rows of one pass at a time.
 
     pool: for each layer (slots, K, D + D), a key and its value side by side, so that they are written and collected
-    together. Slot s of block b is b * size + s. MLA's latent and rotary key take the places of the two, as in KVCache.
+    together; with shift_keys the key before shifting follows. Slot s of block b is b * size + s. MLA's latent and
+    rotary key take the places of the two, as in KVCache.
     """
 
     def __init__(self, model, n_blocks: int, size: int):
@@ -100,13 +101,13 @@ class PagedCache:
         if c.attention == "mla":
             self.heads, self.key_width, self.width = 1, c.kv_lora_rank, c.kv_lora_rank + c.rope_head_dim
         # Zeros, not empty memory: a slot not yet filled is masked out, but 0 times NaN would be NaN.
-        self.pool = [torch.zeros((n_blocks + 1) * size, self.heads, self.width, device=weight.device,
+        raw_width = c.head_dim * c.shift_keys
+        self.pool = [torch.zeros((n_blocks + 1) * size, self.heads, self.width + raw_width, device=weight.device,
                                  dtype=weight.dtype) for _ in range(c.n_layers)]
         self.size, self.device, self.smear, self.max_length = size, weight.device, c.smear, c.context_length
         # As onetoken.py wants them, (rows, K, slots, D): every row sees all slots, which expand says by a stride of 0.
-        keys, values = zip(*(pool.transpose(0, 1).expand(2, -1, -1, -1).tensor_split((self.key_width,), dim=-1)
-                             for pool in self.pool))
-        self.keys, self.values = keys, values
+        self.keys, self.values, self.raw = zip(*(pool.transpose(0, 1).expand(2, -1, -1, -1).tensor_split(
+            (self.key_width, self.width), dim=-1) for pool in self.pool))
 
     def turn_to(self, rows: list, counts: list[int]) -> None:
         """The next pass reads counts[i] tokens of rows[i], padded to the largest count."""
@@ -118,6 +119,8 @@ class PagedCache:
         self.rows, self.batch_size = [pasts], len(rows)
         self.slots = torch.tensor(slots, device=self.device)                     # (B T,)
         self.tables = torch.tensor(tables, device=self.device).flatten()         # (B blocks,)
+        self.before = [row.table[(past - 1) // size] * size + (past - 1) % size if past else -1
+                       for row, past in zip(rows, pasts)]                        # the slot before, -1: there is none
         if self.smear:                                     # a model with smear looks at the id before the first one
             before = [past - 1 for past in pasts]          # -1: the last slot, which is not looked at
             self.ids = torch.zeros(len(rows), end, dtype=torch.long, device=self.device)
@@ -131,16 +134,23 @@ class PagedCache:
         return in_c([row.ids[row.cached:row.cached + n] for row in rows], self.rows[0], self, self.keys, self.values,
                     slots.flatten(1).int())
 
+    def key_before(self, layer: int, k, plan):
+        """As KVCache's."""
+        before, raw = torch.tensor(self.before, device=self.device), self.pool[layer][..., self.width:]
+        last = raw[before] * (before >= 0)[:, None, None]                        # (B, K, D)
+        raw.index_copy_(0, self.slots, k.reshape(-1, *k.shape[2:]))
+        return last[:, None]
+
     def append(self, layer: int, k, v, plan, window: int | None):
         """Store k and v (B, K, T, D); return those that this layer reads, (B, K, S, D) each."""
-        pool = self.pool[layer]
-        pool.index_copy_(0, self.slots, torch.cat((k, v), dim=-1).transpose(1, 2).reshape(-1, self.heads, self.width))
+        pool, kv = self.pool[layer], torch.cat((k, v), dim=-1).transpose(1, 2).reshape(-1, self.heads, self.width)
+        pool[..., :self.width].index_copy_(0, self.slots, kv)
         if plan.fresh:                                     # what was just computed, in its own dtype
             return k, v
         # Copied block by block, in pieces of kilobytes: at the default model's size a tenth of a step.
-        kv = pool.view(-1, self.size * self.heads * self.width).index_select(0, self.tables)
-        kv = kv.view(self.batch_size, -1, self.heads, self.width)[:, plan.first[window]:plan.end].transpose(1, 2)
-        return kv[..., :self.key_width], kv[..., self.key_width:]
+        kv = pool.view(-1, self.size * self.heads * pool.shape[-1]).index_select(0, self.tables)
+        kv = kv.view(self.batch_size, -1, *pool.shape[1:])[:, plan.first[window]:plan.end].transpose(1, 2)
+        return kv[..., :self.key_width], kv[..., self.key_width:self.width]
 
 
 # --- one text ---

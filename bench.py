@@ -190,6 +190,8 @@ def decode(argv: list[str]) -> None:
     torch.manual_seed(0)
     with torch.device(device):                           # drawn there: on a host 1.5e9 weights take half a minute
         model = Transformer(ModelConfig(**SHAPES[name])) if name in SHAPES else compress.load(name)[0]
+    if config.graph and (model.config.smear or model.config.shift_keys):
+        fail(f"{name} looks at the token before (smear, shift_keys), which the steps of --graph=true do not keep")
     model = model.to(device, DTYPES[config.dtype]).eval().requires_grad_(False)
     sizes, (T, n) = [1, *map(int, config.batch.split(","))], (5, 4) if name == "toy" else (128, 64)
     prompts = torch.randint(model.config.vocab_size, (max(sizes), T)).tolist()

@@ -153,8 +153,9 @@ def gpu(argv: list[str]) -> None:
     device, out, environment = pick_device(config.device), Path(config.out), dict(os.environ)
     out.mkdir(parents=True, exist_ok=True)
     environment.pop("TRITON_INTERPRET", None)
-    lines, head = ["CPU, toy sizes: this proves the command, not the figures"], runs.header()
-    if device == "cpu":
+    lines, head = [], runs.header()
+    if not device.startswith("cuda"):
+        lines = ["CPU, toy sizes: this proves the command, not the figures"]
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     elif shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,power.limit", "--format=csv,noheader"]
@@ -216,12 +217,13 @@ class ParallelConfig:
 
 
 def message_times(max_mb: int, device) -> list[str]:
-    """Time and bandwidth of each collective by message size, the best of six; on a GPU those of copies: lines."""
+    """Lines: time and bandwidth of each collective by message size, the best of six; on a GPU those of copies. An
+    all-reduce is a reduce-scatter and an all-gather: two passes, in each (size - 1) / size of the message is sent."""
     size, lines, copies = parallel.world()[1], ["collective         MB        ms   GB/s sent per rank"], []
     for mb in [4 ** i for i in range(10) if 4 ** i <= max_mb]:
         n = int(mb * 1e6) // 4 // size
         whole, part = torch.ones(n * size, device=device), torch.ones(n, device=device)
-        for kind, halves, call in (("all-reduce", 2, lambda: parallel.reduce(whole)),
+        for kind, passes, call in (("all-reduce", 2, lambda: parallel.reduce(whole)),
                                    ("all-gather", 1, lambda: parallel.wait(parallel.all_gather(whole, part))),
                                    ("reduce-scatter", 1, lambda: parallel.reduce_scatter(whole)())):
             seconds = []
@@ -231,7 +233,7 @@ def message_times(max_mb: int, device) -> list[str]:
                 call()
                 parallel.reduce(torch.ones(1, device=device)).item()               # also the GPU has done it then
                 seconds.append(time.perf_counter() - began)
-            sent = halves * (size - 1) / size * whole.nbytes
+            sent = passes * (size - 1) / size * whole.nbytes
             lines.append(f"{kind:<14}{mb:>7}{1000 * min(seconds):>10.2f}{sent / min(seconds) / 1e9:>8.2f}")
         if device.type == "cuda":
             other, pageable, pinned = whole.clone(), whole.cpu(), whole.cpu().pin_memory()

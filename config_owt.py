@@ -1,7 +1,7 @@
 """OpenWebText in 90 minutes on one H100, the course's leaderboard: `python train.py config_owt.py`.
 
 Hardware: one H100 SXM, 989 TFLOP/s in bfloat16.
-Time: 88 minutes of training, 2 for evaluation. Not run: an H200 trained 493,000 tokens/s (36 % MFU, results/gpu.md).
+Time: 88 minutes of training, 2 for evaluation. Not run: a step's parts on an H200 make 493,000 tokens/s (36 % MFU).
 Target: 3.08 nats a token, the best of the course's board after 90 minutes of one H100; Chinchilla's law (2203.15556),
 fitted to other text and tokens, says 3.34 for this size and so many tokens.
 Size: 134.1 million parameters; 109.5 million in matrix products (84.9 blocks, 24.6 head); 0.714 GFLOP a token.

@@ -141,7 +141,7 @@ def architecture_of(config: ModelConfig) -> str:
                          if getattr(config, key) != getattr(plain, key)]
         if not lacking[name]:
             return name
-    hint = "; train with --smear=false for a model that can be exported" if config.smear else ""
+    hint = "; train with --smear=false --shift_keys=false --rope_pattern=R" if config.smear or config.shift_keys else ""
     raise ValueError(f"none of {', '.join(ARCHITECTURES)} has {', '.join(min(lacking.values(), key=len))}{hint}")
 
 

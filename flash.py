@@ -1,4 +1,4 @@
-r"""Attention without the T x T matrix: FlashAttention-2, in PyTorch tiles to read, in Triton to run.
+r"""Attention without the T x T matrix: FlashAttention-2 (2307.08691), in PyTorch tiles to read, in Triton to run.
 
 softmax(q kᵀ / √D) v is two matrix products with a softmax between. Written out, the scores, T x T for each head, go to
 memory and come back several times. Here a tile of them at a time is made, used and forgotten. Under a causal mask:
@@ -20,8 +20,7 @@ softmax's gradient is dS = P ∘ (dP - delta), delta the sum of P ∘ dP over a 
 dP = dO vᵀ, so sum_j P_ij dP_ij = sum_j P_ij (dO_i · v_j) = dO_i · sum_j P_ij v_j = dO_i · O_i: delta = rowsum(dO ∘ O),
 known before the first tile.
 
-Left out: dropout, masks and windows (attention.py takes torch's sdpa for those), warps of different tasks, fp8.
-Papers: FlashAttention 2205.14135, FlashAttention-2 2307.08691 (algorithms 1 and 2).
+Left out: dropout, masks and windows (attention.py: torch's sdpa), second derivatives, fp8, warp specialization.
 
     python flash.py               errors beside torch's own attention
     python bench.py attention     times beside it
@@ -29,10 +28,10 @@ Papers: FlashAttention 2205.14135, FlashAttention-2 2307.08691 (algorithms 1 and
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import INTERPRET, TensorDescriptor, as_operator, constexpr, dot, jit, launch, tl, triton, use_triton
 
@@ -53,22 +52,15 @@ def scores_of(q, k, is_causal: bool, offset: int | None = None):
     return s.masked_fill(~torch.ones_like(s, dtype=torch.bool).tril(offset), -math.inf)
 
 
-def attention_reference(q, k, v, is_causal: bool):
-    """(o, L (heads, Tq)) with all scores in memory. A query that sees no key: o = 0, L = -inf."""
+def attention_reference(q, k, v, do, is_causal: bool):
+    """(o, L (heads, Tq), dq, dk, dv) with all scores in memory; do: o's gradient. No key seen: o = 0, L = -inf."""
     s = scores_of(q, k, is_causal)
     lse = s.logsumexp(dim=-1, keepdim=True)
-    return torch.exp(s - lse.clamp(min=LOWEST)) @ v, lse.squeeze(-1)
-
-
-def attention_backward_reference(q, k, v, o, lse, do, is_causal: bool):
-    """(dq, dk, dv) with all scores in memory: what algorithm 2 cuts into tiles."""
-    s = scores_of(q, k, is_causal)
-    p = torch.exp(s - lse[..., None].clamp(min=LOWEST))            # no key seen: exp(-inf) = 0, and not exp(-inf + inf)
-    dv = p.mT @ do
-    dp = do @ v.mT
+    p = torch.exp(s - lse.clamp(min=LOWEST))               # no key seen: exp(-inf - LOWEST) = 0, not exp(-inf + inf)
+    o, dp = p @ v, do @ v.mT
     delta = (do * o).sum(dim=-1, keepdim=True)
     ds = p * (dp - delta) / math.sqrt(q.shape[-1])
-    return ds @ k, ds.mT @ q, dv
+    return o, lse.squeeze(-1), ds @ k, ds.mT @ q, p.mT @ do
 
 
 # --- tiles in PyTorch: the algorithm to read ---
@@ -94,9 +86,8 @@ def tiled_forward(q, k, v, is_causal: bool):
             s = scores_of(q_i, k[:, columns], is_causal, i + Tk - Tq - j)
             m_new = torch.maximum(m, s.amax(dim=-1, keepdim=True))
             p, shrink = torch.exp(s - m_new), torch.exp(m - m_new)
-            l = l * shrink + p.sum(dim=-1, keepdim=True)
             acc = acc * shrink + p @ v[:, columns]
-            m = m_new
+            l, m = l * shrink + p.sum(dim=-1, keepdim=True), m_new
         o[:, i:i + TILE] = acc / l.clamp(min=1e-30)                # no key seen: 0 / 1e-30, and L = m + log 0 = -inf
         lse[:, i:i + TILE] = (m + l.log()).squeeze(-1)
     return o.to(dtype), lse
@@ -125,22 +116,23 @@ def tiled_backward(q, k, v, o, lse, do, is_causal: bool):
 
 # --- tiles in Triton ---
 
-# Queries and keys of a tile, warps, stages, for D up to 128 and over. The first fit the 96 KB of shared memory of
-# consumer cards; Hopper, whose copy engine loads whole tiles, measured fastest with small ones and four warps.
-TILES = {"forward": ((128, 64, 8, 2), (64, 32, 8, 2)), "queries": ((64, 64, 8, 2), (32, 32, 4, 2)),
-         "keys": ((32, 64, 8, 2), (32, 32, 4, 2))}
-HOPPER = {"forward": (64, 64, 4, 3), "queries": (64, 64, 4, 2), "keys": (64, 64, 4, 2)}
+# Queries and keys of a tile; warps (of 32 threads) that share it; stages, how many of the loop's tiles are on their way
+# at once. For D up to 128 and over, in the 99 KB of shared memory of consumer cards; by TMA, the best tried on an H200.
+TILES = {"forward": ((128, 64, 8, 2), (64, 32, 8, 2), (64, 64, 4, 3)),
+         "queries": ((64, 64, 8, 2), (32, 32, 4, 2), (64, 64, 4, 2)),
+         "keys": ((32, 64, 8, 2), (32, 32, 4, 2), (64, 64, 4, 2))}
 
 
-def copy_engine(x: Tensor) -> bool:
-    """Whether tiles of x (heads, T, D) can go by descriptor: on Hopper, up to 128 wide, rows of 16 bytes."""
+def uses_tma(x: Tensor) -> bool:
+    """Whether tiles of x (heads, T, D) are moved by TMA, the unit of Hopper and B200 that copies a tile between memory
+    and shared memory on one thread's order. It is told x's shape once, by a descriptor, and wants rows of 16 bytes."""
     return (x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10) and x.itemsize == 2 and x.numel() > 0
             and x.shape[-1] in range(8, 129, 8) and x.storage_offset() % 8 == 0)
 
 
-def tiles(kernel: str, D: int, dtype: torch.dtype, engine: bool = False) -> dict:
-    """Sizes of a tile by kernel (forward, queries, keys), padded head width and dtype."""
-    sizes = HOPPER[kernel] if engine else TILES[kernel][D > 128]
+def tiles(kernel: str, D: int, dtype: torch.dtype, tma: bool = False) -> dict:
+    """The line of TILES for a kernel (forward, queries, keys), a padded head width and a dtype."""
+    sizes = TILES[kernel][2 if tma else D > 128]
     if INTERPRET:                                      # small and uneven, so that a test of 130 tokens has every border
         sizes = (32, 64, 1, 1) if kernel == "keys" else (64, 32, 1, 1)
     elif dtype == torch.float32:                       # IEEE products take no tensor core and hold tiles in registers
@@ -156,10 +148,9 @@ def addresses(x, head, start, T, ROWS: constexpr, D: constexpr, D_PAD: constexpr
 
 
 @jit
-def load_tile(x, head, start, T, ROWS: constexpr, D: constexpr, D_PAD: constexpr, ENGINE: constexpr):
-    """Those rows as a tile, zeros outside x. ENGINE: x is a descriptor, and Hopper's copy engine (TMA) works out the
-    addresses and edges; else the threads do."""
-    if ENGINE:
+def load_tile(x, head, start, T, ROWS: constexpr, D: constexpr, D_PAD: constexpr, TMA: constexpr):
+    """Those rows as a tile, zeros outside x. TMA: x is a descriptor; else the address of its first number."""
+    if TMA:
         tile = x.load([head, start, 0]).reshape(ROWS, D_PAD)
     else:
         address, mask = addresses(x, head, start, T, ROWS, D, D_PAD)
@@ -168,9 +159,9 @@ def load_tile(x, head, start, T, ROWS: constexpr, D: constexpr, D_PAD: constexpr
 
 
 @jit
-def store_tile(x, head, start, T, tile, ROWS: constexpr, D: constexpr, D_PAD: constexpr, ENGINE: constexpr):
+def store_tile(x, head, start, T, tile, ROWS: constexpr, D: constexpr, D_PAD: constexpr, TMA: constexpr):
     """Store what of a (ROWS, D_PAD) tile lies inside x there, in x's dtype."""
-    if ENGINE:
+    if TMA:
         x.store([head, start, 0], tile.to(x.dtype).reshape(1, ROWS, D_PAD))
     else:
         address, mask = addresses(x, head, start, T, ROWS, D, D_PAD)
@@ -179,68 +170,62 @@ def store_tile(x, head, start, T, tile, ROWS: constexpr, D: constexpr, D_PAD: co
 
 @jit
 def scores(a, b, query, key, Tq, Tk, MASKED: constexpr, CAUSAL: constexpr):
-    """a bᵀ of two tiles, one the queries' and one the keys'; if MASKED -inf where the query does not see the key."""
+    """a bᵀ of two tiles, one of queries and one of keys; if MASKED -inf where the query does not see the key. Causal
+    queries before Tq see no key from Tk on; those from Tq on are zeros and nowhere stored."""
     s = dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), tl.float32))
     if MASKED:
-        seen = key < Tk
-        if CAUSAL:
-            seen = seen & (key <= query + (Tk - Tq))
-        s = tl.where(seen, s, -float("inf"))
+        s = tl.where(key <= (query + (Tk - Tq) if CAUSAL else Tk - 1), s, -float("inf"))
     return s
 
 
 @jit
 def key_limits(q0, Tq, Tk, CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
-    """For queries q0 … q0 + BLOCK_Q: all see tiles of keys before `whole` (# above), none one from `last` on."""
-    whole, last = Tk // BLOCK_K * BLOCK_K, Tk
-    if CAUSAL:
-        whole = tl.minimum(whole, tl.maximum(0, q0 + Tk - Tq + 1) // BLOCK_K * BLOCK_K)
-        last = tl.minimum(last, tl.maximum(0, q0 + BLOCK_Q + Tk - Tq))
-    return whole, last
+    """(whole, last): before `whole` are tiles of keys that all queries q0 … q0 + BLOCK_Q see (# at the head), no query
+    of them sees a key from `last` on. Between stand the tiles that need a mask."""
+    by_all = tl.minimum(Tk, tl.maximum(0, q0 + 1 + Tk - Tq)) if CAUSAL else Tk
+    by_any = tl.minimum(Tk, tl.maximum(0, q0 + BLOCK_Q + Tk - Tq)) if CAUSAL else Tk
+    return by_all // BLOCK_K * BLOCK_K, by_any
 
 
 @jit
 def _flash_forward(lse, q, k, v, o, Tq, Tk, scale, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
-                   CAUSAL: constexpr, ENGINE: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
+                   CAUSAL: constexpr, TMA: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
     """BLOCK_Q queries of one head. q, o (heads, Tq, D); k, v (heads / GROUP, Tk, D); lse (heads, Tq) float32. scale is
-    log2(e) / √D: scores are in base 2. Neighbouring programs share a head, whose keys and values then come from L2; the
-    longest rows of the causal triangle come first, so that what finishes last is short."""
+    log2(e) / √D: scores are in base 2. Programs start in the order of their ids. Neighbours share a head, whose keys
+    and values then come from L2; the causal triangle's longest rows go first, so that what finishes last is short."""
     blocks, pid = tl.cdiv(Tq, BLOCK_Q), tl.program_id(0)
     q0, head = (blocks - 1 - pid % blocks) * BLOCK_Q, pid // blocks
     query, key = q0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
-    q_tile = load_tile(q, head, q0, Tq, BLOCK_Q, D, D_PAD, ENGINE)
-    m = tl.full((BLOCK_Q,), -1e30, tl.float32)                     # LOWEST
-    l = tl.zeros((BLOCK_Q,), tl.float32)
+    q_tile = load_tile(q, head, q0, Tq, BLOCK_Q, D, D_PAD, TMA)
+    m, l = tl.full((BLOCK_Q,), -1e30, tl.float32), tl.zeros((BLOCK_Q,), tl.float32)            # from LOWEST and 0
     acc = tl.zeros((BLOCK_Q, D_PAD), tl.float32)
     whole, last = key_limits(q0, Tq, Tk, CAUSAL, BLOCK_Q, BLOCK_K)
     for MASKED in tl.static_range(2):                              # two loops: first the whole tiles, without a mask
         for k0 in range(whole if MASKED else 0, last if MASKED else whole, BLOCK_K):
-            k_tile = load_tile(k, head // GROUP, k0, Tk, BLOCK_K, D, D_PAD, ENGINE)
+            k_tile = load_tile(k, head // GROUP, k0, Tk, BLOCK_K, D, D_PAD, TMA)
             s = scores(q_tile, k_tile, query[:, None], (k0 + key)[None, :], Tq, Tk, MASKED, CAUSAL)
             m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
-            p, shrink = tl.exp2(s * scale - m_new[:, None]), tl.exp2(m - m_new)        # a multiply-add a score
-            v_tile = load_tile(v, head // GROUP, k0, Tk, BLOCK_K, D, D_PAD, ENGINE)
+            p, shrink = tl.exp2(s * scale - m_new[:, None]), tl.exp2(m - m_new)        # s * scale - m: one instruction
+            v_tile = load_tile(v, head // GROUP, k0, Tk, BLOCK_K, D, D_PAD, TMA)
             acc = dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None])
-            l = l * shrink + tl.sum(p, axis=1)
-            m = m_new
-    some = tl.where(l == 0.0, 1.0, l)                              # a row without keys: o = 0, L = -inf
-    store_tile(o, head, q0, Tq, acc / some[:, None], BLOCK_Q, D, D_PAD, ENGINE)
-    row = lse + head.to(tl.int64) * Tq + query
-    tl.store(row, tl.where(l == 0.0, -float("inf"), (m + tl.log2(some)) / LOG2E), mask=query < Tq)
+            l, m = l * shrink + tl.sum(p, axis=1), m_new
+    m, l = tl.where(l == 0.0, -float("inf"), m), tl.where(l == 0.0, 1.0, l)            # no key seen: o = 0, L = -inf
+    store_tile(o, head, q0, Tq, acc / l[:, None], BLOCK_Q, D, D_PAD, TMA)
+    tl.store(lse + head.to(tl.int64) * Tq + query, (m + tl.log2(l)) / LOG2E, mask=query < Tq)
 
 
 @jit
 def _flash_queries(lse, q, k, v, o, do, delta, dq, Tq, Tk, scale, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
-                   CAUSAL: constexpr, ENGINE: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
+                   CAUSAL: constexpr, TMA: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
     """dQ = dS K / √D of BLOCK_Q queries of one head, walking over the keys as forward does; lse in base 2. It leaves
     delta (heads, Tq) = rowsum(dO ∘ O) for the kernel of the keys, and so runs first."""
     blocks, pid = tl.cdiv(Tq, BLOCK_Q), tl.program_id(0)
     q0, head = (blocks - 1 - pid % blocks) * BLOCK_Q, pid // blocks
     query, key = q0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     row = head.to(tl.int64) * Tq + query
-    q_tile = load_tile(q, head, q0, Tq, BLOCK_Q, D, D_PAD, ENGINE)
-    do_tile = load_tile(do, head, q0, Tq, BLOCK_Q, D, D_PAD, ENGINE)
-    o_tile = load_tile(o, head, q0, Tq, BLOCK_Q, D, D_PAD, ENGINE)
+    q_tile = load_tile(q, head, q0, Tq, BLOCK_Q, D, D_PAD, TMA)
+    do_tile = load_tile(do, head, q0, Tq, BLOCK_Q, D, D_PAD, TMA)
+    o_tile = load_tile(o, head, q0, Tq, BLOCK_Q, D, D_PAD, TMA)
     row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), axis=1)
     tl.store(delta + row, row_delta, mask=query < Tq)
     row_lse = tl.load(lse + row, mask=query < Tq, other=0.0)
@@ -248,62 +233,58 @@ def _flash_queries(lse, q, k, v, o, do, delta, dq, Tq, Tk, scale, GROUP: constex
     whole, last = key_limits(q0, Tq, Tk, CAUSAL, BLOCK_Q, BLOCK_K)
     for MASKED in tl.static_range(2):
         for k0 in range(whole if MASKED else 0, last if MASKED else whole, BLOCK_K):
-            k_tile = load_tile(k, head // GROUP, k0, Tk, BLOCK_K, D, D_PAD, ENGINE)
+            k_tile = load_tile(k, head // GROUP, k0, Tk, BLOCK_K, D, D_PAD, TMA)
             s = scores(q_tile, k_tile, query[:, None], (k0 + key)[None, :], Tq, Tk, MASKED, CAUSAL)
             p = tl.exp2(s * scale - row_lse[:, None])
-            v_tile = load_tile(v, head // GROUP, k0, Tk, BLOCK_K, D, D_PAD, ENGINE)
+            v_tile = load_tile(v, head // GROUP, k0, Tk, BLOCK_K, D, D_PAD, TMA)
             dp = dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32))
             acc = dot((p * (dp - row_delta[:, None])).to(k_tile.dtype), k_tile, acc)
-    store_tile(dq, head, q0, Tq, acc * (scale / LOG2E), BLOCK_Q, D, D_PAD, ENGINE)            # scale / LOG2E = 1 / √D
+    store_tile(dq, head, q0, Tq, acc * (scale / LOG2E), BLOCK_Q, D, D_PAD, TMA)            # scale / LOG2E = 1 / √D
 
 
 @jit
 def _flash_keys(lse, q, k, v, do, delta, dk, dv, Tq, Tk, scale, GROUP: constexpr, D: constexpr, D_PAD: constexpr,
-                CAUSAL: constexpr, ENGINE: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
+                CAUSAL: constexpr, TMA: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
     """dV = Pᵀ dO and dK = dSᵀ Q / √D of BLOCK_K keys of one key head, summed over the queries of GROUP heads. Scores
-    stand transposed, so that P and dS enter the second products as they lie in registers. P is computed again, 7
-    products where 5 would do: one kernel for all would add to dQ from many programs, in another order in each run."""
+    stand as (keys, queries): so P and dS enter the second products as they lie in registers. S and dP come twice, 7
+    products where 5 would do: in one kernel many programs would add to a row of dQ, in another order in each run."""
     blocks, pid = tl.cdiv(Tk, BLOCK_K), tl.program_id(0)
     k0, key_head = pid % blocks * BLOCK_K, pid // blocks
     key = k0 + tl.arange(0, BLOCK_K)
-    k_tile = load_tile(k, key_head, k0, Tk, BLOCK_K, D, D_PAD, ENGINE)
-    v_tile = load_tile(v, key_head, k0, Tk, BLOCK_K, D, D_PAD, ENGINE)
-    dk_tile = tl.zeros((BLOCK_K, D_PAD), tl.float32)
-    dv_tile = tl.zeros((BLOCK_K, D_PAD), tl.float32)
-    first, whole = 0, 0                  # queries from `first` on see some of these keys, from `whole` on all of them
-    if CAUSAL:
-        first = tl.maximum(0, k0 - (Tk - Tq)) // BLOCK_Q * BLOCK_Q
-        whole = tl.minimum(tl.cdiv(tl.maximum(0, k0 + BLOCK_K - 1 - (Tk - Tq)), BLOCK_Q) * BLOCK_Q, Tq)
+    k_tile = load_tile(k, key_head, k0, Tk, BLOCK_K, D, D_PAD, TMA)
+    v_tile = load_tile(v, key_head, k0, Tk, BLOCK_K, D, D_PAD, TMA)
+    dk_tile, dv_tile = tl.zeros((BLOCK_K, D_PAD), tl.float32), tl.zeros((BLOCK_K, D_PAD), tl.float32)
+    first = tl.maximum(0, k0 - (Tk - Tq)) // BLOCK_Q * BLOCK_Q     # the first tile of queries that see some of them
+    whole = tl.minimum(tl.cdiv(tl.maximum(0, k0 + BLOCK_K - 1 - (Tk - Tq)), BLOCK_Q) * BLOCK_Q, Tq) if CAUSAL else 0
     for member in range(GROUP):
         head = key_head * GROUP + member
         for MASKED in tl.static_range(2 if CAUSAL else 1):
             for q0 in range(first if MASKED else whole, whole if MASKED else Tq, BLOCK_Q):
                 query = q0 + tl.arange(0, BLOCK_Q)
                 row = tl.cast(head, tl.int64) * Tq + query
-                q_tile = load_tile(q, head, q0, Tq, BLOCK_Q, D, D_PAD, ENGINE)
+                q_tile = load_tile(q, head, q0, Tq, BLOCK_Q, D, D_PAD, TMA)
                 s = scores(k_tile, q_tile, query[None, :], key[:, None], Tq, Tk, MASKED, CAUSAL)
                 p = tl.exp2(s * scale - tl.load(lse + row, mask=query < Tq, other=0.0)[None, :])
-                do_tile = load_tile(do, head, q0, Tq, BLOCK_Q, D, D_PAD, ENGINE)
+                do_tile = load_tile(do, head, q0, Tq, BLOCK_Q, D, D_PAD, TMA)
                 dv_tile = dot(p.to(do_tile.dtype), do_tile, dv_tile)
                 dp = dot(v_tile, tl.trans(do_tile), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32))
                 ds = p * (dp - tl.load(delta + row, mask=query < Tq, other=0.0)[None, :])
                 dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile)
-    store_tile(dk, key_head, k0, Tk, dk_tile * (scale / LOG2E), BLOCK_K, D, D_PAD, ENGINE)
-    store_tile(dv, key_head, k0, Tk, dv_tile, BLOCK_K, D, D_PAD, ENGINE)
+    store_tile(dk, key_head, k0, Tk, dk_tile * (scale / LOG2E), BLOCK_K, D, D_PAD, TMA)
+    store_tile(dv, key_head, k0, Tk, dv_tile, BLOCK_K, D, D_PAD, TMA)
 
 
 def launch_flash(kernel, name: str, is_causal: bool, lse, queries: dict, keys: dict, **more) -> None:
-    """Launch one of the three for contiguous queries, (heads, Tq, D), and keys, (key heads, Tk, D), by name."""
+    """Launch one of the three. queries, keys: contiguous arguments (heads, Tq, D) and (key heads, Tk, D) by name."""
     (heads, Tq, D), (key_heads, Tk, _), dtype = queries["q"].shape, keys["k"].shape, queries["q"].dtype
     D_PAD = max(16, triton.next_power_of_2(D))                     # tl.dot takes no side below 16
-    engine = all(copy_engine(x) for x in (queries | keys).values())
-    tile = tiles(name, D_PAD, dtype, engine)
-    for size, tensors in (("BLOCK_Q", queries), ("BLOCK_K", keys)):
-        more |= {key: TensorDescriptor.from_tensor(x, [1, tile[size], D_PAD]) if engine else x
-                 for key, x in tensors.items()}
+    tma = all(uses_tma(x) for x in (queries | keys).values())
+    tile = tiles(name, D_PAD, dtype, tma)
+    more |= {key: TensorDescriptor.from_tensor(x, [1, tile[size], D_PAD]) if tma else x
+             for size, tensors in (("BLOCK_Q", queries), ("BLOCK_K", keys)) for key, x in tensors.items()}
     rows, length, block = (key_heads, Tk, "BLOCK_K") if name == "keys" else (heads, Tq, "BLOCK_Q")
     launch(kernel, (rows * triton.cdiv(length, tile[block]),), lse, Tq=Tq, Tk=Tk, scale=math.log2(math.e) / D ** 0.5,
-           GROUP=heads // max(1, key_heads), D=D, D_PAD=D_PAD, CAUSAL=is_causal, ENGINE=engine, **tile, **more)
+           GROUP=heads // max(1, key_heads), D=D, D_PAD=D_PAD, CAUSAL=is_causal, TMA=tma, **tile, **more)
 
 
 @as_operator
@@ -334,10 +315,8 @@ def flat(x: Tensor, last: int = 2) -> Tensor:
 
 class FlashAttentionPyTorch(torch.autograd.Function):
     """apply(q, k, v, is_causal) -> o (..., Tq, D) = softmax(q kᵀ / √D) v by tiles, in plain PyTorch; any float dtype.
-
     q (..., H, Tq, D); k and v (..., K, Tk, D), H a multiple of K (grouped queries). Causal: query i sees the keys up to
-    i + Tk - Tq; one that sees none gives zeros. Saved: q, k, v, o and L (..., Tq), the log of the sum of exp(scores).
-    """
+    i + Tk - Tq; one that sees none gives zeros. Saved: q, k, v, o and L (..., Tq), the logsumexp of the scores."""
     @staticmethod
     def forward(ctx, q, k, v, is_causal, functions=(tiled_forward, tiled_backward)):
         heads, key_heads = math.prod(q.shape[-3:-2]), math.prod(k.shape[-3:-2])        # 1 for (T, D) alone
@@ -352,6 +331,7 @@ class FlashAttentionPyTorch(torch.autograd.Function):
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
         dq, dk, dv = ctx.backward_function(flat(q), flat(k), flat(v), flat(o), flat(lse, 1), flat(do), ctx.is_causal)
@@ -373,5 +353,5 @@ flash_attention = FlashAttentionTriton.apply           # what attention.py calls
 
 
 if __name__ == "__main__":
-    bench = Path(__file__).with_name("bench.py")
+    bench = __file__.replace("flash.py", "bench.py")
     sys.exit(subprocess.call([sys.executable, bench, "kernels", "--page=flash", *sys.argv[1:]]))

@@ -10,7 +10,6 @@ formula operation by operation, and each reads its inputs from memory and writes
 The first, SwiGLU, is explained line by line; after the last comes flash.py. They run on CUDA, and on the CPU through
 Triton's interpreter if TRITON_INTERPRET=1 is set before the import; elsewhere, and in float64, PyTorch does the same.
 Left out: second derivatives, ignored targets, fp8, `triton.autotune` (other tiles in each process, so other sums).
-
 Papers: Triton (Tillet et al. 2019), SwiGLU 2002.05202, RMSNorm 1910.07467, RoPE 2104.09864, online softmax 1805.02867,
 chunked linear cross entropy 2410.10989 (Liger).
 
@@ -20,18 +19,18 @@ chunked linear cross entropy 2410.10989 (Liger).
 import functools
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 try:
     import triton
     import triton.language as tl
     from triton.language import constexpr              # an argument known when the kernel is compiled
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:                                    # macOS, Windows: the kernels stay text, the references run
+except ImportError:                  # macOS, Windows, Triton before 3.4: the kernels stay text, the references run
     triton, tl, constexpr, TensorDescriptor = None, None, float, None
 
 INTERPRET = triton is not None and bool(triton.knobs.runtime.interpret)
@@ -42,7 +41,8 @@ print_once = functools.cache(print)
 # --- how a kernel is compiled, chosen and launched ---
 
 def jit(fn):
-    """fn compiled by Triton, again when a width becomes a multiple of 16, but not for every length; or fn as it is."""
+    """fn compiled by Triton, or as it is without. It is compiled again for whole numbers that are 1 or multiples of 16,
+    whose addresses allow wider loads; not for lengths, which change all the time."""
     return triton.jit(fn, do_not_specialize=["rows", "T", "Tq", "Tk"]) if triton else fn
 
 
@@ -50,7 +50,7 @@ def use_triton(x: Tensor) -> bool:
     """Whether x goes to a kernel; says once why it does not. float64 never does."""
     runs = triton is not None and (x.is_cuda or INTERPRET)
     if not runs and not torch.compiler.is_compiling():
-        print_once("kernels.py: no kernels without CUDA and Triton (or TRITON_INTERPRET=1); PyTorch runs instead")
+        print_once("kernels.py: no kernels without CUDA and Triton 3.4 (or TRITON_INTERPRET=1); PyTorch runs instead")
     return runs and x.dtype != torch.float64
 
 
@@ -63,7 +63,7 @@ def launch(kernel, grid: tuple, x: Tensor, *arguments, **constants) -> None:
 
 
 def as_operator(fn):
-    """fn as one operator for torch.compile, which learns its shapes from tensors without data, not launched."""
+    """fn as one operator for torch.compile, which learns its shapes by a call on FakeTensors: no data, no launch."""
     operator = torch.library.custom_op(f"kernels::{fn.__name__}", fn, mutates_args=())
     operator.register_fake(fn)
     return functools.wraps(fn)(lambda *args: operator(*args) if torch.compiler.is_compiling() else fn(*args))
@@ -112,7 +112,7 @@ def _swiglu_backward(gate, up, dy, dgate, dup, count, BLOCK: constexpr):
 
 
 class SwiGLU(torch.autograd.Function):
-    """The launches: a grid of count / 2048 programs, rounded up; each has 8 warps, 256 threads, of 8 numbers each."""
+    """The launches: a grid of count / 2048 programs, rounded up; each has 8 warps of 32 threads, of 8 numbers each."""
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
@@ -121,6 +121,7 @@ class SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         (gate, up), dy, count = ctx.saved_tensors, dy.contiguous(), dy.numel()
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
@@ -172,7 +173,7 @@ class MatMul(torch.autograd.Function):
         (M, K), N = a.shape, b.shape[1]
         c = a.new_empty(M, N)
         launch(_matmul, (triton.cdiv(M, 64), triton.cdiv(N, 64)), a, b, c, M, N, K, *a.stride(), *b.stride(),
-               BLOCK=64, BLOCK_K=32, num_warps=4, num_stages=3)
+               BLOCK=64, BLOCK_K=32, num_warps=4, num_stages=3)        # tiles of three steps are on their way at once
         return c
 
     @staticmethod
@@ -192,7 +193,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 @jit
 def _rms_forward(x, weight, y, eps, N: constexpr, N_PAD: constexpr):
-    """One row of x and y (rows, N), whole in registers. weight (N,)."""
+    """y = x / sqrt(mean(x²) + eps) * weight of one row of x and y (rows, N), whole in registers. weight (N,)."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, N_PAD)
     values, w = load(x + row * N + i, i < N), load(weight + i, i < N)
@@ -231,11 +232,11 @@ class RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
-        (x, weight), rows, span = ctx.saved_tensors, len(dy), 32
+        (x, weight), dy, rows, span = ctx.saved_tensors, dy.contiguous(), len(dy), 32
         dx, dweight = torch.empty_like(x), x.new_empty(triton.cdiv(rows, span), x.shape[1], dtype=torch.float32)
-        launch(_rms_backward, (len(dweight),), x, weight, dy.contiguous(), dx, dweight, rows, ctx.eps, SPAN=span,
-               **ctx.sizes)
+        launch(_rms_backward, (len(dweight),), x, weight, dy, dx, dweight, rows, ctx.eps, SPAN=span, **ctx.sizes)
         return dx, dweight.sum(0).to(weight.dtype), None
 
 
@@ -287,6 +288,7 @@ class RoPE(torch.autograd.Function):
         return launch_rope(x, cos, sin, interleaved, 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         return launch_rope(dy, *ctx.saved_tensors, ctx.interleaved, -1), None, None, None
 
@@ -317,10 +319,8 @@ PIECES = dict(BLOCK=64 if INTERPRET else 4096, num_warps=4)        # short piece
 @jit
 def _log_sum_exp(logits, lse, V, BLOCK: constexpr):
     """log of the sum of exp(number) of one row, read once (1805.02867, algorithm 3). logits (rows, V), lse (rows,).
-
     m is the largest number so far, l the sum of exp(number - m); a larger m shrinks l by exp(old m - new m). Pieces
-    (1, 3) and (5): first m = 3, l = e^-2 + 1; then m = 5, l = (e^-2 + 1) e^-2 + 1, as if 5 had been known before.
-    """
+    (1, 3) and (5): first m = 3, l = e^-2 + 1; then m = 5, l = (e^-2 + 1) e^-2 + 1, as if 5 had been known before."""
     row = tl.program_id(0).to(tl.int64)
     m, l = tl.full((), -3e38, tl.float32), tl.zeros((), tl.float32)      # not -inf, as -inf - -inf is NaN
     for start in range(0, V, BLOCK):
@@ -374,6 +374,7 @@ class CrossEntropy(torch.autograd.Function):
         return (lse - logits.gather(1, targets[:, None])[:, 0]).mean()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         logits, targets, lse = ctx.saved_tensors
         return logits_gradient(logits, targets, lse, dloss / len(logits)), None
@@ -390,11 +391,9 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean loss of the logits x weightᵀ, a chunk of rows at a time (2410.10989, section 3.2).
-
     What comes back from the loss is one number, a factor of everything: so dx and dweight are made in the forward pass,
     while a chunk's logits are there. They are gradients of the sum, and backward divides by N, in float32: of
-    (softmax - onehot) / 16,384 most is below float16's smallest number, lost before a loss scale could save it.
-    """
+    (softmax - onehot) / 16,384 most is below float16's smallest number, lost before a loss scale could save it."""
     @staticmethod
     def forward(ctx, x, weight, targets, chunk):               # (N, C), (V, C), (N,)
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -414,6 +413,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total / len(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         dx, dweight = ctx.saved_tensors
         factor = dloss / len(dx)
@@ -433,5 +433,5 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk_token
 
 
 if __name__ == "__main__":
-    bench = Path(__file__).with_name("bench.py")
+    bench = __file__.replace("kernels.py", "bench.py")
     sys.exit(subprocess.call([sys.executable, bench, "kernels", "--page=kernels", *sys.argv[1:]]))

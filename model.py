@@ -78,6 +78,7 @@ class ModelConfig:
     qk_norm: bool = False            # RMSNorm over each head's query and key (2010.04245, 2302.05442)
     position: str = "rope"           # rope (2104.09864) | learned (GPT-2) | sinusoidal (1706.03762) | none (2305.19466)
     rope_interleaved: bool = False   # rotate pairs (2i, 2i+1) as the paper does instead of (i, i + D/2), Llama's files
+    rope_pattern: str = "R"          # R: a layer with RoPE, N: one without (2501.18795), repeated over all layers
     rope_factor: float = 1.0         # RoPE for contexts so many times longer (Llama 3, 2407.21783); 1 = not stretched
     rope_low_freq: float = 1.0       # wavelengths over rope_original_context / this are stretched in full
     rope_high_freq: float = 4.0      # wavelengths under rope_original_context / this stay
@@ -87,6 +88,7 @@ class ModelConfig:
     qkv_bias: bool = False           # a bias in the query, key and value projections only (Qwen2, 2407.10671)
     tie_embeddings: bool = False     # the head is the embedding matrix (1608.05859)
     smear: bool = False              # to each embedding add the one before it, times a gate (cf. RWKV, 2305.13048)
+    shift_keys: bool = False         # half of each key's numbers are those of the key before it (cf. 2209.11895)
     zero_init: bool = False          # each block's last matrices start at 0, so that the model starts as the identity
     logit_softcap: float | None = None     # logits become cap * tanh(logits / cap) (Gemma 2, 2408.00118)
     sliding_window: int | None = None      # a position sees so many positions, itself included (2310.06825); none = all
@@ -154,6 +156,8 @@ class ModelConfig:
                 raise ValueError(f"{name}={value} must be {'at least' if may_be_zero else 'above'} 0, and finite")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"window_pattern={self.window_pattern!r} must be made of S (sliding) and L (full)")
+        if not self.rope_pattern or set(self.rope_pattern) - set("RN"):
+            raise ValueError(f"rope_pattern={self.rope_pattern!r} must be made of R (rotary) and N (no positions)")
 
     def _check_combinations(self) -> None:
         c, mla = self, self.attention == "mla"
@@ -163,11 +167,13 @@ class ModelConfig:
             raise ValueError(f"window_pattern={c.window_pattern!r} needs sliding_window, the positions to see")
         if c.fused_loss and c.logit_softcap is not None:
             raise ValueError("fused_loss=true never has the logits that logit_softcap bends; choose one")
+        if mla and c.rope_pattern != "R":
+            raise ValueError(f"rope_pattern={c.rope_pattern!r} needs attention=standard: MLA rotates in every layer")
         if c.rope_factor < 1 or c.rope_factor != 1 and c.position != "rope" or c.rope_low_freq >= c.rope_high_freq:
             raise ValueError(f"rope_factor={c.rope_factor} must be at least 1 and needs position=rope, rope_low_freq="
                              f"{c.rope_low_freq} must be below rope_high_freq={c.rope_high_freq}")
-        if mla and (c.position != "rope" or c.qk_norm or c.n_kv_heads != c.n_heads or c.qkv_bias):
-            raise ValueError("attention=mla needs position=rope and no qk_norm, qkv_bias or n_kv_heads")
+        if mla and (c.position != "rope" or c.qk_norm or c.n_kv_heads != c.n_heads or c.qkv_bias or c.shift_keys):
+            raise ValueError("attention=mla needs position=rope and no qk_norm, qkv_bias, n_kv_heads or shift_keys")
         if not mla and (c.kv_lora_rank or c.q_lora_rank or c.rope_head_dim):
             raise ValueError("kv_lora_rank, q_lora_rank and rope_head_dim need attention=mla")
         if c.n_experts and c.n_experts_per_token > c.n_experts:

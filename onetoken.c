@@ -29,12 +29,12 @@ typedef struct { const float *weight, *bias; float eps; int kind; } Norm;
 typedef struct {
     Norm ln1, ln2, q_norm, k_norm;
     Matrix q, k, v, o, w1, w3, w2;
-    int window;                                          // keys that a query sees, 0 = all
+    int window, rotate;                                  // keys that a query sees, 0 = all; whether RoPE turns them
 } Layer;
 
 typedef struct {
-    int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, ffn, rotate, interleaved, cache_kind, max_length;
-    int n_slots, n_tokens;
+    int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, ffn, interleaved, shift_keys, cache_kind;
+    int max_length, n_slots, n_tokens;
     int64_t next_row, next_head, next_slot;              // in the cache, in numbers
     const float *cos, *sin;                              // (max_length, D / 2)
     const Layer *layers;
@@ -216,6 +216,17 @@ static void rotate(const Model *m, float *x, int position) {
     }
 }
 
+static inline void put(const Model *m, void *store, int64_t i, float x) {
+    if (m->cache_kind == F32) ((float *)store)[i] = x;
+    else ((uint16_t *)store)[i] = to_bf16(x);
+}
+
+// Where the numbers of a text's position begin in the cache, for one head.
+static inline int64_t place(const Model *m, const int *slots, int text, int head, int position) {
+    int slot = slots ? slots[(int64_t)text * m->n_slots + position] : position;
+    return text * m->next_row + head * m->next_head + slot * m->next_slot;
+}
+
 static inline float cached(const Model *m, const void *store, int64_t i) {
     return m->cache_kind == F32 ? ((const float *)store)[i] : from_bf16(((const uint16_t *)store)[i]);
 }
@@ -254,11 +265,26 @@ static float activation(int kind, float x) {
     return x / (1 + expf(-x));
 }
 
+// Every other number of each key of k (rows, K, D) becomes that of the position before; in `raw` it is kept as it was.
+// From the last row on: a row's key is still as it was when the next one asks for it.
+static void shift(const Model *m, float *k, void *raw, const int *slots, const int *positions, int rows) {
+    int K = m->n_kv_heads, D = m->head_dim;
+    for (int i = rows * K - 1; i >= 0; i--) {
+        int r = i / K, text = r / m->n_tokens, p = positions[r];
+        int64_t at = place(m, slots, text, i % K, p), last = p ? place(m, slots, text, i % K, p - 1) : 0;
+        float *key = k + (int64_t)i * D;
+        for (int d = 0; d < D; d++) {
+            put(m, raw, at + d, key[d]);
+            if (d % 2 == 0) key[d] = r % m->n_tokens ? key[d - K * D] : p ? cached(m, raw, last + d) : 0;
+        }
+    }
+}
+
 // x (rows, C): embeddings in, overwritten; every n_tokens of them belong to one text, whose later ones see the earlier.
-// positions (rows): where each token stands. keys, values: a pointer for each layer. slots: (texts, n_slots), the slot
+// positions (rows): where each token stands. keys, values, raw: a pointer for each layer. slots: (texts, n_slots), slot
 // of each position, or NULL: slot p for position p. logits (rows, V) out. scratch: what onetoken.py counts.
-void one_token(const Model *m, float *x, const int *positions, int rows, void **keys, void **values, const int *slots,
-               float *logits, float *scratch) {
+void one_token(const Model *m, float *x, const int *positions, int rows, void **keys, void **values, void **raw,
+               const int *slots, float *logits, float *scratch) {
     int C = m->d_model, H = m->n_heads, K = m->n_kv_heads, D = m->head_dim, S = m->max_length, F = m->d_ff;
     float *h = scratch, *q = h + (int64_t)rows * C, *k = q + (int64_t)rows * H * D, *v = k + (int64_t)rows * K * D;
     float *y = v + (int64_t)rows * K * D, *gate = y + (int64_t)rows * H * D, *up = gate + (int64_t)rows * F;
@@ -267,24 +293,19 @@ void one_token(const Model *m, float *x, const int *positions, int rows, void **
         const Layer *layer = m->layers + l;
         for (int r = 0; r < rows; r++) norm(&layer->ln1, x + (int64_t)r * C, h + (int64_t)r * C, C);
         linear(&layer->q, 3, h, q, rows, more);          // and k, v
+        if (m->shift_keys) shift(m, k, raw[l], slots, positions, rows);
         for (int i = 0; i < rows * (H + K); i++) {       // every head of q, then of k
             float *head = i < rows * H ? q + (int64_t)i * D : k + (int64_t)(i - rows * H) * D;
             const Norm *own = i < rows * H ? &layer->q_norm : &layer->k_norm;
             if (own->kind != NONE) norm(own, head, head, D);
-            if (m->rotate) rotate(m, head, positions[i < rows * H ? i / H : (i - rows * H) / K]);
+            if (layer->rotate) rotate(m, head, positions[i < rows * H ? i / H : (i - rows * H) / K]);
         }
         for (int i = 0; i < rows * K; i++) {             // into the cache, in its dtype
-            int r = i / K, text = r / m->n_tokens;
-            int slot = slots ? slots[(int64_t)text * m->n_slots + positions[r]] : positions[r];
-            int64_t at = text * m->next_row + i % K * m->next_head + slot * m->next_slot, from = (int64_t)i * D;
-            for (int d = 0; d < D; d++)
-                if (m->cache_kind == F32) {
-                    ((float *)keys[l])[at + d] = k[from + d];
-                    ((float *)values[l])[at + d] = v[from + d];
-                } else {
-                    ((uint16_t *)keys[l])[at + d] = to_bf16(k[from + d]);
-                    ((uint16_t *)values[l])[at + d] = to_bf16(v[from + d]);
-                }
+            int64_t at = place(m, slots, i / K / m->n_tokens, i % K, positions[i / K]), from = (int64_t)i * D;
+            for (int d = 0; d < D; d++) {
+                put(m, keys[l], at + d, k[from + d]);
+                put(m, values[l], at + d, v[from + d]);
+            }
         }
         #pragma omp parallel for schedule(static)
         for (int i = 0; i < rows * H; i++) {             // each row's heads; H / K of them share a key head

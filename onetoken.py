@@ -39,12 +39,12 @@ class Norm(ctypes.Structure):
 
 class Layer(ctypes.Structure):
     _fields_ = [(name, Norm) for name in ("ln1", "ln2", "q_norm", "k_norm")] + [
-        (name, Matrix) for name in ("q", "k", "v", "o", "w1", "w3", "w2")] + [("window", I)]
+        (name, Matrix) for name in ("q", "k", "v", "o", "w1", "w3", "w2")] + [("window", I), ("rotate", I)]
 
 
 class Model(ctypes.Structure):
     _fields_ = [(name, I) for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "ffn",
-                                       "rotate", "interleaved", "cache_kind", "max_length", "n_slots",
+                                       "interleaved", "shift_keys", "cache_kind", "max_length", "n_slots",
                                        "n_tokens")] + [
         (name, ctypes.c_int64) for name in ("next_row", "next_head", "next_slot")] + [
         ("cos", P), ("sin", P), ("layers", ctypes.POINTER(Layer)), ("last", Norm), ("head", Matrix)]
@@ -57,7 +57,7 @@ def library():
     made = native.load("onetoken", ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"],
                        openmp=True)
     if made is not None:
-        made.one_token.argtypes, made.linear.argtypes = (P, P, P, I, P, P, P, P, P), (P, I, P, P, I, P)
+        made.one_token.argtypes, made.linear.argtypes = (P, P, P, I, P, P, P, P, P, P), (P, I, P, P, I, P)
         made.widen.argtypes = P, P
         made.one_token.restype = made.linear.restype = made.widen.restype = None
     return made
@@ -156,7 +156,7 @@ class Pass:
             cos, sin = (self.floats(table) for table in tables)
         d_ff = max(matrix(block.ffn.w1).d_out for block in model.layers)
         self.c = Model(c.n_layers, c.d_model, c.n_heads, c.n_kv_heads, c.head_dim, d_ff, FFNS.index(c.ffn),
-                       c.position == "rope", c.rope_interleaved, KINDS[dtype], max_length, 0, 1, 0, 0, 0, cos, sin,
+                       c.rope_interleaved, c.shift_keys, KINDS[dtype], max_length, 0, 1, 0, 0, 0, cos, sin,
                        self.layers, self.norm(model.ln_final), self.matrix(model.lm_head))
         self.numbers = c.d_model + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * d_ff + c.n_heads * max_length
         self.numbers += max(c.d_model, d_ff, c.n_heads * c.head_dim) // GROUP    # for int4
@@ -185,14 +185,15 @@ class Pass:
         attn, ffn = block.attn, block.ffn
         norms = [block.ln1, block.ln2, getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)]
         matrices = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, ffn.w1, getattr(ffn, "w3", ffn.w1), ffn.w2]
-        return Layer(*(self.norm(one) for one in norms), *(self.matrix(one) for one in matrices), window or 0)
+        return Layer(*(self.norm(one) for one in norms), *(self.matrix(one) for one in matrices), window or 0,
+                     attn.rotates)
 
     def __call__(self, tokens, pasts: list[int], cache, keys, values, slots=None):
         """Logits (B, T, V) after each of T more tokens of every row, whose keys and values are added to the cache.
 
         tokens: (B, T), lists or a tensor. pasts: positions that each row holds. keys, values: a tensor (B, K, slots, D)
         for each layer, all of the same strides, the last of them 1. slots: (B, …) int32, the slot of each position;
-        none: its own number. cache: what the model's embedding asks for earlier ids.
+        none: its own number. cache: has earlier ids for the embedding; raw, the keys before shifting.
         """
         tokens, c = torch.as_tensor(tokens), self.model.config
         B, T = tokens.shape
@@ -206,7 +207,7 @@ class Pass:
         logits = x.new_empty(B, T, c.vocab_size)
         self.c.n_tokens, self.c.n_slots = T, 0 if slots is None else slots.shape[1]
         self.c.next_row, self.c.next_head, self.c.next_slot, _ = keys[0].stride()
-        pointers = [(P * len(stores))(*(store.data_ptr() for store in stores)) for stores in (keys, values)]
+        pointers = [(P * len(stores))(*(store.data_ptr() for store in stores)) for stores in (keys, values, cache.raw)]
         library().one_token(ctypes.byref(self.c), x.data_ptr(), at.data_ptr(), B * T, *pointers,
                             None if slots is None else slots.data_ptr(), logits.data_ptr(), self.scratch.data_ptr())
         return logits if c.logit_softcap is None else c.logit_softcap * torch.tanh(logits / c.logit_softcap)

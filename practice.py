@@ -54,9 +54,11 @@ def read_table() -> tuple[dict, dict]:
     return table, table.pop("predict")
 
 
-def read_page(path: Path, names=None) -> tuple[list[str], dict[str, ast.FunctionDef]]:
-    """(lines, functions from top to bottom) of a page: "rope", "Linear.forward", "Linear" for all its
-    methods; None: all. Raises SyntaxError where Python cannot read it."""
+def read_page(path: Path, names: list[str] | None = None) -> tuple[list[str], dict[str, ast.FunctionDef]]:
+    """(lines, functions from top to bottom) of a page. names: "rope", "Linear.forward", "Linear" for all its methods.
+
+    Raises SyntaxError where Python cannot read it.
+    """
     text, functions = path.read_text(encoding="utf-8"), {}
     for node in ast.parse(text, path.name).body:
         for part in node.body if isinstance(node, ast.ClassDef) else [node]:
@@ -74,12 +76,14 @@ def span(node: ast.AST) -> slice:
 
 
 def take_out(page: Path, name: str, entry: dict, anew: bool = False) -> tuple[str, list[str]]:
-    """(the page with an error in place of the bodies that are asked for; signature and docstring stay, the functions
-    that are kept as they are not ours). anew: none is. Raises ValueError where one is gone."""
+    """(the page with an error in place of the bodies that are asked for, functions that the learner wrote and keeps).
+
+    Signature and docstring stay. anew: the learner keeps none. Raises ValueError where a function is gone.
+    """
     our_lines, ours = read_page(ROOT / entry["page"], entry["functions"])
     if entry.get("empty"):
         return "\n".join(our_lines[span(ast.parse("\n".join(our_lines)).body[0])]) + "\n", []
-    (lines, theirs), kept = read_page(page, ours), []
+    (lines, theirs), kept = read_page(page, list(ours)), []
     if len(theirs) < len(ours):
         raise ValueError(f"{', '.join(ours.keys() - theirs.keys())} is gone: write its first line again")
     for function in reversed(theirs):                    # from below: line numbers above stay true
@@ -95,8 +99,10 @@ def take_out(page: Path, name: str, entry: dict, anew: bool = False) -> tuple[st
 # --- verbs ---
 
 def read_progress(exercises: dict) -> dict:
-    """{name: {"hints": how many were shown, "state": "begun" or, as the last check ended, "passed"}} of what is
-    begun, which nothing is of a page that was deleted."""
+    """{name: {"hints": how many were shown, "state": "begun" or, as the last check ended, "passed"}} of what is begun.
+
+    Nothing of a page is begun any more when the page was deleted.
+    """
     path = FOLDER / "progress.json"
     progress = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return {name: progress[name] for name, entry in exercises.items()
@@ -122,8 +128,8 @@ def show_list(exercises: dict) -> None:
 
 def start(name: str, exercises: dict, anew: bool) -> None:
     """Take an exercise out of the learner's page, unless it was begun before, and say what is asked. anew: always."""
-    entry, page, progress = exercises[name], FOLDER / exercises[name]["page"], read_progress(exercises)
-    kept = entry["functions"]
+    entry, progress = exercises[name], read_progress(exercises)
+    page, kept = FOLDER / entry["page"], entry["functions"]
     if anew or not (name in progress or (entry.get("empty") and page.exists())):
         text, kept = take_out(page if page.exists() else ROOT / entry["page"], name, entry, anew)
         (FOLDER / "saved").mkdir(parents=True, exist_ok=True)
@@ -132,7 +138,8 @@ def start(name: str, exercises: dict, anew: bool) -> None:
             with open(saved, "xb") as file:              # x: an error, and nothing lost, where there is such a file
                 file.write(page.read_bytes())
             print(f"what you had is saved as practice/saved/{saved.name}")
-        page.write_text(text, encoding="utf-8")
+        page.with_suffix(".new").write_text(text, encoding="utf-8")
+        page.with_suffix(".new").replace(page)           # at once: a full disk leaves the page as it was
     if anew or name not in progress:
         progress[name] = {"hints": 0, "state": "begun"}
         (FOLDER / "progress.json").write_text(json.dumps(progress), encoding="utf-8")

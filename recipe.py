@@ -203,7 +203,7 @@ def open_data(data_dir, context_length: int, vocab_size: int | None = None) -> t
     meta, splits = read_meta(data_dir), {split: open_tokens(data_dir, split) for split in ("train", "val")}
     for split, tokens in splits.items():
         if len(tokens) <= context_length:
-            raise ValueError(f"{data_dir}/{split}.bin has {len(tokens)} tokens, too few for one window of context_length="
+            raise ValueError(f"{data_dir}/{split}.bin has {len(tokens)} tokens, too few for a window of context_length="
                              f"{context_length} and the token after; give more text, or a shorter context")
         if len(tokens) != meta.get(f"{split}_tokens", len(tokens)):    # the bits per byte would be wrong, and unnoticed
             raise ValueError(f"{data_dir}/{split}.bin has {len(tokens)} tokens, its meta.json says "

@@ -113,7 +113,8 @@ SWITCHES = {  # every architecture switch at least once
     "moe bias": dict(n_experts=4, balance="bias", n_shared_experts=1,
                      d_ff_expert=32), "mtp": dict(mtp_depth=2, mtp_weight=0.5), "softcap": dict(logit_softcap=5.0),
     "llama3": dict(rope_factor=8.0, rope_original_context=16),
-    "smear": dict(smear=True), "smear window": dict(smear=True, sliding_window=4, mtp_depth=1)}
+    "smear": dict(smear=True), "shift keys": dict(shift_keys=True, n_kv_heads=2, qk_norm=True, rope_pattern="RN"),
+    "smear window": dict(smear=True, sliding_window=4, mtp_depth=1)}
 
 
 def toy(switch="plain", **more):

@@ -38,7 +38,7 @@ def run(rows, model, meanwhile=lambda engine: None, **how):
     return engine
 
 
-@pytest.mark.parametrize("switch", ["plain", "gpt2", "smear window", "mla window", "moe"])
+@pytest.mark.parametrize("switch", ["plain", "gpt2", "shift keys", "smear window", "mla window", "moe"])
 def test_each_text_is_what_generate_gives_alone_whatever_else_is_written(switch, monkeypatch):
     """Greedy and sampled, long and short, over many blocks and over five, in pieces of seven tokens, with guesses."""
     model, start = toy(switch).eval(), [7, 3, 9, 1, 1, 5]

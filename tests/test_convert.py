@@ -105,6 +105,7 @@ def test_of_several_weights_in_a_folder_transformers_takes_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("switch, words", [("window", "window_pattern=SSL"), ("smear", "--smear=false"),
+                                           ("shift keys", "--shift_keys=false --rope_pattern=R"),
                                            ("moe bias", "balance=bias")])
 def test_what_no_architecture_computes_is_refused_by_name(switch, words, tmp_path):
     with pytest.raises(ValueError, match=words):

@@ -12,7 +12,7 @@ import onetoken
 @pytest.mark.parametrize("settings", [dict(temperature=0), dict(), dict(temperature=0.7, top_k=5),
                                       dict(top_k=20, top_p=0.5), dict(min_p=0.1)])
 def test_neither_the_cache_nor_c_changes_a_token_not_even_past_the_context(settings, monkeypatch):
-    model = random_model(smear=True, qk_norm=True, sliding_window=6, window_pattern="SL", ffn="relu2")
+    model = random_model(smear=True, shift_keys=True, qk_norm=True, sliding_window=6, window_pattern="SL", ffn="relu2")
     prompts = [[3], list(range(10)), list(range(40))]                     # the last is longer than the context of 16
 
     def write(cache):

@@ -29,11 +29,11 @@ def inputs(Tq, Tk, D, group, dtype=torch.float32):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_and_its_gradients_equal_float64(flash, case, monkeypatch):
-    """Tiles by descriptor, as Hopper has them, and by address; the case of 130 tokens also in half precision."""
+    """Tiles by descriptor, as TMA takes them, and by address; the case of 130 tokens also in half precision."""
     *shape, is_causal = case
     dtypes = [torch.float32, *[torch.float16, torch.bfloat16] * (case == HALF)]
-    for (name, engine), dtype in itertools.product([*itertools.product(BOTH, [False]), (BOTH[0], True)], dtypes):
-        monkeypatch.setattr(flash, "copy_engine", lambda x: engine)
+    for (name, tma), dtype in itertools.product([*itertools.product(BOTH, [False]), (BOTH[0], True)], dtypes):
+        monkeypatch.setattr(flash, "uses_tma", lambda x: tma)
         assert_like_float64(lambda q, k, v: getattr(flash, name).apply(q, k, v, is_causal),
                             lambda q, k, v: sdpa(q, k, v, is_causal, None), *inputs(*shape, dtype))
 
@@ -42,10 +42,10 @@ def test_attention_and_its_gradients_equal_float64(flash, case, monkeypatch):
 def test_the_untiled_backward_equals_autograd(flash, is_causal):
     q, k, v, do = (torch.randn(3, 17, 8, dtype=torch.float64).requires_grad_() for _ in range(4))
     o = sdpa(q[None], k[None], v[None], is_causal, None)[0]
-    o_ref, lse = flash.attention_reference(q, k, v, is_causal)
+    o_ref, lse, *gradients = flash.attention_reference(q, k, v, do, is_causal)
     torch.testing.assert_close(o_ref, o)
-    torch.testing.assert_close(flash.attention_backward_reference(q, k, v, o, lse, do, is_causal),
-                               torch.autograd.grad(o, (q, k, v), do))
+    torch.testing.assert_close(lse, flash.scores_of(q, k, is_causal).logsumexp(-1))
+    torch.testing.assert_close(tuple(gradients), torch.autograd.grad(o, (q, k, v), do))
 
 
 def test_leading_dimensions_and_strides(flash):

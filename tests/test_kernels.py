@@ -110,6 +110,25 @@ def test_what_the_kernels_cannot_do_is_said(kernels):
             getattr(kernels, name)(*inputs)
 
 
+def test_second_derivatives_are_refused_and_not_wrong(kernels):
+    import flash
+    x, weight, ids = torch.randn(5, 16).requires_grad_(), torch.rand(16), torch.arange(5)
+    functions = {"swiglu": lambda: kernels.swiglu(x, x), "rms_norm": lambda: kernels.rms_norm(x, weight),
+                 "apply_rope": lambda: kernels.apply_rope(x[None, None], x[None, None], *torch.rand(2, 5, 8))[0],
+                 "cross_entropy": lambda: kernels.cross_entropy(x, ids),
+                 "linear_cross_entropy": lambda: kernels.linear_cross_entropy(x, torch.rand(7, 16), ids),
+                 "tiles": lambda: flash.FlashAttentionPyTorch.apply(x, x, x, True),
+                 "Triton": lambda: flash.flash_attention(x, x, x, True)}
+    for name, function in functions.items():
+        gradient, = torch.autograd.grad(function().square().sum(), x, create_graph=True)
+        try:
+            gradient.sum().backward()
+        except RuntimeError as error:
+            assert "differentiate twice" in str(error), name
+        else:
+            pytest.fail(f"{name} gave a second derivative")
+
+
 def test_kernels_read_and_write_nothing_outside(kernels, monkeypatch):
     import flash
     launch = kernels.launch

@@ -48,8 +48,22 @@ def test_cache_gives_the_logits_of_the_full_forward(switch):
 
 
 @torch.no_grad()
+def test_half_of_the_numbers_of_shifted_keys_are_those_of_the_position_before():
+    attn = Attention(ModelConfig(**TOY | dict(shift_keys=True, n_kv_heads=2, position="none"))).double()
+    plain = Attention(ModelConfig(**TOY | dict(n_kv_heads=2, position="none"))).double()
+    plain.load_state_dict(attn.state_dict())
+    x = torch.randn(1, 5, 48, dtype=torch.float64, generator=rng())
+    keys = [plain.k_proj(x[0, t]).tolist() for t in range(5)]
+    shifted = torch.tensor([[(keys[t - 1][i] if t else 0) if i % 2 == 0 else keys[t][i] for i in range(24)]
+                            for t in range(5)], dtype=torch.float64)
+    del plain.k_proj
+    plain.k_proj = lambda x: shifted[None]                         # plain attention on keys that were shifted by hand
+    torch.testing.assert_close(attn(x), plain(x), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
 def test_cache_rows_are_cut_chosen_and_copied_and_survive_an_error():
-    model, tokens = toy("smear window").eval(), ids(3, 12)
+    model, tokens = toy("smear window", shift_keys=True).eval(), ids(3, 12)
     full, cache = model(tokens), model.new_cache(3, max_length=12)
     model(tokens[:, :9], cache=cache)
     cache.set_lengths([9, 2, 5])                                   # further back than any window
@@ -280,7 +294,8 @@ def test_multi_token_prediction_by_hand_and_as_a_draft():
 
 @pytest.mark.parametrize("words, settings", {
     "norm='batch'": dict(norm="batch"), "n_kv_heads=3": dict(n_kv_heads=3), "d_model=50": dict(d_model=50),
-    "7 must be even": dict(head_dim=7), "SX": dict(window_pattern="SX", sliding_window=3),
+    "7 must be even": dict(head_dim=7), "RX": dict(rope_pattern="RX"),
+    "rope_pattern='N'": dict(rope_pattern="N", attention="mla"), "SX": dict(window_pattern="SX", sliding_window=3),
     "needs sliding_window": dict(window_pattern="SL"), "qk_norm": dict(attention="mla", qk_norm=True),
     "need n_experts": dict(n_shared_experts=1), "n_experts=2": dict(n_experts=2, n_experts_per_token=3),
     "never has the logits": dict(fused_loss=True, logit_softcap=1.0), "rope_factor=0.5": dict(rope_factor=0.5),

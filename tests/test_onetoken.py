@@ -14,7 +14,8 @@ BASE = dict(vocab_size=301, context_length=48, d_model=64, n_layers=2, n_heads=4
 MODELS = {
     "course": {}, "Qwen": dict(n_kv_heads=2, qk_norm=True, qkv_bias=True, tie_embeddings=True),
     "GPT-2": dict(norm="layer", bias=True, ffn="gelu", position="learned"),
-    "default": dict(ffn="relu2", smear=True, logit_softcap=15.0, sliding_window=6, window_pattern="SL", qk_norm=True),
+    "default": dict(ffn="relu2", smear=True, shift_keys=True, n_kv_heads=2, rope_pattern="NR", logit_softcap=15.0,
+                    sliding_window=6, window_pattern="SL", qk_norm=True),
     "Llama 3": dict(rope_factor=4.0, rope_original_context=32, head_dim=32, n_kv_heads=1, rope_interleaved=True),
     "bare": dict(norm="none", ffn="silu", position="sinusoidal")}
 

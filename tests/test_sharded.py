@@ -17,7 +17,7 @@ TWO = (dict(name="ddp"), dict(name="zero1"), dict(name="fsdp"), dict(name="ddp",
        dict(name="zero1", pp=2))
 FOUR = (dict(name="zero1"), dict(name="fsdp"), dict(name="fsdp", tp=2), dict(name="zero1", pp=2),
         dict(name="ddp", pp=2, tp=2), dict(name="ddp", pp=4))
-TIED = dict(n_layers=4, tie_embeddings=True, n_kv_heads=2, vocab_size=53)
+TIED = dict(n_layers=4, tie_embeddings=True, n_kv_heads=2, vocab_size=53, shift_keys=True)
 GPT2 = dict(n_layers=4, bias=True, norm="layer", position="learned", ffn="gelu", d_ff=64)
 EXPERTS = dict(n_experts=3, balance="none", n_shared_experts=1, mtp_depth=1, smear=True)
 
