@@ -285,7 +285,7 @@ def main(argv: list[str]) -> int:
     else:
         try:
             start(name, exercises, anew=verb == "reset" or config.overwrite)
-        except (SyntaxError, ValueError, OSError) as error:
+        except (SyntaxError, ValueError, FileExistsError) as error:
             print(f"practice/{exercises[name]['page']} stays as it is: {error}", file=sys.stderr)
             return 1
     return 0
