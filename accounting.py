@@ -146,7 +146,7 @@ def activation_bytes(config: ModelConfig, dtype: str = "float32") -> tuple[int, 
 
 
 def kv_cache_bytes(config: ModelConfig, length: int, dtype: str = "bfloat16") -> int:
-    """Bytes of one sequence's keys and values (or MLA's latent and rotary key): all positions, or a layer's window."""
+    """Bytes of a sequence's keys (shift_keys: twice) and values, or MLA's latent and rotary key, in all layers."""
     c = config
     width = c.kv_lora_rank + c.rope_head_dim if c.attention == "mla" else (2 + c.shift_keys) * c.n_kv_heads * c.head_dim
     return sum(min(length, window or length) for window in c.windows) * width * BYTES[dtype]

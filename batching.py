@@ -119,8 +119,9 @@ class PagedCache:
         self.rows, self.batch_size = [pasts], len(rows)
         self.slots = torch.tensor(slots, device=self.device)                     # (B T,)
         self.tables = torch.tensor(tables, device=self.device).flatten()         # (B blocks,)
-        self.before = [row.table[(past - 1) // size] * size + (past - 1) % size if past else -1
-                       for row, past in zip(rows, pasts)]                        # the slot before, -1: there is none
+        before = [row.table[(past - 1) // size] * size + (past - 1) % size if past else -1
+                  for row, past in zip(rows, pasts)]
+        self.before = torch.tensor(before, device=self.device)                   # (B,), the slot before; -1: none
         if self.smear:                                     # a model with smear looks at the id before the first one
             before = [past - 1 for past in pasts]          # -1: the last slot, which is not looked at
             self.ids = torch.zeros(len(rows), end, dtype=torch.long, device=self.device)
@@ -136,8 +137,8 @@ class PagedCache:
 
     def key_before(self, layer: int, k, plan):
         """As KVCache's."""
-        before, raw = torch.tensor(self.before, device=self.device), self.pool[layer][..., self.width:]
-        last = raw[before] * (before >= 0)[:, None, None]                        # (B, K, D)
+        raw = self.pool[layer][..., self.width:]
+        last = raw[self.before] * (self.before >= 0)[:, None, None]              # (B, K, D)
         raw.index_copy_(0, self.slots, k.reshape(-1, *k.shape[2:]))
         return last[:, None]
 

@@ -27,7 +27,7 @@ def load(page: str, flags=(), openmp: bool = False):
     if "0" in (os.environ.get("NATIVE"), os.environ.get(page.upper())) or os.name != "posix":
         return None
     if compiler is None:
-        print(f"no C compiler (cc) here: what {page}.c does runs in Python, several times slower; install one, for "
+        print(f"no C compiler (cc) here: what {page}.c does runs in Python, slower; install one, for "
               "example gcc or clang, or set NATIVE=0 to read this no more", file=sys.stderr)
         return None
     flags = ["-O3", "-march=native", "-shared", "-fPIC", *flags]

@@ -153,8 +153,8 @@ def test_what_parallel_ranks_compute_and_send_by_hand():
 
 def test_the_memory_verb_draws_a_step(tmp_path, capsys):
     import bench
-    bench.main(f"memory --out_dir={tmp_path} --context_length=64 --d_model=64 --n_layers=2 --n_heads=2 --vocab_size=300 "
-               "--batch_tokens=512 --device=cpu".split())
+    bench.main(f"memory --out_dir={tmp_path} --context_length=64 --d_model=64 --n_layers=2 --n_heads=2 "
+               f"--vocab_size=300 --batch_tokens=512 --device=cpu".split())
     assert "activations: attention" in capsys.readouterr().out
     assert (tmp_path / "memory.png").stat().st_size > 9999
 

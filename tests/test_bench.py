@@ -65,3 +65,10 @@ def test_our_estimator_divides_by_the_root_of_the_mean():
     advantages, _ = bench_course.root_mean(torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0]), 4, "mean", "none")
     expected = torch.tensor([1.5, -0.5, -0.5, -0.5, *[0.25 / 0.75 ** 0.5] * 3, -0.75 / 0.75 ** 0.5])
     torch.testing.assert_close(advantages, expected, atol=1e-4, rtol=0)
+
+
+def test_a_graph_of_a_model_that_looks_at_the_token_before_is_refused(monkeypatch, capsys):
+    monkeypatch.setitem(bench.SHAPES, "toy", dict(vocab_size=61, context_length=32, d_model=16, n_heads=1, smear=True))
+    with pytest.raises(SystemExit):
+        bench.main("decode toy --graph=true --device=cpu".split())
+    assert "looks at the token before" in capsys.readouterr().err
