@@ -37,6 +37,7 @@ from decoding import generate, prefill, speculate, stream
 from layers import rope_tables
 from machine import DTYPES, bandwidth, pick_device
 from model import ModelConfig, Transformer, bits_per_byte
+from onetoken import RoundedLinear
 from runs import read_log
 
 # --- a decoding step that a CUDA graph can replay ---
@@ -128,6 +129,14 @@ class Decoder:
         return self.tokens[:, self.T:self.T + n].tolist()
 
 
+def by_rows(model):
+    """The same weights, not copied, in layers whose one row on a GPU is onerow.py's."""
+    model = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    for name, layer in compress.matrices(model).items():
+        model.set_submodule(name, RoundedLinear({"q": layer.weight.detach()}, layer.bias))
+    return model
+
+
 # --- decoding: tokens per second and their roof ---
 
 LLAMA = dict(context_length=1024, tie_embeddings=True)
@@ -196,11 +205,13 @@ def decode(argv: list[str]) -> None:
     sizes, (T, n) = [1, *map(int, config.batch.split(","))], (5, 4) if name == "toy" else (128, 64)
     prompts = torch.randint(model.config.vocab_size, (max(sizes), T)).tolist()
     models = {"plain": model} | {kind: compress.quantize(copy.deepcopy(model), kind) for kind in ("int8", "int4")}
+    if device.startswith("cuda"):
+        models["onerow"] = by_rows(model)
     theirs, runs = transformers_timer(model) if config.reference else None, {}
     for size in sizes:
         rows = prompts[:size]
         for kind, one in models.items():
-            if config.graph and size > 1 and kind != "plain":          # each is a program more to compile
+            if size > 1 and (kind == "onerow" or config.graph and kind != "plain"):     # each is a program to compile
                 continue
             runs[kind, size] = lambda one=one, rows=rows: seconds_after_first(stream(one, rows, n, temperature=0))
             if config.graph:

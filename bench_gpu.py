@@ -93,7 +93,7 @@ def stages(device: str, out: Path) -> dict:
     correct = {"flash": "python bench.py kernels --page=flash"}
     if gpu:
         correct = {dtype: f"python bench.py kernels --long=true --dtypes={dtype}" for dtype in TOLERANCE}
-        correct["tests"] = "python test_all.py kernels flash"
+        correct["tests"] = "python test_all.py kernels flash onerow"
         if os.path.exists(sanitizer):
             correct["memcheck"] = f"{sanitizer} --tool=memcheck --error-exitcode=9 python bench.py kernels"
     train = f"--data_dir={corpus(size['pages'])} {on_it} --eval_every=0 --num_samples=0 --overwrite=1 --out_dir={RUNS}"

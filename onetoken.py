@@ -94,17 +94,24 @@ def widen(layer):
     return out
 
 
+def onerow():
+    """The page, imported where a GPU needs it: Triton takes half a second."""
+    import onerow
+    return onerow
+
+
 class RoundedLinear(torch.nn.Module):
     """x @ weightᵀ + bias with weights from compress.py's round_int8 or round_int4.
 
-    A few rows on a CPU are onetoken.c's; for many, and on GPUs, the weights are multiplied out first, which saves
-    memory and no time. int4 in the order of onetoken.c: bits 4 k … 4 k + 3 of 16 words hold numbers 16 k … 16 k + 15 of
-    two groups; scale is (R, 2, C / GROUP), a row's scales, then its shifts.
+    A few rows on a CPU are onetoken.c's, one on a GPU is onerow.py's; for more the weights are multiplied out first,
+    which saves memory and no time. int4 in the order of onetoken.c: bits 4 k … 4 k + 3 of 16 words hold numbers
+    16 k … 16 k + 15 of two groups; scale is (R, 2, C / GROUP), a row's scales, then its shifts.
+    Without a scale q are weights as they were, so that a GPU's one row can be onerow.py's.
     """
 
     def __init__(self, parts: dict, bias=None):
         super().__init__()
-        q, scale = parts["q"], parts["scale"]
+        q, scale = parts["q"], parts.get("scale")
         if "shift" in parts:
             numbers = torch.stack((q // 16, q % 16), dim=-1).flatten(1)
             numbers = torch.nn.functional.pad(numbers, (0, numbers.shape[1] % (2 * GROUP))).int()
@@ -117,6 +124,8 @@ class RoundedLinear(torch.nn.Module):
 
     def multiplied_out(self):
         """The weights in float32, (R, C)."""
+        if self.scale is None:
+            return self.q.float()
         if self.q.dtype == torch.int8:
             return self.q * self.scale.float()
         scale, shift = self.scale.float().unsqueeze(-1).unbind(1)               # (R, C / GROUP, 1)
@@ -126,10 +135,13 @@ class RoundedLinear(torch.nn.Module):
 
     def forward(self, x):                                                       # (..., C) -> (..., R)
         rows = x.reshape(-1, x.shape[-1])
-        in_c = x.device.type == "cpu" and self.scale.dtype == torch.bfloat16 and library() is not None
-        trains = x.requires_grad and torch.is_grad_enabled()                    # C gives no gradient
+        trains = x.requires_grad and torch.is_grad_enabled()                    # neither way gives gradients
+        in_c = x.device.type == "cpu" and library() is not None
+        in_c = in_c and self.scale is not None and self.scale.dtype == torch.bfloat16
         if in_c and not trains and 0 < len(rows) <= MAX_ROWS:
             y = linear(self, rows.float()).to(x.dtype)
+        elif x.is_cuda and not trains and len(rows) == 1 and onerow().use_triton(x):
+            y = onerow().one_row(rows, self.q, self.scale)
         else:
             y = rows @ (widen(self) if in_c else self.multiplied_out()).to(x.dtype).T
         y = y.reshape(*x.shape[:-1], y.shape[-1])
