@@ -181,7 +181,10 @@ class Extractor:
         self.process = context.Process(target=answer_pages, args=(other_end, self.pipe, self.function), daemon=True)
         self.process.start()
         other_end.close()
-        self.pipe.recv()                         # EOFError: the calling script has no `if __name__ == "__main__":`
+        try:
+            self.pipe.recv()
+        except EOFError:                         # it runs the calling script's top level, which starts a curation again
+            raise RuntimeError('no extraction process: a script that curates needs `if __name__ == "__main__":`') from None
 
     def __call__(self, page: bytes) -> tuple[str, str]:
         """(text, ""), or ("", why there is none)."""

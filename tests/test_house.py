@@ -14,8 +14,7 @@ from common import ROOT
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")
          if not path.stem.startswith(("config_", "test_all"))}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "results").glob("*.md")
-           if path.stem != "first_edition"}
+RESULTS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "results").glob("*.md")}
 TEXTS = {"README.md": README, "COURSE.md": (ROOT / "COURSE.md").read_text(encoding="utf-8")} | RESULTS
 
 
