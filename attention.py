@@ -83,8 +83,8 @@ def attend(backend: str, q, k, v, mask, fresh: bool):
     (B, H, T, D), K, causal = q.shape, k.shape[1], fresh and mask is None
     k, v = k.to(q.dtype), v.to(q.dtype)                            # a cache may be kept in another dtype
     if backend == "triton" and causal:           # it knows neither a past nor windows: those go to sdpa
-        from flash import flash_attention      # here: only this backend needs it
-        return flash_attention(q, k, v, True)
+        from flash import FlashAttentionTriton  # here: only this backend needs it
+        return FlashAttentionTriton.apply(q, k, v, True)
     if backend == "sdpa" and causal and q.dtype == torch.bfloat16 and q.device.type == "cpu" and T <= SHORT_CONTEXT:
         return short_attention(q, k, v)
     if T == 1 and mask is None:                  # one query a head: those that share a key head stand in for time

@@ -73,7 +73,7 @@ def attention_functions(causal: bool, group: int = 1) -> dict:
     return {"plain": plain, "tiles in PyTorch": lambda q, k, v: flash.FlashAttentionPyTorch.apply(q, k, v, causal),
             "torch's sdpa": lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, is_causal=causal, enable_gqa=group > 1),
-            "Triton": lambda q, k, v: flash.flash_attention(q, k, v, causal)}
+            "Triton": lambda q, k, v: flash.FlashAttentionTriton.apply(q, k, v, causal)}
 
 
 def attention_inputs(device, B, H, K, Tq, Tk, D) -> list:

@@ -19,11 +19,9 @@ Kept for backward: q, k, v, o and L = m + log l, one number a query, with which 
 softmax's gradient is dS = P ∘ (dP - delta), delta the sum of P ∘ dP over a row, of which a tile has only a part. But
 dP = dO vᵀ, so sum_j P_ij dP_ij = sum_j P_ij (dO_i · v_j) = dO_i · sum_j P_ij v_j = dO_i · O_i: delta = rowsum(dO ∘ O),
 known before the first tile.
-
 Left out: dropout, masks and windows (attention.py: torch's sdpa), second derivatives, fp8, warp specialization.
 
-    python flash.py               errors beside torch's own attention
-    python bench.py attention     times beside it
+    python flash.py     errors beside torch's own attention          python bench.py attention     times beside it
 """
 import math
 import subprocess
@@ -79,8 +77,7 @@ def tiled_forward(q, k, v, is_causal: bool):
     for i in range(0, Tq, TILE):
         q_i = q[:, i:i + TILE]
         last = min(Tk, i + q_i.shape[1] + Tk - Tq) if is_causal else Tk          # keys from here on: never loaded
-        m = torch.full_like(q_i[..., :1], LOWEST)
-        l, acc = torch.zeros_like(m), torch.zeros_like(q_i)
+        m, l, acc = torch.full_like(q_i[..., :1], LOWEST), torch.zeros_like(q_i[..., :1]), torch.zeros_like(q_i)
         for j in range(0, last, TILE):
             columns = slice(j, min(j + TILE, last))
             s = scores_of(q_i, k[:, columns], is_causal, i + Tk - Tq - j)
@@ -225,8 +222,8 @@ def _flash_queries(lse, q, k, v, o, do, delta, dq, Tq, Tk, scale, GROUP: constex
     row = head.to(tl.int64) * Tq + query
     q_tile = load_tile(q, head, q0, Tq, BLOCK_Q, D, D_PAD, TMA)
     do_tile = load_tile(do, head, q0, Tq, BLOCK_Q, D, D_PAD, TMA)
-    o_tile = load_tile(o, head, q0, Tq, BLOCK_Q, D, D_PAD, TMA)
-    row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), axis=1)
+    o_tile = load_tile(o, head, q0, Tq, BLOCK_Q, D, D_PAD, TMA).to(tl.float32)
+    row_delta = tl.sum(o_tile * do_tile.to(tl.float32), axis=1)
     tl.store(delta + row, row_delta, mask=query < Tq)
     row_lse = tl.load(lse + row, mask=query < Tq, other=0.0)
     acc = tl.zeros((BLOCK_Q, D_PAD), tl.float32)
@@ -347,9 +344,6 @@ class FlashAttentionTriton(FlashAttentionPyTorch):
             raise ValueError(f"head width {q.shape[-1]} is over 256: use more heads, or FlashAttentionPyTorch")
         functions = (flash_forward, flash_backward) if use_triton(q) else (tiled_forward, tiled_backward)
         return FlashAttentionPyTorch.forward(ctx, q, k, v, is_causal, functions)
-
-
-flash_attention = FlashAttentionTriton.apply           # what attention.py calls
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from torch import nn
 import fused
 from fused import fast, wide
 
-
 # --- softmax, and what rests on it ---
 
 def softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -209,11 +208,9 @@ def feed_forward(config, d_ff: int) -> nn.Module:
 # interleaved Llama files. We turn halves like them, so an import permutes nothing (the classic bug: llama2.c#321).
 
 def rope_tables(positions: torch.Tensor, head_dim: int, theta: float = 10_000.0, config=None):
-    """(cos, sin) of positions x frequencies, each (..., T, D/2) in float32.
-
-    Frequency i is theta^(-2i/D), i = 0 … D/2 - 1 (2104.09864, section 3.2.2): the first pair turns by one radian a
-    position, the last by about 1 / theta. config: a ModelConfig whose rope_factor stretches them, or none.
-    """
+    """(cos, sin) of positions x frequencies, each (..., T, D/2) in float32. Frequency i is theta^(-2i/D), i = 0 …
+    D/2 - 1 (2104.09864, section 3.2.2): the first pair turns by one radian a position, the last by about 1 / theta.
+    config: a ModelConfig whose rope_factor stretches them, or none."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     frequencies = theta ** -exponents
     if config is not None and config.rope_factor != 1:
@@ -299,6 +296,5 @@ class MixtureOfExperts(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
         if self.by_bias:
-            load = counts.float()
-            self.expert_bias += rate * torch.sign(load.mean() - load)
+            self.expert_bias += rate * torch.sign(counts.float().mean() - counts)
         counts.zero_()

@@ -42,8 +42,7 @@ class _Optimizer(torch.optim.Optimizer):
         """Update every parameter that has a gradient; returns the loss of closure(), if one is given."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
+            if params := [p for p in group["params"] if p.grad is not None]:
                 self.update(group, params, [p.grad for p in params], [self.state[p] for p in params])
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         return loss
@@ -174,8 +173,7 @@ def wsd_schedule(step, max_lr, min_lr, warmup_steps, stable_steps, decay_steps) 
     """Warmup, stable, decay (2404.06395): a run can be prolonged, and only its decay need be trained again."""
     if step < warmup_steps:
         return step / warmup_steps * max_lr
-    into_decay = max(step - warmup_steps - stable_steps, 0)
-    return max_lr + min(into_decay / max(decay_steps, 1), 1) * (min_lr - max_lr)
+    return max_lr + min(max(step - warmup_steps - stable_steps, 0) / max(decay_steps, 1), 1) * (min_lr - max_lr)
 
 
 def norms(grads) -> list[torch.Tensor]:
@@ -223,7 +221,7 @@ def main(path="out/optimizers.png", steps: int = 300) -> None:
             curve.append(loss.item())
         print(f"{make.__name__:<10}{lr:>7.2g}" + "".join(f"{curve[steps // n - 1]:>10.4f}" for n in (10, 3, 1)))
         losses.semilogy(curve, label=f"{make.__name__}, lr {lr:.2g}")
-    for rounds in (0, 2, 5):                    # 0: the gradient itself, of Frobenius norm 1
+    for rounds in (0, 2, 5):                                      # 0: the gradient itself, of Frobenius norm 1
         matrix = orthogonalize(first.grad, rounds) if rounds else first.grad / first.grad.norm()
         values.semilogy(torch.linalg.svdvals(matrix.float()), ".-", label=f"{rounds} rounds of Muon")
     losses.set(xlabel="step", ylabel="share of the targets' variance left", title="python optim.py")

@@ -95,7 +95,7 @@ def test_what_it_cannot_do_is_refused(flash):
         with pytest.raises(ValueError, match=text):
             flash.FlashAttentionTriton.apply(*arguments, True)
     with pytest.raises(TypeError):                           # causal or not has no default
-        flash.flash_attention(q, q, q)
+        flash.FlashAttentionTriton.apply(q, q, q)
 
 
 def test_tiles_fit_the_shared_memory_of_a_consumer_card(flash, monkeypatch):

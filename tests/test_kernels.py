@@ -118,7 +118,7 @@ def test_second_derivatives_are_refused_and_not_wrong(kernels):
                  "cross_entropy": lambda: kernels.cross_entropy(x, ids),
                  "linear_cross_entropy": lambda: kernels.linear_cross_entropy(x, torch.rand(7, 16), ids),
                  "tiles": lambda: flash.FlashAttentionPyTorch.apply(x, x, x, True),
-                 "Triton": lambda: flash.flash_attention(x, x, x, True)}
+                 "Triton": lambda: flash.FlashAttentionTriton.apply(x, x, x, True)}
     for name, function in functions.items():
         gradient, = torch.autograd.grad(function().square().sum(), x, create_graph=True)
         try:
@@ -151,7 +151,7 @@ def test_kernels_read_and_write_nothing_outside(kernels, monkeypatch):
     monkeypatch.setattr(flash, "launch", walled)
     q, k, v = (torch.randn(1, heads, T, 24, requires_grad=True) for heads, T in ((4, 70), (2, 65), (2, 65)))
     x, weight = torch.randn(37, 33, requires_grad=True), torch.randn(33, requires_grad=True)
-    outs = [flash.flash_attention(q, k, v, True), kernels.rms_norm(x, weight), kernels.swiglu(x, x * 2),
+    outs = [flash.FlashAttentionTriton.apply(q, k, v, True), kernels.rms_norm(x, weight), kernels.swiglu(x, x * 2),
             *kernels.apply_rope(q, q, torch.rand(70, 12), torch.rand(70, 12)), kernels.matmul(x, x.T),
             kernels.cross_entropy(x, torch.arange(37) % 33),
             kernels.linear_cross_entropy(x, torch.randn(50, 33), torch.arange(37), chunk_tokens=10)]
@@ -164,7 +164,7 @@ def test_without_triton_pytorch_runs_and_one_line_says_so(tmp_path):
         import torch, flash, kernels
         print("imported")
         x = torch.randn(1, 2, 9, 16, requires_grad=True)
-        q = kernels.apply_rope(flash.flash_attention(x, x, x, True), x, *torch.rand(2, 9, 8))[0]
+        q = kernels.apply_rope(flash.FlashAttentionTriton.apply(x, x, x, True), x, *torch.rand(2, 9, 8))[0]
         y = kernels.matmul(kernels.swiglu(kernels.rms_norm(q[0, 0], torch.ones(16)), q[0, 1]), torch.randn(16, 16))
         loss = kernels.linear_cross_entropy(y, torch.randn(20, 16), torch.arange(9), chunk_tokens=4)
         (loss + kernels.cross_entropy(y, torch.arange(9))).backward()
