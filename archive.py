@@ -135,8 +135,8 @@ def unpack(content: bytes, http) -> bytes:
             if coding == "chunked":
                 content = join_chunks(content)
             elif coding == "deflate":            # zlib's format, as it should be, or the bare one, as some servers send
-                bits = 15 if content[:1] == b"\x78" else -15
-                content = zlib.decompressobj(bits).decompress(content, MAX_PAGE_BYTES + 1)
+                zlibs = len(content) > 1 and content[0] & 15 == 8 and int.from_bytes(content[:2], "big") % 31 == 0
+                content = zlib.decompressobj(15 if zlibs else -15).decompress(content, MAX_PAGE_BYTES + 1)
             elif coding in readers:
                 content = readers[coding](io.BytesIO(content)).read(MAX_PAGE_BYTES + 1)
         except (OSError, zlib.error):
@@ -184,7 +184,7 @@ class Extractor:
         try:
             self.pipe.recv()
         except EOFError:                         # it runs the calling script's top level, which starts a curation again
-            raise RuntimeError('no extraction process: a script that curates needs `if __name__ == "__main__":`') from None
+            raise RuntimeError('a script that curates needs `if __name__ == "__main__":` around it') from None
 
     def __call__(self, page: bytes) -> tuple[str, str]:
         """(text, ""), or ("", why there is none)."""

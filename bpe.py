@@ -69,6 +69,8 @@ def _plan(path, cutter, workers):
     """(ranges of a file, workers): None workers means every CPU for a file of four blocks and more."""
     if workers is not None and (not isinstance(workers, int) or workers < 1):
         raise ValueError(f"workers is {workers!r}; give a number from 1, or None to let the file's size decide")
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path} is no regular file, which can be read in parts: write the text to one first")
     with open(path, "rb") as file:
         def read(start, end):
             file.seek(start)
@@ -378,7 +380,8 @@ class CompareConfig:
 
 def train(config, path):
     """Learn a vocabulary from a file and write it as tokenizer.json."""
-    specials, begin, _ = [t for t in config.special_tokens.split(",") if t], time.perf_counter(), claim_file(config.out)
+    specials, begin = [t for t in config.special_tokens.split(",") if t], time.perf_counter()
+    claim_file(config.out, [path])
     vocab, merges = train_bpe(path, config.vocab_size, specials, workers=config.workers)
     Tokenizer(vocab, merges, specials).save(config.out)
     print(f"{config.out}: {len(vocab)} tokens, {len(merges)} merges, {time.perf_counter() - begin:.2f} s")
@@ -386,7 +389,8 @@ def train(config, path):
 
 def encode(config, tokenizer, path):
     """Write the ids of a file as uint16 or uint32."""
-    begin, size, out = time.perf_counter(), os.path.getsize(path), claim_file(config.out or f"{path}.bin")
+    begin, size = time.perf_counter(), os.path.getsize(path)
+    out = claim_file(config.out or f"{path}.bin", [tokenizer, path])
     n = Tokenizer.load(tokenizer).encode_file(path, out, workers=config.workers)
     seconds = time.perf_counter() - begin
     print(f"{out}: {n:,} tokens, {size / max(n, 1):.3f} bytes per token, {size / seconds / 1e6:.1f} MB/s")
@@ -415,7 +419,8 @@ def show(config, path, text=None):
 
 def show_training(text, n_merges):
     """Print each merge that wins, how often its pair occurs, and words that it changes."""
-    counts = Counter(word.encode("utf-8") for word in pieces(compile_pattern(GPT2_PATTERN), text))
+    parts, pattern = text.split("<|endoftext|>"), compile_pattern(GPT2_PATTERN)
+    counts = Counter(word.encode("utf-8") for part in parts for word in pieces(pattern, part))
     words = {tuple(bytes([byte]) for byte in word): n for word, n in counts.items()}
     for step, best in enumerate(learn_merges(counts, n_merges)):
         print(f"merge {step:<4} {to_text(best[0])} {to_text(best[1])}   {count_pairs(words)[best]} times")

@@ -30,8 +30,13 @@ from words import GPT2_PATTERNS, GPT4_PATTERNS
 
 # A byte that ends a character other than white space: ASCII, or a continuation byte in which no Unicode space ends.
 _SOLID = rb"(?<=[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf])"
-GPT2_CUT = _SOLID + rb"(?=[ \t\n\r])"
-GPT4_CUT = _SOLID + rb"(?= )|(?<=[A-Za-z0-9])(?=[\t\n\r])"     # its pattern glues newlines to punctuation
+# Between a letter and a sign or digit both patterns cut, whatever follows: JSON in one line, Chinese. ASCII's letters
+# and signs; ideographs from U+5000 to U+8FFF, kana; the signs of U+3001 … 3003 and U+FF01 … FF0F, and ：；？.
+_LETTER = (rb"(?<=[A-Za-z]|[\xe5-\xe8][\x80-\xbf]{2}|"
+           rb"\xe3(?:\x81[\x81-\xbf]|\x82[\x80-\x96\xa1-\xbf]|\x83[\x80-\xba]))")
+_SIGN = rb"(?=[!-@\[-`{-~]|\xe3\x80[\x81-\x83]|\xef\xbc[\x81-\x8f\x9a\x9b\x9f])"
+GPT2_CUT = _SOLID + rb"(?=[ \t\n\r])|" + _LETTER + _SIGN
+GPT4_CUT = _SOLID + rb"(?= )|(?<=[A-Za-z0-9])(?=[\t\n\r])|" + _LETTER + _SIGN     # newlines stick to punctuation here
 
 
 class Cutter:

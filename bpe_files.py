@@ -40,7 +40,7 @@ def vocab_from_text(vocab, added):
     """{text in GPT-2's alphabet: id} -> {id: bytes}; the texts in `added` are written plainly."""
     tokens = {}
     for text, i in vocab.items():
-        if not isinstance(i, int) or i < 0 or i in tokens:
+        if not isinstance(i, int) or not 0 <= i < 2 ** 31 or i in tokens:
             raise ValueError(f"vocabulary entry {text!r} has the id {i!r}: ids are integers from 0, each given once")
         try:
             tokens[i] = utf8(text) if text in added else bytes(map(_TO_BYTE.__getitem__, text))
@@ -96,6 +96,9 @@ def _split_pattern(step):
             raise ValueError(f"pre_tokenizer's Split removes what its pattern leaves, such as {left[0]!r}")
         return text
     _only("pre_tokenizer's Split behavior", step["behavior"], "Isolated")
+    # Here [a&&[bc]] are characters, in Hugging Face's library a set and another that it is cut with.
+    if regex.search(r"\[[^\]]*(?:\[(?!:)|&&)", regex.sub(r"\\.", "", text)):
+        raise ValueError(f"pre_tokenizer's Split has a set inside a set or &&: {text!r:.80}")
     return text
 
 
@@ -123,7 +126,9 @@ def _from_layout(make, layout):
     """The parsed file's parts, each checked, handed to `make`."""
     model, added, normalizer = layout["model"], layout.get("added_tokens") or [], layout.get("normalizer")
     _only("model's type", model.get("type", "BPE"), "BPE")
-    _only("model's byte_fallback", model.get("byte_fallback") or None, None)
+    for key in ("byte_fallback", "dropout", "end_of_word_suffix", "continuing_subword_prefix"):
+        _only(f"model's {key}", model.get(key) or None, None)
+    _only("truncation", layout.get("truncation"), None)
     if normalizer and normalizer["type"] == "Sequence" and len(normalizer["normalizers"]) < 2:
         normalizer = (normalizer["normalizers"] or [None])[0]
     if normalizer:
@@ -134,10 +139,12 @@ def _from_layout(make, layout):
         # Found before normalising or after is the same only where nothing is normalised.
         for key in ("single_word", "lstrip", "rstrip", *(["normalized"] if normalizer else [])):
             _only(f"{key} of the added token {token['content']!r}", token.get(key, False), False)
-    vocab = vocab_from_text(model["vocab"], {t["content"] for t in added})
-    for token in added:
-        _only(f"id {token['id']}, which added_tokens give to {token['content']!r}, in the vocabulary",
-              vocab.setdefault(token["id"], utf8(token["content"])), utf8(token["content"]))
+    ids = {token["content"]: token["id"] for token in added}
+    if bytes_named := [text for text in ids if text in _TO_BYTE and text in model["vocab"]]:
+        raise ValueError(f"{bytes_named[0]!r} is an added token and the name of byte {_TO_BYTE[bytes_named[0]]:#x}")
+    vocab = vocab_from_text(model["vocab"], ids)
+    for i, text in vocab_from_text(ids, ids).items():
+        _only(f"id {i}, given to the added token {text.decode()!r}, in the vocabulary", vocab.setdefault(i, text), text)
     return make(vocab, merges_from_text(model["merges"]), [t["content"] for t in added if t.get("special")],
                 pattern=_layout_pattern(layout["pre_tokenizer"]), normalizer=normalizer,
                 added={t["content"]: t["id"] for t in added if not t.get("special")},
@@ -148,6 +155,10 @@ def tokenizer_json(tokenizer):
     """The text of a tokenizer.json, from which Hugging Face's library gives the same ids as `tokenizer`."""
     names = {i: text for text, i in (tokenizer.special_tokens | tokenizer.added).items()}
     vocab = {names.get(i) or to_text(token): i for i, token in sorted(tokenizer.vocab.items())}
+    if len(vocab) < len(tokenizer.vocab):
+        plain = set(map(to_text, tokenizer.vocab.values()))
+        twice = next(text for i, text in names.items() if vocab[text] != i or text in plain)
+        raise ValueError(f"the special token {twice!r} is also how the file writes other bytes; choose another")
     added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
               "special": text in tokenizer.special_tokens} for i, text in sorted(names.items())]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

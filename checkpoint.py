@@ -32,7 +32,7 @@ def write_atomically(path, write) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__     # torch.save's own hides the disk's
-        if isinstance(cause, OSError):
+        if isinstance(cause, OSError) and cause.errno:                         # without one: of what was read
             raise OSError(cause.errno, f"{path} could not be written and is unchanged: {cause.strerror}") from error
         raise
 
@@ -42,9 +42,11 @@ def write_text(path, *parts: str) -> None:
     write_atomically(path, lambda file: file.writelines(part.encode("utf-8", "replace") for part in parts))
 
 
-def claim_file(path) -> Path:
-    """The path of a file to write. Raises OSError, before the hours spent on it, when nothing can be written there."""
+def claim_file(path, inputs=()) -> Path:
+    """A file to write, checked before hours are spent on it. Raises OSError, and ValueError for one of `inputs`."""
     path = Path(path)
+    if path.resolve() in [Path(one).resolve() for one in inputs]:
+        raise ValueError(f"{path} is read from and would be overwritten; give another name")
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         raise OSError(f"{path} cannot be written; give the name of a regular file in a folder that exists")
     return path
@@ -58,10 +60,11 @@ def only_writer(folder):
     with contextlib.ExitStack() as held:
         if os.name == "posix":
             import fcntl
-            lock = os.open(folder, os.O_RDONLY)
-            held.callback(os.close, lock)
+            lock = [os.open(folder, os.O_RDONLY)]
+            close = held.callback(lambda: lock and os.close(lock.pop()))
+            os.register_at_fork(after_in_child=close)    # a worker that outlives this process must not hold it
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"{folder} is being written by another process; give another folder") from None
         held.callback(lambda: os.listdir(folder) or os.rmdir(folder))

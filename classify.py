@@ -45,6 +45,7 @@ class Classifier:
         """Fit by SGD, the step size falling from 1 to 0, to texts and labels of at least two kinds; returns itself."""
         if len(texts) != len(labels) or len(set(labels)) < 2:
             raise ValueError(f"{len(texts)} texts, labels {labels[:5]} …; give one label a text and at least two kinds")
+        labels = [getattr(label, "item", lambda: label)() for label in labels]       # NumPy's numbers as Python's
         self.labels = sorted(set(labels), key=str)
         self.weights = np.zeros((1 << self.bits, len(self.labels)), dtype=np.float32)
         targets = np.eye(len(self.labels), dtype=np.float32)[[self.labels.index(label) for label in labels]]
@@ -131,7 +132,8 @@ def train_classifier(config: ClassifyConfig) -> dict:
     """Train on nine tenths of the texts, write the model, and report on the held-out tenth."""
     if not config.positive or not config.negative:
         raise ValueError("give --positive=FILES and --negative=FILES")
-    claim_file(config.out)
+    inputs = [path for pattern in (config.positive, config.negative) for path in expand(pattern)]
+    beside = claim_file(claim_file(config.out, inputs).with_suffix(".json"), [*inputs, config.out])
     pairs = [(text, label) for label in ("positive", "negative") for text in read_texts(getattr(config, label))]
     pairs = [pairs[i] for i in np.random.default_rng(config.seed).permutation(len(pairs))]
     held_out, training = pairs[:len(pairs) // 10], pairs[len(pairs) // 10:]
@@ -143,6 +145,6 @@ def train_classifier(config: ClassifyConfig) -> dict:
     report = {
         "trained_on": len(training), "held_out": len(held_out), "accuracy": float(np.mean(chosen == truth)),
         "precision": right / max(chosen.sum(), 1), "recall": right / max(truth.sum(), 1)}
-    write_text(Path(config.out).with_suffix(".json"), json.dumps(report, indent=1))
+    write_text(beside, json.dumps(report, indent=1))
     print(json.dumps(report, indent=1))
     return report

@@ -21,7 +21,7 @@ pairs: under a random hash function two sets of word n-grams have the same least
     s          0.3    0.5    0.6    0.7    0.8    0.9
     they meet  0.1 %  6 %    24 %   61 %   95 %   99.99 %            and then the true similarity decides: 0.8
 
-Gopher's rules: 2112.11446, A1. Left out: IPv6, phone numbers outside the US, scripts without spaces.
+Gopher: 2112.11446, A1. Left out: its bullets, symbols, stop words; IPv6, phones outside the US, scripts without spaces.
 """
 import functools
 import hashlib
@@ -104,7 +104,7 @@ FILES = {"png", "jpg", "jpeg", "gif", "svg", "webp", "avif", "ico", "bmp", "css"
 _SPACE = " \u00a0\u2009\u202f"
 _GAP = f"(?:[{_SPACE}]?[-.\u2010-\u2014\u2212][{_SPACE}]?|[{_SPACE}]{{1,2}})?"       # as pages have them
 _AREA = r"(?:\([0-9]{3}\)|[0-9]{3})"
-_END = r"(?:(?!\w)(?!\.\d)|(?=x[0-9]{1,6}\b))"       # x12 is an extension
+_END = r"(?:(?!\w)(?!\.\d)|(?=(?:x|ext)[0-9]{1,6}\b))"       # x12 is an extension
 PHONE = re.compile(rf"[0-9(+](?<!\w.)(?<!\d\..)(?:(?<=\+)1{_GAP}{_AREA}|(?<=1){_GAP}{_AREA}|(?<=\()[0-9]{{3}}\)|"
                    rf"(?<=[0-9])[0-9]{{2}}){_GAP}[0-9]{{3}}{_GAP}[0-9]{{4}}{_END}", re.A)
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|[01]?[0-9]?[0-9])"

@@ -13,12 +13,15 @@ documents in memory (16,000 pages of 3 KB took 160 MB); for more, run the archiv
 """
 import concurrent.futures
 import contextlib
+import ctypes
 import functools
 import html
 import itertools
 import json
 import os
 import re
+import signal
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +186,9 @@ def curate_archives(paths, out_dir, executor=None, **settings) -> dict:
     paths, shards = clean.output_names(sorted(paths, key=os.path.basename), out / "shards")
     (out / "counts").mkdir(exist_ok=True)
     begun, now = out / "settings.json", json.dumps(chosen, indent=1, sort_keys=True)
-    if begun.exists() and begun.read_text(encoding="utf-8") != now and any((out / "counts").iterdir()):
+    free = {"vocab_size": None}                  # it decides nothing before the token files
+    if (begun.exists() and json.loads(begun.read_text(encoding="utf-8")) | free != json.loads(now) | free
+            and any((out / "counts").iterdir())):
         raise ValueError(f"{out} was begun with other settings ({begun}); give another --out, or delete the folder")
     write_text(begun, now)
     counts = [out / "counts" / f"{path.name}.json" for path in paths]
@@ -198,6 +203,8 @@ def check_settings(config: CurateConfig) -> dict:
     clean.check_bands(config.num_hashes, config.num_bands, config.ngrams, config.threshold)
     if config.workers is not None and config.workers < 1 or config.seed < 0:
         raise ValueError(f"workers={config.workers} must be at least 1 or none, seed={config.seed} at least 0")
+    if config.vocab_size and config.vocab_size < 257:
+        raise ValueError(f"vocab_size={config.vocab_size} must be at least 257, the bytes and <|endoftext|>, or none")
     load_models(config)                          # a mistake is known before the first archive is read
     config.languages = (config.languages or "").replace(" ", "").lower() or None
     for code in config.languages.split(",") if config.languages else ():
@@ -205,6 +212,12 @@ def check_settings(config: CurateConfig) -> dict:
             raise ValueError(f"languages={config.languages}: {code!r} is no language of the model; codes are those of "
                              "ISO 639-1, such as en, de or zh")
     return {key: value for key, value in vars(config).items() if key not in ("out", "workers", "scheduler")}
+
+
+def end_too() -> None:
+    """In a worker: ask Linux to end it when its parent is killed (prctl's PR_SET_PDEATHSIG); else it waits for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def run_archives(paths: list[Path], out: Path, config: CurateConfig, executor) -> None:
@@ -215,7 +228,7 @@ def run_archives(paths: list[Path], out: Path, config: CurateConfig, executor) -
             from distributed import Client
             executor = stack.enter_context(Client(config.scheduler)).get_executor()
         elif executor is None:
-            executor = stack.enter_context(concurrent.futures.ProcessPoolExecutor(config.workers))
+            executor = stack.enter_context(concurrent.futures.ProcessPoolExecutor(config.workers, initializer=end_too))
         # By absolute paths: a worker on another machine, or of an older cluster, need not stand in this folder.
         jobs = [executor.submit(curate_file, str(path.resolve()), str(out.resolve()), config) for path in paths]
         try:

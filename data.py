@@ -23,7 +23,9 @@ import sys
 import time
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from tqdm import tqdm
@@ -58,10 +60,8 @@ class PrepareConfig:
 # --- where texts come from ---
 
 def download(url: str, path) -> None:
-    """Fetch `url` to `path`, unless it is there; a broken download goes on where it stopped, also in a later run.
-
-    The bytes gather in PATH.part, renamed when there are as many as the server announced. Raises OSError otherwise.
-    """
+    """Fetch `url` to `path`, unless it is there; a broken download goes on where it stopped, also in a later run. Bytes
+    gather in PATH.part, renamed when there are as many as the server announced. Raises OSError otherwise."""
     path, reason = Path(path), ""
     if path.exists():
         return
@@ -83,9 +83,9 @@ def download(url: str, path) -> None:
             if part.stat().st_size >= total:
                 return os.replace(part, path)
             reason = "the connection was cut"
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             reason, status = error, getattr(error, "code", 500)
-            if status == 416:                                         # no such bytes: the .part is of another file
+            if status == 416 and part.exists():                       # no such bytes: the .part is of another file
                 part.unlink()
             elif status < 500 and status != 429:                      # 429: too many requests just now
                 break
@@ -171,7 +171,7 @@ def prepare(name_or_path, vocab_size=None, data_dir=None, context_length: int = 
         raise ValueError(f"{name} is where the split itself is written; move it, or choose another data_dir")
     if tokenizer is not None:
         tokenizer = tokenizer_file(Path(tokenizer), vocab_size)
-    place = folder / "unfinished"                                     # where the files are made
+    place = folder / ".unfinished"                                    # where the files are made
     with only_writer(folder):
         shutil.rmtree(place, ignore_errors=True)                      # of a preparation that was killed
         place.mkdir()
@@ -202,7 +202,7 @@ def prepare(name_or_path, vocab_size=None, data_dir=None, context_length: int = 
 
 
 def fetch_split(url: str, path: Path) -> None:
-    """One hosted file as text at `path`; a file already there, whoever put it, is taken as it is."""
+    """One hosted file, unpacked, at `path`; a file already there, whoever put it, is taken as it is."""
     if path.exists() or not url.endswith(".gz"):
         return download(url, path)
     raw = path.with_name(url.rsplit("/", 1)[-1])
@@ -210,7 +210,7 @@ def fetch_split(url: str, path: Path) -> None:
     try:
         with gzip.open(raw) as packed:                                # its own CRC tells a damaged file
             write_atomically(path, lambda file: shutil.copyfileobj(packed, file, 1 << 22))
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise OSError(f"{raw} is damaged ({error}); delete it and run this again") from error
     raw.unlink()
 
@@ -277,11 +277,11 @@ def crawl(name: str, config: CrawlConfig) -> list[Path]:
     """Fetch archives of one crawl of Common Crawl; returns their paths. Those that are there are not fetched again."""
     if not name.startswith("CC-MAIN-") or config.segments < 1:
         raise ValueError(f"crawl {name!r}, segments={config.segments}: give a name as CC-MAIN-2025-18, 1 or more")
-    paths, listing = [], Path(config.out) / f"{name}.warc.paths.gz"
-    download(f"{COMMON_CRAWL}/crawl-data/{name}/warc.paths.gz", listing)
-    addresses = gzip.decompress(listing.read_bytes()).decode("utf-8").split()
+    paths, listing = [], Path(config.out) / name / "warc.paths"
+    fetch_split(f"{COMMON_CRAWL}/crawl-data/{name}/warc.paths.gz", listing)
+    addresses = listing.read_text(encoding="utf-8").split()
     for address in addresses[::max(1, len(addresses) // config.segments)][:config.segments]:
-        paths.append(listing.with_name(Path(address).name))
+        paths.append(Path(config.out) / Path(address).name)
         download(f"{COMMON_CRAWL}/{address}", paths[-1])
     return paths
 

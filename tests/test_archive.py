@@ -40,6 +40,12 @@ def chunks(body: bytes) -> bytes:
     return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:40], body[40:])) + b"0\r\n\r\n"
 
 
+def deflated(body: bytes, bits: int) -> bytes:
+    """zlib's format with a window of 2^bits; the bare one below 0."""
+    packer = zlib.compressobj(wbits=bits)
+    return packer.compress(body) + packer.flush()
+
+
 CH, GZ, BR = b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", b"Content-Encoding: br"
 BROTLI = bytes.fromhex("0b058068656c6c6f20776f726c6403")                 # "hello world", by the brotli package
 
@@ -48,7 +54,8 @@ BROTLI = bytes.fromhex("0b058068656c6c6f20776f726c6403")                 # "hell
     (chunks(gzip.compress(PAGE)), [CH, GZ], PAGE), (b"", [GZ, CH], b""), (chunks(BROTLI), [CH, BR], b"hello world"),
     (gzip.compress(BROTLI), [b"Content-Encoding: br,gzip"], b"hello world"),
     (PAGE, [BR], PAGE), (PAGE, [CH, GZ], PAGE), (gzip.compress(PAGE), [CH, GZ], PAGE),            # not as they say
-    (zlib.compress(PAGE), [b"Content-Encoding: deflate"], PAGE), (chunks(PAGE)[:-30], [CH], PAGE[:-23]),
+    *[(deflated(PAGE, bits), [b"Content-Encoding: deflate"], PAGE) for bits in (15, 10, -15)],
+    (chunks(PAGE)[:-30], [CH], PAGE[:-23]),
     (b"5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n", [CH], b"hello"), (b"a\r\n" + PAGE, [CH], b"a\r\n" + PAGE)])
 def test_pages_are_unpacked_as_they_are_not_as_they_say(tmp_path, body, headers, page):
     record, whole = warc_record("http://a/x", body, b"Text/HTML", headers=headers), warc_record("http://a/z", PAGE)

@@ -23,7 +23,7 @@ LLAMA = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?
          r"""\s*[\r\n]+|\s+(?!\S)|\s+""")
 HANDOUT = {b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}
 POOLS = ["ab", "ab '\n", "'sdmtlvre ' \u017f", "  \t\r\na1.", "\u0085\u00a0\u180e\u200b\u200d\u3000\u2003 \u2028ax1!",
-         "é日\u0301ᄀ 's😀𝒳", "\x00\x1c\x1f ab'1", None]
+         "é日\u0301ᄀ 's😀𝒳", "a日公あカー゛・。，（　'1\n ", "\x00\x1c\x1f ab'1", None]
 
 
 def random_text(rng, n):
@@ -127,9 +127,10 @@ def test_bpe_stream_gives_the_same_ids(bpe_trained, monkeypatch):
         assert list(tok.encode_iterable(chunks)) == tok.encode(text), (text, chunks)
 
 
-def test_bpe_stream_memory_is_constant(bpe_trained):
+@pytest.mark.parametrize("letters, end", [("abcdefghij    ", ".\n"), ("abc12", '","id":'), ("天气公园とカー", "。")])
+def test_bpe_stream_memory_is_constant(letters, end, bpe_trained):
     tok, rng = bpe.Tokenizer(*bpe_trained, ["<|endoftext|>"]), random.Random(0)
-    lines = ("".join(rng.choices("abcdefghij    ", k=60)) + ".\n" for _ in range(4000))
+    lines = ("".join(rng.choices(letters, k=60)) + end for _ in range(4000))
     tracemalloc.start()
     n = sum(1 for _ in tok.encode_iterable(lines))
     peak = tracemalloc.get_traced_memory()[1]
@@ -254,7 +255,10 @@ def test_bpe_files_of_others_give_hugging_faces_ids(steps, use_regex, tmp_path, 
     ("model merges 0", "a", "merge 0 is 'a'"), ("normalizer type", "Lowercase", "normalizer is 'Lowercase'"),
     ("pre_tokenizer", {"type": "Metaspace"}, "last pre_tokenizer is 'Metaspace'"), ("model", None, "tokenizer.json"),
     ("pre_tokenizer pretokenizers 0", split(r"\p{L}+", "Removed", True), "removes what"),
-    ("added_tokens 0 lstrip", True, "lstrip"), ("added_tokens 0 id", 0, "id 0")])
+    ("added_tokens 0 lstrip", True, "lstrip"), ("added_tokens 0 id", 0, "id 0"), ("added_tokens 0 id", 2 ** 32, "id 4"),
+    ("model vocab zebra", 2 ** 31, "id 2147483648"), ("added_tokens 1 content", "é", "name of byte 0xe9"),
+    ("model dropout", 0.1, "dropout is 0.1"), ("truncation", {"max_length": 8}, "truncation"),
+    *[("pre_tokenizer pretokenizers 0", split(f"[{part}]+"), "a set inside") for part in (r"\w&&\D", "^(a|[.,!])")]])
 def test_bpe_foreign_files_are_refused_by_name(where, value, words, tmp_path, bpe_trained):
     path = tmp_path / "tokenizer.json"
     part = layout = foreign(path, bpe_trained)
@@ -303,10 +307,12 @@ def test_bpe_commands(tmp_path, capsys):
     assert "350 tokens" in run("train", text, "--vocab_size=350", f"--out={out}")
     run("encode", out, text, f"--out={tmp_path / 'x.bin'}")
     assert bpe.Tokenizer.load(out).decode(np.fromfile(tmp_path / "x.bin", "<u2")) == BPE_TEXT
+    with pytest.raises(ValueError, match="'¶' is also how the file writes"):
+        bpe.Tokenizer({**bpe.Tokenizer.load(out).vocab, 350: "¶".encode()}, [], ["¶"]).save(out)
     assert "t h e" in run("show", out, "the cat")
     longest = run("show", out, "--merges=1")
     assert "'<|endoftext|>'" in longest and longest.count("\n") == 1
     words = "".join(f"{word.decode()}\n" * n for word, n in HANDOUT.items())
-    steps = run("show", bpe_write(tmp_path / "handout.txt", words), "--merges=3")
+    steps = run("show", bpe_write(tmp_path / "handout.txt", words + "<|endoftext|>" * 99), "--merges=3")
     assert "merge 0    s t   9 times" in steps and "6 times  n e w e st" in steps
     assert "BPE 300" in run("compare", text)

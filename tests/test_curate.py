@@ -1,7 +1,7 @@
 """Claims about curate.py."""
 import gzip
 import random
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 
@@ -38,14 +38,16 @@ def test_curate_counts_resumes_and_gives_the_same_bytes_by_any_executor(archives
         "near duplicates": 38, "lines": 38} and report["damage"] == {"truncated": 1, "no text": 1}
     assert set(report["masked"].values()) == {1} and report["clusters"] == 6
     assert b"repetition: dropped" in files["report.html"] and {"train.bin", "val.bin", "meta.json"} <= files.keys()
-    with ThreadPoolExecutor(2) as threads:
-        assert curated(archives, tmp_path / "4", executor=threads)[1] == files
+    with ProcessPoolExecutor(2) as processes:                  # forked while the folder is held, alive when it is not
+        assert curated(archives, tmp_path / "4", executor=processes)[1] == files
+        assert curated(archives, tmp_path / "4")[1] == files
     before = (tmp_path / "4" / "counts" / "0.warc.gz.json").stat().st_mtime_ns
     for name in ("counts/1.warc.gz.json", "documents.jsonl", "train.bin", "report.json"):      # as after a kill
         (tmp_path / "4" / name).unlink()
     assert curated(archives, tmp_path / "4")[1] == files
     assert (tmp_path / "4" / "counts" / "0.warc.gz.json").stat().st_mtime_ns == before
-    for out, more, words in (("4", dict(seed=1), "other settings"),
+    assert curated(archives, tmp_path / "4", vocab_size=310)[1]["train.bin"] != files["train.bin"]
+    for out, more, words in (("4", dict(seed=1), "other settings"), ("5", dict(vocab_size=100), "vocab_size=100"),
                              ("5", dict(languages="de, eng"), "'eng' is no language")):
         with pytest.raises(ValueError, match=words):
             curated(archives, tmp_path / out, **more)

@@ -116,6 +116,9 @@ def test_a_cut_download_goes_on_where_it_stopped_or_says_what_to_do(server, tmp_
     for name in "bc":
         data.download(f"{server}/{name}", tmp_path / name)
     assert all((tmp_path / name).read_bytes() == content and not (tmp_path / f"{name}.part").exists() for name in "abc")
+    (tmp_path / "x.gz").write_bytes(gzip.compress(content)[:-8] + bytes(8))               # its CRC is wrong
+    with pytest.raises(OSError, match="x.gz is damaged .*delete it"):
+        data.fetch_split(f"{server}/x.gz", tmp_path / "x.txt")
     Flaky.files, Flaky.cut = {"d": content}, 0
     for name, words in (("d", "cut"), ("missing", r"404.*put it at .*missing")):
         with pytest.raises(OSError, match=words):

@@ -62,12 +62,16 @@ bpe | train W/empty --out=W/t | empty is empty
 bpe | encode W/list.json W/text.txt | list.json is no tokenizer.json
 bpe | encode W/{BPE} --workers=0 | workers is 0
 bpe | show W/text.txt word | text.txt
+bpe | train W/text.txt --out=W/text.txt --vocab_size=300 | text.txt is read from
+bpe | encode W/{BPE} --out=W/./text.txt | text.txt is read from
 data |  | a verb is missing
 data | prepare W/text.txt --data_dir=W/file | file
 data | prepare W/text.txt --data_dir=W/out --tokenizer=W/none | No such file
 data | prepare W/data/val.txt --data_dir=W/data | where the split itself is written
 data | {FIT}dir | no file
 data | {FIT}empty | empty holds 0 texts
+data | {FIT}lines.txt --out=W/lines.txt | lines.txt is read from
+data | {FIT}lines.txt --out=W/m.json | m.json is read from
 data | {CURATE}--quality=W/text.txt | text.txt is no classifier
 data | {CURATE}--num_bands=7 | num_bands=7
 data | crawl CC-MAIN-2025-18 --segments=0 --out=W/out | segments=0
