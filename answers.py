@@ -17,8 +17,8 @@ from fractions import Fraction
 from pathlib import Path
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-REFUSAL = re.compile(r"\b(?:I (?:can(?:not|'t| not)|am (?:un|not )able to|won't|will not|must decline|apologi[sz]e)|"
-                     r"I'm (?:sorry|unable)|as an AI)\b", re.IGNORECASE)
+REFUSAL = re.compile(r"\b(?:I (?:can(?:not|['’]t| not)|am (?:un|not )able to|won['’]t|will not|must decline|"
+                     r"apologi[sz]e)|I['’]m (?:sorry|unable)|as an AI)\b", re.IGNORECASE)
 
 # What follows a letter that is not the answer.
 DENIED = (r"[\s*_)\]]{0,9}(?:(?:is|was|does|could|can)(?:n['’]?t|\s?not)|can['’]t|cannot|"
@@ -29,16 +29,19 @@ _FRACTION = rf"\\[cdt]?frac{_ARGUMENT}{_ARGUMENT}"
 
 
 def _plain_fraction(match) -> str:
-    """a/b, with brackets around a sum."""
-    parts = match[1] or match[2] or "", match[3] or match[4] or ""
-    return "/".join(f"({part})" if re.search(r".[+-]", part) else part for part in parts)
+    """a/b, with brackets around a sum, and around anything but one number, letter, name or root below."""
+    above, below = (match[1] or match[2] or "").strip(), (match[3] or match[4] or "").strip()
+    if re.search(r".[+-]", above):
+        above = f"({above})"
+    one = re.fullmatch(r"-?[0-9.,]+|[a-zA-Z]|\\[a-zA-Z]+|\\sqrt\{[^{}]*\}|\([^()]*\)", below)
+    return f"{above}/{below}" if one else f"{above}/({below})"
 
 
 DRESSING = [(re.compile(pattern), plain) for pattern, plain in (
-    (r"\\[!,;: ]|\\q?quad(?![a-zA-Z])|~", " "), (r"\\[\[\]()]|\\(?:left|right|displaystyle)|\\?\$", ""),
+    (r"(?<!\\)\\[!,;: ]|\\q?quad(?![a-zA-Z])|~", " "), (r"\\[\[\]()]|\\(?:left|right|displaystyle)|\\?\$", ""),
     (r"\^?\\circ|\^\{\\circ\}|(?<=[0-9]) degrees?$", ""),
-    (rf"(?<=[0-9}}])\s*{_TEXT}\{{[a-zA-Z.\s]+\}}(?:\^\{{?[23]\}}?)?\s*$", ""),                       # 5\text{ cm}^2
-    (rf"{_TEXT}\{{([^{{}}]*)\}}", r"\1"), (r"(?<=[0-9])\s*(?:\\?%|(?:percent|percentage|pct)\.?\s*$)", ""),
+    (rf"(?<=[0-9}}])\s*{_TEXT}\{{[a-zA-Z./\s]+\}}(?:\^\{{?[23]\}}?)?\s*$", ""),                       # 5\text{ cm}^2
+    (rf"{_TEXT}\{{([^{{}}]*)\}}", r"\1"), (r"(?<=[0-9}])\s*(?:\\?%|(?:percent|percentage|pct)\.?\s*$)", ""),
     (r"^\s*[a-zA-Z]\s*(?:=(?!=)|\\in(?![a-z]))", ""), (r"(?<=[0-9])_\{?[0-9]+\}?$", ""),             # x = 5, 52_8
     (r"\\g(?:eq?|eqslant)(?![a-z])", ">="), (r"\\l(?:eq?|eqslant)(?![a-z])", "<="), (r"\\neq?(?![a-z])", "!="),
     (r"\\gt(?![a-z])", ">"), (r"\\lt(?![a-z])", "<"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"), (r"\^\{(-?\w+)\}", r"^\1"),

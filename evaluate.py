@@ -251,6 +251,10 @@ def choose(model, tokenizer, items: list[dict], letters: bool, batch_size: int) 
         item["scores"] = []
     prompts = [tokenizer.encode(item["prompt"], allowed_special=set()) for item, _ in rows]
     responses = [tokenizer.encode(text, allowed_special=set()) for _, text in rows]
+    for (item, text), ids in zip(rows, responses):
+        if len(ids) > model.config.context_length:
+            raise ValueError(f"an option of {len(ids)} tokens passes the context of {model.config.context_length}: "
+                             f"{text.strip()!r:.60}, of {item['prompt']!r:.60}")
     sums = continuation_log_probs(model, prompts, responses, batch_size).tolist()
     for (item, text), log_p in zip(rows, sums):
         item["scores"].append(log_p if letters else log_p / len(text.encode("utf-8")))

@@ -319,8 +319,9 @@ class FSDP(nn.Module):
                 grad = pad(whole.grad, p.cuts[-1].step * p.cuts[-1].size).contiguous()
                 whole.grad = None
                 self.sending.append((p, reduce_scatter(grad, self.group)))
-        unit.swap(inside=False)
-        unit.free()
+        if all(whole.requires_grad for whole in unit.wholes.values()):     # a frozen one may still be read below
+            unit.swap(inside=False)
+            unit.free()
         unit.phase = "sent"
         # The previous unit's gradients were sent during this unit's backward. More in flight would hold more memory.
         self._receive(earlier)

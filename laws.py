@@ -200,6 +200,7 @@ def fit_parametric(runs: list[dict], resamples: int = 100) -> Fit:
     # The five parameters have bent towards the noise: the scatter of the fits understates the error by n / (n - 5).
     law = np.vstack([law, law + (again - law) * math.sqrt(len(x) / (len(x) - 5))])
     law[:, 0], law[:, 2] = law[:, 0] + law[:, 1] * x0, law[:, 2] + law[:, 3] * y0
+    law[:, [1, 3]] = np.maximum(law[:, [1, 3]], 1e-3)                # as the fit itself is refused below that
     return make_fit("parametric", law)
 
 
@@ -212,7 +213,8 @@ def fit_kaplan(runs: list[dict]) -> dict:
         best = order[log_l[order] <= np.minimum.accumulate(log_l[order])]
         if np.ptp(x[best]) > 0:
             level, slope = power_law(x[best], log_l[best])
-            laws[name] = (math.exp(-level / slope), -slope)
+            if slope < -abs(level) / 700:                            # else X_c is no number
+                laws[name] = (math.exp(-level / slope), -slope)
     return laws
 
 

@@ -31,6 +31,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoint import write_text
 from configurator import command_line, fail, nearest
 
 ROOT = Path(__file__).resolve().parent
@@ -59,7 +60,7 @@ def read_page(path: Path, names: list[str] | None = None) -> tuple[list[str], di
 
     Raises SyntaxError where Python cannot read it.
     """
-    text, functions = path.read_text(encoding="utf-8"), {}
+    text, functions = path.read_text(encoding="utf-8-sig"), {}
     for node in ast.parse(text, path.name).body:
         for part in node.body if isinstance(node, ast.ClassDef) else [node]:
             if isinstance(part, ast.FunctionDef):
@@ -104,7 +105,10 @@ def read_progress(exercises: dict) -> dict:
     Nothing of a page is begun any more when the page was deleted.
     """
     path = FOLDER / "progress.json"
-    progress = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        progress = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): delete it; your pages stay") from None
     return {name: progress[name] for name, entry in exercises.items()
             if name in progress and (FOLDER / entry["page"]).exists()}
 
@@ -138,11 +142,10 @@ def start(name: str, exercises: dict, anew: bool) -> None:
             with open(saved, "xb") as file:              # x: an error, and nothing lost, where there is such a file
                 file.write(page.read_bytes())
             print(f"what you had is saved as practice/saved/{saved.name}")
-        page.with_suffix(".new").write_text(text, encoding="utf-8")
-        page.with_suffix(".new").replace(page)           # at once: a full disk leaves the page as it was
+        write_text(page, text)                           # at once: a full disk leaves the page as it was
     if anew or name not in progress:
         progress[name] = {"hints": 0, "state": "begun"}
-        (FOLDER / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+        write_text(FOLDER / "progress.json", json.dumps(progress))
     print(f"{name}: practice/{entry['page']}, about {entry['minutes']} minutes")
     if kept:
         say("kept", f"{', '.join(kept)} as in your page; python practice.py reset {name} begins again and saves it")
@@ -242,7 +245,7 @@ def check(name: str, exercises: dict, n_hints: int) -> bool:
                 _, said = run_limited(["-m", "timeit", "-u", "msec", "-s", entry["setup"], entry["speed"]], place)
                 say(whose, f"{entry['speed']}: {said[-1]}")
     progress = read_progress(exercises) | {name: done | {"state": "passed" if passed else "begun"}}
-    (FOLDER / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+    write_text(FOLDER / "progress.json", json.dumps(progress))
     return passed
 
 
@@ -285,7 +288,7 @@ def main(argv: list[str]) -> int:
     else:
         try:
             start(name, exercises, anew=verb == "reset" or config.overwrite)
-        except (SyntaxError, ValueError, FileExistsError) as error:
+        except (SyntaxError, ValueError, OSError) as error:
             print(f"practice/{exercises[name]['page']} stays as it is: {error}", file=sys.stderr)
             return 1
     return 0
@@ -293,4 +296,9 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")             # a console without Σ or ᵀ shows a question mark
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        fail(error)
+    except BrokenPipeError:                              # what reads the list has seen enough
+        os._exit(0)

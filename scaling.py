@@ -116,7 +116,11 @@ def show_fits(runs: list[dict], flops: float) -> Fit:
 def fit_file(settings: "FitSettings", path: str) -> None:
     """All fits of the runs in a file, and what they say at settings.flops (none: ten times the largest budget)."""
     runs = read_runs(path)
-    flops = 10 * max(run["flops"] for run in runs) if settings.flops is None else settings.flops
+    if not runs:
+        raise ValueError(f"{path} holds no runs")
+    flops = 10 * math.exp(max(columns(runs)[2])) if settings.flops is None else settings.flops
+    if not 0 < flops < math.inf:
+        raise ValueError(f"flops={flops!r} must be a finite number above 0")
     draw(show_fits(runs, flops), runs, flops, f"{settings.out_dir}/fit.png", f"python scaling.py fit {path}")
 
 

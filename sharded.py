@@ -123,7 +123,8 @@ def tensor_parallel(model: nn.Module, group=None) -> nn.Module:
             parent.config.n_heads, parent.config.n_kv_heads = c.n_heads // size, c.n_kv_heads // size
             for norm in (parent.q_norm, parent.k_norm) if c.qk_norm else ():
                 # Its weight serves all heads, of which a rank sees only its own.
-                norm.weight.register_hook(lambda grad: reduce(grad.clone(), group))
+                if norm.weight.requires_grad:
+                    norm.weight.register_hook(lambda grad: reduce(grad.clone(), group))
     return model
 
 
@@ -185,12 +186,14 @@ class Pipeline(nn.Module):
         stages, here, self.tied = {}, {}, None      # p -> stages that have it, what stands for it on this one
         for name, p in model.named_parameters(remove_duplicate=False):
             stages.setdefault(p, set()).add(stage_of(name))
+        if idle := set(range(self.n_stages)) - set().union(*(at for p, at in stages.items() if p.requires_grad)):
+            raise ValueError(f"stages {sorted(idle)} of {self.n_stages} have nothing to train; freeze less, lower pp")
         for p, places in stages.items():
             here[p] = p
             if self.stage not in places:
                 here[p] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
                 here[p].cuts = cuts_of(p)
-            elif len(places) > 1:
+            elif len(places) > 1 and p.requires_grad:
                 self.tied = p
             here[p].stage = self.group, min(places)              # who saves it; see fsdp.full_state_dict
             here[p].repeated = self.stage != min(places)

@@ -1,6 +1,7 @@
 """What the tests of parallel.py and sharded.py share: a small model, one process as reference, ranks that check."""
 import datetime
 import os
+import re
 import traceback
 from pathlib import Path
 
@@ -17,9 +18,13 @@ SHAPE = dict(vocab_size=51, context_length=16, d_model=32, n_layers=2, n_heads=4
 CLOSE = 2e-5
 
 
-def small(seed=0, **more):
+def small(seed=0, frozen=None, **more):
+    """frozen: a pattern of the names that do not train."""
     torch.manual_seed(seed)
-    return Transformer(ModelConfig(**SHAPE | more))
+    model = Transformer(ModelConfig(**SHAPE | more))
+    for name, p in model.named_parameters():
+        p.requires_grad_(not frozen or not re.search(frozen, name))
+    return model
 
 
 def one_process(which=range(5), **more):

@@ -80,6 +80,13 @@ def test_choices_are_scored_by_the_model_s_own_log_probabilities(little_base):
         assert score == pytest.approx(expected, abs=1e-4)
 
 
+def test_an_option_longer_than_the_context_is_named(little_base):
+    model, tokenizer = model_module.load_model(little_base)
+    item = {"prompt": "q", "options": ["cat", "the cat " * model.config.context_length], "answer": "A"}
+    with pytest.raises(ValueError, match="passes the context of .*'the cat the cat.*of 'q'"):
+        evaluate.choose(model, tokenizer, [item], False, 4)
+
+
 def test_instructions_can_be_followed_and_failed():
     texts = ["It is so. " * 4, "river " * 4, "LOUD.", "no such mark"]
     for instruction, check in evaluate.instructions(30, 3):

@@ -212,6 +212,17 @@ def test_mistakes_name_the_nearest(words, told, folder, capsys):
     assert told in capsys.readouterr().err and not folder.exists()
 
 
+def test_a_spoilt_list_of_what_was_passed_is_named(folder, capsys):
+    run("start rope")
+    page = folder / "layers.py"
+    page.write_text("\ufeff" + page.read_text(encoding="utf-8"), encoding="utf-8")           # as some editors save it
+    assert run("start softmax") == 0
+    (folder / "progress.json").write_text("", encoding="utf-8")
+    assert run("start rope") == 1 and "progress.json is no JSON" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="progress.json is no JSON .*delete it"):
+        run("")
+
+
 def test_ours_is_shown_and_experiments_are_answered_from_results(folder, capsys):
     assert run("show linear") == 0
     shown = capsys.readouterr().out.rstrip().split("\n\n")

@@ -35,6 +35,19 @@ def check_three_steps(rank, size, tmp):
                 assert torch.allclose(got, norms, rtol=1e-4), f"{strategy}, {more}: norms {got}, one process {norms}"
 
 
+def check_frozen_parameters(rank, size, tmp):
+    """What does not train stays, also where a strategy divides it, and the others end as in one process."""
+    for frozen in ("attn", "norm", "token_embeddings", "w2|layers.1"):
+        reference, _ = one_process(range(2), frozen=frozen, **TIED)
+        for strategy in TWO:
+            wrapped = Wrapped(**strategy, frozen=frozen, **TIED)
+            wrapped.train(range(2))
+            worst = furthest(wrapped.state()[0], reference.state_dict())
+            assert worst < CLOSE, f"{strategy}, {frozen} frozen: weights are {worst} from one process's"
+    with pytest.raises(ValueError, match=r"stages \[0\] of 2 have nothing to train"):
+        Wrapped("ddp", pp=2, frozen=r"embeddings|layers\.[01]", n_layers=4)
+
+
 def check_checkpoints_move(rank, size, tmp):
     """3 steps on 4 ranks by each strategy, 2 more on 2 ranks by another, or in one process."""
     for number, strategy in enumerate({4: FOUR, 2: TWO, 1: [dict(name="ddp")] * len(FOUR)}[size]):
@@ -185,8 +198,8 @@ def check_fsdp_sends_what_it_freed_again(rank, size, tmp):
 
 
 CHECKS = {4: (check_checkpoints_move, check_fsdp, check_pipeline, check_memory_by_the_formula),
-          2: (check_three_steps, check_checkpoints_move, check_fsdp, check_pipeline, check_columns_and_rows,
-              check_fsdp_sends_what_it_freed_again)}
+          2: (check_three_steps, check_frozen_parameters, check_checkpoints_move, check_fsdp, check_pipeline,
+              check_columns_and_rows, check_fsdp_sends_what_it_freed_again)}
 
 
 @pytest.fixture(scope="module")

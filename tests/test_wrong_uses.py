@@ -28,6 +28,8 @@ def place(corpus, little_base, tmp_path_factory):
         "empty": b"", "lines.txt": b"a line of text\n" * 40, "file": b"x", "text.txt": text.encode(),
         "script.py": b"print()", "bytes": bytes(range(256)) * 20, "list.json": b"[]", "broken.json": b'[{"prompt": ',
         "numbers.jsonl": b"5\n", "latin.jsonl": b'{"prompt": "\xe9"}\n', "hf/config.json": b"{}",
+        "broken_runs.json": b'[{"n_params": 1e6}]',
+        "runs.json": b'[{"n_params": 1e6, "n_tokens": 1e7, "flops": 6e13, "loss": 3}]',
         "short.csv": b"id,prompts_final\n1\n", "sft.jsonl": b'{"prompt": "cat", "response": "hat"}\n' * 12,
         "x.warc.gz": gzip.compress(warc_record("http://a", page)),
         "gold.jsonl": b'{"question": "q", "answer": "many"}\n'}
@@ -130,6 +132,9 @@ accounting | gpt2 --device=H900 | H900
 accounting | gpt2 --link_gb_per_s=0 | link_gb_per_s=0
 scaling | fit | one file of runs
 scaling | fit W/none.json | none.json
+scaling | fit W/list.json | list.json holds no runs
+scaling | fit W/broken_runs.json | run 0 has n_tokens=None
+scaling | fit W/runs.json --flops=0 | flops=0.0
 scaling | --flops=-1 | flops=-1""".strip().splitlines()]
 
 
