@@ -261,9 +261,9 @@ class Bill(ModelConfig):
         for name, allowed in (("device", DEVICES), ("dtype", BYTES), ("optimizer", STATES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
-        for name in ("batch_size", "n_devices", "mfu", "batch_tokens", "link_gb_per_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("batch_size", "n_devices", "mfu", "batch_tokens", "link_gb_per_s", "tokens"):
+            if not 0 < (1 if getattr(self, name) is None else getattr(self, name)) < math.inf or self.mfu > 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number above 0, mfu at most 1")
 
 
 def table(title: str, header: list[str], rows: list[list]) -> None:

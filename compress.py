@@ -55,8 +55,8 @@ class PruneConfig(QuantizeConfig):
     data: str | None = None                  # width: token file (.bin) to rank on; none = the train.bin of the run
 
     def __post_init__(self):
-        if self.data is not None and self.kind != "width":
-            raise ValueError(f"data={self.data}: only kind=width ranks anything; leave data out")
+        if self.data is not None and (self.kind != "width" or not self.data.endswith(".bin")):
+            raise ValueError(f"data={self.data}: only kind=width ranks anything, on a train.bin or val.bin; leave it out")
 
 
 # --- rounding ---

@@ -217,7 +217,10 @@ def from_pretrained(folder):
     path, tokenizer = Path(folder) / "tokenizer.json", None
     try:
         tokenizer = Tokenizer.load(path) if path.is_file() else None
-    except ValueError as error:                                  # no byte-level BPE
+        if tokenizer and tokenizer.vocab_size > config.vocab_size:
+            tokenizer = None
+            raise ValueError(f"{path} has more ids than the model's {config.vocab_size}")
+    except ValueError as error:                                  # no byte-level BPE, or of another model
         warnings.warn(f"the model comes without its tokenizer: {error}", stacklevel=2)
     return model, tokenizer
 
@@ -235,6 +238,8 @@ def save_pretrained(model, folder, tokenizer=None) -> None:
             tensor = torch.cat([weights[our].cpu() for our in ours])
             tensors[their] = (tensor.T if transposed else tensor).contiguous()
     write_atomically(folder / "model.safetensors", lambda file: file.write(save(tensors, {"format": "pt"})))
+    for name in () if tokenizer else ("tokenizer.json", "tokenizer_config.json"):         # of what stood there before
+        (folder / name).unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
         end = "<|endoftext|>" if "<|endoftext|>" in tokenizer.special_tokens else None

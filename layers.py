@@ -23,8 +23,8 @@ def softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
     """exp(x) normalised to sum to 1 along `dim`. Less the maximum the ratio is the same, and exp() cannot overflow."""
     if not x.numel():
         return x                                                   # the maximum of nothing is an error
-    exponentials = torch.exp(x - x.amax(dim=dim, keepdim=True))
-    return exponentials / exponentials.sum(dim=dim, keepdim=True)
+    exponentials = torch.exp(wide(x) - x.amax(dim=dim, keepdim=True))
+    return (exponentials / exponentials.sum(dim=dim, keepdim=True)).to(x.dtype)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

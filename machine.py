@@ -74,7 +74,7 @@ def least_seconds(work, clock=time.perf_counter) -> float:
 
 def matmul_flops(dtype: torch.dtype, size=1024, clock=time.perf_counter) -> float:
     """FLOP/s of a square matrix product on the CPU; four of them, as the clock's tick may be coarse."""
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    a = b = torch.ones(size, size, dtype=dtype)      # not random: a resumed run would then draw other numbers
     return 4 * 2 * size ** 3 / least_seconds(lambda: [torch.mm(a, b) for _ in range(4)], clock)
 
 

@@ -42,6 +42,7 @@ class ApiError(Exception):
     """An answer with a status of 400 or more, in OpenAI's form."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        message, param = (text and text.encode("utf-8", "replace").decode() for text in (message, param))
         super().__init__(message)
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
         self.status, self.headers = status, {"Retry-After": "1"} if status in (429, 503) else {}

@@ -95,8 +95,8 @@ class TrainConfig(ModelConfig):
             if not 0 <= given[name] < math.inf:
                 raise ValueError(f"{name}={given[name]} must be at least 0")
         for name in ("max_minutes", "embedding_lr", "grad_clip"):
-            if not given.get(name, 1) > 0:
-                raise ValueError(f"{name}={given[name]} must be above 0")
+            if not given.get(name, 1) > 0 or given.get("max_minutes") == math.inf:
+                raise ValueError(f"{name}={given[name]} must be above 0, max_minutes finite")
         for name in ("beta1", "beta2", "momentum", "min_lr_factor", "decay_fraction"):
             if not 0 <= given[name] <= 1:
                 raise ValueError(f"{name}={given[name]} must be from 0 to 1")
@@ -137,6 +137,10 @@ def take_shape(config: TrainConfig, given=None) -> TrainConfig:
     saved = read_checkpoint(config.start).get("model_config") or {}
     shape = {field.name: saved[field.name] for field in fields(ModelConfig)
              if field.init and field.name in saved and field.name not in NO_SHAPE}
+    # Of tables of positions alone the size is the context's: any other model learns on shorter windows as well.
+    shorter = "context_length" in given if given is not None else config.vocab_size is not None      # taken before
+    if shorter and not config.resume and saved.get("position") != "learned":
+        shape["context_length"] = min(config.context_length, shape["context_length"])
     if given is None:
         given = [field.name for field in fields(config) if getattr(config, field.name) != field.default]
     for name in shape.keys() & set(given):

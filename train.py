@@ -30,6 +30,7 @@ import errno
 import functools
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -52,7 +53,7 @@ from model import ModelConfig, Transformer, bits_per_byte, perplexity_of, token_
 from parallel import ending
 from recipe import (OPTIMIZERS, Loader, LossScale, TrainConfig, all_groups, check_tokenizer, get_batch, lr_factor,
                     make_optimizers, open_data, take_shape)
-from runs import Log, header, plot, read_log, sweep  # noqa: F401
+from runs import Log, grid, header, plot, read_log, sweep  # noqa: F401
 from sharded import Strategy, full_optimizer_state, full_state_dict, take_optimizer_state
 
 DEFAULT_CONFIG = "config_shakespeare.py"
@@ -122,7 +123,7 @@ class Run:
     @property
     def tokens(self) -> int:
         """Tokens trained on so far."""
-        return self.step * self.sequences * self.config.context_length
+        return self.loader.position * self.config.context_length
 
     def progress(self) -> float:
         """Share of the run that is done, by steps or by the clock, whichever is further."""
@@ -348,6 +349,11 @@ def main(config: TrainConfig) -> dict:
         except FloatingPointError:
             run.log.write(step=run.step, seconds=run.seconds, diverged=True)
             raise
+        except BaseException:
+            run.log.close()
+            if head and run.is_first_save:                       # nothing is saved: no run that one could go on with
+                run.log.writing.unlink(missing_ok=True)
+            raise
         figures = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds, "loss": last_loss,
                    "out_dir": config.out_dir, "interrupted": stop.agreed}
         if stop.agreed is not None:
@@ -442,9 +448,13 @@ def run_command_line(argv: list[str]) -> None:
         by_axis = any(word.startswith("max_steps=") for word in files)
         if (by_flag or by_axis) and sources["max_minutes"] != "flag":
             config.max_minutes = None              # the time limit of the config file is not meant
+        elif config.max_steps is None and config.max_minutes is None:
+            config.max_minutes = DEFAULT_MINUTES
         asked, config = config, take_shape(config, {key for key in sources if sources[key] not in ("default", default)})
         sources |= {key: str(config.start) for key in sources if getattr(config, key) != getattr(asked, key)}
         print_config(config, sources)
+        for point in grid(config, files) if verb == "sweep" else ():       # a shape that init_from has not is refused
+            take_shape(point, {word.partition("=")[0] for word in files})
         speaks = os.environ.get("RANK", "0") == "0" and verb is None
         with only_writer(config.out_dir) if speaks else contextlib.nullcontext():
             interrupted = sweep(config, files, main) if verb == "sweep" else main(config)["interrupted"]
@@ -453,6 +463,10 @@ def run_command_line(argv: list[str]) -> None:
             fail(error)
         print(f"error: {error}; an older checkpoint is still whole: make room and use --resume=true", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        if not re.search("not enough memory|out of memory|can't allocate", str(error)):
+            raise
+        fail(f"{str(error).splitlines()[0]}; a smaller --micro_batch_size, --activation_checkpointing=true need less")
     except KeyboardInterrupt:                      # a second one, or one after training, when all is saved
         interrupted = signal.SIGINT
     if interrupted is not None:

@@ -35,6 +35,9 @@ def test_checkpoint_brings_everything_back(tmp_path, target):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), copy.parameters()))
     entries = checkpoint.read_checkpoint(place)
     assert ModelConfig(**entries["model_config"]) == model.config and entries["tokens"] == 99
+    parts = torch.nn.ModuleDict({"module": torch.nn.Linear(2, 2), "other": torch.nn.Linear(2, 2)})     # no wrapper
+    checkpoint.save_checkpoint(parts, None, 0, target := io.BytesIO())
+    checkpoint.load_checkpoint(target, parts)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")

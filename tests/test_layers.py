@@ -70,6 +70,8 @@ def test_softmax_does_not_overflow():
     logits = torch.tensor([[1e4, 1e4 - math.log(3), -1e4], [math.log(3), 0, -1e4]])  # less its own maximum
     close(layers.softmax(logits, -1), torch.tensor([[0.75, 0.25, 0]] * 2), 1e-3)   # float32 keeps 3 digits of 1e4 - 1.1
     assert layers.softmax(torch.zeros(3, 0), -1).shape == (3, 0)
+    for dtype in (torch.float16, torch.bfloat16):                                   # a sum past 65,504, or of 8 bits
+        close(layers.softmax(torch.zeros(100_000, dtype=dtype), 0), torch.full((100_000,), 1e-5, dtype=dtype), 0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

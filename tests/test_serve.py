@@ -189,7 +189,7 @@ BAD = [b"{", b"[1]", b"[" * 100_000, {}, {"prompt": ""}, {"prompt": 5}, {"prompt
        {"prompt": "a" * 65}, {"prompt": "\ud800"}, {"prompt": ["a"] * 129},
        *({"prompt": "a"} | more for more in (
            {"temperature": -1}, {"temperature": "1"}, {"max_tokens": -1}, {"seed": 2 ** 70}, {"stop": [1]},
-           {"stop": "a" * 10_000}, {"top_q": 1}, {"presence_penalty": 0.5})),
+           {"stop": "a" * 10_000}, {"top_q": 1}, {"\ud800": 1}, {"presence_penalty": 0.5})),
        b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}"]
 
 

@@ -101,6 +101,7 @@ def test_an_interrupted_run_equals_a_straight_one_bit_for_bit(corpus, tmp_path, 
     assert_same_weights(tmp_path / "straight", tmp_path / "killed")
     one, two = (checkpoint.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("straight", "killed"))
     assert all(one[key] == two[key] for key in ("loss_scale", "good_steps", "data_position", "tokens"))
+    assert torch.equal(one["rng"]["torch"], two["rng"]["torch"]), "nothing else draws from it"
     straight = dict(losses(tmp_path / "straight"))
     assert all(straight[step] == loss for step, loss in losses(tmp_path / "killed")) and figures["step"] == 30
 
@@ -117,6 +118,8 @@ def test_a_resume_keeps_the_dtype_takes_new_settings_and_says_so(corpus, tmp_pat
     train.main(tiny(corpus, tmp_path, **more))
     headers = [line for line in train.read_log(tmp_path / "log.jsonl") if "config" in line]
     assert [line["config"]["lr"] for line in headers] == [TINY["lr"], 0.03] and headers[1]["step"] == 2
+    more |= dict(max_steps=6, batch_tokens=3 * TINY["batch_tokens"])
+    assert train.main(tiny(corpus, tmp_path, **more))["tokens"] == 10 * TINY["batch_tokens"]
     with pytest.raises(ValueError, match="trained with optimizer=adamw, whose state optimizer=sgd cannot"):
         train.main(tiny(corpus, tmp_path, max_steps=6, resume=True, optimizer="sgd"))
 
@@ -186,13 +189,24 @@ def test_data_of_another_tokenizer_is_refused_by_all_that_read_a_checkpoint(corp
         tiny_run(folder, trained[0], resume=True)
 
 
+def test_a_run_that_fails_before_its_first_save_leaves_the_folder_free(corpus, tmp_path):
+    tiny_run(corpus, tmp_path / "teacher", max_steps=1, context_length=8)
+    with pytest.raises(ValueError, match="pass the context of 8"):
+        tiny_run(corpus, tmp_path / "student", teacher=str(tmp_path / "teacher"))
+    tiny_run(corpus, tmp_path / "student", max_steps=1)
+    assert len(train.read_log(tmp_path / "student" / "log.jsonl")) == 3
+
+
 def test_a_shape_of_the_default_config_yields_and_one_that_was_asked_for_does_not(corpus, tmp_path, trained, capsys):
     words = [f"--init_from={trained[0]}", f"--data_dir={corpus}", f"--out_dir={tmp_path / 'a'}", "--max_steps=1",
              "--device=cpu", "--num_samples=0", "--eval_every=0", "--n_layers=2"]
     train.run_command_line(words)                  # the default config file has d_model = 160; an equal flag is fine
     assert weights(tmp_path / "a").keys() == weights(trained[0]).keys()
     (tmp_path / "config_wide.py").write_text("d_model = 64\n", encoding="utf-8")
-    for more, message in ((["--n_layers=4"], "n_layers=4 does not fit"),
+    train.run_command_line([*words, f"--out_dir={tmp_path / 'short'}", "--context_length=16"])
+    assert checkpoint.read_checkpoint(tmp_path / "short" / "ckpt.pt")["model_config"]["context_length"] == 16
+    for more, message in ((["--n_layers=4"], "n_layers=4 does not fit"), (["--context_length=64"], "context_length=64"),
+                          (["sweep", "n_heads=2,4"], "n_heads=4 does not fit"),
                           ([str(tmp_path / "config_wide.py")], "d_model=64")):
         with pytest.raises(SystemExit) as end:
             train.run_command_line([*words, f"--out_dir={tmp_path / 'b'}", *more])
@@ -222,6 +236,12 @@ def seen(monkeypatch):
 def test_a_time_limit_is_dropped_for_steps_and_only_when_it_was_not_asked_for(flags, minutes, seen):
     train.run_command_line(flags.split())
     assert seen[0].max_minutes == minutes
+
+
+def test_a_sweep_without_a_limit_has_the_one_that_its_runs_record(seen, tmp_path):
+    (tmp_path / "config_bare.py").write_text("d_model = 64\n", encoding="utf-8")
+    train.run_command_line(["sweep", str(tmp_path / "config_bare.py"), "lr=1e-3,3e-3"])
+    assert seen[0].max_minutes == train.DEFAULT_MINUTES
 
 
 def test_the_default_config_yields_to_a_named_one_and_to_nothing_else(seen, tmp_path):
