@@ -29,7 +29,7 @@ _FRACTION = rf"\\[cdt]?frac{_ARGUMENT}{_ARGUMENT}"
 
 
 def _plain_fraction(match) -> str:
-    """a/b, with brackets around a sum, and around anything but one number, letter, name or root below."""
+    """a/b, with brackets around a sum, and around anything but one number, letter, name, root or bracket below."""
     above, below = (match[1] or match[2] or "").strip(), (match[3] or match[4] or "").strip()
     if re.search(r".[+-]", above):
         above = f"({above})"

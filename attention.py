@@ -30,7 +30,7 @@ class Attention(nn.Module):
         super().__init__()
         c, bias = config, config.bias or config.qkv_bias
         self.config, self.layer, self.window = config, layer, config.windows[layer]
-        self.rotates = c.position == "rope" and c.rope_pattern[layer % len(c.rope_pattern)] == "R"
+        self.rotates = c.position == "rope" and c.rope_pattern[layer % len(c.rope_pattern)] == "R"    # R or N, repeated
         self.q_proj = Linear(c.d_model, c.n_heads * c.head_dim, bias)
         self.k_proj = Linear(c.d_model, c.n_kv_heads * c.head_dim, bias)
         self.v_proj = Linear(c.d_model, c.n_kv_heads * c.head_dim, bias)
@@ -61,9 +61,10 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, c.n_heads * c.head_dim))
 
     def shifted(self, k, cache, plan):
-        """Keys k (B, T, K, D), before norm and rotation, every other number of them from the position before. So a key
-        tells also which token stood before it, and a name that comes again finds what followed it the last time. Two
-        layers can learn that, by luck (induction heads, 2209.11895, whose "smeared keys" are a mean of the two)."""
+        """Keys k (B, T, K, D), before norm and rotation, every other number of them from the position before (so both
+        of a rotated pair are from one). A key then tells which token stood before it, and a name that comes again
+        finds what followed it the last time. Without this two layers have to learn it together, and some seeds do not
+        (induction heads, 2209.11895, whose "smeared keys" are a mean of the two)."""
         before = nn.functional.pad(k[:, :-1], (0, 0, 0, 0, 1, 0))
         if cache is not None:
             before = torch.cat((cache.key_before(self.layer, k, plan), before[:, 1:]), dim=1)

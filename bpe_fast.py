@@ -28,10 +28,11 @@ from words import GPT2_PATTERNS, GPT4_PATTERNS
 
 # --- places where text can be cut, and what is cut shared among processes ---
 
-# A byte that ends a character other than white space: ASCII, or a continuation byte in which no Unicode space ends.
+# A byte that ends a character other than white space: ASCII, or a continuation byte in which no Unicode space ends
+# (theirs end in 80 … 8a, 9f, a0, a8, a9, af, and 85 of U+0085).
 _SOLID = rb"(?<=[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf])"
-# Between a letter and a sign or digit both patterns cut, whatever follows: JSON in one line, Chinese. ASCII's letters
-# and signs; ideographs from U+5000 to U+8FFF, kana; the signs of U+3001 … 3003 and U+FF01 … FF0F, and ：；？.
+# Between a letter and a sign or digit GPT-2's and GPT-4's patterns cut, whatever follows: also in JSON of one line, and
+# in Chinese. Letters: ASCII's, ideographs U+5000 … 8FFF, kana. Signs: ASCII's, U+3001 … 3003, U+FF01 … FF0F, ：；？.
 _LETTER = (rb"(?<=[A-Za-z]|[\xe5-\xe8][\x80-\xbf]{2}|"
            rb"\xe3(?:\x81[\x81-\xbf]|\x82[\x80-\x96\xa1-\xbf]|\x83[\x80-\xba]))")
 _SIGN = rb"(?=[!-@\[-`{-~]|\xe3\x80[\x81-\x83]|\xef\xbc[\x81-\x8f\x9a\x9b\x9f])"

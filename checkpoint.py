@@ -62,7 +62,7 @@ def only_writer(folder):
             import fcntl
             lock = [os.open(folder, os.O_RDONLY)]
             close = held.callback(lambda: lock and os.close(lock.pop()))
-            os.register_at_fork(after_in_child=close)    # a worker that outlives this process must not hold it
+            os.register_at_fork(after_in_child=close)    # else a worker that outlives this process held the lock
             try:
                 fcntl.flock(lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

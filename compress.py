@@ -56,7 +56,7 @@ class PruneConfig(QuantizeConfig):
 
     def __post_init__(self):
         if self.data is not None and (self.kind != "width" or not self.data.endswith(".bin")):
-            raise ValueError(f"data={self.data}: only kind=width ranks anything, on a train.bin or val.bin; leave it out")
+            raise ValueError(f"data={self.data}: only kind=width ranks anything, on a .bin file; leave it out")
 
 
 # --- rounding ---

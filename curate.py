@@ -215,9 +215,9 @@ def check_settings(config: CurateConfig) -> dict:
 
 
 def end_too() -> None:
-    """In a worker: ask Linux to end it when its parent is killed (prctl's PR_SET_PDEATHSIG); else it waits for ever."""
+    """In a worker: ask Linux to end it when its parent is killed; else the worker would wait for work for ever."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)       # 1: PR_SET_PDEATHSIG
 
 
 def run_archives(paths: list[Path], out: Path, config: CurateConfig, executor) -> None:

@@ -177,7 +177,7 @@ def scores(a, b, query, key, Tq, Tk, MASKED: constexpr, CAUSAL: constexpr):
 
 @jit
 def key_limits(q0, Tq, Tk, CAUSAL: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr):
-    """(whole, last): before `whole` are tiles of keys that all queries q0 … q0 + BLOCK_Q see (# at the head), no query
+    """(whole, last): before `whole` are tiles of keys that all BLOCK_Q queries from q0 on see (# at the head), no query
     of them sees a key from `last` on. Between stand the tiles that need a mask."""
     by_all = tl.minimum(Tk, tl.maximum(0, q0 + 1 + Tk - Tq)) if CAUSAL else Tk
     by_any = tl.minimum(Tk, tl.maximum(0, q0 + BLOCK_Q + Tk - Tq)) if CAUSAL else Tk

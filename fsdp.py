@@ -319,7 +319,8 @@ class FSDP(nn.Module):
                 grad = pad(whole.grad, p.cuts[-1].step * p.cuts[-1].size).contiguous()
                 whole.grad = None
                 self.sending.append((p, reduce_scatter(grad, self.group)))
-        if all(whole.requires_grad for whole in unit.wholes.values()):     # a frozen one may still be read below
+        # A frozen matrix gets no gradient and may still be needed: for the gradient of what the layers before gave.
+        if all(whole.requires_grad for whole in unit.wholes.values()):
             unit.swap(inside=False)
             unit.free()
         unit.phase = "sent"

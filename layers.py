@@ -21,8 +21,8 @@ from fused import fast, wide
 
 def softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
     """exp(x) normalised to sum to 1 along `dim`. Less the maximum the ratio is the same, and exp() cannot overflow."""
-    if not x.numel():
-        return x                                                   # the maximum of nothing is an error
+    if not x.numel():                                              # the maximum of nothing is an error
+        return x
     exponentials = torch.exp(wide(x) - x.amax(dim=dim, keepdim=True))
     return (exponentials / exponentials.sum(dim=dim, keepdim=True)).to(x.dtype)
 
@@ -104,7 +104,8 @@ def lowered(x):
 # --- norms ---
 
 def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x²) + eps) * weight over the last dimension, computed in float32 (1910.07467, eq. 4)."""
+    """x / sqrt(mean(x²) + eps) * weight over the last dimension (1910.07467, eq. 4). In float32: from 256 on squares
+    are infinite in float16, and a sum of bfloat16 numbers stops growing."""
     y = wide(x)
     return (y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps) * weight).to(x.dtype)
 

@@ -1,7 +1,8 @@
 """One row times a matrix on a GPU: what decoding one text does seven times in every block, each weight read once.
 
-A product of one row makes two FLOPs of each weight, which come from memory in the time of hundreds: so its speed is
-bandwidth over bytes, and rounded weights are faster only if nothing wider than they are is ever written to memory.
+A product of one row makes two FLOPs of each weight; in the time that it takes to come from memory a GPU could do
+hundreds. So its speed is bandwidth over bytes, and rounded weights are faster only if nothing wider than they are is
+ever written to memory.
 
     y[r] = sum of w[r, i] x[i]      bfloat16   w is loaded, multiplied, added, all in float32
                                     int8       the same, and the sum times the row's scale
@@ -54,7 +55,8 @@ def _one_row_int4(x, w, scale, y, R, C: constexpr, WORDS: constexpr, ROWS: const
             for k in tl.static_range(4):
                 i = group * 64 + 16 * k + j % 16
                 values = load(x + i, i < C)
-                # 2^23 + n in float32 is the bits of 2^23 with n in the last place: cheaper than a conversion
+                # 0x4B000000 are the bits of 2^23 in float32; with n in their last places they are 2^23 + n, cheaper
+                # than a conversion. 8388616 is 2^23 + 8: what is left is n - 8.
                 number = ((words >> (16 * half + 4 * k)) & 15 | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
                 weighted += number * values
                 plain += values

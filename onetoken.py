@@ -114,7 +114,7 @@ class RoundedLinear(torch.nn.Module):
         q, scale = parts["q"], parts.get("scale")
         if "shift" in parts:
             numbers = torch.stack((q // 16, q % 16), dim=-1).flatten(1)
-            numbers = torch.nn.functional.pad(numbers, (0, numbers.shape[1] % (2 * GROUP))).int()
+            numbers = torch.nn.functional.pad(numbers, (0, numbers.shape[1] % (2 * GROUP))).int()    # groups: even
             words = numbers.unflatten(1, (-1, 8, 16)) << 4 * torch.arange(8, device=q.device)[:, None]
             q = words.sum(dim=2, dtype=torch.int32).flatten(1)
             scale = torch.stack((scale, parts["shift"]), dim=1)

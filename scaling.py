@@ -33,7 +33,7 @@ from accounting import DEVICES, count_params, flops_per_token, largest_batch, tr
 from configurator import command_line, fail
 from explorer import Explorer, TrainingAPI, score, shape_for
 from laws import (LAW, Fit, best_of_each_budget, budgets_of, columns, fit_isoflop, fit_kaplan, fit_parametric,
-                  law_terms, predict, published)
+                  law_terms, parabola, predict, published)
 from model import ModelConfig
 
 # `real`: budgets in exact FLOPs, and the shapes (d_model, n_layers, n_heads) trained at each, around the best one.
@@ -50,7 +50,7 @@ REAL_RECIPE = dict(context_length=256, batch_tokens=1024, optimizer="muon", qk_n
 def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str = "flops", marks=()) -> None:
     """Three panels: loss against N at equal `key`, the best N and D against C, the loss against C.
 
-    marks: (label, record) of points beside the prediction. The rings are each budget's minimum by the law.
+    marks: (label, record) of points beside the prediction. Solid: the law, a ring at its minimum; dotted: a parabola.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
@@ -67,6 +67,11 @@ def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str
             y = np.exp(law_terms(fit.law[0], x, per_token - x)[0])          # along the budget's own N and D
             curves.plot(np.exp(x), y, color=color, linewidth=1)
             curves.plot(math.exp(x[y.argmin()]), y.min(), "o", color=color, ms=9, fillstyle="none")
+        if len(np.unique(log_n[group].round(6))) > 3:
+            centre, *_ = parabola(log_n[group], log_l[group], np.ones(len(group)))
+            near = np.exp(-(log_n[group] - centre) ** 2 / 4)                # as laws.parabola weighs
+            bent = np.polyfit(log_n[group] - centre, log_l[group], 2, w=near)
+            curves.plot(np.exp(x), np.exp(np.polyval(bent, x - centre)), ":", color=color)
     budgets = np.geomspace(math.exp(log_c.min()), target, 60)
     along = [predict(fit, c) for c in budgets]
     for axis, name in ((sizes, "n_params"), (sizes, "n_tokens"), (losses, "loss")):
@@ -85,7 +90,7 @@ def draw(fit: Fit, runs: list[dict], target: float, path, command: str, key: str
     losses.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
     for axis in (curves, sizes, losses):
         axis.legend(fontsize=7)
-    figure.suptitle(f"{command} ({fit.method} fit)", fontsize=9)
+    figure.suptitle(f"{command} (solid: {fit.method} fit; dotted: each budget's parabola)", fontsize=9)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     print(f"picture: {path}")

@@ -44,7 +44,8 @@ def test_parse_gsm8k(output, number):
 
 EQUAL = r"""1,000|1000;\frac{1}{2}|0.5;$12.50|12.5;x + 1|x+1;\boxed{7}|7;\sqrt2|\sqrt{2};5\text{ cm}|5;x=5|5
 \displaystyle 5|5;\boxed 5|5;\fbox{5}|5;\frac{1}{-2}|-0.5;1\frac12|1.5;-1\frac{1}{2}|-1.5;15\,000|15000;11,\! 111|11111
-1 000|1000;50\%|50;50 percent|50;90^\circ|90;90 degrees|90;5\text{ cm}^2|5;\frac{1}{3}\text{ meters}|1/3;(1,\frac92)|(1,4.5)
+1 000|1000;50\%|50;50 percent|50;90^\circ|90;90 degrees|90
+5\text{ cm}^2|5;\frac{1}{3}\text{ meters}|1/3;(1,\frac92)|(1,4.5)
 \left(1,2\right)|(1,2);x \geq 5|x\ge5;x\leqslant 5|x <= 5;x<3|x \lt 3;x \neq 1|x != 1;\text{(C)}|C;\dfrac34|\tfrac{3}{4}
 \cfrac{1}{3}|1/3;\frac{\sqrt3}{2}|\sqrt{3}/2;\frac{x+1}{2}|(x+1)/2;x^{10}|x^10;\left(5\right)|5;x\in[0,1]|[0,1];2 x|2x
 52_8|52;1,-2|-2,1;\{3,1\}|\{1,3\};\frac{1}{2}\%|1/2;5\text{ km/h}|5

@@ -104,6 +104,13 @@ def test_signatures_agree_as_often_as_the_sets():
         assert abs(share - chance) < 4 * (chance * (1 - chance) / size) ** 0.5, (share, chance)     # four sigma
 
 
+def test_only_documents_with_an_equal_band_are_compared():
+    signatures = np.array([[1, 2, 3, 4], [1, 2, 8, 9], [7, 8, 3, 4], [1, 9, 3, 9]], dtype=np.uint32)    # bands of two
+    asked = []
+    clusters = clean.near_duplicates(signatures, lambda i: asked.append(i) or "one and the same text", 2, 2, 0.8)
+    assert clusters == [[0, 1, 2]] and set(asked) == {0, 1, 2}, "the last shares as many numbers, but no band"
+
+
 def test_a_group_of_near_duplicates_is_compared_in_linear_time():
     asked, texts = [], ("the same page", "the same page of cookies in every place, number 1", "number 2 of others")
     signatures = np.tile(np.arange(8, dtype=np.uint32), (600, 1))

@@ -59,11 +59,14 @@ def test_adamw_of_numbers_that_lie_in_other_orders():
 
 
 def test_adamw_first_step_by_hand():
-    p = torch.tensor([1.0], requires_grad=True)
-    optimizer = optim.AdamW([p], lr=0.1, betas=(0.9, 0.99), eps=0.0, weight_decay=0.5)
-    p.grad = torch.tensor([4.0])
-    optimizer.step()
-    assert p.item() == pytest.approx((1.0 - 0.1) * (1 - 0.1 * 0.5))       # m̂/√v̂ = 1 on the first step, then decay
+    p, q = (torch.tensor([1.0], requires_grad=True) for _ in range(2))
+    p.grad = q.grad = torch.tensor([4.0])
+    more, moments = dict(lr=0.1, betas=(0.9, 0.999), eps=0.0, weight_decay=0.5), (torch.zeros(1), torch.zeros(1))
+    optim.AdamW([p], **more).step()
+    with torch.no_grad():
+        optim.adamw_step([q], [moments], 1, **more)
+    # m̂/√v̂ = 1 on the first step, then decay; not corrected m/√v = 0.1 / √0.001 = 3.2
+    assert [p.item(), q.item()] == pytest.approx([(1.0 - 0.1) * (1 - 0.1 * 0.5)] * 2)
 
 
 @pytest.mark.parametrize("name, settings, theirs", [
