@@ -134,7 +134,8 @@ void swiglu_backward(int kind, const void *dy, const void *gate, const void *up,
 
 // --- cross entropy: loss = log Σ exp(x) - x[target]; its gradient is softmax(x) - onehot(target) ---
 
-void entropy_forward(int kind, const void *x, float *log_sum, int64_t rows, int n) {
+// sums: a row's greatest number m and log Σ exp(x - m); their sum would round at the size of m.
+void entropy_forward(int kind, const void *x, float *sums, int64_t rows, int n) {
     #pragma omp parallel for schedule(static)
     for (int64_t k = 0; k < rows; k++) {
         float a[PIECE], most = -INFINITY, sum = 0;
@@ -149,11 +150,11 @@ void entropy_forward(int kind, const void *x, float *log_sum, int64_t rows, int 
             #pragma omp simd reduction(+ : sum)
             for (int i = 0; i < size; i++) sum += expo(a[i] - shift);
         }
-        log_sum[k] = most + logf(sum);
+        sums[2 * k] = most, sums[2 * k + 1] = logf(sum);
     }
 }
 
-void entropy_backward(int kind, const float *g, const void *x, const int64_t *targets, const float *log_sum, void *dx,
+void entropy_backward(int kind, const float *g, const void *x, const int64_t *targets, const float *sums, void *dx,
                       int64_t rows, int n) {
     #pragma omp parallel for schedule(static)
     for (int64_t k = 0; k < rows; k++)
@@ -161,7 +162,7 @@ void entropy_backward(int kind, const float *g, const void *x, const int64_t *ta
             int size = n - at < PIECE ? n - at : PIECE;
             float a[PIECE];
             widen(kind, x, k * n + at, a, size);
-            for (int i = 0; i < size; i++) a[i] = g[k] * expo(a[i] - log_sum[k]);
+            for (int i = 0; i < size; i++) a[i] = g[k] * expo(a[i] - sums[2 * k] - sums[2 * k + 1]);
             if (targets[k] >= at && targets[k] < at + size) a[targets[k] - at] -= g[k];
             narrow(kind, a, dx, k * n + at, size);
         }

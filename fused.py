@@ -59,7 +59,7 @@ def fast(function, simple, *arguments):
 
 class CrossEntropy(torch.autograd.Function):
     """token_cross_entropy with the gradient softmax(logits) - onehot(target). Autograd keeps float32 copies of the
-    model's largest tensor; this keeps one number a row and works in pieces."""
+    model's largest tensor; this keeps two numbers a row and works in pieces."""
     PIECE = 2 ** 18                  # elements
 
     @staticmethod
@@ -73,28 +73,28 @@ class CrossEntropy(torch.autograd.Function):
         V = logits.shape[-1]
         flat, ids = logits.reshape(-1, V).contiguous(), targets.reshape(-1, 1).contiguous()          # C reads both
         chosen = wide(flat.gather(-1, ids))                                                        # (rows, 1)
-        log_sum = torch.empty_like(chosen)
+        sums = chosen.new_empty(len(ids), 2)             # a row's greatest number m, and log Σ exp(x - m)
         if in_c(flat):
-            call("entropy_forward", flat, flat, log_sum, len(ids), V)
+            call("entropy_forward", flat, flat, sums, len(ids), V)
         else:
-            maxima = wide(flat.amax(dim=-1, keepdim=True))
-            for x, maximum, out in CrossEntropy.pieces(flat, maxima, log_sum):
-                torch.sum((x - maximum).exp_(), dim=-1, keepdim=True, out=out).log_().add_(maximum)
-        ctx.save_for_backward(logits, ids, log_sum)
-        return (log_sum - chosen).reshape(targets.shape)
+            sums[:, :1] = flat.amax(dim=-1, keepdim=True)
+            for x, out in CrossEntropy.pieces(flat, sums):
+                out[:, 1] = (x - out[:, :1]).exp_().sum(dim=-1).log_()
+        ctx.save_for_backward(logits, ids, sums)
+        return (sums[:, 1:] - (chosen - sums[:, :1])).reshape(targets.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        logits, ids, log_sum = ctx.saved_tensors
+        logits, ids, sums = ctx.saved_tensors
         flat, grad = logits.reshape(-1, logits.shape[-1]).contiguous(), grad.reshape(-1, 1).contiguous()
         dlogits = torch.empty_like(flat)
         if in_c(flat):
-            call("entropy_backward", flat, grad, flat, ids, log_sum, dlogits, *flat.shape)
+            call("entropy_backward", flat, grad, flat, ids, sums, dlogits, *flat.shape)
             return dlogits.view(logits.shape), None
-        for x, total, token, g, out in CrossEntropy.pieces(flat, log_sum, ids, grad, dlogits):
-            probabilities = (x - total).exp_()
-            probabilities.scatter_add_(-1, token, torch.full_like(total, -1.0))
+        for x, row, token, g, out in CrossEntropy.pieces(flat, sums, ids, grad, dlogits):
+            probabilities = (x - row[:, :1]).sub_(row[:, 1:]).exp_()
+            probabilities.scatter_add_(-1, token, torch.full_like(row[:, :1], -1.0))
             out.copy_(probabilities.mul_(g))
         return dlogits.view(logits.shape), None
 

@@ -42,19 +42,18 @@ def token_cross_entropy(logits, targets):
 
 
 def simple_cross_entropy(logits, targets):
-    """logsumexp(logits) - logits[target]: a probability is never formed, so its logarithm never overflows."""
+    """logsumexp(logits) - logits[target], both less the maximum: nothing overflows, and large logits lose no digits."""
     logits, targets = wide(logits), targets.unsqueeze(-1)
     if torch.compiler.is_compiling():            # one more sum for the same pass; gather's gradient scatters into zeros
         ids = torch.arange(logits.shape[-1], device=logits.device)
         return logits.logsumexp(dim=-1) - torch.where(ids == targets, logits, 0.0).sum(dim=-1)
+    logits = logits - logits.detach().amax(dim=-1, keepdim=True)
     return logits.logsumexp(dim=-1) - logits.gather(-1, targets).squeeze(-1)
 
 
 def attention(q, k, v, mask=None):
     """softmax(q kᵀ / √D) v (1706.03762, eq. 1), (..., Tq, Dv); a query that may attend to nothing gets zeros, not NaN.
-
-    q: (..., Tq, D). k: (..., Tk, D). v: (..., Tk, Dv). mask: boolean, broadcastable to (..., Tq, Tk), True = attend.
-    """
+    q: (..., Tq, D). k: (..., Tk, D). v: (..., Tk, Dv). mask: boolean, broadcastable to (..., Tq, Tk), True = attend."""
     scores = wide(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]))            # (..., Tq, Tk)
     if mask is None:
         return softmax(scores, dim=-1).to(v.dtype) @ v

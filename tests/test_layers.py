@@ -86,6 +86,11 @@ def test_cross_entropy_follows_torch(dtype, in_c_or_torch):
         close(mean, exact.mean(), min(1e-5, TOLERANCE[dtype]))
         assert mean.dtype == torch.promote_types(dtype, torch.float32) and mean.dim() == 0
         assert layers.cross_entropy(x * 1000, targets).isfinite()
+    far = (torch.tensor([[0.0, 0.0], [1.0, 3.0]]) + 2.0 ** 23).requires_grad_()        # no digits after the point
+    losses = layers.token_cross_entropy(far, torch.tensor([0, 0]))
+    losses.sum().backward()
+    close(losses, torch.tensor([math.log(2), math.log(1 + math.e ** 2)]), 1e-6)
+    close(far.grad.sum(dim=-1), torch.zeros(2), 1e-6)
     with pytest.raises(ValueError, match="do not fit logits"):
         layers.cross_entropy(x, targets.unsqueeze(-1))
 
