@@ -101,8 +101,8 @@ class TrainConfig(ModelConfig):
             if not 0 <= given[name] <= 1:
                 raise ValueError(f"{name}={given[name]} must be from 0 to 1")
         if self.batch_tokens < self.context_length:
-            raise ValueError(f"batch_tokens={self.batch_tokens} is less than context_length={self.context_length}; give "
-                             "a shorter --context_length, or more --batch_tokens")
+            raise ValueError(f"batch_tokens={self.batch_tokens} is less than context_length={self.context_length}; "
+                             "give a shorter --context_length, or more --batch_tokens")
         if self.teacher and self.fused_loss:
             raise ValueError(f"teacher={self.teacher} needs logits, which fused_loss=true never makes; drop one")
         cut = f"parallel={self.parallel}, tp={self.tp}, pp={self.pp}"
