@@ -137,7 +137,7 @@ def activation_bytes(config: ModelConfig, dtype: str = "float32") -> tuple[int, 
     attention = low * (2 * H + 2 * K) * D + 4 * H                # q, k, v, the output and its log-sum-exp
     attention += c.qk_norm * (H + K) * (D * low + 4)
     width = c.d_ff if not c.n_experts else (c.n_experts_per_token + c.n_shared_experts) * c.d_ff_expert
-    kept = {"swiglu": 3, "silu": 3, "gelu": 5, "relu2": 2}[c.ffn]                    # swiglu: gate, up, their product
+    kept = {"swiglu": 3, "silu": 3, "gelu": 3, "relu2": 2}[c.ffn]                    # swiglu: gate, up, their product
     logits = c.vocab_size * low * (1 if c.logit_softcap is None else 2) + 4
     if c.fused_loss:
         logits = C * low                                 # only the gradient of the head's input, made at once

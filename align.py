@@ -45,6 +45,8 @@ Sources: GRPO 2402.03300, R1 2501.12948, Dr. GRPO 2503.20783, DAPO 2503.14476, G
 import copy
 import json
 import math
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -440,7 +442,7 @@ def run_verb(verb: str, config) -> None:
     else:
         grpo(model, rows, tokenizer, config, end_id(tokenizer, template), log)
     save(model, tokenizer, config.out_dir, config, template, log)
-    print(f"saved {config.out_dir}; see: python sample.py {config.out_dir} --prompt=…")
+    print(f"saved {config.out_dir}; see: python sample.py {shlex.quote(config.out_dir)} --prompt=…")
 
 
 CONFIGS = {None: DemoConfig, "sft": SFTConfig, "dpo": DPOConfig, "grpo": GRPOConfig}
@@ -463,6 +465,9 @@ def main(argv: list[str]) -> None:
             run_verb(verb, config)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("stopped; nothing is saved: these runs do not resume", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,10 @@ class DecodeConfig:
     device: str | None = None            # cpu, cuda, mps; none = the best there is
     dtype: str = "float32"               # float32, bfloat16, float16
 
+    def __post_init__(self):
+        if self.dtype not in DTYPES or not all(part.isdecimal() and int(part) for part in self.batch.split(",")):
+            raise ValueError(f"batch={self.batch!r} must be numbers above 0, dtype={self.dtype!r} one of {[*DTYPES]}")
+
 
 def seconds_after_first(pieces) -> float:
     """Seconds that a generator takes for all pieces but the first, which is prefill's."""
@@ -302,7 +306,10 @@ def main(argv: list[str]) -> None:
         sys.exit(0)
     if argv[0] == "toy" and argv[1:]:
         fail(f"bench.py toy has no settings, but got {' '.join(argv[1:])}")
-    VERBS[argv[0]](argv[1:])
+    try:
+        VERBS[argv[0]](argv[1:])
+    except (ValueError, OSError) as error:
+        fail(error)
 
 
 if __name__ == "__main__":

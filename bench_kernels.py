@@ -40,6 +40,10 @@ class KernelConfig:
     long: bool = False                        # odd and long shapes, up to 65,536 tokens: for a GPU
     times: bool = False                       # instead what kernels.py's reach of the machine's roofs, beside torch's
 
+    def __post_init__(self):
+        if not {*self.dtypes.split(",")} <= TOLERANCE.keys():
+            raise ValueError(f"dtypes={self.dtypes!r} must be of {', '.join(TOLERANCE)}")
+
 
 def layer_cases(device, T, C, V, H, K, D) -> list[tuple]:
     """(name, ours, plain PyTorch, torch's own or None, inputs) of kernels.py: T tokens, width C, V ids, heads of D."""

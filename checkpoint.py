@@ -81,7 +81,7 @@ def claim_out_dir(out_dir, overwrite: bool = False, inputs=()) -> None:
     if Path(out_dir).resolve() in [Path(folder).resolve() for folder in inputs if folder]:
         raise ValueError(f"{out_dir} is read from and would be overwritten; give another folder (--out_dir=…)")
     if not overwrite and any((Path(out_dir) / name).exists() for name in ("ckpt.pt", "best.pt", "log.jsonl")):
-        raise ValueError(f"{out_dir} holds a run; give another --out_dir, --overwrite=true, or --resume=true to go on")
+        raise ValueError(f"{out_dir} holds a run; give another folder, --overwrite=true or, in train.py, --resume=true")
 
 
 def forget_former(folder) -> None:
@@ -190,7 +190,8 @@ def load_optimizer(optimizer, state, path) -> None:
         for one, saved in zip(optimizers, state if isinstance(state, list) else [state], strict=True):
             one.load_state_dict(saved)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no state of this {type(optimizers[0]).__name__}: {error}") from error
+        raise ValueError(f"{path} holds no state of this {type(optimizers[0]).__name__}, so --init_from= instead of "
+                         f"--resume: {error}") from error
 
 
 def load_checkpoint(path, model=None, optimizer=None) -> int:

@@ -44,7 +44,7 @@ def read_config_file(path: str) -> dict:
     """The assignments of a config file as a dict, in order. Raises ValueError naming file and line, or OSError."""
     values, line, names = {}, 1, {"true": True, "false": False, "none": None, "__builtins__": {}}
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             body = ast.parse(file.read()).body
         for node in body:
             line = node.lineno

@@ -17,6 +17,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,6 @@ NAMES, SPLITS = ("shakespeare", *HOSTED), ("train", "val")
 
 @dataclass
 class PrepareConfig:
-    """What `python data.py prepare` can be told."""
     vocab_size: int | None = None        # bytes + merges + special tokens; none = the corpus's own (4096 for a file)
     data_dir: str | None = None          # where the files go; none = data/NAME
     tokenizer: str | None = None         # tokenizer.json or a folder with one, taken unchanged; none = train one
@@ -167,6 +167,8 @@ def prepare(name_or_path, vocab_size=None, data_dir=None, context_length: int = 
     folder = Path(data_dir or Path("data") / Path(name).stem)
     if name not in NAMES and not Path(name).is_file():
         raise ValueError(f"{name!r} is neither a corpus ({', '.join(NAMES)}) nor a file that exists")
+    if data_dir is None and name not in NAMES and folder.name in NAMES:
+        raise ValueError(f"{folder} is the folder of the corpus {folder.name}; give --data_dir=FOLDER for {name}")
     if name not in NAMES and Path(name).resolve() in [(folder / f"{split}.txt").resolve() for split in SPLITS]:
         raise ValueError(f"{name} is where the split itself is written; move it, or choose another data_dir")
     if tokenizer is not None:
@@ -268,7 +270,6 @@ def curate(paths, out_dir="data/crawl", *, executor=None, **settings) -> dict:
 
 @dataclass
 class CrawlConfig:
-    """What `python data.py crawl` can be told."""
     segments: int = 1                    # archives to fetch, about 1 GB each, spread evenly over the crawl
     out: str = "data/crawl/archives"     # where to
 
@@ -304,8 +305,9 @@ def main(argv: list[str]) -> None:
             folder = Path(config.data_dir or Path("data") / Path(files[0]).stem)
             command = f"python train.py config_{files[0]}.py" if files[0] in NAMES else "python train.py"
             if config.tokenizer and (Path(config.tokenizer) / "ckpt.pt").exists():
-                command += f" --init_from={config.tokenizer}"
-            print(f"next: {command} --data_dir={folder.as_posix()} --out_dir=out/{folder.resolve().name}")
+                command += f" --init_from={shlex.quote(config.tokenizer)}"
+            out = shlex.quote(f"out/{folder.resolve().name}")
+            print(f"next: {command} --data_dir={shlex.quote(folder.as_posix())} --out_dir={out}")
         elif verb == "crawl":
             crawl(files[0], config)
         elif verb == "curate":

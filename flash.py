@@ -107,7 +107,7 @@ def tiled_backward(q, k, v, o, lse, do, is_causal: bool):
             dv[:, columns] += p.mT @ do[:, rows]
             dk[:, columns] += ds.mT @ q[:, rows]
             dq[:, rows] += ds @ k_j
-    dk, dv = (d.view(key_heads, -1, Tk, D).sum(1) if key_heads < heads else d for d in (dk, dv))
+    dk, dv = (d.view(key_heads, heads // key_heads, Tk, D).sum(1) if key_heads < heads else d for d in (dk, dv))
     return tuple(d.to(t.dtype) for d, t in zip((dq, dk, dv), inputs))
 
 
@@ -315,7 +315,7 @@ class FlashAttentionPyTorch(torch.autograd.Function):
     q (..., H, Tq, D); k and v (..., K, Tk, D), H a multiple of K (grouped queries). Causal: query i sees the keys up to
     i + Tk - Tq; one that sees none gives zeros. Saved: q, k, v, o and L (..., Tq), the logsumexp of the scores."""
     @staticmethod
-    def forward(ctx, q, k, v, is_causal, functions=(tiled_forward, tiled_backward)):
+    def forward(ctx, q, k, v, is_causal=False, functions=(tiled_forward, tiled_backward)):
         heads, key_heads = math.prod(q.shape[-3:-2]), math.prod(k.shape[-3:-2])        # 1 for (T, D) alone
         alike = q.dtype == k.dtype == v.dtype and k.shape == v.shape and q.dim() == k.dim() and q.is_floating_point()
         if not alike or q.shape[:-3] != k.shape[:-3] or q.shape[-1] != k.shape[-1] or heads % max(1, key_heads):
@@ -339,7 +339,7 @@ class FlashAttentionTriton(FlashAttentionPyTorch):
     """The same in Triton, summed in float32, for D up to 256; off CUDA and in float64 the tiles in PyTorch run. FLOPs a
     head: forward 4 Tq Tk D, backward 14, half if causal: bound by arithmetic from a few hundred keys on."""
     @staticmethod
-    def forward(ctx, q, k, v, is_causal):
+    def forward(ctx, q, k, v, is_causal=False):
         if q.shape[-1] > 256:
             raise ValueError(f"head width {q.shape[-1]} is over 256: use more heads, or FlashAttentionPyTorch")
         functions = (flash_forward, flash_backward) if use_triton(q) else (tiled_forward, tiled_backward)

@@ -424,9 +424,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk_token
     """cross_entropy(x @ weightᵀ, targets) without ever holding all (tokens, V) logits: 6.6 GB in bfloat16, twice, for
     64 x 1,024 tokens of GPT-2's vocabulary. x: (..., C), weight: (V, C), targets: (...). chunk_tokens: rows of logits
     alive at a time; not given, as many as fill 1 GB on CUDA, 32 MB elsewhere."""
-    if targets.shape != x.shape[:-1] or targets.is_floating_point() or weight.shape[1:] != x.shape[-1:]:
-        raise ValueError(f"linear_cross_entropy takes x (..., C), weight (V, C) and ids (...), not {x.shape}, "
-                         f"{weight.shape} and {targets.dtype} {targets.shape}")
+    fits = targets.shape == x.shape[:-1] and not targets.is_floating_point() and weight.shape[1:] == x.shape[-1:]
+    if not fits or (chunk_tokens or 1) < 1:
+        raise ValueError(f"linear_cross_entropy takes x (..., C), weight (V, C), ids (...), chunk_tokens above 0, not "
+                         f"{x.shape}, {weight.shape}, {targets.dtype} {targets.shape}, {chunk_tokens}")
     chunk = chunk_tokens or max(128, 2 ** (30 if x.is_cuda else 25) // (len(weight) * x.element_size()))
     with torch.autocast(x.device.type, enabled=False):             # x comes in the dtype that it wants
         return LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight.to(x.dtype), targets.flatten().long(), chunk)

@@ -189,7 +189,7 @@ def short_attention(q, k, v):
     (B, H, T, D), K = q.shape, k.shape[1]
     if H != K:
         k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
-    q, k, v = (t.reshape(B * H, T, -1) for t in (q, k, v))
+    q, k, v = (t.reshape(B * H, T, t.shape[-1]) for t in (q, k, v))
     ahead = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
     scores = torch.baddbmm(ahead.expand(B * H, T, T), q, k.mT, alpha=1 / math.sqrt(D))
-    return (torch.softmax(scores, dim=-1) @ v).view(B, H, T, -1)
+    return (torch.softmax(scores, dim=-1) @ v).view(B, H, T, v.shape[-1])

@@ -60,7 +60,7 @@ def start(device: str | None = None) -> torch.device:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         raise RuntimeError("RANK and WORLD_SIZE are not set: this process is no rank. Start it with "
                            f"torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}")
-    if device == "cpu" or not torch.cuda.is_available():
+    if torch.device(device or "cuda").type == "cpu" or not torch.cuda.is_available():
         dist.init_process_group("gloo", timeout=timedelta(minutes=10))
         return torch.device("cpu")
     gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -83,16 +83,16 @@ def read_log(path) -> list[dict]:
 def plot(out_dirs, folder=None) -> Path:
     """Draw losses over steps and time to FOLDER/loss.png (the first run's); returns its path. Skips what is no run."""
     from matplotlib.figure import Figure
-    runs = [out_dir for out_dir in out_dirs if (Path(out_dir) / "log.jsonl").is_file()]
+    runs = [out_dir for out_dir in out_dirs if any("loss" in line for line in read_log(Path(out_dir) / "log.jsonl"))]
     if not runs:
-        raise ValueError(f"no log.jsonl in {', '.join(map(str, out_dirs)) or 'none'}; plot needs the folders of runs")
+        raise ValueError(f"no losses in the log.jsonl of {', '.join(map(str, out_dirs)) or 'none'}; plot takes runs")
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for color, out_dir in enumerate(runs):
         log, name = read_log(Path(out_dir) / "log.jsonl"), Path(out_dir).name
         for key, style in (("loss", {"alpha": 0.4}), ("val_loss", {"marker": "o", "markersize": 3})):
             for axis, x in zip(axes, ("step", "seconds")):
-                points = [(line[x], line[key]) for line in log if key in line]
+                points = [(line[x], line[key]) for line in log if key in line and x in line]
                 axis.plot(*zip(*points), color=f"C{color}", linewidth=1, label=f"{name} {key}", **style)
     axes[0].set(xlabel="step", ylabel="nats per token")
     axes[0].legend()
@@ -109,8 +109,8 @@ def grid(config, words: list[str]) -> list:
     hints, axes, configs = typing.get_type_hints(type(config)), [], []
     for word in words:
         key, _, values = word.partition("=")
-        if not values or key not in hints or key in PER_START:
-            raise ValueError(f"{word!r} spans no axis; write key=a,b with a setting as key.{nearest(key, hints)}")
+        if not values or key not in hints or key in PER_START or key in [axis[0][0] for axis in axes]:
+            raise ValueError(f"{word!r} spans no axis; write key=a,b, a setting as key, once.{nearest(key, hints)}")
         axes.append([(key, coerce(key, value, hints[key])) for value in values.split(",")])
     for point in itertools.product(*axes) if words else ():
         name = re.sub(r"[^\w.+=,-]", "_", ",".join(f"{key}={value}" for key, value in point))

@@ -227,7 +227,7 @@ def sample(folder: str, config: SampleConfig) -> None:
     asking, turns, prompt = config.chat or config.interactive, [], config.prompt
     while True:
         if asking and not prompt:
-            prompt = input("you> " if config.chat else "prompt> ")
+            prompt = input("you> " if config.chat else "prompt> ").rstrip("\r")         # of a file from Windows
             if not prompt:
                 return
         if config.chat:

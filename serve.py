@@ -112,10 +112,12 @@ class Server:
     async def fields(self, request: Request) -> Fields:
         """What the body says, for the model that there is."""
         fields = Fields(await read_json(request))
-        name = fields.take("model", str, default=self.name)
+        self.check_name(fields.take("model", str, default=self.name))
+        return fields
+
+    def check_name(self, name: str) -> None:
         if name != self.name:
             raise ApiError(404, f"there is no model {name!r} here; there is {self.name!r}", "model", "model_not_found")
-        return fields
 
     def prompt_ids(self, prompt) -> list[int]:
         """The ids of one prompt, a text or ids. Raises ApiError for one that cannot be gone on from."""
@@ -194,7 +196,10 @@ class Server:
         """The one model there is."""
         about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "you",
                  "max_model_len": self.engine.limit}
-        return JSONResponse({"object": "list", "data": [about]})
+        if "name" not in request.path_params:
+            return JSONResponse({"object": "list", "data": [about]})
+        self.check_name(request.path_params["name"])
+        return JSONResponse(about)
 
     async def health(self, request: Request) -> JSONResponse:
         """Answered while requests are taken; 503 once the server is ending, see `check_access`."""
@@ -296,7 +301,7 @@ class Server:
     def application(self) -> Starlette:
         """All addresses."""
         get = {"/": self.page, "/health": self.health, "/metrics": self.metrics, "/v1/models": self.models,
-               "/api/model": self.about, "/api/runs": self.runs}
+               "/v1/models/{name}": self.models, "/api/model": self.about, "/api/runs": self.runs}
         post = {"/v1/completions": self.completions, "/v1/chat/completions": self.chat_completions,
                 "/api/next": self.next_token, "/api/attention": self.attention_map, "/api/tokens": self.tokens}
 

@@ -36,6 +36,7 @@ from torch import nn
 import parallel
 from fsdp import (FSDP, Cut, cuts_of, full_optimizer_state, full_state_dict, gather_like, take_like,  # noqa: F401
                   take_optimizer_state, take_state_dict)
+from machine import pick_device
 from parallel import DDP, ShardedOptimizer, broadcast, make_mesh, reduce, start, wait, world
 
 
@@ -304,7 +305,7 @@ class Strategy:
             raise ValueError(f"parallel=fsdp with pp={pp} would gather layers anew for each micro-batch; choose zero1")
         self.device = device
         if "RANK" in os.environ and not dist.is_initialized():
-            self.device = str(start(device))
+            self.device = str(start(device and pick_device(device)))        # one that is not there is refused
         self.rank, self.size = world()
         self.name, self.tp, self.pp, self.dp = name, tp, pp, self.size // max(tp * pp, 1)
         self.mesh = make_mesh(self.dp, tp, pp)

@@ -31,6 +31,7 @@ import functools
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -358,7 +359,7 @@ def main(config: TrainConfig) -> dict:
                    "out_dir": config.out_dir, "interrupted": stop.agreed}
         if stop.agreed is not None:
             print(f"stopped at step {run.step}, saved. Go on with the same command and --resume=true, or see what it "
-                  f"writes: python sample.py {config.out_dir}")
+                  f"writes: python sample.py {shlex.quote(config.out_dir)}")
             return figures
         val_loss = run.full_loss()
         bits = run.record_score(val_loss, split="all of val.bin")
@@ -412,9 +413,10 @@ def show_samples(config: TrainConfig) -> None:
         sys.stdout.flush()
         flags = f"--num_samples={config.num_samples} --seed={config.seed} --max_new_tokens=100".split()
         subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), config.out_dir, *flags], check=False)
-        print(f"\nnext: python sample.py {config.out_dir} --prompt='The ' --temperature=0.8\n"
-              f"      python evaluate.py {config.out_dir}\n"
-              f"      the same command with --resume=true --max_minutes=10 trains on; plot: {config.out_dir}/loss.png")
+        out, more = shlex.quote(config.out_dir), f"steps={2 * config.max_steps}" if config.max_steps else "minutes=10"
+        print(f"\nnext: python sample.py {out} --prompt='The ' --temperature=0.8\n"
+              f"      python evaluate.py {out}\n"
+              f"      the same command with --resume=true --max_{more} trains on; plot: {config.out_dir}/loss.png")
 
 
 @dataclass

@@ -104,7 +104,8 @@ def test_nested_checkpoints_need_what_the_plan_says(monkeypatch):
     assert max(above) - min(above) < 2 * one_input and max(above) < one_block, above
 
 
-@pytest.mark.parametrize("optimizer, more", [("muon", {}), ("muon", {"mtp_depth": 1}), ("sgd", {"norm": "layer"})])
+@pytest.mark.parametrize("optimizer, more", [("muon", {}), ("muon", {"mtp_depth": 1}), ("sgd", {"norm": "layer"}),
+                                             ("sgd", {"ffn": "gelu", "norm": "layer", "bias": True})])
 def test_a_step_holds_what_is_billed(optimizer, more, monkeypatch):
     """Weights, gradients and moments exactly, activations within 2 %: muon keeps one moment of the blocks' matrices."""
     from bench_step import memory_step
@@ -119,7 +120,7 @@ def test_a_step_holds_what_is_billed(optimizer, more, monkeypatch):
     billed = bill.memory_bytes(config.model_config(300), 8, optimizer=optimizer)
     assert held["weights"] == billed["weights"] and held["gradients"] == billed["gradients"]
     assert billed["optimizer"] <= held["moments"] < billed["optimizer"] + 1000           # counters of steps
-    assert more or held["activations"] == pytest.approx(billed["activations"], rel=0.02)
+    assert (more and "ffn" not in more) or held["activations"] == pytest.approx(billed["activations"], rel=0.02)
 
 
 def test_what_parallel_ranks_compute_and_send_by_hand():

@@ -94,8 +94,10 @@ def test_what_it_cannot_do_is_refused(flash):
                             ("16", [q, *[q[..., :8]] * 2]), ("float16", [q, q.half(), q.half()])]:
         with pytest.raises(ValueError, match=text):
             flash.FlashAttentionTriton.apply(*arguments, True)
-    with pytest.raises(TypeError):                           # causal or not has no default
-        flash.FlashAttentionTriton.apply(q, q, q)
+    for attention in (flash.FlashAttentionPyTorch, flash.FlashAttentionTriton):            # as the course's interface
+        x = torch.ones(1, 5, 16).requires_grad_()
+        attention.apply(x, x, x).sum().backward()
+        assert torch.equal(attention.apply(x, x, x), attention.apply(x, x, x, False)) and x.grad.isfinite().all()
 
 
 def test_tiles_fit_the_shared_memory_of_a_consumer_card(flash, monkeypatch):

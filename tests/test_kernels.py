@@ -105,7 +105,8 @@ def test_what_the_kernels_cannot_do_is_said(kernels):
     x, four = torch.zeros(2, 3), torch.zeros(1, 2, 5, 6)
     for name, *inputs in (("cross_entropy", x, torch.arange(3)), ("matmul", x, x), ("swiglu", x, x.half()),
                           ("rms_norm", x, torch.ones(4)), ("apply_rope", four, four, *torch.ones(2, 4, 3)),
-                          ("linear_cross_entropy", x, torch.ones(9, 4), torch.arange(2))):
+                          ("linear_cross_entropy", x, torch.ones(9, 4), torch.arange(2)),
+                          ("linear_cross_entropy", x, torch.ones(9, 3), torch.arange(2), -5)):
         with pytest.raises(ValueError, match=r"\d"):
             getattr(kernels, name)(*inputs)
 

@@ -26,9 +26,11 @@ def test_a_resumed_log_has_each_step_once_and_records_changed_settings(tmp_path)
 def test_plot_skips_what_is_no_run(tmp_path):
     for name in ("a", "empty"):
         (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match="no log.jsonl in .*empty"):
+    with pytest.raises(ValueError, match="no losses in the log.jsonl of .*empty"):
         runs.plot([tmp_path / "empty"])
     runs.Log(tmp_path / "a", {"config": {}}).write(step=1, seconds=0.5, loss=2.0, lr=0.1)
+    (tmp_path / "b").mkdir()
+    runs.Log(tmp_path / "b", {"config": {}}).write(step=1, loss=2.0)             # align.py's has no clock
     train.run_command_line(["plot", *map(str, sorted(tmp_path.iterdir())), f"--out_dir={tmp_path}"])
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -37,9 +39,10 @@ def test_a_grid_spans_its_points_last_word_fastest(tmp_path):
     config = train.TrainConfig(out_dir=str(tmp_path))
     assert [(one.lr, one.n_heads, one.out_dir) for one in runs.grid(config, ["lr=1e-3,2e-3", "n_heads=1,2"])] == [
         (lr, heads, f"{tmp_path}/lr={lr},n_heads={heads}") for lr in (1e-3, 2e-3) for heads in (1, 2)]
-    for word, message in (("sede=1", "Did you mean seed"), ("resume=true", "spans no axis"), ("lr=fast", "lr='fast'")):
+    for word, message in (("sede=1", "Did you mean seed"), ("resume=true", "spans no axis"), ("lr=1 lr=2", "once"),
+                          ("lr=fast", "lr='fast'")):
         with pytest.raises(ValueError, match=message):
-            runs.grid(config, [word])
+            runs.grid(config, word.split())
 
 
 def test_a_sweep_draws_up_seeds_survives_divergence_and_goes_on(corpus, tmp_path, capsys):

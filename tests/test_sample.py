@@ -33,7 +33,7 @@ def test_sample_commands(folders, capsys, monkeypatch):
     assert run(*how, "--dtype=float32", "--device=cpu", "big").split("---")[0] == plain.split("---")[0]
     assert run("--max_new_tokens=3", "--num_samples=2", "--quantize=int4", "big").count("--- sample") == 2
     assert "prefill" in run("--max_new_tokens=3", "--dtype=bfloat16", "--seed=1", "big")
-    typed = iter(["hi <|end|>", "you", ""])
+    typed = iter(["hi <|end|>\r", "you\r", "\r"])             # lines of a file from Windows
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     assert run("--chat=true", "--max_new_tokens=3", "big").count("prefill") == 2
     assert sample.chat_ids(tokenizer, ["a<|end|>", "b", "c"]) == (

@@ -206,7 +206,9 @@ def test_bad_input_is_refused_in_openais_form_and_the_server_lives_on(base):
     with socket.create_connection(("127.0.0.1", base)) as slow, socket.create_connection(("127.0.0.1", base)) as half:
         slow.sendall(head[:20])
         half.sendall(head + b"{")
-        assert ask(base, "/v1/models")[1]["data"][0]["id"] == "base" and ask(base, "/health")[1] == {"status": "ok"}
+        assert ask(base, "/v1/models")[1]["data"][0] == ask(base, "/v1/models/base")[1]
+        assert ask(base, "/v1/models/gpt")[0] == 404 and ask(base, "/v1/models/base")[1]["id"] == "base"
+        assert ask(base, "/health")[1] == {"status": "ok"}
 
 
 def test_who_hangs_up_frees_the_blocks_and_a_full_queue_says_so(base):

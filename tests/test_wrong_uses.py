@@ -26,7 +26,8 @@ def place(corpus, little_base, tmp_path_factory):
     text, page = (corpus / "val.txt").read_text(encoding="utf-8"), b"<p>" + b"The sea is deep and the cat is old. " * 30
     files = {
         "empty": b"", "lines.txt": b"a line of text\n" * 40, "file": b"x", "text.txt": text.encode(),
-        "script.py": b"print()", "bytes": bytes(range(256)) * 20, "list.json": b"[]", "broken.json": b'[{"prompt": ',
+        "script.py": b"print()", "shakespeare.txt": text.encode(),
+        "bytes": bytes(range(256)) * 20, "list.json": b"[]", "broken.json": b'[{"prompt": ',
         "numbers.jsonl": b"5\n", "latin.jsonl": b'{"prompt": "\xe9"}\n', "hf/config.json": b"{}",
         "broken_runs.json": b'[{"n_params": 1e6}]',
         "runs.json": b'[{"n_params": 1e6, "n_tokens": 1e7, "flops": 6e13, "loss": 3}]',
@@ -70,6 +71,7 @@ data |  | a verb is missing
 data | prepare W/text.txt --data_dir=W/file | file
 data | prepare W/text.txt --data_dir=W/out --tokenizer=W/none | No such file
 data | prepare W/data/val.txt --data_dir=W/data | where the split itself is written
+data | prepare W/shakespeare.txt | give --data_dir=FOLDER
 data | {FIT}dir | no file
 data | {FIT}empty | empty holds 0 texts
 data | {FIT}lines.txt --out=W/lines.txt | lines.txt is read from
@@ -117,7 +119,7 @@ convert | import W/hf | import FOLDER OUT_DIR
 train | --data_dir=W/data --out_dir=W/file | file
 train | --max_stpes=3 | Did you mean max_steps?
 train | trian | 'trian' is neither
-train | plot | plot needs the folders of runs
+train | plot | plot takes runs
 train | --data_dir=W/data --out_dir=W/out --init_from=W/cut | cut short
 align | {SFT}--base=W/dir | no checkpoint at
 align | {SFT}--base=W/base --data=W/latin.jsonl | latin.jsonl:1
