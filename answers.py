@@ -28,13 +28,18 @@ _ARGUMENT, _TEXT = r"\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\w))", r"\\(?:text|textn
 _FRACTION = rf"\\[cdt]?frac{_ARGUMENT}{_ARGUMENT}"
 
 
+# One thing below a fraction's line: a number, letter or name with its powers, a root, f(x), dx, sin x, a bracket.
+_ONE = re.compile(
+    r"-?(?:[0-9][0-9.,]*|\.[0-9]+|[a-zA-Z]|\\[a-zA-Z]+)(?:[_^](?:-?(?:[0-9]+|[a-zA-Z])|\{[^{}]*\}))*!?|"
+    r"\\sqrt(?:\[[^\]]*\])?\{[^{}]*\}|[fgh]?\([^()]*\)|d[a-z]|\\(?:sin|cos|tan|ln|log)\s*(?:\\?[a-z]+|[0-9]+)")
+
+
 def _plain_fraction(match) -> str:
-    """a/b, with brackets around a sum, and around anything but one number, letter, name, root or bracket below."""
+    """a/b, with brackets around a sum, and around a product below, which would divide by its first factor alone."""
     above, below = (match[1] or match[2] or "").strip(), (match[3] or match[4] or "").strip()
     if re.search(r".[+-]", above):
         above = f"({above})"
-    one = re.fullmatch(r"-?[0-9.,]+|[a-zA-Z]|\\[a-zA-Z]+|\\sqrt\{[^{}]*\}|\([^()]*\)", below)
-    return f"{above}/{below}" if one else f"{above}/({below})"
+    return f"{above}/{below}" if _ONE.fullmatch(below) else f"{above}/({below})"
 
 
 DRESSING = [(re.compile(pattern), plain) for pattern, plain in (

@@ -156,7 +156,8 @@ class DecodeConfig:
     dtype: str = "float32"               # float32, bfloat16, float16
 
     def __post_init__(self):
-        if self.dtype not in DTYPES or not all(part.isdecimal() and int(part) for part in self.batch.split(",")):
+        numbers = [part.strip() for part in self.batch.split(",")]
+        if self.dtype not in DTYPES or not all(part.isdecimal() and int(part) for part in numbers):
             raise ValueError(f"batch={self.batch!r} must be numbers above 0, dtype={self.dtype!r} one of {[*DTYPES]}")
 
 

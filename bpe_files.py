@@ -128,7 +128,6 @@ def _from_layout(make, layout):
     _only("model's type", model.get("type", "BPE"), "BPE")
     for key in ("byte_fallback", "dropout", "end_of_word_suffix", "continuing_subword_prefix"):
         _only(f"model's {key}", model.get(key) or None, None)
-    _only("truncation", layout.get("truncation"), None)
     if normalizer and normalizer["type"] == "Sequence" and len(normalizer["normalizers"]) < 2:
         normalizer = (normalizer["normalizers"] or [None])[0]
     if normalizer:
@@ -140,7 +139,7 @@ def _from_layout(make, layout):
         for key in ("single_word", "lstrip", "rstrip", *(["normalized"] if normalizer else [])):
             _only(f"{key} of the added token {token['content']!r}", token.get(key, False), False)
     ids = {token["content"]: token["id"] for token in added}
-    if bytes_named := [text for text in ids if text in _TO_BYTE and text in model["vocab"]]:
+    if bytes_named := [text for text in ids if text in _TO_BYTE and text in model["vocab"] and not text.isascii()]:
         raise ValueError(f"{bytes_named[0]!r} is an added token and the name of byte {_TO_BYTE[bytes_named[0]]:#x}")
     vocab = vocab_from_text(model["vocab"], ids)
     for i, text in vocab_from_text(ids, ids).items():
@@ -155,10 +154,9 @@ def tokenizer_json(tokenizer):
     """The text of a tokenizer.json, from which Hugging Face's library gives the same ids as `tokenizer`."""
     names = {i: text for text, i in (tokenizer.special_tokens | tokenizer.added).items()}
     vocab = {names.get(i) or to_text(token): i for i, token in sorted(tokenizer.vocab.items())}
-    if len(vocab) < len(tokenizer.vocab):
-        plain = set(map(to_text, tokenizer.vocab.values()))
-        twice = next(text for i, text in names.items() if vocab[text] != i or text in plain)
-        raise ValueError(f"the special token {twice!r} is also how the file writes other bytes; choose another")
+    plain = {to_text(token): token for i, token in tokenizer.vocab.items() if i not in names}
+    if twice := [text for text in names.values() if plain.get(text, utf8(text)) != utf8(text)]:
+        raise ValueError(f"the special token {twice[0]!r} is also how the file writes other bytes; choose another")
     added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
               "special": text in tokenizer.special_tokens} for i, text in sorted(names.items())]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

@@ -120,8 +120,8 @@ def save_checkpoint(model, optimizer, step: int, path, **more) -> None:
     """Write model (or its state dict), optimizer (one, a list, their state dicts, None), step and what else must last
     to `path`, or a binary file object. Raises OSError naming the path, ValueError for what could not be read again."""
     import torch
-    for wrapper in ("module", "_orig_mod"):          # a data-parallel one's, torch.compile's: all that it holds
-        model = getattr(model, wrapper) if [*getattr(model, "_modules", ())] == [wrapper] else model
+    while (held := [*getattr(model, "_modules", ())]) in (["module"], ["_orig_mod"]):    # of DDP, of torch.compile
+        model = getattr(model, held[0])
     if any(getattr(p, "cuts", None) for p in getattr(model, "parameters", list)()):
         raise ValueError(f"{path}: this model holds one rank's part of its matrices; save full_state_dict(model)")
     things = [model, *optimizer] if isinstance(optimizer, (list, tuple)) else [model, optimizer]

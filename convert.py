@@ -238,8 +238,6 @@ def save_pretrained(model, folder, tokenizer=None) -> None:
             tensor = torch.cat([weights[our].cpu() for our in ours])
             tensors[their] = (tensor.T if transposed else tensor).contiguous()
     write_atomically(folder / "model.safetensors", lambda file: file.write(save(tensors, {"format": "pt"})))
-    for name in () if tokenizer else ("tokenizer.json", "tokenizer_config.json"):         # of what stood there before
-        (folder / name).unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
         end = "<|endoftext|>" if "<|endoftext|>" in tokenizer.special_tokens else None
@@ -267,6 +265,8 @@ def main(argv: list[str]) -> None:
         if verb == "export":
             model, tokenizer = load_model(source)
             save_pretrained(model, target, tokenizer)
+            for name in () if tokenizer else ("tokenizer.json", "tokenizer_config.json"):      # of a former export
+                (target / name).unlink(missing_ok=True)
         else:
             model, tokenizer = from_pretrained(source)
             target.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,8 @@ def softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
     if not x.numel():                                              # the maximum of nothing is an error
         return x
     exponentials = torch.exp(wide(x) - x.amax(dim=dim, keepdim=True))
-    return (exponentials / exponentials.sum(dim=dim, keepdim=True)).to(x.dtype)
+    p = exponentials / exponentials.sum(dim=dim, keepdim=True)
+    return p.to(x.dtype) if x.is_floating_point() else p
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,8 @@ DDP hides the sending behind the rest of backward, whose last layers come first:
                send       4 3 2 1                            last gradient is there
 
 Papers: Li 2020 (DDP, 2006.15704), Rajbhandari 2019 (ZeRO, 1910.02054), Thakur 2005 (ring collectives, doi
-10.1177/1094342005051521). Left out: buffers that change in training (batch norm), gradients that are sparse.
+10.1177/1094342005051521). Left out: buffers that change in training (batch norm), sparse gradients. Not the mean of its
+parts, so another number on ranks and in micro-batches: the experts' balance=loss.
 
     torchrun --standalone --nproc_per_node=2 train.py --parallel=ddp
     torchrun --standalone --nproc_per_node=2 bench.py parallel        what each strategy costs, beside torch's

@@ -139,8 +139,9 @@ def take_shape(config: TrainConfig, given=None) -> TrainConfig:
     shape = {field.name: saved[field.name] for field in fields(ModelConfig)
              if field.init and field.name in saved and field.name not in NO_SHAPE}
     # Of tables of positions alone the size is the context's: any other model learns on shorter windows as well.
-    shorter = "context_length" in given if given is not None else config.vocab_size is not None      # taken before
-    if shorter and not config.resume and saved.get("position") != "learned":
+    taken = getattr(config, "shape_of", None) == config.start or config.context_length != TrainConfig.context_length
+    shorter = "context_length" in (shape if given is None and taken else given or ())
+    if shorter and "context_length" in shape and not config.resume and saved.get("position") != "learned":
         shape["context_length"] = min(config.context_length, shape["context_length"])
     if given is None:
         given = [field.name for field in fields(config) if getattr(config, field.name) != field.default]
@@ -148,7 +149,8 @@ def take_shape(config: TrainConfig, given=None) -> TrainConfig:
         if getattr(config, name) not in (None, shape[name]):
             raise ValueError(f"{name}={getattr(config, name)} does not fit this model: {config.start} has {name}="
                              f"{shape[name]}; leave {name} out, or train a new model in another out_dir")
-    return replace(config, **shape)
+    config, config.shape_of = replace(config, **shape), config.start           # for the next call
+    return config
 
 
 def get_batch(tokens, batch_size: int, context_length: int, device, generator=None, starts=None, vocab_size=None):

@@ -187,8 +187,7 @@ class Pipeline(nn.Module):
         stages, here, self.tied = {}, {}, None      # p -> stages that have it, what stands for it on this one
         for name, p in model.named_parameters(remove_duplicate=False):
             stages.setdefault(p, set()).add(stage_of(name))
-        if idle := set(range(self.n_stages)) - set().union(*(at for p, at in stages.items() if p.requires_grad)):
-            raise ValueError(f"stages {sorted(idle)} of {self.n_stages} have nothing to train; freeze less, lower pp")
+        self.first_is_frozen = self.n_stages > 1 and not any(p.requires_grad and 0 in at for p, at in stages.items())
         for p, places in stages.items():
             here[p] = p
             if self.stage not in places:
@@ -249,6 +248,8 @@ class Pipeline(nn.Module):
         """Forward and backward of a batch of (B, T) ids, equal on all stages; gives the mean loss on all. Collective.
         Gradients, times scale, are added to `.grad`. loss_of(logits, loss, tokens): the loss of a micro-batch, on the
         last stage. Micro-batches count by their rows, also ragged ones."""
+        if self.first_is_frozen:
+            raise ValueError(f"all that the first of {self.n_stages} stages holds is frozen; freeze less, or lower pp")
         n, total = min(self.n_micro_batches, len(tokens)), torch.zeros((), device=tokens.device)
         parts = [(x, y, len(x) / len(tokens)) for x, y in zip(tokens.tensor_split(n), targets.tensor_split(n))]
         self.held, self.returning, self.most_held, earlier = {}, (None, None), 0, None
@@ -305,7 +306,8 @@ class Strategy:
             raise ValueError(f"parallel=fsdp with pp={pp} would gather layers anew for each micro-batch; choose zero1")
         self.device = device
         if "RANK" in os.environ and not dist.is_initialized():
-            self.device = str(start(device and pick_device(device)))        # one that is not there is refused
+            there = device is None or device.startswith("cuda") and torch.cuda.is_available()
+            self.device = str(start(device if there else pick_device(device)))      # which refuses what is not there
         self.rank, self.size = world()
         self.name, self.tp, self.pp, self.dp = name, tp, pp, self.size // max(tp * pp, 1)
         self.mesh = make_mesh(self.dp, tp, pp)

@@ -450,7 +450,7 @@ def run_command_line(argv: list[str]) -> None:
         by_axis = any(word.startswith("max_steps=") for word in files)
         if (by_flag or by_axis) and sources["max_minutes"] != "flag":
             config.max_minutes = None              # the time limit of the config file is not meant
-        elif config.max_steps is None and config.max_minutes is None:
+        elif not by_axis and config.max_steps is None and config.max_minutes is None:
             config.max_minutes = DEFAULT_MINUTES
         asked, config = config, take_shape(config, {key for key in sources if sources[key] not in ("default", default)})
         sources |= {key: str(config.start) for key in sources if getattr(config, key) != getattr(asked, key)}

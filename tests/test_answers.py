@@ -49,7 +49,9 @@ EQUAL = r"""1,000|1000;\frac{1}{2}|0.5;$12.50|12.5;x + 1|x+1;\boxed{7}|7;\sqrt2|
 \left(1,2\right)|(1,2);x \geq 5|x\ge5;x\leqslant 5|x <= 5;x<3|x \lt 3;x \neq 1|x != 1;\text{(C)}|C;\dfrac34|\tfrac{3}{4}
 \cfrac{1}{3}|1/3;\frac{\sqrt3}{2}|\sqrt{3}/2;\frac{x+1}{2}|(x+1)/2;x^{10}|x^10;\left(5\right)|5;x\in[0,1]|[0,1];2 x|2x
 52_8|52;1,-2|-2,1;\{3,1\}|\{1,3\};\frac{1}{2}\%|1/2;5\text{ km/h}|5
-\frac{3}{2\sqrt2}|3/(2\sqrt{2});\frac{x}{\pi}|x/\pi
+\frac{3}{2\sqrt2}|3/(2\sqrt{2});\frac{x}{\pi}|x/\pi;\frac{1}{x^2}|1/x^2
+\frac{1}{2^n}|1/2^n;\frac{x_1}{x_2}|x_1/x_2;\frac{1}{f(x)}|1/f(x)
+\frac{1}{\sqrt[3]{2}}|1/\sqrt[3]{2};\frac{1}{\sin x}|1/\sin x
 \begin{pmatrix} 1 \\ 2 \end{pmatrix}|\begin{pmatrix}1\\2\end{pmatrix}
 5.0|5;+5|5;.50|0.5;−5|-5;\[ 9 \]|9;\( \frac{1}{3} \)|1/3;5{,}000{,}000|5000000;\frac{12}{24}|\frac12;\quad 5|5;5\$|5"""
 UNLIKE = r"""-3|3;1 2|12;1/0|0;\sqrt2|2;1,2|12;(1,2)|(2,1);(1,2)|[1,2];\frac{a+b}{c}|a+b/c;x+1/2|\frac{x+1}{2}

@@ -38,6 +38,9 @@ def test_checkpoint_brings_everything_back(tmp_path, target):
     parts = torch.nn.ModuleDict({"module": torch.nn.Linear(2, 2), "other": torch.nn.Linear(2, 2)})     # no wrapper
     checkpoint.save_checkpoint(parts, None, 0, target := io.BytesIO())
     checkpoint.load_checkpoint(target, parts)
+    wrapped = torch.compile(torch.nn.ModuleDict({"module": model}))                      # a data-parallel one, compiled
+    checkpoint.save_checkpoint(wrapped, None, 0, target := io.BytesIO())
+    assert checkpoint.read_checkpoint(target)["model"].keys() == model.state_dict().keys()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")

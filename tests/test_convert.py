@@ -173,7 +173,8 @@ def test_folders_by_command_with_their_tokenizer(tmp_path, capsys):
     convert.main(["import", folder, run, "--overwrite=true"])
     assert not (tmp_path / "run" / "best.pt").exists(), "--checkpoint=best.pt would open another model"
     assert weights.read_bytes() != kept
-    convert.save_pretrained(model, folder)
+    (tmp_path / "run" / "tokenizer.json").unlink()
+    convert.main(["export", run, folder])
     assert convert.from_pretrained(folder)[1] is None, "the former model's tokenizer is gone"
     tokenizer.with_special(["<|pad|>"]).save(tmp_path / "folder" / "tokenizer.json")
     with pytest.warns(UserWarning, match="more ids than the model's 258"):

@@ -26,7 +26,7 @@ def test_a_resumed_log_has_each_step_once_and_records_changed_settings(tmp_path)
 def test_plot_skips_what_is_no_run(tmp_path):
     for name in ("a", "empty"):
         (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match="no losses in the log.jsonl of .*empty"):
+    with pytest.raises(ValueError, match="no log.jsonl in .*empty"):
         runs.plot([tmp_path / "empty"])
     runs.Log(tmp_path / "a", {"config": {}}).write(step=1, seconds=0.5, loss=2.0, lr=0.1)
     (tmp_path / "b").mkdir()

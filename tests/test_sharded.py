@@ -44,8 +44,14 @@ def check_frozen_parameters(rank, size, tmp):
             wrapped.train(range(2))
             worst = furthest(wrapped.state()[0], reference.state_dict())
             assert worst < CLOSE, f"{strategy}, {frozen} frozen: weights are {worst} from one process's"
-    with pytest.raises(ValueError, match=r"stages \[0\] of 2 have nothing to train"):
-        Wrapped("ddp", pp=2, frozen=r"embeddings|layers\.[01]", n_layers=4)
+    for frozen in (r"embeddings|layers\.[01]", r"layers\.[23]|ln_final|lm_head"):                      # a whole stage
+        model, (x, y, _) = small(frozen=frozen, n_layers=4), ragged(0)
+        expected, pipeline = model(x, y)[1].detach(), sharded.Pipeline(model, None, 3)
+        if "embeddings" in frozen:
+            with pytest.raises(ValueError, match="first of 2 stages holds is frozen"):
+                pipeline.step(x, y)
+        else:
+            assert abs(pipeline.step(x, y) - expected) < 1e-5
 
 
 def check_checkpoints_move(rank, size, tmp):

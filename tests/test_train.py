@@ -232,7 +232,8 @@ def seen(monkeypatch):
 
 @pytest.mark.parametrize("flags, minutes", [
     ("--max_steps=9", None), ("--max_steps=9 --max-minutes=3", 3.0), ("--max_steps=none", 2.4),
-    ("sweep max_steps=3,4", None), ("sweep max_steps=3 --max_minutes=1", 1.0)])
+    ("sweep max_steps=3,4", None), ("sweep max_steps=3,4 --max_minutes=none", None),
+    ("sweep max_steps=3 --max_minutes=1", 1.0)])
 def test_a_time_limit_is_dropped_for_steps_and_only_when_it_was_not_asked_for(flags, minutes, seen):
     train.run_command_line(flags.split())
     assert seen[0].max_minutes == minutes

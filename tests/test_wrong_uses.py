@@ -119,7 +119,7 @@ convert | import W/hf | import FOLDER OUT_DIR
 train | --data_dir=W/data --out_dir=W/file | file
 train | --max_stpes=3 | Did you mean max_steps?
 train | trian | 'trian' is neither
-train | plot | plot takes runs
+train | plot | plot needs the folders of runs
 train | --data_dir=W/data --out_dir=W/out --init_from=W/cut | cut short
 align | {SFT}--base=W/dir | no checkpoint at
 align | {SFT}--base=W/base --data=W/latin.jsonl | latin.jsonl:1
