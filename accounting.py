@@ -262,8 +262,9 @@ class Bill(ModelConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
         for name in ("batch_size", "n_devices", "mfu", "batch_tokens", "link_gb_per_s", "tokens"):
-            if not 0 < (1 if getattr(self, name) is None else getattr(self, name)) < math.inf or self.mfu > 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be a number above 0, mfu at most 1")
+            value, most = getattr(self, name), 1 if name == "mfu" else sys.float_info.max
+            if value is not None and not 0 < value <= most:
+                raise ValueError(f"{name}={value} must be above 0 and {'at most 1' if most == 1 else 'finite'}")
 
 
 def table(title: str, header: list[str], rows: list[list]) -> None:

@@ -302,7 +302,7 @@ def main(argv: list[str]) -> None:
         for name, function in VERBS.items():
             print(f"  {name:<12} {(function.__doc__ or '').strip().splitlines()[0]}")
         sys.exit(0 if argv and argv[0] in ("--help", "-h") else 2)
-    if argv[0] in ("record", "ngrams", "pages", "toy") and {"--help", "-h"} & {*argv}:         # they have no settings
+    if argv[0] in ("record", "ngrams", "pages", "toy") and {"--help", "-h"} & {*argv}:         # words, no settings
         print(f"usage: python bench.py {argv[0]} …\n{VERBS[argv[0]].__doc__}")
         sys.exit(0)
     if argv[0] == "toy" and argv[1:]:

@@ -95,8 +95,8 @@ class TrainConfig(ModelConfig):
             if not 0 <= given[name] < math.inf:
                 raise ValueError(f"{name}={given[name]} must be at least 0")
         for name in ("max_minutes", "embedding_lr", "grad_clip"):
-            if not given.get(name, 1) > 0 or given.get("max_minutes") == math.inf:
-                raise ValueError(f"{name}={given[name]} must be above 0, max_minutes finite")
+            if not given.get(name, 1) > 0 or given.get(name) == math.inf and name != "grad_clip":
+                raise ValueError(f"{name}={given[name]} must be above 0" + " and finite" * (name != "grad_clip"))
         for name in ("beta1", "beta2", "momentum", "min_lr_factor", "decay_fraction"):
             if not 0 <= given[name] <= 1:
                 raise ValueError(f"{name}={given[name]} must be from 0 to 1")
@@ -132,24 +132,22 @@ class TrainConfig(ModelConfig):
 
 def take_shape(config: TrainConfig, given=None) -> TrainConfig:
     """`config` with the model's shape of the checkpoint that it starts from, if any. given: the settings that were
-    asked for; without, all that are not at their default. Raises ValueError for one that the checkpoint contradicts."""
-    if not config.start:
+    asked for; without, all that are not at their default. Raises ValueError for one that the checkpoint contradicts.
+    A context_length below the checkpoint's is no contradiction, but where positions are a table of weights."""
+    if not config.start or getattr(config, "shape_of", None) == config.start:      # taken before
         return config
     saved = read_checkpoint(config.start).get("model_config") or {}
     shape = {field.name: saved[field.name] for field in fields(ModelConfig)
              if field.init and field.name in saved and field.name not in NO_SHAPE}
-    # Of tables of positions alone the size is the context's: any other model learns on shorter windows as well.
-    taken = getattr(config, "shape_of", None) == config.start or config.context_length != TrainConfig.context_length
-    shorter = "context_length" in (shape if given is None and taken else given or ())
-    if shorter and "context_length" in shape and not config.resume and saved.get("position") != "learned":
-        shape["context_length"] = min(config.context_length, shape["context_length"])
     if given is None:
         given = [field.name for field in fields(config) if getattr(config, field.name) != field.default]
+    if "context_length" in shape.keys() & set(given) and not config.resume and saved.get("position") != "learned":
+        shape["context_length"] = min(config.context_length, shape["context_length"])
     for name in shape.keys() & set(given):
         if getattr(config, name) not in (None, shape[name]):
             raise ValueError(f"{name}={getattr(config, name)} does not fit this model: {config.start} has {name}="
                              f"{shape[name]}; leave {name} out, or train a new model in another out_dir")
-    config, config.shape_of = replace(config, **shape), config.start           # for the next call
+    config, config.shape_of = replace(config, **shape), config.start
     return config
 
 

@@ -452,14 +452,17 @@ def run_command_line(argv: list[str]) -> None:
             config.max_minutes = None              # the time limit of the config file is not meant
         elif not by_axis and config.max_steps is None and config.max_minutes is None:
             config.max_minutes = DEFAULT_MINUTES
-        asked, config = config, take_shape(config, {key for key in sources if sources[key] not in ("default", default)})
+        given = {key for key in sources if sources[key] not in ("default", default)}
+        asked, config = config, take_shape(config, given)
         sources |= {key: str(config.start) for key in sources if getattr(config, key) != getattr(asked, key)}
         print_config(config, sources)
-        for point in grid(config, files) if verb == "sweep" else ():       # a shape that init_from has not is refused
-            take_shape(point, {word.partition("=")[0] for word in files})
+        given |= {word.partition("=")[0] for word in files}                # the axes of a sweep
+        for point in grid(config, files) if verb == "sweep" else ():       # all that cannot be, before the first is run
+            take_shape(point, given)
         speaks = os.environ.get("RANK", "0") == "0" and verb is None
         with only_writer(config.out_dir) if speaks else contextlib.nullcontext():
-            interrupted = sweep(config, files, main) if verb == "sweep" else main(config)["interrupted"]
+            interrupted = (sweep(config, files, lambda point: main(take_shape(point, given))) if verb == "sweep"
+                           else main(config)["interrupted"])
     except (ValueError, OSError, FloatingPointError) as error:
         if getattr(error, "errno", None) not in DISK_FULL:
             fail(error)

@@ -133,8 +133,8 @@ accounting | gpt2 --dtype=int4 | dtype='int4'
 accounting | gpt2 --device=H900 | H900
 accounting | gpt2 --link_gb_per_s=0 | link_gb_per_s=0
 accounting | gpt2 --tokens=0 | tokens=0
-accounting | gpt2 --mfu=2 | mfu at most 1
-train | --data_dir=W/data --out_dir=W/out --max_minutes=inf | max_minutes finite
+accounting | gpt2 --mfu=2 | mfu=2.0 must be above 0 and at most 1
+train | --data_dir=W/data --out_dir=W/out --max_minutes=inf | max_minutes=inf must be above 0 and finite
 compress | prune W/base W/out --kind=width --data=W/text.txt | text.txt
 scaling | fit | one file of runs
 scaling | fit W/none.json | none.json
